@@ -1,0 +1,1 @@
+"""Parameter-server SGD on Ray."""

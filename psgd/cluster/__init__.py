@@ -1,0 +1,1 @@
+"""The core run for real; the only place that imports Ray."""

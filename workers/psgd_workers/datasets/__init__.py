@@ -1,0 +1,1 @@
+"""From a `DataSpec` to checked, normalised arrays."""

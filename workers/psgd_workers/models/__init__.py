@@ -1,0 +1,1 @@
+"""Models: NumPy layers and their backward passes, and adapters for the user's own."""

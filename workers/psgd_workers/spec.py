@@ -1,0 +1,160 @@
+"""What a job says about its model and its data; `psgd.spec.JobSpec` composes these.
+
+Specs are frozen and know no defaults from outside: what they say is all a run depends on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "CsvData",
+    "DataSpec",
+    "LinearModel",
+    "LossName",
+    "MlpModel",
+    "ModelSpec",
+    "NpzData",
+    "PythonModel",
+    "SklearnData",
+    "Spec",
+    "TorchModel",
+]
+
+LossName = Literal["cross_entropy", "mse", "binary_cross_entropy"]
+
+FACTORY_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+
+
+class Spec(BaseModel):
+    """A frozen part of a job: unknown fields are refused, and so are infinities."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class LinearModel(Spec):
+    """outputs = features · weightᵀ + bias: linear or (multinomial) logistic regression, by its loss."""
+
+    kind: Literal["linear"]
+    """Which model."""
+    loss: LossName = "cross_entropy"
+    """`cross_entropy` over integer classes, `binary_cross_entropy` over labels 0 and 1, `mse` over numbers."""
+
+
+class MlpModel(Spec):
+    """A multi-layer perceptron; the input and output sizes are taken from the data."""
+
+    kind: Literal["mlp"]
+    """Which model."""
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(128,), min_length=1)
+    """Units of each hidden layer, from input to output."""
+    activation: Literal["relu", "tanh", "gelu"] = "relu"
+    """After each hidden layer. relu and gelu start from He's initialisation, tanh from Glorot's."""
+    loss: LossName = "cross_entropy"
+    """`cross_entropy` over integer classes, `binary_cross_entropy` over labels 0 and 1, `mse` over numbers."""
+
+
+class PythonModel(Spec):
+    """A model of the user's own: an object that keeps `psgd_workers.models.Model`."""
+
+    kind: Literal["python"]
+    """Which model."""
+    path: str = Field(pattern=FACTORY_PATTERN)
+    """`package.module:factory`, importable on the workers; called with `kwargs`, it returns the model."""
+    kwargs: dict[str, Any] = {}
+    """Keyword arguments of the factory: plain YAML values."""
+
+
+class TorchModel(Spec):
+    """A PyTorch `nn.Module`. Its parameters are the weights; its persistent buffers ride behind them (see the README)."""
+
+    kind: Literal["torch"]
+    """Which model."""
+    path: str = Field(pattern=FACTORY_PATTERN)
+    """`package.module:factory`, importable on the workers; called with `kwargs`, it returns an `nn.Module`."""
+    kwargs: dict[str, Any] = {}
+    """Keyword arguments of the factory: plain YAML values."""
+    loss: LossName = "cross_entropy"
+    """Mean loss of the module's outputs: `cross_entropy` of logits `[batch, classes]`, the others of `[batch, 1]`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where a worker computes; `auto` takes a GPU if Ray gave the worker one."""
+
+
+ModelSpec = Annotated[LinearModel | MlpModel | PythonModel | TorchModel, Field(discriminator="kind")]
+
+
+class _Data(Spec):
+    batch_size: int = Field(default=32, ge=1)
+    """Examples per gradient. Larger: steadier gradients, fewer pushes."""
+    num_shards: int = Field(default=1, ge=1)
+    """Pieces the training data is cut into, once, by the seed. 1: every epoch is one shuffle of everything, as in a
+    PyTorch `DataLoader`. More: each shard is shuffled by itself, and a worker keeps to its own while it can."""
+    shuffle: bool = True
+    """Whether each epoch has an order of its own. False: the order of the file, every epoch."""
+    normalize: Literal["none", "unit", "standardize"] = "none"
+    """`unit`: (x - min) / (max - min), over all features of the training part. `standardize`: each feature to mean 0
+    and deviation 1 over the training part."""
+    validation_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the examples set aside, by the seed, to validate on; for data that has no validation part."""
+
+
+class NpzData(_Data):
+    """Arrays in a NumPy `.npz` file; the default keys are those of Keras' `mnist.npz`."""
+
+    format: Literal["npz"]
+    """Which format."""
+    path: str = Field(min_length=1)
+    """A path, or any URL that fsspec opens."""
+    features: str = "x_train"
+    """Key of the training features, `[examples, ...]`."""
+    labels: str = "y_train"
+    """Key of the training labels, `[examples]` or `[examples, targets]`."""
+    validation_features: str | None = None
+    """Key of the validation features. Default: `x_test` if the file has it and no `validation_fraction` is set."""
+    validation_labels: str | None = None
+    """Key of the validation labels. Default: `y_test`, as above."""
+
+    @model_validator(mode="after")
+    def _one_validation_part(self) -> NpzData:
+        if (self.validation_features is None) != (self.validation_labels is None):
+            raise ValueError("validation_features and validation_labels go together: give both or neither")
+        if self.validation_features is not None and self.validation_fraction is not None:
+            raise ValueError("give validation_features and validation_labels, or validation_fraction, not both")
+        return self
+
+
+class CsvData(_Data):
+    """A table of numbers, one example a row; one column is the label."""
+
+    format: Literal["csv"]
+    """Which format."""
+    path: str = Field(min_length=1)
+    """A path, or any URL that fsspec opens."""
+    label: str | int = -1
+    """The label's column: its name in the header, or its number from 0 (negative: from the end)."""
+    header: bool = True
+    """Whether the first row names the columns."""
+    delimiter: str = Field(default=",", min_length=1, max_length=1)
+    """What separates the columns."""
+
+    @model_validator(mode="after")
+    def _names_need_a_header(self) -> CsvData:
+        if isinstance(self.label, str) and not self.header:
+            raise ValueError(f"label {self.label!r} names a column, but header is false: give the column's number")
+        return self
+
+
+class SklearnData(_Data):
+    """One of the data sets that come inside scikit-learn."""
+
+    format: Literal["sklearn"]
+    """Which format."""
+    dataset: Literal["breast_cancer", "diabetes", "digits", "iris", "wine"]
+    """Which set."""
+
+
+DataSpec = Annotated[NpzData | CsvData | SklearnData, Field(discriminator="format")]
