@@ -50,7 +50,9 @@ class Layout:
     def views(self, flat: NDArray[Scalar]) -> dict[str, NDArray[Scalar]]:
         """The named tensors of a flat vector, as views: writing to one writes to the vector."""
         if flat.shape != (self.num_parameters,):
-            raise ModelError(f"a flat vector of shape {flat.shape} is not of this layout's {self.num_parameters} values")
+            raise ModelError(
+                f"a flat vector of shape {flat.shape} is not of this layout's {self.num_parameters} values"
+            )
         views: dict[str, NDArray[Scalar]] = {}
         start = 0
         for name, shape in zip(self.names, self.shapes, strict=True):

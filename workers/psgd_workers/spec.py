@@ -70,7 +70,7 @@ class PythonModel(Spec):
 
 
 class TorchModel(Spec):
-    """A PyTorch `nn.Module`. Its parameters are the weights; its persistent buffers ride behind them (see the README)."""
+    """A PyTorch `nn.Module`. Its parameters are the weights; its persistent buffers ride behind them (see README)."""
 
     kind: Literal["torch"]
     """Which model."""
