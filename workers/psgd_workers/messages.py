@@ -39,7 +39,7 @@ class BatchId(NamedTuple):
 
     epoch: int  # from 0
     shard: int  # from 0
-    index: int  # of the batch in its shard, from 0
+    index: int  # type: ignore[assignment]  # of the batch in its shard, from 0; nobody looks for tuple.index here
 
 
 class Version(NamedTuple):

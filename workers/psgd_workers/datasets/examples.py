@@ -22,6 +22,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.features)
 
+    def __getitem__(self, rows: slice) -> Examples:
+        """Some rows, as views."""
+        return Examples(self.features[rows], self.labels[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
