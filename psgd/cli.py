@@ -1,0 +1,232 @@
+"""The command line. It parses first, and imports Ray, pydantic and the rest only for a command that needs them.
+
+Exit codes: 0 finished (or stopped by command), 2 refused spec or input, 3 failed run, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from psgd.errors import PsgdError, RunError
+
+__all__ = ["app", "main"]
+
+REFUSED, FAILED, INTERRUPTED = 2, 3, 130
+
+app = typer.Typer(
+    help="Parameter-server SGD on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job: see `psgd schema`, deploy/jobs/.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=v", help="Override a field of the job.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")]
+StorageOption = Annotated[str | None, typer.Option(help="Folder or fsspec URL of runs. [default: the job's, or runs]")]
+NameOption = Annotated[str | None, typer.Option(help="Name of the run. [default: the job's]")]
+Dashboard = Annotated[str | None, typer.Option(metavar="URL", help="Dashboard of the cluster it was submitted to.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from psgd import __version__
+
+        typer.echo(f"psgd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    del version  # its callback has acted
+
+
+@app.command()
+def train(
+    job: JobFile,
+    overrides: Overrides = None,
+    storage: StorageOption = None,
+    name: NameOption = None,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a running Ray. [default: RAY_ADDRESS, or a local Ray]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run of that name, if there is one.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")] = False,
+) -> None:
+    """Train a model here: on a local Ray of the job's size, or from here on a running cluster."""
+    try:
+        with redirect_stdout(sys.stderr):  # Ray and the user's own model may print
+            result = _run(job, overrides, storage, name, address, resume)
+    except PsgdError as error:
+        if as_json:
+            typer.echo(
+                json.dumps({"status": "failed" if isinstance(error, RunError) else "refused", "error": str(error)})
+            )
+        raise
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+    _summarise(result)
+    code = {"failed": FAILED, "interrupted": INTERRUPTED}.get(result.status, 0)
+    raise typer.Exit(code)
+
+
+def _run(
+    job: Path, overrides: list[str] | None, storage: str | None, name: str | None, address: str | None, resume: bool
+) -> Any:
+    from psgd.jobfile import load_spec
+
+    spec = load_spec(job, overrides or ())
+    from psgd.cluster.run import run_job
+
+    return run_job(spec, name=name, storage=storage, address=address, resume=resume, progress=True)
+
+
+def _summarise(result: Any) -> None:
+    """The end of a run, for people."""
+    from rich.console import Console
+
+    shown = {
+        "validation accuracy": ("val/accuracy", "{:.4f}"),
+        "validation loss": ("val/loss", "{:.4f}"),
+        "training loss": ("train/loss", "{:.4f}"),
+        "updates/s": ("perf/updates_per_s", "{:.0f}"),
+        "staleness, mean": ("async/staleness_mean", "{:.2f}"),
+    }
+    console = Console(stderr=True, highlight=False)
+    colour = {"failed": "red", "interrupted": "yellow"}.get(result.status, "green")
+    took = f"{result.epochs} epochs, {result.updates} updates in {result.duration_s:.1f} s"
+    console.print(f"[bold {colour}]{result.status}[/] {result.name}: {took}")
+    for title, (metric, form) in shown.items():
+        if (value := result.metrics[metric]) is not None:
+            console.print(f"  {title:<20} {form.format(value)}")
+    console.print(f"  {'run directory':<20} {result.path}", soft_wrap=True)
+    if result.error:
+        console.print(f"  {'error':<20} {result.error}", markup=False, soft_wrap=True)
+    if result.status in ("interrupted", "stopped"):
+        console.print("  the same command with --resume continues it")
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    address: Annotated[str, typer.Option(metavar="URL", help="The cluster's dashboard, such as http://HEAD:8265.")],
+    overrides: Overrides = None,
+    storage: StorageOption = None,
+    name: NameOption = None,
+    py_module: Annotated[
+        list[Path] | None, typer.Option(help="Source folder of your own that the model needs.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the run's end, showing its output.")] = True,
+) -> None:
+    """Run a job's driver on a cluster, through Ray's Jobs API; the run of that name is continued if there is one."""
+    from psgd.jobfile import load_spec
+
+    settings = [
+        *(overrides or ()),
+        *([f"run.storage={storage}"] if storage else ()),
+        *([f"name={name}"] if name else ()),
+    ]
+    spec = load_spec(job, settings)
+    from psgd.cluster.jobs import Jobs
+
+    jobs = Jobs(address)
+    identifier = jobs.submit(spec, str(spec.name), py_module or ())
+    typer.echo(identifier)
+    if wait:
+        jobs.wait(identifier)
+
+
+@app.command()
+def status(run: RunName, storage: StorageOption = None, address: Dashboard = None) -> None:
+    """Tell how a run is doing, as JSON: its result, or its newest metrics."""
+    if address:
+        from psgd.cluster.jobs import Jobs
+
+        found = Jobs(address).find(run)
+        typer.echo(json.dumps({"status": found.status.value, "job": found.submission_id, "message": found.message}))
+        return
+    directory = _directory(run, storage)
+    lines = directory.read_lines("metrics.jsonl")
+    result = directory.read_json("result.json")
+    started = [line for line in directory.read_lines("events.jsonl") if line["event"] in ("started", "finished")]
+    if result is not None and started and started[-1]["event"] == "finished":
+        typer.echo(json.dumps(result))
+        return
+    typer.echo(json.dumps({"status": "running", "owner": directory.read_json("owner"), "metrics": lines[-1:] or None}))
+
+
+@app.command()
+def logs(run: RunName, storage: StorageOption = None, address: Dashboard = None) -> None:
+    """Show what happened in a run: its events, or, with --address, its driver's output."""
+    if address:
+        from psgd.cluster.jobs import Jobs
+
+        typer.echo(Jobs(address).logs(run))
+        return
+    from datetime import datetime
+
+    for line in _directory(run, storage).read_lines("events.jsonl"):
+        when = datetime.fromtimestamp(line.pop("time")).astimezone().isoformat(sep=" ", timespec="seconds")
+        facts = "  ".join(f"{key}={value}" for key, value in line.items() if key != "event" and value is not None)
+        typer.echo(f"{when}  {line['event']:<18} {facts}")
+
+
+@app.command()
+def stop(run: RunName, storage: StorageOption = None, address: Dashboard = None) -> None:
+    """Ask a run to end: it saves its state, and can be resumed. With --address, ask Ray's job manager instead."""
+    if address:
+        from psgd.cluster.jobs import Jobs
+
+        Jobs(address).stop(run)
+    else:
+        _directory(run, storage).command("stop")
+    typer.echo(f"asked {run} to stop; `psgd status` tells when it has")
+
+
+def _directory(run: str, storage: str | None) -> Any:
+    from psgd.monitoring.rundir import RunDirectory
+    from psgd.storage import Storage
+
+    return RunDirectory(Storage(storage or "runs").folder(run))
+
+
+@app.command()
+def validate(job: JobFile, overrides: Overrides = None) -> None:
+    """Check a job file, and print the job with every default."""
+    import yaml
+
+    from psgd.jobfile import load_spec
+
+    typer.echo(yaml.safe_dump(load_spec(job, overrides or ()).model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of job files, for editors."""
+    from psgd.spec import JobSpec
+
+    typer.echo(json.dumps(JobSpec.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """The `psgd` command."""
+    try:
+        app()
+    except PsgdError as error:
+        typer.echo(f"psgd: {error}", err=True)
+        sys.exit(FAILED if isinstance(error, RunError) else REFUSED)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

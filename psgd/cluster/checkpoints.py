@@ -1,0 +1,256 @@
+"""Checkpoints: a directory each, never renamed, whole if and only if its COMMITTED is there and its checksums hold.
+
+    checkpoints/000007-2/        the seventh, written by incarnation 2
+      server-0.safetensors       weights, optimizer state and applied sets of partition 0
+      server-0.json              its versions and counts
+      COMMITTED                  the Manifest, written last, by the driver alone
+
+Servers write their parts themselves; only names and checksums travel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from psgd.core.server import ServerState
+from psgd.errors import CheckpointError, StorageError
+from psgd.storage import Storage
+from psgd_workers.layout import Layout
+from psgd_workers.messages import FloatArray
+from psgd_workers.spec import Spec
+
+__all__ = ["Checkpoint", "Checkpoints", "Manifest", "Part", "load_weights", "write_part"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one server wrote."""
+
+    partition: int
+    updates: int
+    epochs: int
+    files: Mapping[str, str]  # name in the checkpoint's directory -> SHA-256
+    journal: Mapping[str, str]  # name in the journal's directory -> SHA-256
+
+
+class Manifest(Spec):
+    """The content of COMMITTED."""
+
+    format: Literal[1]
+    """Of this file and of the parts."""
+    name: str
+    """The directory's name."""
+    incarnation: int
+    """Of the servers that wrote it."""
+    updates: int
+    """Steps in the weights, of the partition that is least far."""
+    epochs: int
+    """Complete epochs, likewise."""
+    seed: int
+    """Of the job."""
+    spec_hash: str
+    """`JobSpec.identity_hash()`."""
+    data_fingerprint: str
+    """`Dataset.fingerprint`."""
+    names: tuple[str, ...]
+    """`Layout.names`."""
+    shapes: tuple[tuple[int, ...], ...]
+    """`Layout.shapes`."""
+    num_trainable: int
+    """`Layout.num_trainable`."""
+    partitions: int
+    """How many parts."""
+    requeued: int
+    """Batches leased again so far."""
+    files: dict[str, str]
+    """Every file of the directory and its SHA-256, this one left out."""
+    journal: dict[str, str]
+    """Journal segments written with it, likewise."""
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.names, self.shapes, self.num_trainable)
+
+
+def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArray[np.void]) -> Part:
+    """Write one server's part of a checkpoint, and its journal since the last one.
+
+    Args:
+        run: the run directory.
+        checkpoint: the directory's name.
+        state: of the server.
+        journal: records of `psgd.core.journal.RECORD`.
+
+    Raises:
+        StorageError: something could not be written.
+    """
+    partition = state.facts["partition"][0]
+    files = {
+        f"server-{partition}.safetensors": save({name: np.ascontiguousarray(a) for name, a in state.arrays.items()}),
+        f"server-{partition}.json": json.dumps(state.facts).encode(),
+    }
+    segments = {f"{checkpoint}-server-{partition}.npy": _npy(journal)} if len(journal) else {}
+    folders = {f"checkpoints/{checkpoint}": files, "journal": segments}
+    for folder, contents in folders.items():
+        for name, data in contents.items():
+            run.write(f"{folder}/{name}", data)
+    checksums = [{name: sha256(data).hexdigest() for name, data in contents.items()} for contents in folders.values()]
+    return Part(partition, state.facts["version"][1], state.facts["epochs"], *checksums)
+
+
+def _npy(records: NDArray[np.void]) -> bytes:
+    file = BytesIO()
+    np.save(file, records, allow_pickle=False)
+    return file.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A committed checkpoint whose checksums hold."""
+
+    run: Storage
+    manifest: Manifest
+
+    def state(self, partition: int) -> ServerState:
+        """What one server needs to go on.
+
+        Raises:
+            CheckpointError: the part is not what a server wrote.
+        """
+        folder = self.run.folder(f"checkpoints/{self.manifest.name}")
+        try:
+            arrays = load(folder.read(f"server-{partition}.safetensors"))
+            facts: dict[str, Any] = json.loads(folder.read(f"server-{partition}.json"))
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"part {partition} of checkpoint {self.manifest.name}: {error}") from error
+        return ServerState(arrays, facts)
+
+    def weights(self) -> FloatArray:
+        """The flat weights of all partitions."""
+        states = [self.state(partition) for partition in range(self.manifest.partitions)]
+        states.sort(key=lambda state: int(state.facts["partition"][1]))
+        return np.concatenate([state.arrays["weights"] for state in states])
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        run: the run directory.
+    """
+
+    def __init__(self, run: Storage) -> None:
+        self._run = run
+
+    def names(self) -> list[str]:
+        """Oldest first, committed or not."""
+        return self._run.names("checkpoints")
+
+    def committed(self) -> list[str]:
+        """Oldest first."""
+        return [name for name in self.names() if self._run.exists(f"checkpoints/{name}/COMMITTED")]
+
+    def next_number(self) -> int:
+        """One more than any directory has, whole or not."""
+        return max((int(name.partition("-")[0]) for name in self.names()), default=0) + 1
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make a checkpoint whole."""
+        self._run.write(f"checkpoints/{manifest.name}/COMMITTED", manifest.model_dump_json(indent=2).encode())
+
+    def newest(self, refused: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint that is whole.
+
+        Args:
+            refused: told about every newer one that was committed and is damaged.
+
+        Raises:
+            CheckpointError: there are committed ones, and all are damaged.
+        """
+        faults = []
+        for name in reversed(self.committed()):
+            try:
+                return self.open(name)
+            except (CheckpointError, StorageError) as error:
+                faults.append(str(error))
+                refused(f"{error}; the one before it is tried")
+        if faults:
+            raise CheckpointError(f"every checkpoint in {self._run.url} is damaged: {'; '.join(faults)}")
+        return None
+
+    def open(self, name: str) -> Checkpoint:
+        """A checkpoint, after checking it.
+
+        Raises:
+            CheckpointError: it is not committed, of another format, or a checksum fails.
+        """
+        folder = self._run.folder(f"checkpoints/{name}")
+        if not folder.exists("COMMITTED"):
+            raise CheckpointError(f"checkpoint {name} in {self._run.url} was never committed")
+        manifest = _parse_manifest(name, folder.read("COMMITTED"))
+        for file, checksum in manifest.files.items():
+            if not folder.exists(file) or sha256(folder.read(file)).hexdigest() != checksum:
+                raise CheckpointError(f"checkpoint {name}: {file} is missing, or its checksum is not the committed one")
+        return Checkpoint(self._run, manifest)
+
+    def prune(self, keep: int) -> list[str]:
+        """Delete all but the newest `keep` committed ones; returns the names of the deleted."""
+        doomed = self.committed()[:-keep]
+        for name in doomed:
+            self._run.delete(f"checkpoints/{name}/COMMITTED")  # first: half a directory must not look whole
+            self._run.delete(f"checkpoints/{name}")
+        return doomed
+
+
+def _parse_manifest(name: str, text: bytes) -> Manifest:
+    try:
+        tree = json.loads(text)
+        if isinstance(tree, dict) and tree.get("format") != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {name} has format {tree.get('format')!r}, and this psgd reads format {FORMAT}: "
+                "use the psgd that wrote it"
+            )
+        return Manifest.model_validate(tree)
+    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint {name}: its COMMITTED is not a manifest: {error}") from error
+
+
+def load_weights(path: str) -> dict[str, FloatArray]:
+    """The named weights that a run saved last.
+
+    Args:
+        path: of a run directory, or of one checkpoint's directory inside it; a path or an fsspec URL.
+
+    Returns:
+        Tensor name -> float32 array, buffers included.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+
+    Example:
+        >>> weights = psgd.load_weights("runs/digits")
+        >>> weights["layers.0.weight"].shape
+        (64, 64)
+    """
+    folder = Storage(path)
+    if folder.exists("COMMITTED"):
+        run, _, name = folder.url.rstrip("/").rpartition("/checkpoints/")
+        checkpoint: Checkpoint | None = Checkpoints(Storage(run)).open(name)
+    else:
+        checkpoint = Checkpoints(folder).newest(refused=lambda _: None)
+    if checkpoint is None:
+        raise CheckpointError(f"there is no committed checkpoint in {folder.url}")
+    return checkpoint.manifest.layout.views(checkpoint.weights())

@@ -1,0 +1,294 @@
+"""One run, from the job to its result: check everything, start, supervise, tidy up."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Self
+
+import numpy as np
+import ray
+from rich.console import Console
+
+from psgd.cluster.actors import RunFacts
+from psgd.cluster.checkpoints import Checkpoint, Checkpoints
+from psgd.cluster.session import check_address, check_room, session
+from psgd.cluster.supervisor import Inputs, Supervisor
+from psgd.core.coordinator import Coordinator
+from psgd.core.events import Finish, Stop
+from psgd.core.server import Partition
+from psgd.errors import (
+    ModelError,
+    OwnershipError,
+    ResumeError,
+    RunExistsError,
+    RunFailedError,
+    SpecError,
+    StorageError,
+    WorkerError,
+)
+from psgd.jobfile import parse_spec
+from psgd.monitoring.metrics import run_metrics
+from psgd.monitoring.progress import Display
+from psgd.monitoring.rundir import RunDirectory
+from psgd.result import Result
+from psgd.spec import JobSpec
+from psgd.storage import Storage
+from psgd_workers.datasets import Dataset, open_dataset
+from psgd_workers.layout import Layout
+from psgd_workers.messages import BatchId, FloatArray
+from psgd_workers.models import ModelWithBuffers, build_model, fit_labels
+from psgd_workers.shards import Shards
+from psgd_workers.worker import Worker
+
+__all__ = ["run_job", "train"]
+
+METRICS_S = 1.0  # between two lines of metrics.jsonl
+
+
+def train(
+    spec: JobSpec,
+    *,
+    name: str | None = None,
+    storage: str | None = None,
+    address: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Train a model, and wait for it.
+
+    Args:
+        spec: the job.
+        name: of the run; default: the job's, else one made of the time.
+        storage: folder or fsspec URL for the run's directory; default: `spec.run.storage`.
+        address: of a running Ray cluster, `HOST:PORT` or `auto`; default: the present connection, `RAY_ADDRESS`, or
+            a local cluster of the job's size, which ends with the run.
+        resume: continue the run of that name from its newest checkpoint; if there is none, start it.
+        progress: whether to show progress on stderr.
+
+    Returns:
+        How the run ended: `finished`, or `stopped` by `psgd stop`.
+
+    Raises:
+        InputError: something given cannot be used; nothing was started.
+        RunFailedError: the run failed; its `result` says how far it came.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the state was saved, and `resume=True` goes on from there.
+
+    Example:
+        >>> result = psgd.train(psgd.JobSpec(
+        ...     model={"kind": "mlp", "hidden": [64]},
+        ...     data={"format": "sklearn", "dataset": "digits", "validation_fraction": 0.2},
+        ...     optimizer={"lr": 0.1},
+        ...     run={"epochs": 10},
+        ... ))
+        >>> result.metrics["val/accuracy"]
+    """
+    result = run_job(spec, name=name, storage=storage, address=address, resume=resume, progress=progress)
+    if result.status == "failed":
+        raise RunFailedError(f"run {result.name} failed: {result.error}", result)
+    if result.status == "interrupted":
+        raise KeyboardInterrupt(f"run {result.name} was interrupted; resume=True continues it")
+    return result
+
+
+def run_job(
+    spec: JobSpec, *, name: str | None, storage: str | None, address: str | None, resume: bool, progress: bool
+) -> Result:
+    """As `train`, but a failed or interrupted run is a result like any other."""
+    name = name or spec.name or f"psgd-{time.strftime('%Y%m%d-%H%M%S')}"
+    spec = _named(spec, name, storage)
+    check_address(address)
+    run = RunDirectory(Storage(spec.run.storage).folder(name))
+    checkpoint = _check_run(run, spec, resume)
+    job = _Job.open(spec)
+    if checkpoint and checkpoint.manifest.data_fingerprint != job.dataset.fingerprint:
+        raise ResumeError(
+            f"the data of {name} is not what it was trained on: its fingerprint is {job.dataset.fingerprint}, "
+            f"and the checkpoint's {checkpoint.manifest.data_fingerprint}. Restore the data, or start a new --name"
+        )
+    with session(spec, address):
+        check_room(spec)
+        return _supervise(job, run, checkpoint, progress)
+
+
+def _named(spec: JobSpec, name: str, storage: str | None) -> JobSpec:
+    tree = spec.model_dump(exclude_unset=True)
+    tree["name"] = name
+    tree["run"]["storage"] = storage or spec.run.storage
+    return parse_spec(tree, "the job")
+
+
+def _check_run(run: RunDirectory, spec: JobSpec, resume: bool) -> Checkpoint | None:
+    """Probe the storage, and find what to resume from."""
+    Storage(spec.run.storage).probe()
+    if not run.exists:
+        return None
+    if not resume:
+        raise RunExistsError(
+            f"there is a run in {run.storage.url} already: --resume continues it, another --name starts a new one"
+        )
+    run.check_identity(spec)
+    return Checkpoints(run.storage).newest(refused=partial(_warn, run))
+
+
+def _warn(run: RunDirectory, fault: str) -> None:
+    Console(stderr=True).print(f"[yellow]warning[/]: {fault}", highlight=False, soft_wrap=True)
+    run.event("checkpoint_refused", fault=fault)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A job whose data is open and whose model was tried on it."""
+
+    spec: JobSpec
+    dataset: Dataset
+    shards: Shards
+    layout: Layout
+    weights: FloatArray  # [num_parameters], initial
+
+    @classmethod
+    def open(cls, spec: JobSpec) -> Self:
+        """Open the data, build the model, and try one batch: what fails here would fail on every worker."""
+        dataset = fit_labels(spec.model, open_dataset(spec.data, spec.seed))
+        _check_target(spec, dataset)
+        data = spec.data
+        shards = Shards(len(dataset.train), data.num_shards, data.batch_size, spec.seed, data.shuffle)
+        model = build_model(spec.model, dataset)
+        tensors = model.initial_weights(spec.seed)
+        layout = Layout.of(tensors, model.buffers if isinstance(model, ModelWithBuffers) else ())
+        weights = layout.pack(tensors)
+        worker = Worker("trial", model, layout, dataset.train, shards, spec.seed)
+        try:
+            worker.gradient(BatchId(0, 0, 0), weights, np.empty_like(weights))
+            if dataset.validation is not None:
+                worker.evaluate(weights, dataset.validation[:1])
+        except WorkerError as error:
+            raise ModelError(f"the model does not fit the data, tried on the first batch: {error}") from error
+        return cls(spec, dataset, shards, layout, weights)
+
+
+def _check_target(spec: JobSpec, dataset: Dataset) -> None:
+    target = spec.run.target
+    if target is None or not target.metric.startswith("val/"):
+        return
+    if dataset.validation is None:
+        raise SpecError(
+            f"run.target asks for {target.metric}, but the data has no validation part"
+        )
+    if target.metric == "val/accuracy" and dataset.classes is None:
+        raise SpecError("run.target asks for val/accuracy, but the labels are no classes: use val/loss")
+
+
+def _supervise(job: _Job, run: RunDirectory, checkpoint: Checkpoint | None, progress: bool) -> Result:
+    spec, manifest = job.spec, checkpoint.manifest if checkpoint else None
+    owner = run.own()
+    run.begin(spec)
+    run.event("started", incarnation=owner.incarnation, resumed=manifest.name if manifest else None)
+    size = job.layout.num_parameters
+    facts = RunFacts(
+        spec,
+        job.layout,
+        job.shards.grid,
+        (Partition(0, 0, size, job.layout.num_trainable),),
+        owner.incarnation,
+        owner.driver,
+        run.storage.url,
+    )
+    weights = None if checkpoint else ray.put(job.weights)
+    inputs = Inputs(facts, ray.put(job.dataset), weights, checkpoint, job.dataset.fingerprint)
+    coordinator = Coordinator(
+        spec,
+        job.shards.grid,
+        validates=job.dataset.validation is not None,
+        checkpoint=Checkpoints(run.storage).next_number(),
+        saved_updates=manifest.updates if manifest else None,
+        requeued=manifest.requeued if manifest else 0,
+    )
+    finish = _train(job, run, coordinator, inputs, progress)
+    result = _result(run, coordinator, finish)
+    run.event("finished", status=finish.status, error=finish.error)
+    run.finish(result)
+    return result
+
+
+def _train(job: _Job, run: RunDirectory, coordinator: Coordinator, inputs: Inputs, progress: bool) -> Finish:
+    console = Console(stderr=True, quiet=not progress)
+    with Display(job.spec, job.shards.grid.num_batches, console) as display:
+        observer = _Observer(run, display)
+        supervisor = Supervisor(coordinator, inputs, run, observer)
+        try:
+            with _signals(supervisor):
+                finish = supervisor.train()
+        except (StorageError, OwnershipError) as error:  # no input any more: it worked when the run started
+            finish = Finish("failed", str(error))
+        observer.write(coordinator)
+    return finish
+
+
+class _Observer:
+    """Writes metrics and moves the display as the run goes on."""
+
+    def __init__(self, run: RunDirectory, display: Display) -> None:
+        self._run = run
+        self._display = display
+        self._written_at = time.monotonic()
+
+    def __call__(self, coordinator: Coordinator, now: float) -> None:
+        self._display.show(coordinator, now)
+        if now - self._written_at >= METRICS_S and coordinator.reports:
+            self._written_at = now
+            self.write(coordinator)
+
+    def write(self, coordinator: Coordinator) -> None:
+        """One line of metrics."""
+        position = {"epochs": coordinator.epochs, "updates": coordinator.updates, "workers": len(coordinator.roster.up)}
+        self._run.metrics(position | run_metrics(coordinator))
+
+
+def _result(run: RunDirectory, coordinator: Coordinator, finish: Finish) -> Result:
+    reports = coordinator.reports.values()
+    committed = [
+        name for name in Checkpoints(run.storage).names() if run.storage.exists(f"checkpoints/{name}/COMMITTED")
+    ]
+    return Result(
+        status=finish.status,
+        name=run.storage.url.rpartition("/")[2],
+        path=run.storage.url,
+        epochs=coordinator.epochs,
+        updates=coordinator.updates,
+        samples=min((report.samples for report in reports), default=0),
+        duration_s=time.monotonic() - coordinator.began if coordinator.began is not None else 0.0,
+        metrics=run_metrics(coordinator),
+        ledger=coordinator.counts(),
+        checkpoint=committed[-1] if committed else None,
+        error=finish.error,
+    )
+
+
+@contextmanager
+def _signals(supervisor: Supervisor) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the run in good order; the second ends it now."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        if number in seen:
+            raise KeyboardInterrupt
+        seen.add(number)
+        supervisor.stop(Stop("interrupted"))
+
+    seen: set[int] = set()
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread, whose owner decides about them
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,76 @@
+"""Saving: when a checkpoint is due, and how far the one under way has come."""
+
+from __future__ import annotations
+
+from psgd.core.events import Commit, Committed, Save, Saved, SaveFailed
+from psgd.spec import CheckpointConfig
+
+__all__ = ["Saving"]
+
+
+class Saving:
+    """At most one checkpoint at a time.
+
+    Args:
+        config: how often.
+        partitions: how many parts a checkpoint has.
+        number: of the next checkpoint.
+        saved_updates: the version that storage holds; None: nothing.
+    """
+
+    def __init__(self, config: CheckpointConfig, partitions: int, number: int, saved_updates: int | None) -> None:
+        self._config = config
+        self._partitions = partitions
+        self._number = number
+        self._parts: dict[int, Saved] | None = None
+        self.saved_updates = saved_updates
+        self.closed_at = 0.0  # when the last one ended, or training began
+
+    @property
+    def busy(self) -> bool:
+        return self._parts is not None
+
+    def lacks(self, updates: int) -> bool:
+        """Whether storage is behind that version."""
+        return self.saved_updates is None or self.saved_updates < updates
+
+    def due(self, updates: int, now: float) -> bool:
+        """Whether a checkpoint should begin now."""
+        if self.busy or not self.lacks(updates):
+            return False
+        by_updates = self._config.every_updates
+        made = updates - (self.saved_updates or 0)
+        return now >= self.deadline() or (by_updates is not None and made >= by_updates)
+
+    def deadline(self) -> float:
+        """When the next checkpoint is due by time."""
+        return float("inf") if self.busy or self._config.every_s is None else self.closed_at + self._config.every_s
+
+    def begin(self) -> Save:
+        self._parts = {}
+        return Save(self._number)
+
+    def take(self, event: Saved | SaveFailed | Committed, now: float) -> Commit | None:
+        """Note how a part or the whole fared; once every part is written, the checkpoint can be committed."""
+        if self._parts is None or event.checkpoint != self._number:
+            return None
+        match event:
+            case Saved():
+                self._parts[event.partition] = event
+                if len(self._parts) == self._partitions:
+                    return Commit(self._number, self._updates(), min(part.epochs for part in self._parts.values()))
+            case Committed():
+                self.saved_updates = self._updates()
+                self._close(now)
+            case SaveFailed():
+                self._close(now)
+        return None
+
+    def _updates(self) -> int:
+        assert self._parts
+        return min(part.updates for part in self._parts.values())
+
+    def _close(self, now: float) -> None:
+        self._parts = None
+        self._number += 1
+        self.closed_at = now

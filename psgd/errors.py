@@ -1,0 +1,103 @@
+"""Every error psgd raises on purpose, in one tree.
+
+    PsgdError
+    ├── InputError (ValueError)       refused before anything starts; exit code 2
+    │   ├── SpecError                 the job file or an override is not a valid job
+    │   ├── DataError                 the data is missing, malformed, or does not fit the model
+    │   ├── ModelError                the model cannot be built
+    │   ├── MissingExtraError         an optional dependency is not installed
+    │   ├── StorageError              the storage cannot be read or written
+    │   ├── RunExistsError            a run of this name is there already
+    │   ├── RunNotFoundError          no run of this name is there
+    │   ├── ResumeError               the run there is of another job
+    │   └── ClusterError              the cluster cannot be reached, or cannot hold the job
+    ├── CheckpointError (ValueError)  a checkpoint is damaged or incomplete
+    └── RunError (RuntimeError)       failed while running; exit code 3
+        ├── WorkerError               the model's own code raised on a worker
+        ├── LaneError                 a server did not answer as promised
+        │   └── LaneTimeoutError      ... within the time limit
+        ├── OwnershipError            another driver has taken the run over
+        └── RunFailedError            the run as a whole; carries its `result`
+
+The lower part (input, lanes, workers' own code) lives with the workers, who must not import psgd.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from psgd_workers.errors import (
+    DataError,
+    InputError,
+    LaneError,
+    LaneTimeoutError,
+    MissingExtraError,
+    ModelError,
+    PsgdError,
+    RunError,
+    WorkerError,
+)
+
+if TYPE_CHECKING:
+    from psgd.result import Result
+
+__all__ = [
+    "CheckpointError",
+    "ClusterError",
+    "DataError",
+    "InputError",
+    "LaneError",
+    "LaneTimeoutError",
+    "MissingExtraError",
+    "ModelError",
+    "OwnershipError",
+    "PsgdError",
+    "ResumeError",
+    "RunError",
+    "RunExistsError",
+    "RunFailedError",
+    "RunNotFoundError",
+    "SpecError",
+    "StorageError",
+    "WorkerError",
+]
+
+
+class SpecError(InputError):
+    """The job file or an override is not a valid job."""
+
+
+class StorageError(InputError):
+    """The storage cannot be read or written."""
+
+
+class RunExistsError(InputError):
+    """A run of this name is there already."""
+
+
+class RunNotFoundError(InputError):
+    """No run of this name is there."""
+
+
+class ResumeError(InputError):
+    """The run there is of another job."""
+
+
+class ClusterError(InputError):
+    """The cluster cannot be reached, or cannot hold the job."""
+
+
+class CheckpointError(PsgdError, ValueError):
+    """A checkpoint is damaged or incomplete."""
+
+
+class OwnershipError(RunError):
+    """Another driver has taken the run over; this one stops without touching it again."""
+
+
+class RunFailedError(RunError):
+    """A run that ended `failed`; `result` says how far it came."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result

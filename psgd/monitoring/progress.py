@@ -1,0 +1,84 @@
+"""The progress display: one live bar on a terminal, a line per epoch elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from psgd.core.coordinator import Coordinator
+from psgd.monitoring.metrics import run_metrics
+from psgd.spec import JobSpec
+
+__all__ = ["Display"]
+
+REFRESH_S = 0.2
+
+
+class _Numbers(ProgressColumn):
+    """The newest numbers, those not measured yet left out."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields["numbers"]), style="cyan")
+
+
+class Display:
+    """Shows a run's progress.
+
+    Args:
+        spec: the job.
+        num_batches: of an epoch.
+        console: where to.
+    """
+
+    def __init__(self, spec: JobSpec, num_batches: int, console: Console) -> None:
+        self._epochs = spec.run.epochs
+        self._workers = spec.scaling.workers
+        self._num_batches = num_batches
+        self._console = console
+        columns = (TextColumn("{task.description}"), BarColumn(20), _Numbers(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task("starting", total=num_batches, numbers="")
+        self._shown_at = float("-inf")
+        self._printed = 0
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, coordinator: Coordinator, now: float) -> None:
+        """Bring the display up to date, at most every `REFRESH_S`."""
+        if coordinator.phase == "starting" or now - self._shown_at < REFRESH_S:
+            return
+        self._shown_at = now
+        epochs, numbers = coordinator.epochs, self._numbers(coordinator)
+        done = coordinator.ledger.done if coordinator.phase == "training" else self._num_batches
+        self._progress.update(self._task, description=self._title(epochs), completed=done, numbers=numbers)
+        if not self._console.is_terminal and epochs > self._printed:
+            self._printed = epochs
+            self._console.print(f"{epochs} epochs done  {numbers}", highlight=False, soft_wrap=True)
+
+    def _title(self, epochs: int) -> str:
+        current = epochs + 1 if self._epochs is None else min(epochs + 1, self._epochs)
+        return f"epoch {current}" + (f"/{self._epochs}" if self._epochs else "")
+
+    def _numbers(self, coordinator: Coordinator) -> str:
+        metrics = run_metrics(coordinator)
+        shown = [
+            ("loss", metrics["train/loss"], "{:.4f}"),
+            ("val acc", metrics["val/accuracy"], "{:.4f}"),
+            ("updates/s", metrics["perf/updates_per_s"], "{:.0f}"),
+            ("staleness p50", metrics["async/staleness_p50"], "{:.0f}"),
+            ("p95", metrics["async/staleness_p95"], "{:.0f}"),
+        ]
+        parts = [f"{name} {form.format(value)}" for name, value, form in shown if value is not None]
+        return "  ".join([*parts, f"workers {len(coordinator.roster.up)}/{self._workers}"])

@@ -1,0 +1,164 @@
+"""The run directory: everything a run leaves behind, under fixed names.
+
+spec.yaml          the job as it was given      resolved.json   ... with every default
+env.json           versions of what ran it      owner           the driver that may commit
+metrics.jsonl      numbers over time            events.jsonl    what happened, and why
+checkpoints/       see psgd.cluster.checkpoints journal/        one record per push
+commands/          what `psgd stop` asked for   result.json     how it ended
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+from uuid import uuid4
+
+import yaml
+
+from psgd.errors import OwnershipError, ResumeError, RunNotFoundError
+from psgd.result import Result
+from psgd.spec import JobSpec
+from psgd.storage import Storage
+
+__all__ = ["Owner", "RunDirectory"]
+
+PACKAGES = ("psgd", "ray", "numpy", "pydantic", "safetensors", "fsspec")
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The driver that a run belongs to."""
+
+    driver: str  # random
+    incarnation: int  # of the servers it starts: one more than any before
+    host: str
+    pid: int
+    started: float  # Unix time, seconds
+
+
+class RunDirectory:
+    """One run's directory.
+
+    Args:
+        storage: the folder; it need not exist.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._owner: Owner | None = None
+
+    @property
+    def exists(self) -> bool:
+        return self.storage.exists("resolved.json")
+
+    def begin(self, spec: JobSpec) -> None:
+        """Describe the run; a resumed one keeps its first description."""
+        if self.exists:
+            return
+        tree = spec.model_dump(mode="json", exclude_unset=True)
+        packages = {name: version(name) for name in PACKAGES}
+        env = {"python": platform.python_version(), "platform": platform.platform(), "packages": packages}
+        self.storage.write("spec.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
+        self.storage.write("env.json", _json(env))
+        self.storage.write("resolved.json", _json(spec.model_dump(mode="json")))
+
+    def check_identity(self, spec: JobSpec) -> None:
+        """Refuse to resume a run as another job.
+
+        Raises:
+            ResumeError: naming the fields that differ.
+        """
+        before = JobSpec.model_validate_json(self.storage.read("resolved.json")).identity()
+        changed = sorted(_differences("", before, spec.identity()))
+        if changed:
+            raise ResumeError(
+                f"{self.storage.url} is a run of another job; these fields may not change on resuming: "
+                f"{'; '.join(changed)}. Give the new job another --name"
+            )
+
+    def own(self) -> Owner:
+        """Take the run over: whoever owned it before stops at its next commit."""
+        before = json.loads(self.storage.read("owner"))["incarnation"] if self.storage.exists("owner") else 0
+        self._owner = Owner(uuid4().hex, before + 1, socket.gethostname(), os.getpid(), time.time())
+        self.storage.write("owner", _json(asdict(self._owner)))
+        return self._owner
+
+    def check_owner(self) -> None:
+        """Make sure that no other driver took the run over.
+
+        Raises:
+            OwnershipError: one did.
+        """
+        found = json.loads(self.storage.read("owner"))
+        if self._owner is None or found["driver"] != self._owner.driver:
+            raise OwnershipError(
+                f"the run in {self.storage.url} was taken over by process {found['pid']} on {found['host']}; "
+                "this driver stops and commits nothing"
+            )
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Add a line to `events.jsonl`."""
+        self.storage.append("events.jsonl", _line({"time": time.time(), "event": kind, **facts}))
+
+    def metrics(self, values: dict[str, float | None]) -> None:
+        """Add a line to `metrics.jsonl`."""
+        self.storage.append("metrics.jsonl", _line({"time": time.time(), **values}))
+
+    def finish(self, result: Result) -> None:
+        """Write `result.json`."""
+        self.storage.write("result.json", _json(result.to_dict()))
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run; None if it is not there (yet)."""
+        self.check_exists()
+        return json.loads(self.storage.read(name)) if self.storage.exists(name) else None
+
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """The records of a JSON-lines file of the run."""
+        self.check_exists()
+        text = self.storage.read(name).decode() if self.storage.exists(name) else ""
+        return [json.loads(line) for line in text.splitlines()]
+
+    def check_exists(self) -> None:
+        if not self.exists:
+            raise RunNotFoundError(f"there is no run in {self.storage.url}; name it as in `--name`, and its --storage")
+
+    def command(self, kind: str) -> str:
+        """Ask the run's driver for something; returns the command's id, which its answer in `events.jsonl` names."""
+        self.check_exists()
+        identifier = f"{time.time_ns()}-{uuid4().hex[:8]}"
+        self.storage.write(f"commands/{identifier}.json", _json({"id": identifier, "command": kind}))
+        return identifier
+
+    def take_commands(self) -> list[dict[str, Any]]:
+        """Commands that came since the last call, oldest first; they are gone from the directory then."""
+        taken = []
+        for name in self.storage.names("commands"):
+            taken.append(json.loads(self.storage.read(f"commands/{name}")))
+            self.storage.delete(f"commands/{name}")
+        return taken
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _line(value: Any) -> bytes:
+    return (json.dumps(value) + "\n").encode()
+
+
+def _differences(path: str, before: Any, now: Any) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = before.keys() | now.keys()
+        return [
+            difference
+            for key in keys
+            for difference in _differences(f"{path}.{key}".lstrip("."), before.get(key), now.get(key))
+        ]
+    return [] if before == now else [f"{path} was {before!r} and is {now!r}"]

@@ -1,0 +1,46 @@
+"""What a run came to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+__all__ = ["LedgerCounts", "Result", "Status"]
+
+Status = Literal["finished", "stopped", "interrupted", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerCounts:
+    """What became of the batches, over the whole run, resumptions included."""
+
+    batches: int  # different batches in the weights
+    applied: int  # pushes whose gradient is in the weights; equal to `batches`, or something was counted twice
+    duplicates: int  # pushes refused because their batch was in the weights already
+    requeued: int  # batches leased again
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a run ended.
+
+    `metrics` has `train/loss`, `val/loss`, `val/accuracy`, `perf/updates_per_s`, `perf/samples_per_s` and
+    `async/staleness_{mean,p50,p95,max}`; a metric that was not measured is None. `perf/*` are rates from the first
+    applied gradient of this process to the last.
+    """
+
+    status: Status
+    name: str
+    path: str  # of the run directory
+    epochs: int  # complete ones
+    updates: int  # optimizer steps
+    samples: int  # examples applied
+    duration_s: float  # of this process's training, start-up left out
+    metrics: dict[str, float | None]
+    ledger: LedgerCounts
+    checkpoint: str | None  # the newest committed one
+    error: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, in the order of `psgd train --json`."""
+        return asdict(self)

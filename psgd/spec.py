@@ -1,0 +1,183 @@
+"""JobSpec: everything a job says, accepted or refused before any process starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, model_validator
+
+from psgd_workers.spec import DataSpec, ModelSpec, Spec, TorchModel
+
+__all__ = [
+    "AsyncConsistency",
+    "BspConsistency",
+    "CheckpointConfig",
+    "ConsistencySpec",
+    "FailureConfig",
+    "JobSpec",
+    "OptimizerSpec",
+    "RunConfig",
+    "ScalingConfig",
+    "SgdOptimizer",
+    "TargetConfig",
+]
+
+
+class SgdOptimizer(Spec):
+    """Stochastic gradient descent on the servers, equal to `torch.optim.SGD`."""
+
+    name: Literal["sgd"] = "sgd"
+    """Which optimizer."""
+    lr: float = Field(gt=0, validation_alias=AliasChoices("lr", "learning_rate"))
+    """Learning rate η, per step. Asynchronous runs bear a lower one: staleness acts like added momentum."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """μ in v ← μ·v + (1 - dampening)·g. Lower it as workers are added."""
+    dampening: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a gradient kept out of the momentum."""
+    nesterov: bool = False
+    """Step by g + μ·v instead of v."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """λ in g ← g + λ·w."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Longer gradients are shortened to this Euclidean norm, each by itself, before any averaging."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> SgdOptimizer:
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError(
+                f"nesterov needs momentum above 0 and dampening 0, not {self.momentum} and {self.dampening}"
+            )
+        return self
+
+
+OptimizerSpec = SgdOptimizer
+
+
+class AsyncConsistency(Spec):
+    """Every gradient is a step of its own, as soon as it arrives: fastest, at the price of staleness."""
+
+    mode: Literal["async"] = "async"
+    """Which mode."""
+
+
+class BspConsistency(Spec):
+    """Bulk synchronous: one step on the mean of one gradient of each live worker, weighted by examples."""
+
+    mode: Literal["bsp"]
+    """Which mode."""
+
+
+ConsistencySpec = Annotated[AsyncConsistency | BspConsistency, Field(discriminator="mode")]
+
+
+class ScalingConfig(Spec):
+    """How many workers, and what each is given."""
+
+    workers: int = Field(default=2, ge=1, le=4096)
+    """Worker processes. More: faster epochs, more staleness (about workers - 1) in `async`."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """CPUs Ray reserves for each worker, and BLAS threads it may use. The server asks for none."""
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    """GPUs Ray reserves for each worker, for models of kind `torch`."""
+
+
+class TargetConfig(Spec):
+    """End the run once an epoch's metric is this good."""
+
+    metric: Literal["val/accuracy", "val/loss", "train/loss"]
+    """Which metric."""
+    value: float
+    """Accuracy: at least this. A loss: at most this."""
+
+    def reached(self, value: float) -> bool:
+        return value >= self.value if self.metric == "val/accuracy" else value <= self.value
+
+
+class RunConfig(Spec):
+    """When the run ends and where it is kept. It ends with whichever limit comes first."""
+
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the training data."""
+    max_updates: int | None = Field(default=None, ge=1)
+    """Optimizer steps."""
+    max_time_s: float | None = Field(default=None, gt=0)
+    """Seconds of training, start-up left out."""
+    target: TargetConfig | None = None
+    """Stop early once a metric is good enough."""
+    storage: str = Field(default="runs", min_length=1)
+    """Folder or fsspec URL that holds the run's directory; on a cluster, one that every node reaches."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> RunConfig:
+        if self.epochs is None and self.max_updates is None and self.max_time_s is None:
+            raise ValueError("a run must end: give at least one of epochs, max_updates, max_time_s")
+        return self
+
+
+class CheckpointConfig(Spec):
+    """How often the state is saved. A run's end and Ctrl-C always save."""
+
+    every_s: float | None = Field(default=60.0, gt=0)
+    """Seconds between checkpoints; null: not by time. What a lost server costs at most."""
+    every_updates: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; null: not by steps."""
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints kept; older ones are deleted."""
+
+
+class FailureConfig(Spec):
+    """What is borne, and how long things are waited for."""
+
+    max_failures: int = Field(default=10, ge=-1)
+    """Worker deaths replaced before the run fails; -1: any number. Preemptions are not counted."""
+    max_rejected: int = Field(default=10, ge=0)
+    """Gradients that are not finite before the run fails as diverged."""
+    start_timeout_s: float = Field(default=0.0, ge=0)
+    """Seconds to wait for a cluster that is too small to grow. 0: refuse at once."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds any one answer may take: a receipt, a report, a process's start. Raise it for longer batches."""
+
+
+class JobSpec(Spec):
+    """One training job."""
+
+    version: Literal[1] = 1
+    """Of this format."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """The run's name, and its directory's. Default: the job file's name without its ending."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides the initial weights, the split, the shards and every epoch's order."""
+    model: ModelSpec
+    """What is trained."""
+    data: DataSpec
+    """What it is trained on."""
+    optimizer: OptimizerSpec
+    """How a server steps."""
+    consistency: ConsistencySpec = AsyncConsistency()
+    """How workers wait for each other."""
+    scaling: ScalingConfig = ScalingConfig()
+    """How many workers."""
+    run: RunConfig
+    """When the run ends, and where it is kept."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """How often the state is saved."""
+    failure: FailureConfig = FailureConfig()
+    """What is borne."""
+
+    @model_validator(mode="after")
+    def _cuda_needs_a_gpu(self) -> JobSpec:
+        if isinstance(self.model, TorchModel) and self.model.device == "cuda" and self.scaling.gpus_per_worker == 0:
+            raise ValueError(
+                "model.device is cuda, but scaling.gpus_per_worker is 0: give each worker a GPU, or a share"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The part of a job that a resumed run may not change: what its weights are a function of."""
+        return self.model_dump(mode="json", include={"version", "seed", "model", "data", "optimizer", "consistency"})
+
+    def identity_hash(self) -> str:
+        """SHA-256 of `identity()`, in hex."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
