@@ -1,0 +1,53 @@
+# One short command per habit. Needs Python 3.11 or newer and a package registry; everything goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+# Exact versions for what is installed, and for what builds it.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help demo test lint types imports unit integration bench clean
+.NOTPARALLEL:
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/data.stamp ## train on the digits that come with scikit-learn, with 2 workers: about a minute at first
+	$(BIN)/psgd train deploy/jobs/digits.yaml --name digits-$$(date +%Y%m%d-%H%M%S)
+
+test: lint types imports unit integration ## all that a change must pass; CI runs this
+
+lint: .venv/dev.stamp ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev.stamp ## mypy, strict
+	$(BIN)/mypy
+
+imports: .venv/dev.stamp ## imports run one way
+	$(BIN)/lint-imports
+
+unit: .venv/dev.stamp ## fast tests, one file per module
+	$(BIN)/pytest tests/unit
+
+integration: .venv/dev.stamp ## tests on a real, local Ray cluster
+	$(BIN)/pytest tests/integration
+
+bench: .venv/dev.stamp ## updates per second, beside plain NumPy and torch; into bench/throughput.json
+	$(BIN)/python -m tests.benchmarks.throughput
+
+clean: ## remove .venv and all caches; runs/ and bench/ stay
+	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# .venv/EXTRA.stamp: psgd is installed with that extra, as pyproject.toml and constraints.txt now say.
+.venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/pip install -qq --editable '.[$*]'
+	@touch $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"psgd needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
