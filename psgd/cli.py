@@ -123,7 +123,8 @@ def submit(
     storage: StorageOption = None,
     name: NameOption = None,
     py_module: Annotated[
-        list[Path] | None, typer.Option(help="Source folder of your own that the model needs.")
+        list[Path] | None,
+        typer.Option(exists=True, file_okay=False, help="Source folder of your own that the model needs."),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the run's end, showing its output.")] = True,
 ) -> None:

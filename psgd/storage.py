@@ -7,6 +7,7 @@ from posixpath import join
 from uuid import uuid4
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from psgd.errors import StorageError
 
@@ -55,8 +56,17 @@ class Storage:
         return data
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a whole file, and the folders it lies in."""
-        self._put(name, data, "wb")
+        """Write a whole file, and the folders it lies in; a reader finds the old one or all of the new one."""
+        if not isinstance(self._fs, LocalFileSystem):  # an object store shows nothing by halves
+            self._put(name, data, "wb")
+            return
+        folder, _, file = name.rpartition("/")
+        unfinished = join(folder, f".{file}-{uuid4().hex}")
+        self._put(unfinished, data, "wb")
+        try:
+            Path(self._root, unfinished).replace(Path(self._root, name))
+        except OSError as error:
+            raise StorageError(f"cannot write {name!r} in {self.url}: {_reason(error)}") from error
 
     def append(self, name: str, data: bytes) -> None:
         """Add to a file's end; it is created if need be."""

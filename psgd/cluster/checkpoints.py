@@ -11,6 +11,7 @@ Servers write their parts themselves; only names and checksums travel.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -33,6 +34,7 @@ from psgd_workers.spec import Spec
 __all__ = ["Checkpoint", "Checkpoints", "Manifest", "Part", "load_weights", "write_part"]
 
 FORMAT = 1
+NAME = re.compile(r"\d+-\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Oldest first, committed or not."""
-        return self._run.names("checkpoints")
+        return [name for name in self._run.names("checkpoints") if NAME.fullmatch(name)]
 
     def committed(self) -> list[str]:
         """Oldest first."""

@@ -12,10 +12,11 @@ from tempfile import TemporaryDirectory
 from urllib.parse import urlparse
 
 import yaml
+from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from psgd.cluster.session import SHIPPED, check_listening, py_modules
-from psgd.errors import ClusterError, RunError, RunNotFoundError
+from psgd.errors import ClusterError, RunError, RunNotFoundError, SpecError
 from psgd.spec import JobSpec
 
 __all__ = ["Jobs"]
@@ -52,7 +53,16 @@ class Jobs:
 
         Returns:
             The job's submission id.
+
+        Raises:
+            SpecError: the run would be kept in the job's own folder, which Ray deletes.
         """
+        storage = spec.run.storage
+        if "://" not in storage and not Path(storage).expanduser().is_absolute():
+            raise SpecError(
+                f"run.storage: {storage!r} is relative, and a submitted job runs in a folder that Ray deletes; "
+                "give --storage an absolute path or a URL that every node reaches"
+            )
         with TemporaryDirectory() as folder, _errors(self._address):
             tree = spec.model_dump(mode="json", exclude_unset=True)
             (Path(folder) / "job.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -77,8 +87,8 @@ class Jobs:
         Raises:
             RunError: it did not succeed.
         """
-        asyncio.run(self._tail(job))
         with _errors(self._address):
+            asyncio.run(self._tail(job))
             status, message = self._client.get_job_status(job), self._client.get_job_info(job).message
         if status != JobStatus.SUCCEEDED:
             raise RunError(f"job {job} ended {status.value}: {message}")
@@ -112,5 +122,5 @@ class Jobs:
 def _errors(address: str) -> Iterator[None]:
     try:
         yield
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (RayError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(f"the job server at {address} refused: {error}") from error

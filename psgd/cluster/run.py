@@ -179,7 +179,7 @@ def _check_target(spec: JobSpec, dataset: Dataset) -> None:
         return
     if dataset.validation is None:
         raise SpecError(
-            f"run.target asks for {target.metric}, but the data has no validation part"
+            f"run.target asks for {target.metric}, but the data has no validation part: set data.validation_fraction"
         )
     if target.metric == "val/accuracy" and dataset.classes is None:
         raise SpecError("run.target asks for val/accuracy, but the labels are no classes: use val/loss")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 import psgd
@@ -78,7 +79,7 @@ def session(spec: JobSpec, address: str | None) -> Iterator[None]:
     check_address(address)
     try:
         ray.init(**_local(spec) if address in (None, "local") else _remote(str(address)))
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (RayError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(f"cannot start or reach Ray ({address or 'local'}): {error}") from error
     try:
         yield

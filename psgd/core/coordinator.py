@@ -123,7 +123,7 @@ class Coordinator:
         """When the host must send a `Tick`, if nothing happens before; None: never."""
         deadlines = [self._end_deadline, *(self._patience(worker) for worker in self.roster)]
         if self.phase == "training":
-            deadlines += [self._limits.deadline(self.began), self.saving.deadline()]
+            deadlines += [self._limits.deadline(self.began), self.saving.deadline(self.updates)]
         soonest = min(deadlines)
         return None if soonest == float("inf") else soonest
 
@@ -253,7 +253,7 @@ class Coordinator:
         if self.phase == "training":
             self._lease(now)
             if self.saving.due(self.updates, now):
-                self._actions.append(self.saving.begin())
+                self._actions.append(self.saving.begin(self.updates))
         if self.phase == "ending":
             self._finish_if_done(now)
         self._actions += self.evaluations.assign(now)
@@ -318,13 +318,14 @@ class Coordinator:
         for ahead in (0, 1):  # nobody idles before another has a lease queued
             for worker in self.roster.up:
                 if len(worker.leases) == ahead:
-                    size = min(worker.lease_size(), self._fair_share(), self._batches_allowed())
+                    size = min(worker.lease_size(), self._fair_share())
                     self._grant(worker, self.ledger.grant(worker.name, size, self.roster.home(worker)), now)
 
     def _fair_share(self) -> int:
-        """Half an even share of what is left: leases shrink as an epoch ends, so that workers end together."""
+        """Half an even share of what is left: leases shrink towards an end, so that workers end together."""
         workers = len(self.roster.up)
-        return self.ledger.pending if workers == 1 else ceil(self.ledger.pending / (2 * workers))
+        left = min(self.ledger.pending, self._batches_allowed())
+        return left if workers == 1 else ceil(left / (2 * workers))
 
     def _batches_allowed(self) -> int:
         """How many more batches `max_updates` leaves to be leased."""
@@ -332,7 +333,8 @@ class Coordinator:
         if left is None:
             return self.ledger.pending
         per_update = len(self.roster.up) if self._rounds else 1
-        return max(0, left * per_update - self.ledger.outstanding)
+        buffered = max(report.pushes["buffered"] for report in self.reports.values())  # contained, but in no update yet
+        return max(0, left * per_update - self.ledger.outstanding - buffered)
 
     def _lease_rounds(self, now: float) -> None:
         """Whole blocks of rounds, to all workers at once, as soon as nobody has a block ahead of its present one."""
@@ -399,7 +401,7 @@ class Coordinator:
         if not self.ledger.settled or self.saving.busy:
             return
         if self.reports and self.saving.lacks(self.updates):
-            self._actions.append(self.saving.begin())
+            self._actions.append(self.saving.begin(self.updates))
             return
         if self._end_status == "interrupted":
             self._finish = Finish(self._end_status)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,7 @@ class Ledger:
             out.positions = np.empty(0, np.int64)  # all done; only the call itself has yet to return
         self._begin(epoch)
 
-    def grant(self, worker: str, batches: int, home: float = 0.0) -> Lease | None:
+    def grant(self, worker: str, batches: int, home: Fraction = Fraction(0)) -> Lease | None:
         """Lease up to `batches` pending batches, in order, beginning with a worker's own part of the data.
 
         Args:

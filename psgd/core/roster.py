@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from psgd.core.report import Report
 
@@ -95,9 +96,9 @@ class Roster:
     def remove(self, name: str) -> WorkerRecord:
         return self._workers.pop(name)
 
-    def home(self, worker: WorkerRecord) -> float:
+    def home(self, worker: WorkerRecord) -> Fraction:
         """Where the worker's own part of the shards begins, as a share of all."""
-        return worker.slot / self._slots
+        return Fraction(worker.slot, self._slots)
 
     def heard(self, report: Report, now: float) -> None:
         """Note who pushed since the last report, and who waits for a receipt: both are alive."""

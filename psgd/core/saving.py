@@ -23,6 +23,7 @@ class Saving:
         self._partitions = partitions
         self._number = number
         self._parts: dict[int, Saved] | None = None
+        self._begun_updates = saved_updates or 0  # also of one that failed: it is not tried again at once
         self.saved_updates = saved_updates
         self.closed_at = 0.0  # when the last one ended, or training began
 
@@ -39,15 +40,18 @@ class Saving:
         if self.busy or not self.lacks(updates):
             return False
         by_updates = self._config.every_updates
-        made = updates - (self.saved_updates or 0)
-        return now >= self.deadline() or (by_updates is not None and made >= by_updates)
+        made = updates - self._begun_updates
+        return now >= self.deadline(updates) or (by_updates is not None and made >= by_updates)
 
-    def deadline(self) -> float:
-        """When the next checkpoint is due by time."""
-        return float("inf") if self.busy or self._config.every_s is None else self.closed_at + self._config.every_s
+    def deadline(self, updates: int) -> float:
+        """When the next checkpoint is due by time; never, while there is nothing new to save."""
+        if self.busy or not self.lacks(updates) or self._config.every_s is None:
+            return float("inf")
+        return self.closed_at + self._config.every_s
 
-    def begin(self) -> Save:
+    def begin(self, updates: int) -> Save:
         self._parts = {}
+        self._begun_updates = updates
         return Save(self._number)
 
     def take(self, event: Saved | SaveFailed | Committed, now: float) -> Commit | None:

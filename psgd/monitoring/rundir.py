@@ -140,9 +140,20 @@ class RunDirectory:
         """Commands that came since the last call, oldest first; they are gone from the directory then."""
         taken = []
         for name in self.storage.names("commands"):
-            taken.append(json.loads(self.storage.read(f"commands/{name}")))
-            self.storage.delete(f"commands/{name}")
+            if name.endswith(".json"):  # else it is being written
+                taken.append(_command(name, self.storage.read(f"commands/{name}")))
+                self.storage.delete(f"commands/{name}")
         return taken
+
+
+def _command(name: str, text: bytes) -> dict[str, Any]:
+    """A command file's content; what is no command at all is answered like an unknown one, not with a crash."""
+    try:
+        tree = json.loads(text)
+    except ValueError:
+        tree = None
+    command = tree.get("command") if isinstance(tree, dict) else None
+    return {"id": name.removesuffix(".json"), "command": command}
 
 
 def _json(value: Any) -> bytes:

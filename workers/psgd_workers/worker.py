@@ -114,7 +114,8 @@ class Worker:
         began = perf_counter()
         loss = self.gradient(batch, self._weights, self._gradient)
         trainable = self._gradient[: self._layout.num_trainable]
-        norm = float(np.sqrt(np.dot(trainable, trainable)))
+        with np.errstate(over="ignore"):  # too long for float32 is as good as not finite
+            norm = float(np.sqrt(np.dot(trainable, trainable)))
         if not np.isfinite(self._gradient[self._layout.num_trainable :]).all():
             norm = float("nan")  # a buffer that is not finite is refused like a gradient
         compute_s = perf_counter() - began
