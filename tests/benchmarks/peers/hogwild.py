@@ -1,0 +1,53 @@
+"""PyTorch Hogwild: two processes write to one shared model without locks.
+
+Each batch is taken from a shared counter, so that a slow process holds nothing back.
+
+References:
+    Recht, Re, Wright, Niu (2011), "Hogwild!: A Lock-Free Approach to Parallelizing Stochastic Gradient Descent".
+    https://docs.pytorch.org/docs/stable/notes/multiprocessing.html
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int64
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Barrier
+
+import torch
+from torch import nn
+
+from tests.benchmarks.crew import SPAWN, run_crew
+from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
+from tests.benchmarks.mnist import Batches, Mnist
+from tests.benchmarks.network import accuracy, backpropagate, network
+from tests.benchmarks.setting import LEARNING_RATE, NUM_WORKERS
+
+__all__ = ["measure"]
+
+
+def measure(seconds: float) -> Measurement:
+    """Updates of both processes together."""
+    model = network()
+    model.share_memory()
+    spans = run_crew(_train, SPAWN.Barrier(NUM_WORKERS), SPAWN.Value(c_int64, 0), model, seconds)
+    return Measurement.of("hogwild", Span.over(spans), accuracy(model, Mnist.load()))
+
+
+def _train(rank: int, start: Barrier, taken: Synchronized[int], model: nn.Module, seconds: float) -> Span:
+    torch.set_num_threads(1)
+    batches = Batches(Mnist.load(), seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+    def update() -> None:
+        with taken.get_lock():
+            index = taken.value
+            taken.value += 1
+        backpropagate(model, *batches[index])
+        optimizer.step()
+
+    start.wait(timeout=60)
+    return repeat(update, lambda span: span.seconds < seconds)
+
+
+if __name__ == "__main__":
+    measured_for(measure, __doc__)

@@ -1,0 +1,73 @@
+"""Models that fail on purpose, at a scripted gradient; workers import them by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from psgd_workers.messages import FloatArray
+from psgd_workers.models.network import Network
+
+__all__ = ["dies_once", "raises"]
+
+
+class _Scripted(Network):
+    """A softmax regression of digits that does something at its n-th gradient, counted per process.
+
+    The driver's trial gradient counts too, so `at` is beyond it.
+    """
+
+    def __init__(self, at: int) -> None:
+        super().__init__((64, 10), "cross_entropy")
+        self._left = at
+
+    def loss_and_gradient(
+        self,
+        weights: Mapping[str, FloatArray],
+        features: FloatArray,
+        labels: NDArray[Any],
+        gradient: Mapping[str, FloatArray],
+        seed: int,
+    ) -> float:
+        self._left -= 1
+        if self._left == 0:
+            self.fail()
+        return super().loss_and_gradient(weights, features, labels, gradient, seed)
+
+    def fail(self) -> None:
+        raise NotImplementedError
+
+
+class _DiesOnce(_Scripted):
+    """The first process to get there is killed; a marker file tells the others."""
+
+    def __init__(self, at: int, marker: str) -> None:
+        super().__init__(at)
+        self._marker = Path(marker)
+
+    def fail(self) -> None:
+        try:
+            self._marker.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Raises(_Scripted):
+    def fail(self) -> None:
+        raise ArithmeticError("scripted")
+
+
+def dies_once(at: int, marker: str) -> _DiesOnce:
+    """A process is killed at its `at`-th gradient, unless the marker file says that one was."""
+    return _DiesOnce(at, marker)
+
+
+def raises(at: int) -> _Raises:
+    """The model raises at a process's `at`-th gradient."""
+    return _Raises(at)

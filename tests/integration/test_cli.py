@@ -1,0 +1,175 @@
+"""Runs on a local Ray through the command line: what it prints, how it ends, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+
+from tests.integration.commands import DIGITS, LIMIT_S, CommandLine, eventually, recorded
+
+BATCHES, EXAMPLES, EPOCHS = 90, 1438, 15
+TRAIN = ("train", DIGITS, "--set", f"run.epochs={EPOCHS}")
+KEYS = [
+    *("status", "name", "path", "epochs", "updates", "samples", "duration_s"),
+    *("metrics", "ledger", "checkpoint", "error"),
+]
+METRICS = {
+    *("train/loss", "val/loss", "val/accuracy", "perf/updates_per_s", "perf/samples_per_s"),
+    *(f"async/staleness_{name}" for name in ("mean", "p50", "p95", "max")),
+}
+
+
+@pytest.fixture
+def psgd(tmp_path: Path, ray_home: Path, environment: dict[str, str]) -> CommandLine:
+    """The command line, with a Ray folder that no other test's processes carry."""
+    return CommandLine(environment | {"RAY_TMPDIR": mkdtemp(dir=ray_home), "RAY_AUTH_MODE": "disabled"}, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, ray_home: Path, environment: dict[str, str]
+) -> Iterator[tuple[CommandLine, CompletedProcess[str]]]:
+    """A short run with Ray's default authentication, told as JSON."""
+    psgd = CommandLine(environment | {"RAY_AUTH_MODE": "token"}, tmp_path_factory.mktemp("finished"))
+    done = psgd.run("train", DIGITS, "--set", "run.epochs=3", "--json")
+    assert done.returncode == 0, done.stderr
+    yield psgd, done
+    assert (ray_home / ".ray" / "auth_token").exists()  # the mode was on, and the token is not the user's
+
+
+def counts(done: CompletedProcess[str]) -> dict[str, Any]:
+    """The result that a command printed, which must be of a complete run."""
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert (result["status"], result["epochs"]) == ("finished", EPOCHS)
+    return {name: result["ledger"][name] for name in ("batches", "applied")} | {"samples": result["samples"]}
+
+
+EXACTLY_ONCE = {"batches": EPOCHS * BATCHES, "applied": EPOCHS * BATCHES, "samples": EPOCHS * EXAMPLES}
+
+
+def test_train_prints_one_json_document_and_nothing_else(finished: tuple[CommandLine, CompletedProcess[str]]) -> None:
+    result = json.loads(finished[1].stdout)
+    assert list(result) == KEYS
+    assert result["metrics"].keys() == METRICS
+    assert list(result["ledger"]) == ["batches", "applied", "duplicates", "requeued"]
+    assert (result["status"], result["epochs"], result["error"]) == ("finished", 3, None)
+    assert Path(result["path"]) == finished[0].folder / "runs" / "digits"
+    assert (Path(result["path"]) / "checkpoints" / result["checkpoint"] / "COMMITTED").exists()
+
+
+def test_progress_and_the_summary_go_to_stderr(finished: tuple[CommandLine, CompletedProcess[str]]) -> None:
+    told = finished[1].stderr
+    assert "epochs done" in told
+    assert "finished digits: 3 epochs, 270 updates" in told
+    assert "--resume" not in told
+
+
+def test_nothing_outlives_a_run(finished: tuple[CommandLine, CompletedProcess[str]]) -> None:
+    eventually(lambda: not finished[0].processes(), within_s=5)
+
+
+def test_a_finished_run_is_told_by_status_and_logs(finished: tuple[CommandLine, CompletedProcess[str]]) -> None:
+    psgd, done = finished
+    assert json.loads(psgd.run("status", "digits").stdout) == json.loads(done.stdout)
+    kinds = [line.split()[2] for line in psgd.run("logs", "digits").stdout.splitlines()]
+    assert (kinds[0], kinds[-1]) == ("started", "finished")
+    assert {"worker_up", "evaluated", "checkpoint"} <= set(kinds)
+
+
+def test_a_second_run_of_the_name_is_refused_as_json(finished: tuple[CommandLine, CompletedProcess[str]]) -> None:
+    again = finished[0].run("train", DIGITS, "--json")
+    assert again.returncode == 2
+    document = json.loads(again.stdout)
+    assert document["status"] == "refused"
+    assert "--resume continues it" in document["error"]
+    assert "--resume continues it" in again.stderr
+
+
+def interrupt(psgd: CommandLine, mode: str, send: Callable[[int, int], None], number: int) -> None:
+    """Start or continue the run, and send a signal once it got further; it must end saved and leave nothing."""
+    run = psgd.folder / "runs" / "digits"
+    seen = len(recorded(run, "evaluated"))
+    with psgd.started(*TRAIN, "--resume", RAY_AUTH_MODE=mode) as driver:
+        eventually(lambda: len(recorded(run, "evaluated")) > seen)
+        send(driver.pid, number)
+        told = driver.communicate(timeout=LIMIT_S)[1]
+    assert driver.returncode == 130, told
+    assert "the same command with --resume continues it" in told
+    result = json.loads((run / "result.json").read_text())
+    assert (result["status"], result["ledger"]["batches"]) == ("interrupted", result["ledger"]["applied"])
+    assert recorded(run, "checkpoint")[-1]["updates"] == result["updates"] > 0
+    assert (run / "checkpoints" / result["checkpoint"] / "COMMITTED").exists()
+    eventually(lambda: not psgd.processes(), within_s=5)
+
+
+def test_ctrl_c_and_sigterm_save_the_run_and_resuming_ends_it_exactly(psgd: CommandLine) -> None:
+    interrupt(psgd, "token", os.killpg, signal.SIGINT)  # to the whole group, as a terminal does
+    interrupt(psgd, "disabled", os.kill, signal.SIGTERM)
+    assert counts(psgd.run(*TRAIN, "--resume", "--json")) == EXACTLY_ONCE
+    started = recorded(psgd.folder / "runs" / "digits", "started")
+    assert [event["resumed"] is None for event in started] == [True, False, False]
+
+
+def test_stop_ends_a_run_from_another_process(psgd: CommandLine) -> None:
+    run = psgd.folder / "runs" / "digits"
+    with psgd.started(*TRAIN, "--json") as driver:
+        eventually(lambda: recorded(run, "evaluated"))
+        running = json.loads(psgd.run("status", "digits").stdout)
+        assert psgd.run("stop", "digits").returncode == 0
+        out, told = driver.communicate(timeout=LIMIT_S)
+    assert (running["status"], running["owner"]["pid"]) == ("running", driver.pid)
+    assert driver.returncode == 0, told
+    assert json.loads(out)["status"] == "stopped"
+    assert "the same command with --resume continues it" in told
+    assert [event["accepted"] for event in recorded(run, "command")] == [True]
+    assert json.loads(psgd.run("status", "digits").stdout) == json.loads(out)
+    eventually(lambda: not psgd.processes(), within_s=5)
+
+
+def test_a_killed_driver_takes_its_ray_along_and_resuming_ends_exactly(psgd: CommandLine) -> None:
+    run = psgd.folder / "runs" / "digits"
+    with psgd.started(*TRAIN, "--set", "checkpoint.every_updates=200") as driver:
+        eventually(lambda: recorded(run, "checkpoint"))
+        assert any("raylet" in command for command in psgd.processes())
+        driver.kill()
+    eventually(lambda: not psgd.processes(), within_s=20)
+    assert recorded(run, "finished") == []
+    assert counts(psgd.run(*TRAIN, "--resume", "--json")) == EXACTLY_ONCE
+    assert recorded(run, "started")[-1]["resumed"] is not None
+
+
+CSV = ("--set", "data={format: csv, path: table.csv, label: right, batch_size: 2}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "data={format: npz, path: nowhere.npz}"), "nowhere.npz"),
+        (CSV, "line 3, column 'wide'"),
+        (("--address", "ray://127.0.0.1:10001"), "psgd submit JOB.yaml --address http://HEAD:8265"),
+        (("--address", "127.0.0.1:1"), "nobody answers at 127.0.0.1:1"),
+        (("--storage", "table.csv/runs"), "cannot write"),
+    ],
+    ids=["no data", "nan in the data", "ray client", "nobody there", "unwritable storage"],
+)
+def test_bad_input_is_refused_with_exit_2(psgd: CommandLine, arguments: tuple[str, ...], message: str) -> None:
+    (psgd.folder / "table.csv").write_text("tall,wide,right\n1,2,0\n3,nan,1\n5,6,0\n7,8,1\n")
+    began = time.monotonic()
+    refused = psgd.run("train", DIGITS, "--json", *arguments)
+    assert time.monotonic() - began < 30
+    assert refused.returncode == 2, refused.stderr
+    document = json.loads(refused.stdout)
+    assert (document.keys(), document["status"]) == ({"status", "error"}, "refused")
+    assert message in document["error"]
+    assert refused.stderr == f"psgd: {document['error']}\n"
+    assert not (psgd.folder / "runs" / "digits").exists()

@@ -1,0 +1,240 @@
+"""Runs on a cluster that is there already, with authentication: driven from here, and submitted as Ray jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import pytest
+import yaml
+
+import psgd
+import psgd_workers
+from tests.integration.commands import DIGITS, LIMIT_S, CommandLine, eventually, recorded
+
+PORTS = (
+    *("port", "node-manager-port", "object-manager-port", "ray-client-server-port", "metrics-export-port"),
+    *("dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port"),
+)
+WORKER_PORTS = 40
+TRAIN = ("train", DIGITS, "--set", "run.epochs=3")
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A cluster of one node with 4 CPUs."""
+
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+    def living(self) -> list[str]:
+        """Classes of the actors that live, Ray's own for its jobs included."""
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        with closing(HTTPConnection(self.dashboard.removeprefix("http://"), timeout=LIMIT_S)) as dashboard:
+            dashboard.request("GET", "/api/v0/actors", headers={"Authorization": f"Bearer {token}"})
+            actors = json.load(dashboard.getresponse())["data"]["result"]["result"]
+        return [actor["class_name"] for actor in actors if actor["state"] != "DEAD"]
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
+    """Started by a process that is ours, on ports that were free, with a token of its own."""
+    bin_ = Path(sys.executable).parent  # where a job's `python` is looked for
+    token = ray_home / "token"
+    token.write_text(token_hex(32))
+    secured = environment | {
+        "PATH": f"{bin_}{os.pathsep}{environment['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }
+    numbers = free_ports(len(PORTS) + WORKER_PORTS)
+    ports = dict(zip(PORTS, numbers, strict=False))
+    options = {name: str(number) for name, number in ports.items()} | {
+        "worker-port-list": ",".join(map(str, numbers[len(PORTS) :])),
+        "node-ip-address": "127.0.0.1",
+        "temp-dir": str(ray_home),
+        "num-cpus": "4",
+        "include-dashboard": "true",
+        "object-store-memory": str(200 * 2**20),
+    }
+    command = [str(bin_ / "ray"), "start", "--head", "--block", *(f"--{name}={text}" for name, text in options.items())]
+    told = ray_home / "ray.log"
+    with (
+        told.open("w") as log,
+        subprocess.Popen(command, env=secured, stdout=log, stderr=log, start_new_session=True) as head,
+    ):
+        try:
+            eventually(lambda: "will now block" in told.read_text(), LIMIT_S)
+            yield Cluster(f"127.0.0.1:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}", secured)
+        finally:
+            head.terminate()
+            head.wait(LIMIT_S)
+    eventually(lambda: not CommandLine(secured, ray_home).processes())
+
+
+@pytest.fixture
+def command(cluster: Cluster, tmp_path: Path) -> CommandLine:
+    """The command line, somewhere else than the source, with the cluster's token."""
+    return CommandLine(cluster.environment, tmp_path)
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on just now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def job_status(command: CommandLine, cluster: Cluster, run: str) -> str:
+    told = command.run("status", run, "--address", cluster.dashboard)
+    assert told.returncode == 0, told.stderr
+    return str(json.loads(told.stdout)["status"])
+
+
+def copy_source(folder: Path) -> Path:
+    """A copy of the packages whose workers write down which file they are."""
+    for package in (psgd, psgd_workers):
+        shutil.copytree(Path(str(package.__file__)).parent, folder / "source" / package.__name__)
+    with (folder / "source" / "psgd_workers" / "worker.py").open("a") as file:
+        file.write("import os, pathlib\n")
+        file.write(f"pathlib.Path({str(folder)!r}, f'{{os.getpid()}}.imported').write_text(__file__)\n")
+    return folder / "source"
+
+
+def test_a_driver_here_ships_its_source_and_leaves_no_actor(
+    cluster: Cluster, command: CommandLine, tmp_path: Path
+) -> None:
+    source = copy_source(tmp_path)
+    done = command.run(*TRAIN, "--json", "--address", cluster.address, PYTHONPATH=str(source))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["status"], result["path"]) == ("finished", str(tmp_path / "runs" / "digits"))
+    imported = [Path(file.read_text()) for file in tmp_path.glob("*.imported")]
+    shipped = [file for file in imported if "py_modules_files" in file.parts]
+    assert len(shipped) >= 2  # both workers; the driver itself imported the copy
+    assert set(imported) - set(shipped) == {source / "psgd_workers" / "worker.py"}
+    eventually(lambda: cluster.living() == [])
+
+
+def test_a_job_that_does_not_fit_is_refused_after_its_patience(cluster: Cluster, command: CommandLine) -> None:
+    large = (*TRAIN, "--address", cluster.address, "--set", "scaling.workers=64")
+    message = "the job needs 64 CPUs (64 workers), the cluster has 4 CPUs"
+    began = time.monotonic()
+    refused = command.run(*large)
+    at_once = time.monotonic() - began
+    assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
+    began = time.monotonic()
+    refused = command.run(*large, "--set", "failure.start_timeout_s=2")
+    assert 2 < time.monotonic() - began < at_once + 10
+    assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
+    assert not (command.folder / "runs" / "digits").exists()
+
+
+def test_a_submitted_job_is_followed_by_status_and_logs(cluster: Cluster, command: CommandLine) -> None:
+    storage = command.folder / "kept"
+    submitted = command.run(
+        "submit", *TRAIN[1:], "--storage", str(storage), "--no-wait", "--address", cluster.dashboard
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    assert submitted.stdout.startswith("raysubmit_")
+    eventually(lambda: job_status(command, cluster, "digits") not in ("PENDING", "RUNNING"), LIMIT_S)
+    assert job_status(command, cluster, "digits") == "SUCCEEDED"
+    assert "finished digits: 3 epochs" in command.run("logs", "digits", "--address", cluster.dashboard).stdout
+    assert json.loads((storage / "digits" / "result.json").read_text())["status"] == "finished"
+    assert json.loads(command.run("status", "digits", "--storage", str(storage)).stdout)["epochs"] == 3
+
+
+MODEL = """
+from pathlib import Path
+import psgd_workers
+from psgd_workers.models.network import Network
+
+def build(told):
+    Path(told).write_text(f"{__file__}\\n{psgd_workers.__file__}")
+    return Network((64, 10), "cross_entropy")
+"""
+
+
+def own_job(folder: Path, **run: Any) -> str:
+    """A job whose model is a package of the user's, `ours`, that is installed nowhere."""
+    (folder / "ours").mkdir(exist_ok=True)
+    (folder / "ours" / "__init__.py").write_text(MODEL)
+    tree = {
+        "name": "own",
+        "model": {"kind": "python", "path": "ours:build", "kwargs": {"told": str(folder / "told")}},
+        "data": {"format": "sklearn", "dataset": "digits"},
+        "optimizer": {"lr": 0.1},
+        "checkpoint": {"every_updates": 100},
+        "run": {"storage": str(folder / "runs"), **run},
+    }
+    (folder / "own.yaml").write_text(yaml.safe_dump(tree))
+    return str(folder / "own.yaml")
+
+
+def test_a_users_model_travels_and_the_run_is_continued_and_stopped(cluster: Cluster, command: CommandLine) -> None:
+    folder = command.folder
+    run = folder / "runs" / "own"
+    options = ("--py-module", "ours", "--address", cluster.dashboard)
+    waited = command.run("submit", own_job(folder, epochs=2), *options)
+    assert waited.returncode == 0, waited.stderr
+    assert "finished own: 2 epochs" in waited.stderr
+    model, workers = map(Path, (folder / "told").read_text().splitlines())
+    assert model.parts[-2:] == ("ours", "__init__.py")
+    assert all("py_modules_files" in file.parts for file in (model, workers))
+
+    saved = len(recorded(run, "checkpoint"))
+    with command.started("submit", own_job(folder, epochs=100_000), *options) as waiting:
+        eventually(lambda: len(recorded(run, "checkpoint")) > saved, LIMIT_S)
+        assert recorded(run, "started")[-1]["resumed"] is not None
+        assert job_status(command, cluster, "own") == "RUNNING"
+        assert command.run("stop", "own", "--address", cluster.dashboard).returncode == 0
+        told = waiting.communicate(timeout=LIMIT_S)[1]
+    assert waiting.returncode == 3, told
+    assert "ended STOPPED" in told
+    newest = recorded(run, "checkpoint")[-1]
+    assert newest["updates"] > 2 * 57  # ceil(1797 / 32) batches an epoch
+    assert (run / "checkpoints" / newest["name"] / "COMMITTED").exists()
+    eventually(lambda: cluster.living() == [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--storage", "/kept", "--address", "http://127.0.0.1:1"), "nobody answers at http://127.0.0.1:1"),
+        (("--storage", "/kept", "--address", "127.0.0.1:8265"), "expected the dashboard's URL"),
+        (("--storage", "kept"), "'kept' is relative"),
+    ],
+    ids=["nobody there", "no URL", "storage in the job's folder"],
+)
+def test_a_job_that_cannot_be_submitted_is_refused(
+    cluster: Cluster, command: CommandLine, arguments: tuple[str, ...], message: str
+) -> None:
+    refused = command.run("submit", DIGITS, "--address", cluster.dashboard, *arguments)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert message in refused.stderr
+
+
+def test_without_the_token_nobody_gets_in(cluster: Cluster, command: CommandLine) -> None:
+    lost = {"RAY_AUTH_TOKEN_PATH": str(command.folder / "nowhere")}
+    for arguments in ((*TRAIN, "--address", cluster.address), ("status", "run", "--address", cluster.dashboard)):
+        refused = command.run(*arguments, **lost)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("psgd: ")
+    refused = command.run("status", "run", "--address", cluster.dashboard, RAY_AUTH_MODE="disabled")
+    assert refused.returncode == 2
+    assert "Authentication required" in refused.stderr

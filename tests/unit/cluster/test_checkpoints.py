@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from psgd.cluster.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
+from psgd.core.journal import RECORD
+from psgd.core.server import ServerState
+from psgd.errors import CheckpointError
+from psgd.storage import Storage
+from psgd_workers.layout import Layout
+
+TENSORS = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.full(2, -1, np.float32)}
+LAYOUT = Layout.of(TENSORS)
+FLAT = LAYOUT.pack(TENSORS)
+CUT = 5  # between the two partitions, inside a tensor
+NO_RECORDS = np.zeros(0, RECORD)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "run"))
+
+
+def state(partition: int, updates: int = 40) -> ServerState:
+    """A server's state; partition 1 holds the first slice, so that numbers and order differ."""
+    start, stop = (CUT, len(FLAT)) if partition == 0 else (0, CUT)
+    arrays = {
+        "weights": FLAT[start:stop],
+        "applied.3": np.array([True, False, True]),
+        "optimizer.velocity": FLAT[start:stop] / 3,
+    }
+    facts = {"version": [1, updates], "partition": [partition, start, stop, stop - start], "epochs": 3}
+    return ServerState(arrays, facts)
+
+
+def manifest(name: str, parts: list[Part]) -> Manifest:
+    return Manifest(
+        format=1,
+        name=name,
+        incarnation=1,
+        updates=min(part.updates for part in parts),
+        epochs=3,
+        seed=0,
+        spec_hash="spec",
+        data_fingerprint="data",
+        names=LAYOUT.names,
+        shapes=LAYOUT.shapes,
+        num_trainable=LAYOUT.num_trainable,
+        partitions=len(parts),
+        requeued=0,
+        files={name: checksum for part in parts for name, checksum in part.files.items()},
+        journal={},
+    )
+
+
+def save(run: Storage, name: str) -> Manifest:
+    """Write a whole checkpoint of two partitions."""
+    whole = manifest(name, [write_part(run, name, state(partition), NO_RECORDS) for partition in (0, 1)])
+    Checkpoints(run).commit(whole)
+    return whole
+
+
+def fail(fault: str) -> None:
+    raise AssertionError(fault)
+
+
+def test_a_state_is_restored_bit_for_bit(run: Storage) -> None:
+    save(run, "000001-1")
+    checkpoint = Checkpoints(run).open("000001-1")
+    for partition in (0, 1):
+        saved, restored = state(partition), checkpoint.state(partition)
+        assert restored.facts == saved.facts
+        assert restored.arrays.keys() == saved.arrays.keys()
+        for name, array in saved.arrays.items():
+            assert restored.arrays[name].dtype == array.dtype
+            np.testing.assert_array_equal(restored.arrays[name], array)
+
+
+def test_the_manifest_is_restored(run: Storage) -> None:
+    saved = save(run, "000001-1")
+    restored = Checkpoints(run).open("000001-1").manifest
+    assert restored == saved
+    assert restored.layout == LAYOUT
+
+
+def test_weights_are_named_and_joined_in_the_order_of_their_slices(run: Storage) -> None:
+    save(run, "000001-1")
+    for path in (run.url, f"{run.url}/checkpoints/000001-1"):
+        weights = load_weights(path)
+        assert weights.keys() == TENSORS.keys()
+        for name, tensor in TENSORS.items():
+            np.testing.assert_array_equal(weights[name], tensor)
+
+
+def test_a_part_tells_how_far_it_is_and_what_it_wrote(run: Storage) -> None:
+    part = write_part(run, "000001-1", state(0), NO_RECORDS)
+    assert (part.partition, part.updates, part.epochs) == (0, 40, 3)
+    folder = Path(run.url) / "checkpoints" / "000001-1"
+    assert part.files == {file.name: sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    assert part.journal == {}
+    assert run.names("journal") == []
+
+
+def test_the_journal_is_kept_beside_the_checkpoints(run: Storage) -> None:
+    records = np.zeros(3, RECORD)
+    records["updates"] = (1, 2, 3)
+    part = write_part(run, "000002-1", state(0), records)
+    assert list(part.journal) == run.names("journal") == ["000002-1-server-0.npy"]
+    np.testing.assert_array_equal(np.load(BytesIO(run.read("journal/000002-1-server-0.npy"))), records)
+
+
+def test_what_was_not_committed_is_no_checkpoint(run: Storage) -> None:
+    save(run, "000001-1")
+    write_part(run, "000002-1", state(0, updates=80), NO_RECORDS)
+    newest = Checkpoints(run).newest(refused=fail)
+    assert newest is not None
+    assert newest.manifest.name == "000001-1"
+    with pytest.raises(CheckpointError, match=r"000002-1 .* was never committed"):
+        Checkpoints(run).open("000002-1")
+    assert Checkpoints(run).next_number() == 3  # a name is never used again
+
+
+def test_a_run_without_checkpoints_has_none(run: Storage) -> None:
+    assert Checkpoints(run).newest(refused=fail) is None
+    assert Checkpoints(run).next_number() == 1
+    with pytest.raises(CheckpointError, match="no committed checkpoint"):
+        load_weights(run.url)
+
+
+@pytest.mark.parametrize("file", ["server-0.safetensors", "server-1.json"])
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run: Storage, file: str, damage: str) -> None:
+    for name in ("000001-1", "000002-1"):
+        save(run, name)
+    path = f"checkpoints/000002-1/{file}"
+    content = run.read(path)
+    run.delete(path)
+    if damage == "changed":
+        run.write(path, content[:-1] + bytes([content[-1] ^ 1]))
+    faults: list[str] = []
+    newest = Checkpoints(run).newest(refused=faults.append)
+    assert newest is not None
+    assert newest.manifest.name == "000001-1"
+    assert len(faults) == 1
+    assert f"000002-1: {file} is missing, or its checksum" in faults[0]
+
+
+def test_when_all_are_damaged_every_fault_is_told(run: Storage) -> None:
+    save(run, "000001-1")
+    save(run, "000002-1")
+    run.write("checkpoints/000001-1/COMMITTED", b"\xff")
+    run.delete("checkpoints/000002-1/server-0.json")
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* server-0\.json is missing.* not a manifest"):
+        Checkpoints(run).newest(refused=lambda _: None)
+
+
+def test_another_format_is_told_apart_from_damage(run: Storage) -> None:
+    tree = json.loads(save(run, "000001-1").model_dump_json())
+    run.write("checkpoints/000001-1/COMMITTED", json.dumps(tree | {"format": 2}).encode())
+    with pytest.raises(CheckpointError, match="has format 2, and this psgd reads format 1"):
+        Checkpoints(run).open("000001-1")
+
+
+def test_pruning_keeps_the_newest_and_what_is_not_committed(run: Storage) -> None:
+    for name in ("000001-1", "000002-1", "000003-2"):
+        save(run, name)
+    write_part(run, "000004-2", state(0), NO_RECORDS)
+    checkpoints = Checkpoints(run)
+    assert checkpoints.prune(keep=2) == ["000001-1"]
+    assert checkpoints.names() == ["000002-1", "000003-2", "000004-2"]
+    assert checkpoints.prune(keep=2) == []
+
+
+def test_strangers_in_the_folder_are_overlooked(run: Storage) -> None:
+    save(run, "000001-1")
+    run.write("checkpoints/.DS_Store", b"")
+    run.write("checkpoints/backup/COMMITTED", b"")
+    assert Checkpoints(run).names() == ["000001-1"]
+    assert Checkpoints(run).next_number() == 2

@@ -1,0 +1,52 @@
+"""Small jobs, and gradients with a closed form, that several tests of the core share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from psgd.spec import JobSpec
+from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Version
+
+__all__ = ["GRID", "START", "job", "push", "quadratic"]
+
+GRID = EpochGrid((5, 4))
+START = np.linspace(-1, 1, 6, dtype=np.float32)
+
+
+def job(mode: str = "async", workers: int = 1, **sections: Any) -> JobSpec:
+    """A job whose model and data nobody looks at; `sections` replace those of the spec."""
+    plain = {
+        "model": {"kind": "linear"},
+        "data": {"format": "sklearn", "dataset": "iris"},
+        "optimizer": {"lr": 0.1},
+        "consistency": {"mode": mode},
+        "scaling": {"workers": workers},
+        "run": {"epochs": 1},
+        "checkpoint": {"every_s": None},
+    }
+    return JobSpec.model_validate(plain | sections)
+
+
+def quadratic(batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
+    """½·|w - target|², each batch with a target of its own."""
+    target = np.random.default_rng([*batch]).standard_normal(len(weights), dtype=np.float32)
+    np.subtract(weights, target, out=out)
+    return 0.5 * float(np.dot(out, out))
+
+
+def push(
+    batch: BatchId,
+    read: Version,
+    *,
+    worker: str = "worker-0",
+    values: FloatArray | None = None,
+    examples: int = 1,
+    loss: float = 1.0,
+    norm: float | None = None,
+) -> Gradient:
+    """A gradient of ones, or of `values`."""
+    values = np.ones_like(START) if values is None else values
+    norm = float(np.linalg.norm(values)) if norm is None else norm
+    return Gradient(worker, batch, examples, read, values, loss, norm, 0.01)

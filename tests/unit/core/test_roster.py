@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from psgd.core.roster import FIRST_LEASE, LEASE_S, Roster
+from psgd.core.server import ParameterServer, Partition
+from psgd_workers.messages import Version
+from tests.unit.core.jobs import GRID, START, job
+
+EMPTY = ParameterServer(job(), Partition(0, 0, 6, 6), START, GRID, Version(1, 0)).report()
+
+
+@pytest.fixture
+def roster() -> Roster:
+    roster = Roster(3)
+    for worker in roster.hire(3, now=0.0):
+        worker.up = True
+    return roster
+
+
+def test_a_successor_takes_the_slot_and_a_new_name(roster: Roster) -> None:
+    roster.remove("worker-1")
+    assert not roster.complete
+    assert [(worker.name, worker.slot) for worker in roster.hire(3, now=5.0)] == [("worker-3", 1)]
+    assert [worker.name for worker in roster] == ["worker-0", "worker-3", "worker-2"]
+    assert [worker.name for worker in roster.up] == ["worker-0", "worker-2"]
+    assert roster.hire(3, now=6.0) == []
+
+
+def test_no_more_are_hired_than_there_are_slots_or_wishes() -> None:
+    assert len(Roster(3).hire(1, now=0.0)) == 1
+    assert len(Roster(3).hire(9, now=0.0)) == 3
+    assert Roster(3).hire(0, now=0.0) == []
+
+
+def test_homes_divide_the_shards_evenly(roster: Roster) -> None:
+    assert [roster.home(worker) * 3 for worker in roster] == [0, 1, 2]
+
+
+def test_leases_are_sized_by_measured_time(roster: Roster) -> None:
+    worker = roster["worker-0"]
+    assert worker.lease_size() == FIRST_LEASE
+    worker.granted(0, 10, now=1.0)
+    worker.closed(0, now=2.0)
+    assert worker.batch_s == pytest.approx(0.1)
+    assert worker.lease_size() == round(LEASE_S / 0.1)
+    worker.granted(1, 10, now=2.0)
+    worker.closed(1, now=5.0)
+    assert worker.batch_s == pytest.approx(0.2)  # half the old, half the new
+
+
+def test_a_slow_worker_still_gets_a_batch(roster: Roster) -> None:
+    worker = roster["worker-0"]
+    worker.granted(0, 1, now=0.0)
+    worker.closed(0, now=60.0)
+    assert worker.lease_size() == 1
+
+
+def test_a_queued_lease_is_timed_from_the_end_of_the_one_before(roster: Roster) -> None:
+    worker = roster["worker-0"]
+    worker.granted(0, 10, now=0.0)
+    worker.granted(1, 10, now=0.5)
+    worker.closed(0, now=1.0)
+    worker.closed(1, now=2.0)
+    assert worker.batch_s == pytest.approx(0.1)
+
+
+def test_pushes_and_parking_are_signs_of_life(roster: Roster) -> None:
+    heard = {"worker-0": 2, "worker-1": 0, "worker-2": 0, "gone": 4}
+    roster.heard(replace(EMPTY, heard=heard, parked=frozenset({"worker-2"})), now=3.0)
+    assert [worker.alive_at for worker in roster] == [3, 0, 3]
+    roster.heard(replace(EMPTY, heard=heard, parked=frozenset({"worker-2"})), now=4.0)
+    assert [worker.alive_at for worker in roster] == [3, 0, 4]

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from psgd.errors import SpecError
+from psgd.jobfile import load_spec, parse_spec
+from psgd.spec import JobSpec
+from psgd_workers.spec import MlpModel, PythonModel
+
+TEXT = """\
+model: {kind: mlp, hidden: [8]}
+data: {format: sklearn, dataset: iris}
+optimizer: {lr: 1e-3}
+run: {epochs: 3}
+"""
+
+Load = Callable[..., JobSpec]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Load a job file of this text, with overrides."""
+
+    def write_and_load(text: str, *overrides: str) -> JobSpec:
+        path = tmp_path / "iris.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_spec(path, overrides)
+
+    return write_and_load
+
+
+def test_a_job_is_named_after_its_file_unless_it_says_a_name(load: Load) -> None:
+    assert load(TEXT).name == "iris"
+    assert load(TEXT + "name: flowers\n").name == "flowers"
+    assert load(TEXT, "name=roses").name == "roses"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-3", 1e-3), ("1E-3", 1e-3), ("2.5e-1", 0.25), (".5", 0.5), ("5", 5.0), ("+1e-2", 0.01), ("1_0.5", 10.5)],
+)
+def test_numbers_are_numbers_however_they_are_written(load: Load, written: str, value: float) -> None:
+    assert load(TEXT.replace("1e-3", written)).optimizer.lr == value
+    assert load(TEXT, f"optimizer.lr={written}").optimizer.lr == value
+
+
+@pytest.mark.parametrize("written", ["1e", "e3", "1e-3x", "'fast'", ".inf", ".nan"])
+def test_what_is_no_number_is_refused(load: Load, written: str) -> None:
+    with pytest.raises(SpecError, match=r"optimizer\.lr: "):
+        load(TEXT.replace("1e-3", written))
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (TEXT.replace("hidden", "hiden"), r"model\.hiden: unknown field; did you mean 'hidden'\?"),
+        (TEXT.replace("epochs", "epoch"), r"run\.epoch: unknown field; did you mean 'epochs'\?"),
+        (TEXT.replace("lr:", "learning_rat:"), r"did you mean 'learning_rate'\?"),
+        (TEXT + "scalling: {workers: 3}", r"scalling: unknown field; did you mean 'scaling'\?"),
+        (TEXT + "consistency: {mode: bsp, slack: 3}", r"consistency\.slack: unknown field; the fields are mode"),
+        (TEXT.replace("epochs: 3", "epochs: 3, target: {metrik: x}"), r"run\.target\.metrik: .* 'metric'\?"),
+    ],
+)
+def test_an_unknown_field_is_told_what_was_perhaps_meant(load: Load, text: str, hint: str) -> None:
+    with pytest.raises(SpecError, match=hint):
+        load(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (TEXT.replace("optimizer: {lr: 1e-3}\n", ""), r"  optimizer: missing"),
+        (TEXT.replace("lr: 1e-3", ""), r"  optimizer\.lr: missing"),
+        (TEXT.replace("[8]", "[8, 0]"), r"  model\.hidden\.1: .*greater than or equal to 1, not 0"),
+        (TEXT.replace("mlp", "mpl"), r"  model: .*'mpl'.*'linear', 'mlp', 'python', 'torch'"),
+        (TEXT + "scaling: {workers: many}", r"  scaling\.workers: .*integer.*, not 'many'"),
+        (TEXT.replace("epochs: 3", "storage: runs"), r"  run: a run must end: give at least one of epochs"),
+    ],
+)
+def test_a_fault_says_where_it_is_and_what_was_given(load: Load, text: str, fault: str) -> None:
+    with pytest.raises(SpecError, match=fault):
+        load(text)
+
+
+def test_every_fault_is_listed(load: Load) -> None:
+    with pytest.raises(SpecError) as refused:
+        load(TEXT.replace("hidden", "hiden").replace("1e-3", "-1") + "seed: -1\n")
+    assert [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:]] == [
+        "seed",
+        "model.hiden",
+        "optimizer.lr",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [(TEXT + "model: {kind: linear}", "'model'"), (TEXT.replace("[8]", "[8], hidden: [9]"), "'hidden'")],
+)
+def test_a_key_given_twice_is_refused(load: Load, text: str, key: str) -> None:
+    with pytest.raises(SpecError, match=f"{key} is given twice"):
+        load(text)
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "job", "3"])
+def test_a_job_file_is_a_mapping(load: Load, text: str) -> None:
+    with pytest.raises(SpecError, match="a job file is a mapping"):
+        load(text)
+
+
+@pytest.mark.parametrize("text", ["model: [1", "a: b: c", "\tmodel: x", "a: !!python/object:os.system x"])
+def test_what_is_not_plain_yaml_is_refused(load: Load, text: str) -> None:
+    with pytest.raises(SpecError, match="is not YAML"):
+        load(text)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"cannot read the job file .*nothing\.yaml"):
+        load_spec(tmp_path / "nothing.yaml")
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpecError, match="cannot read"):
+        load_spec(binary)
+
+
+# Overrides
+
+
+def test_overrides_win_over_the_file_and_the_last_over_the_first(load: Load) -> None:
+    job = load(TEXT, "run.epochs=5", "run.epochs=7", "model.hidden=[4, 4]", "scaling.workers=3", "run.max_time_s=1e2")
+    assert (job.run.epochs, job.run.max_time_s, job.scaling.workers) == (7, 100, 3)
+    assert isinstance(job.model, MlpModel)
+    assert job.model.hidden == (4, 4)
+
+
+def test_an_override_can_make_a_section_and_empty_a_field(load: Load) -> None:
+    job = load(TEXT, "run.target.metric=val/loss", "run.target.value=0.5", "run.max_updates=9", "run.epochs=null")
+    assert job.run.target
+    assert (job.run.target.metric, job.run.epochs) == ("val/loss", None)
+
+
+def test_a_users_own_arguments_can_be_overridden(load: Load) -> None:
+    text = TEXT.replace("{kind: mlp, hidden: [8]}", "{kind: python, path: 'nets:build', kwargs: {width: 3}}")
+    model = load(text, "model.kwargs.depth=2").model
+    assert isinstance(model, PythonModel)
+    assert model.kwargs == {"width": 3, "depth": 2}
+
+
+@pytest.mark.parametrize("in_file", ["lr", "learning_rate"])
+@pytest.mark.parametrize("override", ["lr", "learning_rate"])
+def test_the_learning_rate_is_overridden_under_either_name(load: Load, in_file: str, override: str) -> None:
+    assert load(TEXT.replace("lr:", f"{in_file}:"), f"optimizer.{override}=3e-1").optimizer.lr == 0.3
+
+
+def test_a_file_with_both_names_of_the_learning_rate_is_refused(load: Load) -> None:
+    with pytest.raises(SpecError, match="learning_rate"):
+        load(TEXT.replace("lr: 1e-3", "lr: 1e-3, learning_rate: 1e-3"))
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr", "=3", "optimizer.=3", "lr"])
+def test_an_override_has_a_field_and_a_value(load: Load, override: str) -> None:
+    with pytest.raises(SpecError, match=r"--set|unknown field"):
+        load(TEXT, override)
+
+
+def test_a_plain_value_has_no_fields(load: Load) -> None:
+    with pytest.raises(SpecError, match="kind is a plain value and has no fields"):
+        load(TEXT, "model.kind.x=3")
+
+
+def test_an_override_is_checked_like_the_file(load: Load) -> None:
+    with pytest.raises(SpecError, match=r"scaling\.wokers: unknown field; did you mean 'workers'\?"):
+        load(TEXT, "scaling.wokers=3")
+    with pytest.raises(SpecError, match=r"--set optimizer\.lr=.* is not YAML"):
+        load(TEXT, "optimizer.lr=[1")
+
+
+def test_plain_values_are_parsed_alike() -> None:
+    with pytest.raises(SpecError, match=r"the job is not a valid job:\n  model: missing"):
+        parse_spec({"run": {"epochs": 1}}, "the job")

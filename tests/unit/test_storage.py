@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from psgd.errors import StorageError
+from psgd.storage import Storage
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty folder that is not there yet, on a disk and where fsspec leads."""
+    return Storage(str(tmp_path / "runs") if request.param == "local" else f"memory://{uuid4().hex}/runs")
+
+
+def test_what_is_written_is_read_and_folders_come_by_themselves(storage: Storage) -> None:
+    storage.write("a/b/file", b"\x00one")
+    assert storage.read("a/b/file") == b"\x00one"
+    storage.write("a/b/file", b"2")
+    assert storage.read("a/b/file") == b"2"
+    assert storage.names("a/b") == ["file"]  # and nothing unfinished beside it
+
+
+def test_appending_creates_a_file_and_adds_to_it(storage: Storage) -> None:
+    storage.append("log/lines", b"one\n")
+    storage.append("log/lines", b"two\n")
+    assert storage.read("log/lines") == b"one\ntwo\n"
+
+
+def test_names_are_those_directly_in_a_folder_in_order(storage: Storage) -> None:
+    for name in ("c/2/deep", "c/10", "c/1", "d"):
+        storage.write(name, b"")
+    assert storage.names("c") == ["1", "10", "2"]
+    assert storage.names("nowhere") == []
+
+
+def test_a_folder_is_a_storage_of_its_own(storage: Storage) -> None:
+    storage.folder("run").write("file", b"x")
+    assert storage.folder("run").url == f"{storage.url}/run"
+    assert storage.read("run/file") == b"x"
+    assert storage.exists("run")
+    assert storage.exists("run/file")
+    assert not storage.exists("run/other")
+
+
+def test_deleting_takes_a_file_or_a_whole_folder(storage: Storage) -> None:
+    for name in ("a/x", "a/b/y", "c"):
+        storage.write(name, b"")
+    storage.delete("c")
+    storage.delete("a")
+    assert not storage.exists("c")
+    assert not storage.exists("a/b/y")
+    with pytest.raises(StorageError, match="cannot delete 'c'"):
+        storage.delete("c")
+
+
+def test_a_probe_leaves_nothing(storage: Storage) -> None:
+    storage.probe()
+    assert storage.names("") == []
+
+
+def test_a_missing_file_is_named_with_its_folder(storage: Storage) -> None:
+    storage.write("there", b"")
+    with pytest.raises(StorageError, match=rf"cannot read 'missing' in {storage.url}: FileNotFoundError"):
+        storage.read("missing")
+
+
+def test_a_reader_never_sees_a_file_half_written(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("owner", b"the old one, longer than the new")
+    with (tmp_path / "owner").open("rb", buffering=0) as reader:
+        storage.write("owner", b"new")
+        assert reader.read() == b"the old one, longer than the new"
+    assert storage.read("owner") == b"new"
+
+
+@pytest.mark.parametrize("action", ["write", "append"])
+def test_where_nothing_can_be_written_the_reason_is_told(tmp_path: Path, action: str) -> None:
+    (tmp_path / "file").touch()
+    storage = Storage(str(tmp_path / "file"))
+    with pytest.raises(StorageError, match=r"cannot write .* in .*file: \w+Error"):
+        getattr(storage, action)("name", b"")
+    with pytest.raises(StorageError, match="cannot write"):
+        storage.probe()
+
+
+def test_a_filesystem_that_is_not_installed_is_refused() -> None:
+    with pytest.raises(StorageError, match=r"cannot open storage 'nosuch://bucket/runs'.*nosuch"):
+        Storage("nosuch://bucket/runs")
+
+
+def test_a_relative_path_and_a_home_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Storage("runs").url == str(tmp_path / "runs")
+    assert Storage("~/runs").url == str(tmp_path / "home" / "runs")

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from psgd_workers.datasets.examples import Examples
+from psgd_workers.errors import LaneError, LaneTimeoutError, WorkerError
+from psgd_workers.lanes import Pending
+from psgd_workers.layout import Layout
+from psgd_workers.messages import (
+    BatchId,
+    BatchRange,
+    FloatArray,
+    Gradient,
+    Lease,
+    LeaseEnd,
+    Outcome,
+    Receipt,
+    Version,
+)
+from psgd_workers.models import Model
+from psgd_workers.models.network import Network
+from psgd_workers.shards import Shards
+from psgd_workers.worker import Route, Worker
+
+FEATURES = np.random.default_rng(0).standard_normal((22, 3), dtype=np.float32)
+TRAIN = Examples(FEATURES, np.arange(22) % 2)
+SHARDS = Shards(len(TRAIN), num_shards=2, batch_size=4, seed=1, shuffle=True)
+MODEL = Network((3, 2), "cross_entropy")
+LAYOUT = Layout.of(MODEL.initial_weights(1))
+SIZE = LAYOUT.num_parameters
+LEASE = Lease(7, (BatchRange(2, 1, 5, 2), BatchRange(2, 0, 1)))
+START = Version(1, 0)
+BATCHES = [BatchId(2, 0, 1), BatchId(2, 1, 0), BatchId(2, 0, 0)]
+
+
+@dataclass
+class FakeLane:
+    """A server of one worker: every push is a step, and what was asked of it is written down."""
+
+    weights: FloatArray
+    version: Version = START
+    calls: list[str] = field(default_factory=list)
+    pushes: list[Gradient] = field(default_factory=list)
+    shown: list[FloatArray] = field(default_factory=list)  # the weights that each push was computed from
+    limits: list[float] = field(default_factory=list)
+    spoil: Callable[[Receipt], Receipt] = lambda receipt: receipt
+
+    def pull(self, into: FloatArray, timeout_s: float) -> Version:
+        self.calls.append("pull")
+        self.limits.append(timeout_s)
+        into[:] = self.weights
+        return self.version
+
+    def push(self, gradient: Gradient, into: FloatArray | None) -> Pending:
+        self.calls.append("push" if into is None else "push and pull")
+        self.pushes.append(replace(gradient, values=gradient.values.copy()))
+        self.shown.append(self.weights.copy())
+        return FakePending(self, gradient, into)
+
+
+@dataclass
+class FakePending:
+    lane: FakeLane
+    gradient: Gradient
+    into: FloatArray | None
+
+    def receipt(self, timeout_s: float) -> Receipt:
+        lane = self.lane
+        lane.calls.append("receipt")
+        lane.limits.append(timeout_s)
+        lane.weights = lane.weights + 1
+        lane.version = lane.version._replace(updates=lane.version.updates + 1)
+        if self.into is not None:
+            self.into[:] = lane.weights
+        receipt = Receipt(self.gradient.worker, self.gradient.batch, Outcome.APPLIED, lane.version)
+        return lane.spoil(receipt)
+
+
+class Stub:
+    """A model of one trained tensor and one buffer whose gradient and loss are given."""
+
+    buffers = ("mean",)
+
+    def __init__(self, gradient: float = 1.0, buffer: float = 0.0, error: Exception | None = None) -> None:
+        self._gradient = gradient
+        self._buffer = buffer
+        self._error = error
+        self.seeds: list[int] = []
+
+    def initial_weights(self, seed: int) -> Mapping[str, FloatArray]:
+        return {"weight": np.zeros(4, np.float32), "mean": np.zeros(2, np.float32)}
+
+    def loss_and_gradient(
+        self,
+        weights: Mapping[str, FloatArray],
+        features: FloatArray,
+        labels: NDArray[Any],
+        gradient: Mapping[str, FloatArray],
+        seed: int,
+    ) -> float:
+        if self._error:
+            raise self._error
+        self.seeds.append(seed)
+        gradient["weight"][:] = self._gradient
+        gradient["mean"][:] = self._buffer
+        return 0.5
+
+    def predict(self, weights: Mapping[str, FloatArray], features: FloatArray) -> FloatArray:
+        raise RuntimeError("no outputs")
+
+    def loss(self, outputs: FloatArray, labels: NDArray[Any]) -> float:
+        return 0.0
+
+
+def never() -> bool:
+    return False
+
+
+def worker_of(*lanes: FakeLane, model: Model = MODEL, layout: Layout = LAYOUT, timeout_s: float = 60.0) -> Worker:
+    bounds = np.cumsum([0, *(len(lane.weights) for lane in lanes)])
+    routes = [Route(slice(start, stop), lane) for start, stop, lane in zip(bounds, bounds[1:], lanes, strict=False)]
+    return Worker("worker-3", model, layout, TRAIN, SHARDS, 1, routes, timeout_s)
+
+
+def lane_of(size: int = SIZE) -> FakeLane:
+    return FakeLane(np.zeros(size, np.float32))
+
+
+def stub_pushes(stub: Stub) -> list[Gradient]:
+    layout = Layout.of(stub.initial_weights(0), stub.buffers)
+    lane = lane_of(layout.num_parameters)
+    worker_of(lane, model=stub, layout=layout).work(LEASE, never)
+    return lane.pushes
+
+
+def test_a_lease_is_worked_through_in_its_order() -> None:
+    lane = lane_of()
+    assert worker_of(lane).work(LEASE, never) == LeaseEnd(7, stopped=False)
+    assert [gradient.batch for gradient in lane.pushes] == BATCHES
+    assert {gradient.worker for gradient in lane.pushes} == {"worker-3"}
+    assert [gradient.examples for gradient in lane.pushes] == [4, 4, 4]
+
+
+def test_weights_are_pulled_once_a_lease_then_come_with_the_receipts() -> None:
+    lane = lane_of()
+    worker = worker_of(lane)
+    worker.work(LEASE, never)
+    assert lane.calls == ["pull", "push and pull", "receipt", "push and pull", "receipt", "push", "receipt"]
+    worker.work(LEASE, never)
+    assert lane.calls[7] == "pull"
+    assert [gradient.read.updates for gradient in lane.pushes] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_gradient_is_that_of_the_weights_it_says_it_read() -> None:
+    lane = lane_of()
+    lane.weights = np.random.default_rng(3).standard_normal(SIZE, dtype=np.float32)
+    worker_of(lane).work(LEASE, never)
+    for gradient, weights in zip(lane.pushes, lane.shown, strict=True):
+        expected = np.empty(SIZE, np.float32)
+        loss = worker_of().gradient(gradient.batch, weights, expected)
+        np.testing.assert_array_equal(gradient.values, expected)
+        assert gradient.loss == loss
+
+
+def test_a_short_last_batch_says_how_many_examples_it_has() -> None:
+    lane = lane_of()
+    worker_of(lane).work(Lease(0, (BatchRange(0, 2, 3),)), never)
+    assert lane.pushes[0].examples == 3
+    assert lane.calls == ["pull", "push", "receipt"]
+
+
+def test_two_partitions_get_their_slices_and_all_pushes_precede_the_first_receipt() -> None:
+    whole, first, second = lane_of(), lane_of(5), lane_of(SIZE - 5)
+    calls: list[str] = []
+    first.calls = second.calls = calls
+    second.version = Version(4, 90)
+    worker_of(whole).work(LEASE, never)
+    worker_of(first, second).work(LEASE, never)
+    assert calls[:6] == ["pull", "pull", "push and pull", "push and pull", "receipt", "receipt"]
+    for one, left, right in zip(whole.pushes, first.pushes, second.pushes, strict=True):
+        np.testing.assert_array_equal(np.concatenate([left.values, right.values]), one.values)
+        assert one.norm == left.norm == right.norm
+    assert [gradient.read for gradient in second.pushes] == [Version(4, 90), Version(4, 91), Version(4, 92)]
+
+
+def test_it_stops_between_batches_when_asked() -> None:
+    lane = lane_of()
+    assert worker_of(lane).work(LEASE, lambda: len(lane.pushes) == 1) == LeaseEnd(7, stopped=True)
+    assert [gradient.batch for gradient in lane.pushes] == BATCHES[:1]
+    assert lane.calls[-1] == "receipt"
+
+
+def test_asked_before_the_first_batch_it_does_not_even_pull() -> None:
+    lane = lane_of()
+    assert worker_of(lane).work(LEASE, lambda: True) == LeaseEnd(7, stopped=True)
+    assert lane.calls == []
+
+
+def test_a_receipt_may_take_twice_as_long_as_an_answer() -> None:
+    lane = lane_of()
+    worker_of(lane, timeout_s=3.0).work(LEASE, never)
+    assert lane.limits == [3, 6, 6, 6]
+
+
+@pytest.mark.parametrize("wrong", [{"worker": "worker-4"}, {"batch": BatchId(2, 0, 4)}])
+def test_a_receipt_for_something_else_is_an_error(wrong: dict[str, Any]) -> None:
+    lane = lane_of()
+    lane.spoil = lambda receipt: replace(receipt, **wrong)
+    with pytest.raises(LaneError, match=r"worker-3 pushed .* got a receipt for"):
+        worker_of(lane).work(LEASE, never)
+
+
+def test_a_server_that_does_not_answer_ends_the_lease() -> None:
+    def silent(receipt: Receipt) -> Receipt:
+        raise LaneTimeoutError("no receipt within 60 s")
+
+    lane = lane_of()
+    lane.spoil = silent
+    with pytest.raises(LaneTimeoutError):
+        worker_of(lane).work(LEASE, never)
+
+
+def test_the_models_own_error_names_the_batch_and_the_cause() -> None:
+    with pytest.raises(WorkerError, match=r"epoch=2, shard=0, index=1.*ZeroDivisionError: by hand"):
+        stub_pushes(Stub(error=ZeroDivisionError("by hand")))
+
+
+def test_the_models_own_error_on_validation_is_told_apart() -> None:
+    stub = Stub()
+    layout = Layout.of(stub.initial_weights(0), stub.buffers)
+    with pytest.raises(WorkerError, match="validation: RuntimeError: no outputs"):
+        worker_of(model=stub, layout=layout).evaluate(np.zeros(6, np.float32), TRAIN)
+
+
+def test_an_evaluation_is_the_models_loss_and_accuracy() -> None:
+    evaluation = worker_of().evaluate(np.zeros(SIZE, np.float32), TRAIN)
+    assert evaluation.loss == pytest.approx(np.log(2))
+    assert evaluation.accuracy == 0.5
+    assert evaluation.examples == 22
+
+
+def test_the_norm_is_that_of_the_trained_tensors_alone() -> None:
+    for gradient in stub_pushes(Stub(gradient=3.0, buffer=100.0)):
+        assert gradient.norm == pytest.approx(6.0)
+        assert gradient.loss == 0.5
+        assert gradient.compute_s >= 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_a_gradient_that_is_not_finite_has_a_norm_that_is_not(value: float) -> None:
+    assert not any(np.isfinite(gradient.norm) for gradient in stub_pushes(Stub(gradient=value)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nor_is_that_of_a_buffer_that_is_not_finite(value: float) -> None:
+    assert not any(np.isfinite(gradient.norm) for gradient in stub_pushes(Stub(buffer=value)))
+
+
+def test_random_layers_are_seeded_by_the_batch_and_the_job() -> None:
+    first, again = Stub(), Stub()
+    for stub in (first, again):
+        stub_pushes(stub)
+    assert first.seeds == again.seeds
+    assert len(set(first.seeds)) == len(BATCHES)
+    other = Worker("w", first, Layout.of(first.initial_weights(0), first.buffers), TRAIN, SHARDS, seed=2)
+    other.gradient(BATCHES[0], np.zeros(6, np.float32), np.zeros(6, np.float32))
+    assert first.seeds[-1] != first.seeds[0]
+
+
+def test_a_gradient_is_a_function_of_its_arguments_alone() -> None:
+    weights = np.random.default_rng(3).standard_normal(SIZE, dtype=np.float32)
+    outs = [np.full(SIZE, fill, np.float32) for fill in (0, 7)]
+    worker = worker_of()
+    worker.gradient(BatchId(5, 1, 1), weights, np.empty(SIZE, np.float32))
+    losses = [worker.gradient(BatchId(0, 1, 2), weights, out) for out in outs]
+    assert losses[0] == losses[1]
+    np.testing.assert_array_equal(outs[0], outs[1])
