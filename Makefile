@@ -14,7 +14,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/data.stamp ## train on the digits that come with scikit-learn, with 2 workers: about a minute at first
+demo: .venv/data.stamp ## train on the digits that come with scikit-learn, with 2 workers: two minutes at first
 	$(BIN)/psgd train deploy/jobs/digits.yaml --name digits-$$(date +%Y%m%d-%H%M%S)
 
 test: lint types imports unit integration ## all that a change must pass; CI runs this

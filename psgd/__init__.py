@@ -9,7 +9,6 @@ Example:
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Import on first use: `psgd --help` needs neither Ray nor pydantic."""
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("psgd")
     if name not in _HOMES:
         raise AttributeError(f"module 'psgd' has no attribute {name!r}")

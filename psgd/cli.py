@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich's takes longer to import than all the rest
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -62,7 +63,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run of that name, if there is one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")] = False,
 ) -> None:
-    """Train a model here: on a local Ray of the job's size, or from here on a running cluster."""
+    """Train a model here, and wait for it.
+
+    It runs on a local Ray of the job's size, or, with --address, from here on a running cluster.
+    """
     try:
         with redirect_stdout(sys.stderr):  # Ray and the user's own model may print
             result = _run(job, overrides, storage, name, address, resume)
@@ -128,7 +132,10 @@ def submit(
     ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the run's end, showing its output.")] = True,
 ) -> None:
-    """Run a job's driver on a cluster, through Ray's Jobs API; the run of that name is continued if there is one."""
+    """Train a model from a cluster's head.
+
+    The driver runs there, as a job of Ray's Jobs API; the run of that name is continued if there is one.
+    """
     from psgd.jobfile import load_spec
 
     settings = [
@@ -148,7 +155,10 @@ def submit(
 
 @app.command()
 def status(run: RunName, storage: StorageOption = None, address: Dashboard = None) -> None:
-    """Tell how a run is doing, as JSON: its result, or its newest metrics."""
+    """Tell how a run is doing, as JSON.
+
+    That is its result, or its newest metrics.
+    """
     if address:
         from psgd.cluster.jobs import Jobs
 
@@ -167,7 +177,10 @@ def status(run: RunName, storage: StorageOption = None, address: Dashboard = Non
 
 @app.command()
 def logs(run: RunName, storage: StorageOption = None, address: Dashboard = None) -> None:
-    """Show what happened in a run: its events, or, with --address, its driver's output."""
+    """Show what happened in a run.
+
+    That is its events, or, with --address, its driver's output.
+    """
     if address:
         from psgd.cluster.jobs import Jobs
 
@@ -183,7 +196,10 @@ def logs(run: RunName, storage: StorageOption = None, address: Dashboard = None)
 
 @app.command()
 def stop(run: RunName, storage: StorageOption = None, address: Dashboard = None) -> None:
-    """Ask a run to end: it saves its state, and can be resumed. With --address, ask Ray's job manager instead."""
+    """Ask a run to save its state and end.
+
+    It can be resumed. With --address, Ray's job manager is asked instead.
+    """
     if address:
         from psgd.cluster.jobs import Jobs
 
@@ -202,7 +218,7 @@ def _directory(run: str, storage: str | None) -> Any:
 
 @app.command()
 def validate(job: JobFile, overrides: Overrides = None) -> None:
-    """Check a job file, and print the job with every default."""
+    """Check a job, and print it with its defaults."""
     import yaml
 
     from psgd.jobfile import load_spec
@@ -212,7 +228,7 @@ def validate(job: JobFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of job files, for editors."""
+    """Print the JSON schema of job files."""
     from psgd.spec import JobSpec
 
     typer.echo(json.dumps(JobSpec.model_json_schema(), indent=2))
