@@ -216,6 +216,21 @@ def _directory(run: str, storage: str | None) -> Any:
     return RunDirectory(Storage(storage or "runs").folder(run))
 
 
+@app.command("set")
+def set_(
+    run: RunName,
+    settings: Annotated[list[str], typer.Argument(metavar="a.b=v...", help="Such as consistency.mode=bsp.")],
+    storage: StorageOption = None,
+) -> None:
+    """Change a run's settings while it trains.
+
+    What can change is consistency, and the optimizer's lr, schedule, max_grad_norm and clipvalue. `psgd logs` tells
+    from which version on, or why not.
+    """
+    _directory(run, storage).command("set", settings)
+    typer.echo(f"asked {run} for {' '.join(settings)}; `psgd logs` tells from which version on, or why not")
+
+
 @app.command()
 def validate(job: JobFile, overrides: Overrides = None) -> None:
     """Check a job, and print it with its defaults."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -14,10 +14,13 @@ from pydantic import BaseModel, ValidationError
 from psgd.errors import SpecError
 from psgd.spec import JobSpec
 
-__all__ = ["load_spec", "parse_spec"]
+__all__ = ["change_settings", "load_spec", "parse_spec"]
 
 # YAML 1.1, which PyYAML reads, wants a dot and a sign in "1.0e-3" and takes "1e-3" for a string.
 FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+
+
+CHANGEABLE = re.compile(r"consistency(\..*)?|optimizer\.(lr|schedule|max_grad_norm|clipvalue)")
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,6 +63,48 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     return parse_spec(tree, str(path))
 
 
+def change_settings(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
+    """The job with some of its settings changed, as `psgd set` may change them while it runs.
+
+    Args:
+        spec: the job as it runs.
+        overrides: `a.b=value` each.
+
+    Raises:
+        SpecError: the result is no valid job, or something else would change than can.
+    """
+    tree = spec.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        _override(tree, override)
+    after = parse_spec(tree, "the changed job")
+    changed = sorted(_changed(spec, after))
+    if not changed:
+        raise SpecError(f"{' '.join(overrides)}: that is how the job runs already")
+    if wrong := [field for field in changed if not CHANGEABLE.fullmatch(field)]:
+        raise SpecError(
+            f"{', '.join(wrong)} cannot change while the job runs: only consistency, and the optimizer's lr, schedule, "
+            "max_grad_norm and clipvalue can. Stop it, and start another under a new --name"
+        )
+    if "local" in (spec.consistency.mode, after.consistency.mode) and spec.rules != after.rules:
+        raise SpecError(
+            f"consistency.mode cannot change from {spec.consistency.mode} to {after.consistency.mode} while the job "
+            "runs: mode local has batches of its own. Start another job under a new --name"
+        )
+    return after
+
+
+def _changed(before: JobSpec, after: JobSpec) -> Iterator[str]:
+    """The fields that differ, sections' one by one."""
+    for section in JobSpec.model_fields:
+        old, new = getattr(before, section), getattr(after, section)
+        if old == new:
+            continue
+        if type(old) is not type(new) or not isinstance(old, BaseModel):
+            yield section
+            continue
+        yield from (f"{section}.{name}" for name in type(old).model_fields if getattr(old, name) != getattr(new, name))
+
+
 def parse_spec(tree: dict[str, Any], source: str) -> JobSpec:
     """Turn plain values into a JobSpec; faults become one SpecError that lists them all."""
     try:
@@ -89,7 +134,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree.pop("lr", None)
     if leaf == "lr":
         tree.pop("learning_rate", None)
-    tree[leaf] = _parse_yaml(text, f"--set {override}")
+    value = _parse_yaml(text, f"--set {override}")
+    if path.strip() == "consistency.mode" and tree.get(leaf) != value:
+        tree.clear()  # another mode has other fields
+    tree[leaf] = value
 
 
 def _fault(fault: dict[str, Any]) -> str:

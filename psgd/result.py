@@ -14,19 +14,20 @@ Status = Literal["finished", "stopped", "interrupted", "failed"]
 class LedgerCounts:
     """What became of the batches, over the whole run, resumptions included."""
 
-    batches: int  # different batches in the weights
-    applied: int  # pushes whose gradient is in the weights; equal to `batches`, or something was counted twice
+    batches: int  # different batches in the weights, or done without
+    applied: int  # pushes whose gradient is in the weights; `batches`, less `discarded`: else one was counted twice
     duplicates: int  # pushes refused because their batch was in the weights already
     requeued: int  # batches leased again
+    discarded: int  # pushes refused for good, their batches done without
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """How a run ended.
 
-    `metrics` has `train/loss`, `val/loss`, `val/accuracy`, `perf/updates_per_s`, `perf/samples_per_s` and
-    `async/staleness_{mean,p50,p95,max}`; a metric that was not measured is None. `perf/*` are rates from the first
-    applied gradient of this process to the last.
+    `metrics` has `train/loss`, `val/loss`, `val/accuracy`, `perf/updates_per_s`, `perf/samples_per_s`,
+    `perf/bytes_per_push`, `compression/residual_norm` and `async/staleness_{mean,p50,p95,max}`; a metric that was not
+    measured is None. `perf/*_per_s` are rates from the first applied gradient of this process to the last.
     """
 
     status: Status

@@ -361,7 +361,7 @@ class InProcess:
         server = self.servers[partition]
         if partition in self._polls and server.epochs != self._told_epochs[partition]:
             self._answer_poll(self._polls[partition])
-        if self._saving is not None and partition not in self._states and server.between_rounds:
+        if self._saving is not None and partition not in self._states and server.can_save:
             self._states[partition] = server.state()
             self._tell_soon(Saved(partition, self._saving, server.version.updates, server.epochs))
 

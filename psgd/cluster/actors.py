@@ -23,15 +23,14 @@ from psgd.core.events import LaneFailed, ServerLost, WorkerFailed, WorkerLost
 from psgd.core.report import Report
 from psgd.core.server import ParameterServer, Partition, ServerState
 from psgd.errors import StorageError
-from psgd.spec import JobSpec
+from psgd.job import build_worker
+from psgd.spec import JobSpec, Settings
 from psgd.storage import Storage
 from psgd_workers.datasets import Dataset
 from psgd_workers.errors import LaneError, WorkerError
 from psgd_workers.layout import Layout
 from psgd_workers.messages import EpochGrid, Evaluation, FloatArray, Gradient, Lease, LeaseEnd, Receipt, Version
-from psgd_workers.models import build_model
-from psgd_workers.shards import Shards
-from psgd_workers.worker import Route, Worker
+from psgd_workers.worker import Route
 
 __all__ = ["RunFacts", "server_failure", "start_server", "start_worker", "worker_failure"]
 
@@ -92,6 +91,10 @@ class ServerActor:
         """The published weights."""
         return self._server.version, self._server.published.copy()
 
+    async def version(self) -> Version:
+        """Of the published weights."""
+        return self._server.version
+
     async def push(self, gradient: Gradient, wants_weights: bool) -> tuple[Receipt, FloatArray | None]:
         """Returns when the receipt is due."""
         reply = self._receipts.push(gradient, time.monotonic())
@@ -108,12 +111,18 @@ class ServerActor:
         self._receipts.deliver(self._server.leave(worker, time.monotonic()))
         self._notify()
 
+    async def change(self, settings: Settings) -> Version:
+        """Go on by other settings, from the version that is returned."""
+        self._receipts.deliver(self._server.change(settings, time.monotonic()))
+        self._notify()
+        return self._server.version
+
     def _notify(self) -> None:
         """Serve who waits for an epoch's end, or for a moment between rounds."""
         if self._server.epochs != self._epochs:
             self._epochs = self._server.epochs
             self._news.set()
-        if self._snapshot is not None and self._server.between_rounds:
+        if self._snapshot is not None and self._server.can_save:
             self._snapshot.set_result((self._server.state(), self._server.journal.take()))
             self._snapshot = None
 
@@ -151,24 +160,13 @@ class WorkerActor:
     """
 
     def __init__(self, facts: RunFacts, name: str, dataset: Dataset, servers: Sequence[ActorHandle[Any]]) -> None:
-        spec = facts.spec
-        data = spec.data
         self._validation = dataset.validation
         self._cancelled = False
         routes = [
             Route(slice(partition.start, partition.stop), RayLane(server))
             for partition, server in zip(facts.partitions, servers, strict=True)
         ]
-        self._worker = Worker(
-            name,
-            build_model(spec.model, dataset),
-            facts.layout,
-            dataset.train,
-            Shards(len(dataset.train), data.num_shards, data.batch_size, spec.seed, data.shuffle),
-            spec.seed,
-            routes,
-            spec.failure.timeout_s,
-        )
+        self._worker = build_worker(facts.spec, name, dataset, facts.layout, routes)
 
     def ready(self) -> str:
         """Returns its `host:pid` once the worker is built."""

@@ -26,6 +26,7 @@ from safetensors.numpy import load, save
 
 from psgd.core.server import ServerState
 from psgd.errors import CheckpointError, StorageError
+from psgd.spec import Settings
 from psgd.storage import Storage
 from psgd_workers.layout import Layout
 from psgd_workers.messages import FloatArray
@@ -65,6 +66,8 @@ class Manifest(Spec):
     """Of the job."""
     spec_hash: str
     """`JobSpec.identity_hash()`."""
+    settings: Settings
+    """As they were, `psgd set` included."""
     data_fingerprint: str
     """`Dataset.fingerprint`."""
     names: tuple[str, ...]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import numpy as np
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
@@ -39,6 +38,10 @@ class RayLane:
         reply = _get(self._server.pull.remote(), timeout_s, "the weights")
         into[:] = reply[1]
         return Version(*reply[0])
+
+    def version(self, timeout_s: float) -> Version:
+        """One call; see `Lane.version`."""
+        return Version(*_get(self._server.version.remote(), timeout_s, "the version"))
 
     def push(self, gradient: Gradient, into: FloatArray | None) -> Pending:
         """One call, submitted here and awaited at the receipt; see `Lane.push`."""
@@ -80,10 +83,7 @@ class Receipts:
 
     def push(self, gradient: Gradient, now: float) -> Reply:
         """Push now; the future is done when the receipt is due, with the weights of that instant (shared: to read)."""
-        partition = self._server.partition
-        size = partition.stop - partition.start
-        if gradient.values.shape != (size,) or gradient.values.dtype != np.float32:
-            raise LaneError(f"a push of {gradient.values.dtype} {gradient.values.shape}, not of float32 ({size},)")
+        self._server.check(gradient)
         key = (gradient.worker, gradient.batch)
         reply: Reply = asyncio.get_running_loop().create_future()
         self._parked[key] = reply

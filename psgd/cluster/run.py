@@ -7,14 +7,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import FrameType
-from typing import Self
 
-import numpy as np
 import ray
 from rich.console import Console
+from rich.markup import escape
 
 from psgd.cluster.actors import RunFacts
 from psgd.cluster.checkpoints import Checkpoint, Checkpoints
@@ -24,15 +22,13 @@ from psgd.core.coordinator import Coordinator
 from psgd.core.events import Finish, Stop
 from psgd.core.server import Partition
 from psgd.errors import (
-    ModelError,
     OwnershipError,
     ResumeError,
     RunExistsError,
     RunFailedError,
-    SpecError,
     StorageError,
-    WorkerError,
 )
+from psgd.job import OpenJob
 from psgd.jobfile import parse_spec
 from psgd.monitoring.metrics import run_metrics
 from psgd.monitoring.progress import Display
@@ -40,12 +36,6 @@ from psgd.monitoring.rundir import RunDirectory
 from psgd.result import Result
 from psgd.spec import JobSpec
 from psgd.storage import Storage
-from psgd_workers.datasets import Dataset, open_dataset
-from psgd_workers.layout import Layout
-from psgd_workers.messages import BatchId, FloatArray
-from psgd_workers.models import ModelWithBuffers, build_model, fit_labels
-from psgd_workers.shards import Shards
-from psgd_workers.worker import Worker
 
 __all__ = ["run_job", "train"]
 
@@ -106,12 +96,14 @@ def run_job(
     check_address(address)
     run = RunDirectory(Storage(spec.run.storage).folder(name))
     checkpoint = _check_run(run, spec, resume)
-    job = _Job.open(spec)
+    job = OpenJob.open(spec)
     if checkpoint and checkpoint.manifest.data_fingerprint != job.dataset.fingerprint:
         raise ResumeError(
             f"the data of {name} is not what it was trained on: its fingerprint is {job.dataset.fingerprint}, "
             f"and the checkpoint's {checkpoint.manifest.data_fingerprint}. Restore the data, or start a new --name"
         )
+    for warning in spec.warnings():
+        _caution(warning)
     with session(spec, address):
         check_room(spec)
         return _supervise(job, run, checkpoint, progress)
@@ -138,57 +130,20 @@ def _check_run(run: RunDirectory, spec: JobSpec, resume: bool) -> Checkpoint | N
 
 
 def _warn(run: RunDirectory, fault: str) -> None:
-    Console(stderr=True).print(f"[yellow]warning[/]: {fault}", highlight=False, soft_wrap=True)
+    _caution(fault)
     run.event("checkpoint_refused", fault=fault)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A job whose data is open and whose model was tried on it."""
-
-    spec: JobSpec
-    dataset: Dataset
-    shards: Shards
-    layout: Layout
-    weights: FloatArray  # [num_parameters], initial
-
-    @classmethod
-    def open(cls, spec: JobSpec) -> Self:
-        """Open the data, build the model, and try one batch: what fails here would fail on every worker."""
-        dataset = fit_labels(spec.model, open_dataset(spec.data, spec.seed))
-        _check_target(spec, dataset)
-        data = spec.data
-        shards = Shards(len(dataset.train), data.num_shards, data.batch_size, spec.seed, data.shuffle)
-        model = build_model(spec.model, dataset)
-        tensors = model.initial_weights(spec.seed)
-        layout = Layout.of(tensors, model.buffers if isinstance(model, ModelWithBuffers) else ())
-        weights = layout.pack(tensors)
-        worker = Worker("trial", model, layout, dataset.train, shards, spec.seed)
-        try:
-            worker.gradient(BatchId(0, 0, 0), weights, np.empty_like(weights))
-            if dataset.validation is not None:
-                worker.evaluate(weights, dataset.validation[:1])
-        except WorkerError as error:
-            raise ModelError(f"the model does not fit the data, tried on the first batch: {error}") from error
-        return cls(spec, dataset, shards, layout, weights)
+def _caution(text: str) -> None:
+    Console(stderr=True).print("[yellow]warning[/]:", escape(text), highlight=False, soft_wrap=True)
 
 
-def _check_target(spec: JobSpec, dataset: Dataset) -> None:
-    target = spec.run.target
-    if target is None or not target.metric.startswith("val/"):
-        return
-    if dataset.validation is None:
-        raise SpecError(
-            f"run.target asks for {target.metric}, but the data has no validation part: set data.validation_fraction"
-        )
-    if target.metric == "val/accuracy" and dataset.classes is None:
-        raise SpecError("run.target asks for val/accuracy, but the labels are no classes: use val/loss")
-
-
-def _supervise(job: _Job, run: RunDirectory, checkpoint: Checkpoint | None, progress: bool) -> Result:
+def _supervise(job: OpenJob, run: RunDirectory, checkpoint: Checkpoint | None, progress: bool) -> Result:
     spec, manifest = job.spec, checkpoint.manifest if checkpoint else None
+    if manifest and manifest.settings != spec.settings:  # set while it ran before
+        spec = spec.model_copy(update=dict(manifest.settings))
     owner = run.own()
-    run.begin(spec)
+    run.begin(job.spec)
     run.event("started", incarnation=owner.incarnation, resumed=manifest.name if manifest else None)
     size = job.layout.num_parameters
     facts = RunFacts(
@@ -217,7 +172,7 @@ def _supervise(job: _Job, run: RunDirectory, checkpoint: Checkpoint | None, prog
     return result
 
 
-def _train(job: _Job, run: RunDirectory, coordinator: Coordinator, inputs: Inputs, progress: bool) -> Finish:
+def _train(job: OpenJob, run: RunDirectory, coordinator: Coordinator, inputs: Inputs, progress: bool) -> Finish:
     console = Console(stderr=True, quiet=not progress)
     with Display(job.spec, job.shards.grid.num_batches, console) as display:
         observer = _Observer(run, display)

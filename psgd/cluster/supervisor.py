@@ -23,6 +23,8 @@ from psgd.core.events import (
     Action,
     AskReport,
     Cancel,
+    Change,
+    ChangeServer,
     Commit,
     Committed,
     Evaluate,
@@ -49,8 +51,11 @@ from psgd.core.events import (
     WorkerLost,
     WorkerUp,
 )
-from psgd.errors import StorageError
+from psgd.errors import SpecError, StorageError
+from psgd.jobfile import change_settings
 from psgd.monitoring.rundir import RunDirectory
+from psgd.spec import Settings
+from psgd_workers.messages import Version
 
 __all__ = ["Inputs", "Supervisor"]
 
@@ -182,10 +187,21 @@ class Supervisor:
             return
         self._commands_at = now + COMMANDS_S
         for command in self._run.take_commands():
-            known = command.get("command") == "stop"
-            self._run.event("command", **command, accepted=known)
-            if known:
-                self._events.append(Stop("stopped"))
+            try:
+                self._events.append(self._understood(command))
+                self._run.event("command", **command, accepted=True)
+            except SpecError as error:
+                self._run.event("command", **command, accepted=False, reason=str(error))
+
+    def _understood(self, command: dict[str, Any]) -> Stop | Change:
+        match command["command"]:
+            case "stop":
+                return Stop("stopped")
+            case "set":
+                self._spec = change_settings(self._spec, command["settings"])
+                return Change(self._spec.settings)
+            case unknown:
+                raise SpecError(f"{unknown!r} is no command; there are stop and set")
 
     # Acting
 
@@ -195,6 +211,8 @@ class Supervisor:
                 self._start_or_stop(action)
             case Join() | Leave():
                 self._tell_servers(action)
+            case ChangeServer(partition, settings):
+                self._change(partition, settings)
             case AskReport(partition, asked, wait):
                 self._ask(partition, asked, wait)
             case Save(checkpoint):
@@ -238,6 +256,13 @@ class Supervisor:
             except RayError as error:
                 self._events.append(server_failure(partition, error))
 
+    def _change(self, partition: int, settings: Settings) -> None:
+        ref = self._servers[partition].change.remote(settings)
+        self._call(ref, partial(self._changed, partition, settings), partial(server_failure, partition))
+
+    def _changed(self, partition: int, settings: Settings, version: Version) -> None:
+        self._run.event("changed", partition=partition, version=version, settings=settings.model_dump(mode="json"))
+
     def _tell_worker(self, action: Grant | Cancel | Evaluate) -> None:
         if action.worker not in self._workers:
             return  # it was lost a moment ago, and the coordinator will hear of it
@@ -245,7 +270,7 @@ class Supervisor:
         match action:
             case Grant(name, lease):
                 ref = worker.work.remote(lease)
-                self._call_worker(name, ref, lambda _: LeaseClosed(name, lease.id), lease.id)
+                self._call_worker(name, ref, lambda end: LeaseClosed(name, lease.id, end.residual_norm), lease.id)
             case Evaluate(name, epochs):
                 parts = [self._servers[p].epoch_weights.remote(epochs) for p in sorted(self._servers)]
                 ref = worker.evaluate.remote(*parts)
@@ -320,7 +345,8 @@ class Supervisor:
             updates=commit.updates,
             epochs=commit.epochs,
             seed=self._spec.seed,
-            spec_hash=self._spec.identity_hash(),
+            spec_hash=self._inputs.facts.spec.identity_hash(),
+            settings=self._spec.settings,
             data_fingerprint=self._inputs.data_fingerprint,
             names=facts.layout.names,
             shapes=facts.layout.shapes,

@@ -1,4 +1,4 @@
-"""The applied set: which batches a partition's state contains."""
+"""The applied set: which batches a partition's state contains, and which it was decided to do without."""
 
 from __future__ import annotations
 
@@ -15,46 +15,67 @@ Bitmap = NDArray[np.bool_]
 
 
 class AppliedSet:
-    """A number of complete epochs, and a bitmap over positions for each open one.
+    """A number of complete epochs, and bitmaps over positions for each open one.
+
+    A batch is *settled* once it is contained or skipped; an epoch is complete when all its batches are.
 
     Args:
         grid: the shape of an epoch.
-        epochs: every batch of the epochs before this one is contained.
-        bitmaps: of open epochs, copied.
+        epochs: every batch of the epochs before this one is settled.
+        settled: bitmaps of open epochs, copied.
+        skipped: likewise, of the settled batches that are not contained; an epoch left out has none.
     """
 
-    def __init__(self, grid: EpochGrid, epochs: int = 0, bitmaps: Mapping[int, Bitmap] | None = None) -> None:
+    def __init__(
+        self,
+        grid: EpochGrid,
+        epochs: int = 0,
+        settled: Mapping[int, Bitmap] | None = None,
+        skipped: Mapping[int, Bitmap] | None = None,
+    ) -> None:
         self._grid = grid
         self.epochs = epochs
-        self._bitmaps = {epoch: bitmap.copy() for epoch, bitmap in (bitmaps or {}).items()}
-        self._missing = {epoch: int((~bitmap).sum()) for epoch, bitmap in self._bitmaps.items()}
+        self._settled = {epoch: bitmap.copy() for epoch, bitmap in (settled or {}).items()}
+        self._skipped = {epoch: bitmap.copy() for epoch, bitmap in (skipped or {}).items()}
+        self._missing = {epoch: int((~bitmap).sum()) for epoch, bitmap in self._settled.items()}
 
     def __contains__(self, batch: BatchId) -> bool:
+        """Whether the batch is settled."""
         if batch.epoch < self.epochs:
             return True
-        bitmap = self._bitmaps.get(batch.epoch)
+        bitmap = self._settled.get(batch.epoch)
         return bitmap is not None and bool(bitmap[self._grid.position(batch)])
 
-    def add(self, batch: BatchId) -> None:
-        """Add a batch that is not contained yet."""
-        assert batch not in self, batch
-        if batch.epoch not in self._bitmaps:
-            self._bitmaps[batch.epoch] = np.zeros(self._grid.num_batches, np.bool_)
-            self._missing[batch.epoch] = self._grid.num_batches
-        self._bitmaps[batch.epoch][self._grid.position(batch)] = True
-        self._missing[batch.epoch] -= 1
+    def add(self, batch: BatchId, skip: bool = False) -> None:
+        """Settle a batch that is not settled yet, as contained or as skipped."""
+        epoch, position = batch.epoch, self._grid.position(batch)
+        if epoch not in self._settled:
+            assert epoch >= self.epochs, batch
+            self._settled[epoch] = np.zeros(self._grid.num_batches, np.bool_)
+            self._missing[epoch] = self._grid.num_batches
+        assert not self._settled[epoch][position], batch
+        self._settled[epoch][position] = True
+        if skip:
+            skipped = self._skipped.setdefault(epoch, np.zeros(self._grid.num_batches, np.bool_))
+            skipped[position] = True
+        self._missing[epoch] -= 1
         while self._missing.get(self.epochs) == 0:
-            del self._bitmaps[self.epochs], self._missing[self.epochs]
+            del self._settled[self.epochs], self._missing[self.epochs]
+            self._skipped.pop(self.epochs, None)
             self.epochs += 1
 
-    def bitmaps(self) -> dict[int, Bitmap]:
+    def settled(self) -> dict[int, Bitmap]:
         """Copies of the bitmaps of the open epochs."""
-        return {epoch: bitmap.copy() for epoch, bitmap in self._bitmaps.items()}
+        return {epoch: bitmap.copy() for epoch, bitmap in self._settled.items()}
+
+    def skipped(self) -> dict[int, Bitmap]:
+        """Copies of the bitmaps of what was skipped in the open epochs."""
+        return {epoch: bitmap.copy() for epoch, bitmap in self._skipped.items()}
 
     @property
     def between_epochs(self) -> bool:
         """Whether no epoch is open: the complete ones are all there is."""
-        return not self._bitmaps
+        return not self._settled
 
     def __len__(self) -> int:
         open_ones = self._grid.num_batches * len(self._missing) - sum(self._missing.values())

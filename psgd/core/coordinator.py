@@ -9,11 +9,14 @@ from __future__ import annotations
 from math import ceil
 from typing import Literal
 
+from psgd.core.consistency import build_consistency
 from psgd.core.evaluations import Evaluations
 from psgd.core.events import (
     Action,
     AskReport,
     Cancel,
+    Change,
+    ChangeServer,
     Committed,
     Evaluated,
     Event,
@@ -43,7 +46,7 @@ from psgd.core.report import Report
 from psgd.core.roster import Roster, WorkerRecord
 from psgd.core.saving import Saving
 from psgd.result import LedgerCounts, Status
-from psgd.spec import BspConsistency, JobSpec
+from psgd.spec import JobSpec, Settings
 from psgd_workers.messages import EpochGrid, Lease
 
 __all__ = ["Coordinator"]
@@ -81,7 +84,7 @@ class Coordinator:
         self._grid = grid
         self._partitions = partitions
         self._limits = Limits(spec.run)
-        self._rounds = isinstance(spec.consistency, BspConsistency)
+        self._mode = build_consistency(spec.consistency)
         self.phase: Literal["starting", "training", "ending"] = "starting"
         self.ledger = Ledger(grid, partitions)
         self.ledger.requeued = requeued
@@ -135,6 +138,7 @@ class Coordinator:
             applied=min((p["applied"] for p in pushes), default=0),
             duplicates=sum(p["duplicate"] for p in pushes),
             requeued=self.ledger.requeued,
+            discarded=max((p["discarded"] for p in pushes), default=0),
         )
 
     @property
@@ -158,6 +162,8 @@ class Coordinator:
                 self._on_report(event, now)
             case Stop(status):
                 self._end(status, now)
+            case Change(settings):
+                self._change(settings)
             case ServerLost(partition, cause):
                 self._fail(f"server {partition} was lost: {cause}. --resume continues from the newest checkpoint")
             case Saved() | SaveFailed() | Committed():
@@ -176,7 +182,8 @@ class Coordinator:
         match event:
             case WorkerUp():
                 worker.up, worker.alive_at = True, now
-            case LeaseClosed(_, lease):
+            case LeaseClosed(_, lease, residual_norm):
+                worker.residual_norm = residual_norm
                 self._close(worker, lease, now)
             case LaneFailed(_, lease, cause):
                 self._close(worker, lease, now)
@@ -218,6 +225,10 @@ class Coordinator:
             self._actions.append(commit)
         if isinstance(event, SaveFailed) and self.phase == "ending":
             self._fail(f"the last checkpoint could not be written: {event.cause}. The one before it stands")
+
+    def _change(self, settings: Settings) -> None:
+        self._mode = build_consistency(settings.consistency)
+        self._actions += [ChangeServer(partition, settings) for partition in range(self._partitions)]
 
     def _close(self, worker: WorkerRecord, lease: int, now: float) -> None:
         worker.closed(lease, now)
@@ -284,7 +295,7 @@ class Coordinator:
 
     def _begin(self, now: float) -> None:
         """Train once the servers have reported and a worker is up; lock-step modes wait for all of them."""
-        ready = self.roster.complete if self._rounds else bool(self.roster.up)
+        ready = self.roster.complete if self._in_lockstep else bool(self.roster.up)
         if len(self.reports) == self._partitions and ready:
             self.phase = "training"
             self.began = self.saving.closed_at = now
@@ -311,8 +322,12 @@ class Coordinator:
 
     # Leases
 
+    @property
+    def _in_lockstep(self) -> bool:
+        return self._mode.in_lockstep(self._spec.scaling.workers)
+
     def _lease(self, now: float) -> None:
-        if self._rounds:
+        if self._in_lockstep:
             self._lease_rounds(now)
             return
         for ahead in (0, 1):  # nobody idles before another has a lease queued
@@ -332,7 +347,7 @@ class Coordinator:
         left = self._limits.updates_left(self.updates)
         if left is None:
             return self.ledger.pending
-        per_update = len(self.roster.up) if self._rounds else 1
+        per_update = self._mode.batches_per_update(len(self.roster.up))
         buffered = max(report.pushes["buffered"] for report in self.reports.values())  # contained, but in no update yet
         return max(0, left * per_update - self.ledger.outstanding - buffered)
 

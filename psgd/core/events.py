@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 from psgd.core.report import Report
 from psgd.result import Status
+from psgd.spec import Settings
 from psgd_workers.messages import Evaluation, Lease
 
 __all__ = [
     "Action",
     "AskReport",
     "Cancel",
+    "Change",
+    "ChangeServer",
     "Commit",
     "Committed",
     "Evaluate",
@@ -62,6 +65,7 @@ class LeaseClosed:
 
     worker: str
     lease: int
+    residual_norm: float = 0.0  # of what compression has left out of the worker's pushes so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,13 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """Somebody wants the run to go on by other settings, which were checked."""
+
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """The time `next_deadline` named has come."""
 
@@ -166,6 +177,7 @@ Event = (
     | Committed
     | Evaluated
     | Stop
+    | Change
     | Tick
 )
 
@@ -210,6 +222,14 @@ class Leave:
     """Tell every server that a worker has no lease any more."""
 
     worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeServer:
+    """A partition goes on by other settings, from whatever version it has then."""
+
+    partition: int
+    settings: Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +280,7 @@ Action = (
     | StartWorker
     | StopWorker
     | Cancel
+    | ChangeServer
     | Join
     | Leave
     | Grant

@@ -1,4 +1,4 @@
-"""The journal: one fixed-size record per push, join, leave and fork, in the server's order."""
+"""The journal: one fixed-size record per push, join, leave, change and fork, in the server's order."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd.spec import Settings
 from psgd_workers.messages import Gradient, Outcome, Version
 
 __all__ = ["RECORD", "Journal", "Kind"]
@@ -41,12 +42,18 @@ class Kind(IntEnum):
     JOIN = 1
     LEAVE = 2
     PUSH = 3
+    CHANGE = 4  # `index` is the number of the settings, among those of the journal
 
 
 class Journal:
-    """Records since the last `take()`, in an array that doubles as it fills."""
+    """Records since the last `take()`, in an array that doubles as it fills.
+
+    Attributes:
+        settings: what each change was to, in order, since the run began: those before a fork are carried over.
+    """
 
     def __init__(self) -> None:
+        self.settings: list[Settings] = []
         self._records = np.zeros(256, RECORD)
         self._length = 0
 
@@ -60,6 +67,11 @@ class Journal:
     def member(self, kind: Kind, now: float, worker: str, version: Version) -> None:
         """A worker joined or left."""
         self._append((kind, 0, worker.encode(), now, 0, 0, 0, 0, 0, 0, *version, 0.0, 0.0))
+
+    def change(self, now: float, settings: Settings, version: Version) -> None:
+        """The server goes on by other settings."""
+        self._append((Kind.CHANGE, 0, b"", now, 0, 0, len(self.settings), 0, 0, 0, *version, 0.0, 0.0))
+        self.settings.append(settings)
 
     def push(self, now: float, gradient: Gradient, outcome: Outcome, version: Version) -> None:
         """A gradient arrived; `outcome` and `version` are those after it."""

@@ -159,7 +159,7 @@ class Ledger:
     def _bitmap(self, report: Report) -> Bitmap:
         if report.epochs > self.epoch:
             return np.ones(self._grid.num_batches, np.bool_)
-        return report.bitmaps.get(self.epoch, np.zeros(self._grid.num_batches, np.bool_))
+        return report.settled.get(self.epoch, np.zeros(self._grid.num_batches, np.bool_))
 
     @property
     def settled(self) -> bool:

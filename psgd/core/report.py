@@ -37,14 +37,15 @@ class Report:
 
     partition: int
     version: Version
-    epochs: int  # complete: every batch of the epochs before this one is in the state
-    bitmaps: Mapping[int, Bitmap]  # over positions, of the epochs that are open
+    epochs: int  # complete: every batch of the epochs before this one is in the state, or skipped
+    settled: Mapping[int, Bitmap]  # over positions, of the epochs that are open: contained or skipped
     pushes: Mapping[str, int]  # by outcome, over the whole run; buffered: now
     staleness: Mapping[int, int]  # staleness -> applied gradients
     losses: Mapping[int, EpochLoss]  # of the newest epochs
     samples: int  # examples applied
     heard: Mapping[str, int]  # live worker -> its pushes, whatever became of them
     parked: frozenset[str]  # workers whose receipt is not yet given
+    bytes_pushed: int  # of the vectors of all pushes
     first: Mark | None  # this incarnation's first step
     last: Mark | None  # ... and newest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from math import sqrt
 
 from psgd.core.report import Report
 
@@ -28,6 +29,7 @@ class WorkerRecord:
     evaluations: list[int | None] = field(default_factory=list)
     batch_s: float | None = None  # smoothed seconds per batch
     heard: int = 0
+    residual_norm: float = 0.0  # of what compression has left out of its pushes, when last told
 
     @property
     def busy(self) -> bool:
@@ -61,6 +63,7 @@ class Roster:
         self._slots = slots
         self._named = 0
         self._workers: dict[str, WorkerRecord] = {}
+        self._lost_residual = 0.0  # squared norm, of those that are gone
 
     def __getitem__(self, name: str) -> WorkerRecord:
         return self._workers[name]
@@ -94,7 +97,14 @@ class Roster:
         return worker
 
     def remove(self, name: str) -> WorkerRecord:
-        return self._workers.pop(name)
+        worker = self._workers.pop(name)
+        self._lost_residual += worker.residual_norm**2
+        return worker
+
+    @property
+    def residual_norm(self) -> float:
+        """Of what compression has left out and no later push has brought: the living workers' and the dead ones'."""
+        return sqrt(self._lost_residual + sum(worker.residual_norm**2 for worker in self._workers.values()))
 
     def home(self, worker: WorkerRecord) -> Fraction:
         """Where the worker's own part of the shards begins, as a share of all."""

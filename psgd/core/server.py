@@ -2,9 +2,9 @@
 
 A push goes through six hooks:
 
-    ADMIT      is the batch new, finite, and read in this server's history?
-    DECODE     values as sent -> float32            (nothing is compressed yet)
-    CORRECT    what the whole gradient's norm asks  (clipping)
+    ADMIT      is the batch new, finite, and read in this server's history? does the mode take it?
+    DECODE     values as sent -> float32
+    CORRECT    what the whole gradient's norm asks (clipping), and what staleness does
     AGGREGATE  into the round; when it closes, the round's mean
     STEP       the optimizer, in place
     REPLY      the weights workers are shown, and the receipts now due
@@ -15,21 +15,26 @@ The host calls one method at a time and delivers the receipts each returns.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd.core.aggregators import Member, Step, Taken
 from psgd.core.applied import AppliedSet
-from psgd.core.consistency import build_consistency
+from psgd.core.consistency import Round, build_consistency
+from psgd.core.corrections import build_correction
 from psgd.core.journal import Journal, Kind
-from psgd.core.optimizers import build_optimizer
+from psgd.core.optimizers import apply, build_optimizer
 from psgd.core.report import EpochLoss, Mark, Report
-from psgd.spec import JobSpec
-from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
+from psgd.core.schedules import build_schedule
+from psgd.spec import JobSpec, Settings
+from psgd_workers.compression import decode
+from psgd_workers.errors import LaneError
+from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
 
 __all__ = ["ParameterServer", "Partition", "ServerState"]
 
@@ -49,17 +54,21 @@ class Partition(NamedTuple):
 class ServerState:
     """A partition's whole state: what a checkpoint holds. Arrays are copies."""
 
-    arrays: Mapping[str, NDArray[Any]]  # weights, applied.EPOCH, optimizer.NAME
+    arrays: Mapping[str, NDArray[Any]]  # weights, settled.EPOCH, skipped.EPOCH, {optimizer,aggregator,correction}.NAME
     facts: Mapping[str, Any]  # plain JSON values
 
+    def part(self, name: str) -> dict[str, NDArray[Any]]:
+        """The arrays whose names begin with `name.`, without that."""
+        return {key.partition(".")[2]: array for key, array in self.arrays.items() if key.startswith(f"{name}.")}
 
-@dataclass(slots=True)
-class _Round:
-    """Pushes since the last step."""
 
-    gradients: list[Gradient] = field(default_factory=list)
-    parked: list[tuple[str, BatchId, Outcome]] = field(default_factory=list)  # receipts not yet given
-    heard: set[str] = field(default_factory=set)
+class _Parked(NamedTuple):
+    """A push whose receipt is not yet given."""
+
+    worker: str
+    batch: BatchId
+    outcome: Outcome
+    updates: int  # of the server when it came: a later version has it applied
 
 
 class ParameterServer:
@@ -81,156 +90,261 @@ class ParameterServer:
         grid: EpochGrid,
         version: Version,
     ) -> None:
-        assert weights.shape == (partition.stop - partition.start,), (weights.shape, partition)
+        size, trainable = partition.stop - partition.start, partition.num_trainable
+        assert weights.shape == (size,), (weights.shape, partition)
         self.partition = partition
         self.version = version
-        self._max_norm = spec.optimizer.max_grad_norm
+        self.settings = spec.settings
+        self._spec = spec
         self._weights = weights.astype(np.float32, copy=True)
-        self._mean = np.empty_like(self._weights)
-        self._scratch = np.empty_like(self._weights)
-        self._optimizer = build_optimizer(spec.optimizer, partition.num_trainable)
-        self._mode = build_consistency(spec.consistency)
+        self._trained = self._weights[:trainable]
+        self._scratch = np.empty(size, np.float32)
+        self._clipped = np.empty(size, np.float32)
+        self._decoded = np.empty(size, np.float32)
+        self._optimizer = build_optimizer(spec.optimizer, trainable)
+        self._correction = build_correction(spec, trainable)
+        self._shown = self._weights.copy() if self._correction.shifts else self._weights
         self._grid = grid
-        self._applied = AppliedSet(grid)
+        self._settled = AppliedSet(grid)
         self._history = [(version.incarnation, version.updates)]  # (incarnation, updates it forked at), oldest first
-        self._live: dict[str, int] = {}  # worker -> pushes heard since it joined
-        self._round = _Round()
+        self._round = Round()
+        self._parked: list[_Parked] = []
         self._pushes = Counter[Outcome]()
         self._staleness = Counter[int]()
         self._losses: dict[int, EpochLoss] = {}
         self._epoch_weights: dict[int, FloatArray] = {}
-        self._samples = 0
+        self._bytes = 0  # pushed
+        self._samples = 0  # examples applied
+        self._counted = 0  # ... and skipped: what the schedule goes by
         self._first: Mark | None = None
         self._last: Mark | None = None
         self.journal = Journal()
+        self._set(spec.settings)
+
+    def _set(self, settings: Settings) -> None:
+        self.settings = settings
+        self._mode = build_consistency(settings.consistency)
+        self._late = Outcome.DISCARDED if getattr(settings.consistency, "late", "") == "discard" else Outcome.REQUEUED
+        self._aggregator = self._mode.aggregator(len(self._weights), self.partition.num_trainable)
+        optimizer = settings.optimizer
+        self._max_norm, self._clip_value = optimizer.max_grad_norm, optimizer.clipvalue
+        self._schedule = build_schedule(optimizer.schedule, optimizer.lr, self._grid.num_examples)
 
     @property
     def published(self) -> FloatArray:
         """The weights that workers are shown; they change with the next step."""
-        return self._weights
+        return self._shown
 
     @property
     def epochs(self) -> int:
-        """Complete epochs: every batch of those before this one is in the state."""
-        return self._applied.epochs
+        """Complete epochs: every batch of those before this one is in the state, or skipped."""
+        return self._settled.epochs
 
     @property
-    def between_rounds(self) -> bool:
-        """Whether no gradient waits for its round to close: only then can the state be saved."""
-        return not self._round.gradients
+    def can_save(self) -> bool:
+        """Whether `state()` would hold everything: an open round of a mode in lock-step is in no state."""
+        return not (self._aggregator.keeps and len(self._aggregator))
 
     def join(self, worker: str, now: float) -> tuple[Receipt, ...]:
-        """A worker got a lease: rounds wait for it from now on."""
-        self._live.setdefault(worker, 0)
+        """A worker got a lease: rounds wait for it from now on. It enters at the slowest one's clock."""
+        live = self._round.live
+        live.setdefault(worker, min(live.values(), default=0))
         self.journal.member(Kind.JOIN, now, worker, self.version)
         return ()
 
     def leave(self, worker: str, now: float) -> tuple[Receipt, ...]:
         """A worker is idle, gone or dead: rounds no longer wait for it. What it pushed stays."""
-        self._live.pop(worker, None)
-        receipts = self._close_round(now)
+        self._round.live.pop(worker, None)
+        self._correction.leave(worker)
+        self._close_if_due(now)
         self.journal.member(Kind.LEAVE, now, worker, self.version)
-        return receipts
+        return self._due()
+
+    def change(self, settings: Settings, now: float) -> tuple[Receipt, ...]:
+        """Go on by other settings: what is collected becomes a step first, and everybody is let go."""
+        while self._round.collected:
+            self._close(now)
+        self._round.heard.clear()
+        self._set(settings)
+        self.journal.change(now, settings, self.version)
+        return self._due()
 
     def push(self, gradient: Gradient, now: float) -> tuple[Receipt, ...]:
         """Take one gradient through the six hooks.
 
         Returns:
             Every receipt that is due now: this worker's, those of workers that waited for it, or none.
+
+        Raises:
+            LaneError: the values were not sent as this partition reads them; nothing happened.
         """
+        updates, round_ = self.version.updates, self._round
+        self._bytes += gradient.nbytes
         outcome = self._admit(gradient)
         if outcome is Outcome.BUFFERED:
-            self._applied.add(gradient.batch)
-            self._round.gradients.append(gradient)
-            self._note_loss(gradient)
+            self._collect(gradient)
         else:
             self._pushes[outcome] += 1
-        if gradient.worker in self._live:
-            self._live[gradient.worker] += 1
-        self._round.heard.add(gradient.worker)
-        self._round.parked.append((gradient.worker, gradient.batch, outcome))
-        receipts = self._close_round(now)
-        if receipts and outcome is Outcome.BUFFERED:
+            if outcome is Outcome.DISCARDED:
+                self._settled.add(gradient.batch, skip=True)
+                self._counted += gradient.examples
+        if gradient.worker in round_.live:
+            round_.live[gradient.worker] += 1
+        if self._mode.belongs(outcome):
+            round_.heard.add(gradient.worker)
+        self._parked.append(_Parked(gradient.worker, gradient.batch, outcome, updates))
+        self._close_if_due(now)
+        if outcome is Outcome.BUFFERED and self.version.updates > updates:
             outcome = Outcome.APPLIED
         self.journal.push(now, gradient, outcome, self.version)
-        return receipts
+        return self._due()
+
+    # ADMIT
 
     def _admit(self, gradient: Gradient) -> Outcome:
-        if gradient.batch in self._applied:
+        if gradient.batch in self._settled:
             return Outcome.DUPLICATE
         if not (isfinite(gradient.norm) and isfinite(gradient.loss)):
             return Outcome.REJECTED
-        if not self._in_history(gradient.read) or not self._mode.admits(gradient, self.version):
+        if not self._in_history(gradient.read):
             return Outcome.REQUEUED
+        if not self._mode.admits(self.version.updates - gradient.read.updates):
+            return self._late
         return Outcome.BUFFERED
 
     def _in_history(self, read: Version) -> bool:
         """Whether the weights of that version are ancestors of these."""
-        ends = [fork for _, fork in self._history[1:]] + [self.version.updates]
-        return any(
-            read.incarnation == incarnation and fork <= read.updates <= end
-            for (incarnation, fork), end in zip(self._history, ends, strict=True)
-        )
+        end = self.version.updates
+        for incarnation, fork in reversed(self._history):
+            if read.incarnation == incarnation:
+                return fork <= read.updates <= end
+            end = fork
+        return False
 
-    def _close_round(self, now: float) -> tuple[Receipt, ...]:
-        if not self._mode.closes(self._round.heard, self._live.keys(), outstanding=not self._applied.between_epochs):
-            return ()
-        done, self._round = self._round, _Round()
-        if done.gradients:
-            self._step(done.gradients, now)
-        return tuple(
-            Receipt(worker, batch, Outcome.APPLIED if outcome is Outcome.BUFFERED else outcome, self.version)
-            for worker, batch, outcome in done.parked
-        )
+    def check(self, gradient: Gradient) -> None:
+        """Refuse what no worker of this run sends, before anything happens; a host calls it before `push`.
 
-    def _step(self, gradients: Sequence[Gradient], now: float) -> None:
+        Raises:
+            LaneError: a vector is not float32, or not as long as this partition; or what must come along is missing.
+        """
+        size, trainable = len(self._weights), self.partition.num_trainable
+        expected: list[tuple[str, object, int]] = []
+        if isinstance(gradient.values, Encoded):
+            decode(gradient.values, self._decoded[:trainable])
+            if trainable < size:
+                expected.append(("buffers", gradient.buffers, size - trainable))
+        else:
+            expected.append(("values", gradient.values, size))
+        if self._spec.correction.reads_weights:
+            expected.append(("weights_read", gradient.weights_read, size))
+        for name, vector, length in expected:
+            if not (isinstance(vector, np.ndarray) and vector.shape == (length,) and vector.dtype == np.float32):
+                given = f"{vector.dtype} {vector.shape}" if isinstance(vector, np.ndarray) else type(vector).__name__
+                raise LaneError(f"a push whose {name} are {given}, not float32 ({length},)")
+
+    # DECODE, CORRECT, AGGREGATE
+
+    def _collect(self, gradient: Gradient) -> None:
+        values, staleness = self._decode(gradient), self.version.updates - gradient.read.updates
+        scale = self._clip(gradient)
+        weight = self._mode.weight(staleness) * self._correction.factor(gradient, staleness)
+        values, scale = self._correct(gradient, values, scale)
+        self._settled.add(gradient.batch)
+        member = Member(gradient.read.updates, gradient.examples)
+        self._aggregator.add(Taken(gradient.worker, gradient.batch, member, values, scale, weight))
+        self._round.collected += 1
+        self._note_loss(gradient)
+
+    def _decode(self, gradient: Gradient) -> FloatArray:
+        if not isinstance(gradient.values, Encoded):
+            return gradient.values
+        out = np.empty_like(self._decoded) if self._aggregator.keeps else self._decoded
         trainable = self.partition.num_trainable
-        mean = self._aggregate(sorted(gradients, key=lambda gradient: gradient.batch))
-        self._optimizer.step(self._weights[:trainable], mean[:trainable])
-        self._weights[trainable:] -= mean[trainable:]
-        for gradient in gradients:
-            self._staleness[self.version.updates - gradient.read.updates] += 1
-            self._samples += gradient.examples
-        self._pushes[Outcome.APPLIED] += len(gradients)
-        self.version = self.version._replace(updates=self.version.updates + 1)
-        self._last = Mark(now, self.version.updates, self._samples)
-        self._first = self._first or self._last
-        if self._applied.between_epochs:
-            self._keep_epoch_weights()
-
-    def _aggregate(self, gradients: Sequence[Gradient]) -> FloatArray:
-        """Σ (nᵢ·N/Σn)·gᵢ / N, in the order given; with equal nᵢ the factors are exactly 1."""
-        examples = sum(gradient.examples for gradient in gradients)
-        factors = [gradient.examples * len(gradients) / examples for gradient in gradients]
-        if len(gradients) == 1 and self._clip(gradients[0]) == 1:
-            return gradients[0].values
-        self._mean[:] = 0
-        for gradient, factor in zip(gradients, factors, strict=True):
-            self._mean += self._scaled(gradient, factor)
-        self._mean /= len(gradients)
-        return self._mean
-
-    def _scaled(self, gradient: Gradient, factor: float) -> FloatArray:
-        """CORRECT: a long gradient is shortened; buffers are no gradients and keep their change."""
-        trainable = self.partition.num_trainable
-        np.multiply(gradient.values[:trainable], factor * self._clip(gradient), out=self._scratch[:trainable])
-        np.multiply(gradient.values[trainable:], factor, out=self._scratch[trainable:])
-        return self._scratch
+        decode(gradient.values, out[:trainable])
+        out[trainable:] = 0 if gradient.buffers is None else gradient.buffers
+        return out
 
     def _clip(self, gradient: Gradient) -> float:
         if self._max_norm is None:
             return 1.0
         return min(1.0, self._max_norm / (gradient.norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
 
+    def _correct(self, gradient: Gradient, values: FloatArray, scale: float) -> tuple[FloatArray, float]:
+        """What the whole gradient is multiplied by stays a factor, unless its values change one by one."""
+        if self._clip_value is None and not self._correction.elementwise:
+            return values, scale
+        trainable, limit = self.partition.num_trainable, self._clip_value
+        out = np.empty_like(self._clipped) if self._aggregator.keeps else self._clipped
+        np.multiply(values, scale, out=out)
+        out[trainable:] = values[trainable:]  # buffers are no gradients
+        if limit is not None:
+            np.clip(out[:trainable], -limit, limit, out=out[:trainable])
+        read = None if gradient.weights_read is None else gradient.weights_read[:trainable]
+        out[:trainable] = self._correction.correct(gradient.worker, out[:trainable], self._trained, read)
+        return out, 1.0
+
     def _note_loss(self, gradient: Gradient) -> None:
         epoch = gradient.batch.epoch
         total, examples = self._losses.get(epoch, EpochLoss(0.0, 0))
         self._losses[epoch] = EpochLoss(total + gradient.loss * gradient.examples, examples + gradient.examples)
-        for old in sorted(self._losses)[:-LOSS_EPOCHS]:
-            del self._losses[old]
+        if len(self._losses) > LOSS_EPOCHS:
+            del self._losses[min(self._losses)]
+
+    # STEP, REPLY
+
+    def _close_if_due(self, now: float) -> None:
+        self._round.outstanding = not self._settled.between_epochs
+        while self._mode.closes(self._round):  # an epoch's end may make two steps of what is left
+            self._close(now)
+        if not self._round.outstanding and self.epochs not in self._epoch_weights:
+            self._keep_epoch_weights()
+
+    def _close(self, now: float) -> None:
+        self._round.heard.clear()
+        if not self._round.collected:
+            return
+        step = self._aggregator.close()
+        self._step(step)
+        for read, examples in step.members:
+            self._staleness[self.version.updates - read] += 1
+            self._samples += examples
+            self._counted += examples
+        self._pushes[Outcome.APPLIED] += len(step.members)
+        self._round.collected = len(self._aggregator)
+        self.version = Version(self.version.incarnation, self.version.updates + 1)
+        self._last = Mark(now, self.version.updates, self._samples)
+        self._first = self._first or self._last
+
+    def _step(self, step: Step) -> None:
+        trainable = self.partition.num_trainable
+        rate = self._schedule.rate(self._counted)
+        direction = self._optimizer.direction(self._trained, step.gradient[:trainable])
+        self._correction.stepped(direction)
+        apply(self._trained, direction, rate * step.weight, self._scratch[:trainable])
+        if trainable < len(self._weights):
+            self._weights[trainable:] -= step.gradient[trainable:]
+        if self._correction.shifts:
+            self._correction.published(self._trained, rate, self._shown[:trainable])
+            self._shown[trainable:] = self._weights[trainable:]
+
+    def _due(self) -> tuple[Receipt, ...]:
+        """The receipts that nothing holds back any more."""
+        if not self._parked:
+            return ()
+        waits, version = self._mode.waiting(self._round), self.version
+        due: list[Receipt] = []
+        held: list[_Parked] = []
+        for push in self._parked:
+            if waits(push.worker):
+                held.append(push)
+                continue
+            applied = push.outcome is Outcome.BUFFERED and version.updates > push.updates
+            due.append(Receipt(push.worker, push.batch, Outcome.APPLIED if applied else push.outcome, version))
+        self._parked = held
+        return tuple(due)
 
     def _keep_epoch_weights(self) -> None:
-        self._epoch_weights[self._applied.epochs] = self._weights.copy()
+        self._epoch_weights[self.epochs] = self._weights.copy()
         for old in sorted(self._epoch_weights)[:-LOSS_EPOCHS]:
             del self._epoch_weights[old]
 
@@ -241,61 +355,82 @@ class ParameterServer:
         """
         return self._weights.copy() if epochs is None else self._epoch_weights[epochs].copy()
 
+    # What others may know
+
     def report(self) -> Report:
         """What the driver may know and believe."""
         pushes = {outcome.value: self._pushes[outcome] for outcome in Outcome}
-        pushes[Outcome.BUFFERED.value] = len(self._round.gradients)
+        pushes[Outcome.BUFFERED.value] = self._round.collected
         return Report(
             self.partition.number,
             self.version,
-            self._applied.epochs,
-            self._applied.bitmaps(),
+            self._settled.epochs,
+            self._settled.settled(),
             pushes,
             dict(self._staleness),
             dict(self._losses),
             self._samples,
-            dict(self._live),
-            frozenset(worker for worker, _, _ in self._round.parked),
+            dict(self._round.live),
+            frozenset(push.worker for push in self._parked),
+            self._bytes,
             self._first,
             self._last,
         )
 
     def state(self) -> ServerState:
-        """Everything `restore` needs. Only `between_rounds`."""
-        assert self.between_rounds, "a round is open: its gradients are in the applied set, but not in the weights"
-        arrays: dict[str, NDArray[Any]] = {"weights": self._weights.copy()}
-        arrays |= {f"applied.{epoch}": bitmap for epoch, bitmap in self._applied.bitmaps().items()}
-        arrays |= {f"optimizer.{name}": array.copy() for name, array in self._optimizer.state().items()}
+        """Everything `restore` needs. Only while `can_save`."""
+        assert self.can_save, "a round is open: its gradients are in the applied set, but in no state"
+        collected, collecting = self._aggregator.state()
+        corrected, correcting = self._correction.state()
+        parts: dict[str, Mapping[Any, NDArray[Any]]] = {
+            "settled": self._settled.settled(),
+            "skipped": self._settled.skipped(),
+            "optimizer": {name: array.copy() for name, array in self._optimizer.state().items()},
+            "aggregator": collected,
+            "correction": corrected,
+        }
+        arrays = {f"{part}.{name}": array for part, named in parts.items() for name, array in named.items()}
         facts = {
             "version": list(self.version),
             "history": [list(fork) for fork in self._history],
             "partition": list(self.partition),
-            "epochs": self._applied.epochs,
+            "epochs": self._settled.epochs,
             "samples": self._samples,
+            "counted": self._counted,
+            "bytes": self._bytes,
             "pushes": {outcome.value: count for outcome, count in self._pushes.items()},
             "staleness": sorted(self._staleness.items()),
             "losses": [[epoch, *loss] for epoch, loss in sorted(self._losses.items())],
+            "aggregator": collecting,
+            "correction": correcting,
+            "settings": self.settings.model_dump(mode="json"),
+            "changes": [settings.model_dump(mode="json") for settings in self.journal.settings],
         }
-        return ServerState(arrays, facts)
+        return ServerState({"weights": self._weights.copy()} | arrays, facts)
 
     @classmethod
     def restore(cls, spec: JobSpec, grid: EpochGrid, state: ServerState, incarnation: int, now: float) -> Self:
         """A new incarnation of the partition that `state` was taken of, its versions counting on from there."""
-        arrays, facts = state.arrays, state.facts
+        facts = state.facts
         origin = Version(*facts["version"])
-        server = cls(
-            spec, Partition(*facts["partition"]), arrays["weights"], grid, Version(incarnation, origin.updates)
-        )
+        version = Version(incarnation, origin.updates)
+        server = cls(spec, Partition(*facts["partition"]), state.arrays["weights"], grid, version)
+        server._set(Settings.model_validate(facts["settings"]))
         server._history = [tuple(fork) for fork in facts["history"]] + server._history
-        bitmaps = {int(name.split(".")[1]): array for name, array in arrays.items() if name.startswith("applied.")}
-        server._applied = AppliedSet(grid, facts["epochs"], bitmaps)
-        prefix = "optimizer."
-        server._optimizer.load({name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)})
-        server._samples = facts["samples"]
+        settled, skipped = (
+            {int(epoch): bitmap for epoch, bitmap in state.part(name).items()} for name in ("settled", "skipped")
+        )
+        server._settled = AppliedSet(grid, facts["epochs"], settled, skipped)
+        server._optimizer.load(state.part("optimizer"))
+        server._aggregator.load(state.part("aggregator"), facts["aggregator"])
+        server._correction.load(state.part("correction"), facts["correction"])
+        server._round.collected = len(server._aggregator)
+        server._samples, server._counted, server._bytes = (facts[name] for name in ("samples", "counted", "bytes"))
         server._pushes.update({Outcome(name): count for name, count in facts["pushes"].items()})
         server._staleness.update({int(value): count for value, count in facts["staleness"]})
         server._losses = {epoch: EpochLoss(total, examples) for epoch, total, examples in facts["losses"]}
-        if server._applied.between_epochs:
+        if server._settled.between_epochs:
             server._keep_epoch_weights()
+        server.journal.settings += [Settings.model_validate(settings) for settings in facts["changes"]]
         server.journal.fork(now, origin, server.version)
         return server

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from psgd.core.coordinator import Coordinator
-from psgd.core.report import staleness_summary
+from psgd.core.report import Report, staleness_summary
 from psgd_workers.messages import Evaluation
 
 __all__ = ["run_metrics"]
@@ -26,7 +27,15 @@ def run_metrics(coordinator: Coordinator) -> dict[str, float | None]:
         "val/accuracy": evaluation.accuracy if evaluation else None,
         "perf/updates_per_s": min(rates["updates"], default=None),
         "perf/samples_per_s": min(rates["samples"], default=None),
+        "perf/bytes_per_push": _bytes_per_push(reports),
+        "compression/residual_norm": coordinator.roster.residual_norm,
     } | {f"async/staleness_{name}": value for name, value in staleness_summary(histogram).items()}
+
+
+def _bytes_per_push(reports: Sequence[Report]) -> float | None:
+    """Of all partitions together."""
+    pushes = [sum(report.pushes.values()) for report in reports]
+    return sum(r.bytes_pushed / n for r, n in zip(reports, pushes, strict=True)) if pushes and all(pushes) else None
 
 
 def _newest(coordinator: Coordinator) -> Evaluation | None:

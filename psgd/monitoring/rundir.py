@@ -14,6 +14,7 @@ import os
 import platform
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -129,11 +130,13 @@ class RunDirectory:
         if not self.exists:
             raise RunNotFoundError(f"there is no run in {self.storage.url}; name it as in `--name`, and its --storage")
 
-    def command(self, kind: str) -> str:
-        """Ask the run's driver for something; returns the command's id, which its answer in `events.jsonl` names."""
+    def command(self, kind: str, settings: Sequence[str] = ()) -> str:
+        """Ask the run's driver for something; its answer in `events.jsonl` names the id that is returned."""
         self.check_exists()
         identifier = f"{time.time_ns()}-{uuid4().hex[:8]}"
-        self.storage.write(f"commands/{identifier}.json", _json({"id": identifier, "command": kind}))
+        self.storage.write(
+            f"commands/{identifier}.json", _json({"id": identifier, "command": kind, "settings": [*settings]})
+        )
         return identifier
 
     def take_commands(self) -> list[dict[str, Any]]:
@@ -152,8 +155,10 @@ def _command(name: str, text: bytes) -> dict[str, Any]:
         tree = json.loads(text)
     except ValueError:
         tree = None
-    command = tree.get("command") if isinstance(tree, dict) else None
-    return {"id": name.removesuffix(".json"), "command": command}
+    facts = tree if isinstance(tree, dict) else {}
+    settings = facts.get("settings")
+    known = isinstance(settings, list) and all(isinstance(setting, str) for setting in settings)
+    return {"id": name.removesuffix(".json"), "command": facts.get("command"), "settings": settings if known else []}
 
 
 def _json(value: Any) -> bytes:

@@ -8,11 +8,25 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from psgd.spec.consistency import AsyncConsistency, ConsistencySpec
+from psgd.spec.combinations import faults
+from psgd.spec.consistency import AsyncConsistency, ConsistencySpec, LocalConsistency, RingmasterConsistency
+from psgd.spec.correction import CorrectionSpec, NoCorrection
 from psgd.spec.optimizer import OptimizerSpec
-from psgd_workers.spec import DataSpec, ModelSpec, Spec, TorchModel
+from psgd_workers.spec import (
+    CompressionSpec,
+    DataSpec,
+    LocalSteps,
+    ModelSpec,
+    NoCompression,
+    Spec,
+    TorchModel,
+    WorkRules,
+)
 
-__all__ = ["CheckpointConfig", "FailureConfig", "JobSpec", "RunConfig", "ScalingConfig", "TargetConfig"]
+__all__ = ["CheckpointConfig", "FailureConfig", "JobSpec", "RunConfig", "ScalingConfig", "Settings", "TargetConfig"]
+
+
+IDENTITY = {"version", "seed", "model", "data", "optimizer", "consistency", "correction", "compression"}
 
 
 class ScalingConfig(Spec):
@@ -83,6 +97,15 @@ class FailureConfig(Spec):
     """Seconds any one answer may take: a receipt, a report, a process's start. Raise it for longer batches."""
 
 
+class Settings(Spec):
+    """The part of a job that `psgd set` can change while it runs."""
+
+    consistency: ConsistencySpec
+    """How workers wait for each other."""
+    optimizer: OptimizerSpec
+    """How a server steps."""
+
+
 class JobSpec(Spec):
     """One training job."""
 
@@ -100,6 +123,10 @@ class JobSpec(Spec):
     """How a server steps."""
     consistency: ConsistencySpec = AsyncConsistency()
     """How workers wait for each other."""
+    correction: CorrectionSpec = NoCorrection()
+    """What staleness does to a gradient."""
+    compression: CompressionSpec = NoCompression()
+    """How gradients travel."""
     scaling: ScalingConfig = ScalingConfig()
     """How many workers."""
     run: RunConfig
@@ -117,9 +144,42 @@ class JobSpec(Spec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> JobSpec:
+        if found := faults(self.consistency, self.correction, self.optimizer, self.scaling.workers):
+            raise ValueError("; ".join(found))
+        return self
+
+    @property
+    def rules(self) -> WorkRules:
+        """What its workers are told."""
+        mode = self.consistency
+        return WorkRules(
+            local=LocalSteps(steps=mode.h, lr=mode.lr) if isinstance(mode, LocalConsistency) else None,
+            compression=self.compression,
+            sends_weights=self.correction.reads_weights,
+            stop_at=mode.r if isinstance(mode, RingmasterConsistency) and mode.stop else None,
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """What `psgd set` can change."""
+        return Settings(consistency=self.consistency, optimizer=self.optimizer)
+
+    def warnings(self) -> list[str]:
+        """What is allowed, and probably not wanted."""
+        found = []
+        if isinstance(self.consistency, RingmasterConsistency) and self.data.num_shards > 1 and not self.data.shuffle:
+            found.append(
+                "mode ringmaster refuses the gradients of slow workers, and shards that are cut without shuffling may "
+                "differ: within an epoch, the weights lean towards the data of fast workers. Set data.shuffle or "
+                "data.num_shards 1, or use mode ringleader"
+            )
+        return found
+
     def identity(self) -> dict[str, Any]:
         """The part of a job that a resumed run may not change: what its weights are a function of."""
-        return self.model_dump(mode="json", include={"version", "seed", "model", "data", "optimizer", "consistency"})
+        return self.model_dump(mode="json", include=IDENTITY)
 
     def identity_hash(self) -> str:
         """SHA-256 of `identity()`, in hex."""

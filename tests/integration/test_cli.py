@@ -24,6 +24,7 @@ KEYS = [
 ]
 METRICS = {
     *("train/loss", "val/loss", "val/accuracy", "perf/updates_per_s", "perf/samples_per_s"),
+    *("perf/bytes_per_push", "compression/residual_norm"),
     *(f"async/staleness_{name}" for name in ("mean", "p50", "p95", "max")),
 }
 
@@ -61,7 +62,7 @@ def test_train_prints_one_json_document_and_nothing_else(finished: tuple[Command
     result = json.loads(finished[1].stdout)
     assert list(result) == KEYS
     assert result["metrics"].keys() == METRICS
-    assert list(result["ledger"]) == ["batches", "applied", "duplicates", "requeued"]
+    assert list(result["ledger"]) == ["batches", "applied", "duplicates", "requeued", "discarded"]
     assert (result["status"], result["epochs"], result["error"]) == ("finished", 3, None)
     assert Path(result["path"]) == finished[0].folder / "runs" / "digits"
     assert (Path(result["path"]) / "checkpoints" / result["checkpoint"] / "COMMITTED").exists()

@@ -57,7 +57,7 @@ def psgd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def result(status: Any) -> Result:
-    counts = LedgerCounts(batches=5, applied=5, duplicates=0, requeued=0)
+    counts = LedgerCounts(batches=5, applied=5, duplicates=0, requeued=0, discarded=0)
     names = ("train/loss", "val/loss", "val/accuracy", "perf/updates_per_s", "async/staleness_mean")
     error = "worker-0 [red]: scripted" if status == "failed" else None
     return Result(status, "iris", "runs/iris", 1, 5, 150, 0.5, dict.fromkeys(names), counts, None, error)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from psgd_workers.messages import BatchId, BatchRange, EpochGrid, Lease, LeaseEnd, Version
 
-grids = st.lists(st.integers(1, 9), min_size=1, max_size=9).map(lambda counts: EpochGrid(tuple(counts)))
+grids = st.lists(st.integers(1, 9), min_size=1, max_size=9).map(lambda counts: EpochGrid(tuple(counts), sum(counts)))
 
 
 @given(grids, st.integers(0, 1000))
@@ -33,7 +33,7 @@ def test_a_shard_starts_at_its_batch_0(grid: EpochGrid) -> None:
 @pytest.mark.parametrize("position", [-1, 5])
 def test_a_position_outside_the_epoch_is_refused(position: int) -> None:
     with pytest.raises(IndexError, match=f"position {position} is outside an epoch of 5 batches"):
-        EpochGrid((2, 3)).batch(0, position)
+        EpochGrid((2, 3), 5).batch(0, position)
 
 
 def test_a_lease_lists_its_positions_in_the_order_of_work() -> None:

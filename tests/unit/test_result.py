@@ -6,7 +6,7 @@ from psgd.result import LedgerCounts, Result
 
 
 def test_a_result_is_plain_values_in_the_order_of_its_fields() -> None:
-    counts = LedgerCounts(batches=12, applied=12, duplicates=1, requeued=3)
+    counts = LedgerCounts(batches=12, applied=12, duplicates=1, requeued=3, discarded=0)
     result = Result(
         status="finished",
         name="iris",
@@ -22,5 +22,5 @@ def test_a_result_is_plain_values_in_the_order_of_its_fields() -> None:
     )
     plain = result.to_dict()
     assert list(plain) == list(Result.__dataclass_fields__)
-    assert plain["ledger"] == {"batches": 12, "applied": 12, "duplicates": 1, "requeued": 3}
+    assert plain["ledger"] == {"batches": 12, "applied": 12, "duplicates": 1, "requeued": 3, "discarded": 0}
     assert json.loads(json.dumps(plain)) == plain

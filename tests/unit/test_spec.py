@@ -6,7 +6,21 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from psgd.spec import CheckpointConfig, FailureConfig, JobSpec, RunConfig, SgdOptimizer, TargetConfig
+from psgd.spec import (
+    AdagradOptimizer,
+    AdamOptimizer,
+    AdamwOptimizer,
+    CheckpointConfig,
+    ConstantSchedule,
+    DelayedNesterovOptimizer,
+    FailureConfig,
+    JobSpec,
+    OptimizerSpec,
+    RunConfig,
+    SgdOptimizer,
+    StepSchedule,
+    TargetConfig,
+)
 
 MINIMAL: dict[str, Any] = {
     "model": {"kind": "linear"},
@@ -23,7 +37,8 @@ def spec(**changes: Any) -> JobSpec:
 def test_a_minimal_job_is_asynchronous_on_two_workers() -> None:
     job = spec()
     assert job.consistency.mode == "async"
-    assert (job.scaling.workers, job.seed, job.optimizer.momentum) == (2, 0, 0.0)
+    assert (job.scaling.workers, job.seed) == (2, 0)
+    assert job.optimizer == SgdOptimizer(lr=0.1, momentum=0.0)
     assert (job.checkpoint, job.failure) == (CheckpointConfig(), FailureConfig())
 
 
@@ -55,7 +70,28 @@ def test_a_job_is_frozen() -> None:
         ("optimizer", {"lr": 1, "dampening": 1}),
         ("optimizer", {"lr": 1, "weight_decay": -1}),
         ("optimizer", {"lr": 1, "max_grad_norm": 0}),
-        ("optimizer", {"lr": 1, "name": "adam"}),
+        ("optimizer", {"lr": 1, "clipvalue": 0}),
+        ("optimizer", {"lr": 1, "name": "adamm"}),
+        ("optimizer", {"lr": 1, "name": None}),
+        ("optimizer", {"lr": 1, "name": "adam", "momentum": 0.9}),
+        ("optimizer", {"lr": 1, "name": "adam", "amsgrad": True}),
+        ("optimizer", {"lr": 0, "name": "adam"}),
+        ("optimizer", {"lr": 1, "name": "adam", "betas": [0.9, 1]}),
+        ("optimizer", {"lr": 1, "name": "adamw", "betas": [-0.1, 0.9]}),
+        ("optimizer", {"lr": 1, "name": "adamw", "betas": [0.9]}),
+        ("optimizer", {"lr": 1, "name": "adagrad", "eps": 0}),
+        ("optimizer", {"lr": 1, "name": "adagrad", "initial_accumulator_value": -1}),
+        ("optimizer", {"lr": 1, "name": "delayed_nesterov"}),
+        ("optimizer", {"lr": 1, "name": "delayed_nesterov", "every": 0}),
+        ("optimizer", {"lr": 1, "name": "delayed_nesterov", "every": 2, "momentum": 1}),
+        ("optimizer", {"lr": 1, "schedule": {"name": "cosin"}}),
+        ("optimizer", {"lr": 1, "schedule": {"warmup": -1}}),
+        ("optimizer", {"lr": 1, "schedule": {"name": "step"}}),
+        ("optimizer", {"lr": 1, "schedule": {"name": "step", "every": 0}}),
+        ("optimizer", {"lr": 1, "schedule": {"name": "step", "every": 1, "factor": 0}}),
+        ("optimizer", {"lr": 1, "schedule": {"name": "cosine"}}),
+        ("optimizer", {"lr": 1, "schedule": {"name": "cosine", "epochs": 0}}),
+        ("optimizer", {"lr": 1, "schedule": {"name": "cosine", "epochs": 1, "final": 1.1}}),
         ("consistency", {"mode": "lockstep"}),
         ("consistency", {"mode": "async", "slack": 1}),
         ("scaling", {"workers": 0}),
@@ -130,6 +166,42 @@ def test_the_learning_rate_has_two_names_and_one_value() -> None:
     assert SgdOptimizer.model_validate({"learning_rate": 0.5}).lr == 0.5
     with pytest.raises(ValidationError):
         SgdOptimizer.model_validate({"lr": 0.5, "learning_rate": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"name": "sgd"}, SgdOptimizer(lr=1)),
+        ({"name": "adagrad"}, AdagradOptimizer(name="adagrad", lr=1)),
+        ({"name": "adam"}, AdamOptimizer(name="adam", lr=1)),
+        ({"name": "adamw"}, AdamwOptimizer(name="adamw", lr=1)),
+        ({"name": "delayed_nesterov", "every": 3}, DelayedNesterovOptimizer(name="delayed_nesterov", lr=1, every=3)),
+        ({"schedule": {"warmup": 2}}, SgdOptimizer(lr=1, schedule=ConstantSchedule(warmup=2))),
+        (
+            {"schedule": {"name": "step", "every": 0.5}},
+            SgdOptimizer(lr=1, schedule=StepSchedule(name="step", every=0.5)),
+        ),
+    ],
+)
+def test_optimizers_and_schedules_go_by_their_name(values: dict[str, Any], expected: OptimizerSpec) -> None:
+    job = spec(optimizer={"learning_rate": 1} | values)
+    assert job.optimizer == expected
+    assert JobSpec.model_validate_json(job.model_dump_json()) == job
+    assert spec(optimizer=expected) == job
+
+
+@pytest.mark.parametrize(
+    ("values", "loc"),
+    [
+        ({"lr": 0}, ("sgd", "lr")),
+        ({"lr": 1, "name": "adamw", "eps": 0}, ("adamw", "eps")),
+        ({"lr": 1, "schedule": {"name": "cosine"}}, ("sgd", "schedule", "cosine", "epochs")),
+    ],
+)
+def test_a_fault_inside_an_optimizer_is_located_by_its_name(values: dict[str, Any], loc: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        spec(optimizer=values)
+    assert [error["loc"] for error in refused.value.errors()] == [("optimizer", *loc)]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from psgd_workers.compression import decode
 from psgd_workers.datasets.examples import Examples
 from psgd_workers.errors import LaneError, LaneTimeoutError, WorkerError
 from psgd_workers.lanes import Pending
@@ -15,6 +16,7 @@ from psgd_workers.layout import Layout
 from psgd_workers.messages import (
     BatchId,
     BatchRange,
+    Encoded,
     FloatArray,
     Gradient,
     Lease,
@@ -26,8 +28,10 @@ from psgd_workers.messages import (
 from psgd_workers.models import Model
 from psgd_workers.models.network import Network
 from psgd_workers.shards import Shards
+from psgd_workers.spec import LocalSteps, TopKCompression, WorkRules
 from psgd_workers.worker import Route, Worker
 
+PLAIN = WorkRules()
 FEATURES = np.random.default_rng(0).standard_normal((22, 3), dtype=np.float32)
 TRAIN = Examples(FEATURES, np.arange(22) % 2)
 SHARDS = Shards(len(TRAIN), num_shards=2, batch_size=4, seed=1, shuffle=True)
@@ -39,27 +43,43 @@ START = Version(1, 0)
 BATCHES = [BatchId(2, 0, 1), BatchId(2, 1, 0), BatchId(2, 0, 0)]
 
 
+def copied(gradient: Gradient) -> Gradient:
+    """As a lane sends it: the worker goes on to write to its memory."""
+    values, read = gradient.values, gradient.weights_read
+    return replace(
+        gradient,
+        values=values if isinstance(values, Encoded) else values.copy(),
+        weights_read=None if read is None else read.copy(),
+    )
+
+
 @dataclass
 class FakeLane:
     """A server of one worker: every push is a step, and what was asked of it is written down."""
 
     weights: FloatArray
-    version: Version = START
+    at: Version = START
     calls: list[str] = field(default_factory=list)
     pushes: list[Gradient] = field(default_factory=list)
     shown: list[FloatArray] = field(default_factory=list)  # the weights that each push was computed from
     limits: list[float] = field(default_factory=list)
     spoil: Callable[[Receipt], Receipt] = lambda receipt: receipt
+    outcome: Outcome = Outcome.APPLIED
+    ahead: int = 0  # how far others have brought the server by the time a worker looks
 
     def pull(self, into: FloatArray, timeout_s: float) -> Version:
         self.calls.append("pull")
         self.limits.append(timeout_s)
         into[:] = self.weights
-        return self.version
+        return self.at
+
+    def version(self, timeout_s: float) -> Version:
+        self.calls.append("version")
+        return self.at._replace(updates=self.at.updates + self.ahead)
 
     def push(self, gradient: Gradient, into: FloatArray | None) -> Pending:
         self.calls.append("push" if into is None else "push and pull")
-        self.pushes.append(replace(gradient, values=gradient.values.copy()))
+        self.pushes.append(copied(gradient))
         self.shown.append(self.weights.copy())
         return FakePending(self, gradient, into)
 
@@ -75,10 +95,10 @@ class FakePending:
         lane.calls.append("receipt")
         lane.limits.append(timeout_s)
         lane.weights = lane.weights + 1
-        lane.version = lane.version._replace(updates=lane.version.updates + 1)
+        lane.at = lane.at._replace(updates=lane.at.updates + 1)
         if self.into is not None:
             self.into[:] = lane.weights
-        receipt = Receipt(self.gradient.worker, self.gradient.batch, Outcome.APPLIED, lane.version)
+        receipt = Receipt(self.gradient.worker, self.gradient.batch, lane.outcome, lane.at)
         return lane.spoil(receipt)
 
 
@@ -122,10 +142,17 @@ def never() -> bool:
     return False
 
 
-def worker_of(*lanes: FakeLane, model: Model = MODEL, layout: Layout = LAYOUT, timeout_s: float = 60.0) -> Worker:
+def worker_of(
+    *lanes: FakeLane,
+    model: Model = MODEL,
+    layout: Layout = LAYOUT,
+    shards: Shards = SHARDS,
+    rules: WorkRules = PLAIN,
+    timeout_s: float = 60.0,
+) -> Worker:
     bounds = np.cumsum([0, *(len(lane.weights) for lane in lanes)])
     routes = [Route(slice(start, stop), lane) for start, stop, lane in zip(bounds, bounds[1:], lanes, strict=False)]
-    return Worker("worker-3", model, layout, TRAIN, SHARDS, 1, routes, timeout_s)
+    return Worker("worker-3", model, layout, TRAIN, shards, 1, rules, routes, timeout_s)
 
 
 def lane_of(size: int = SIZE) -> FakeLane:
@@ -179,7 +206,7 @@ def test_two_partitions_get_their_slices_and_all_pushes_precede_the_first_receip
     whole, first, second = lane_of(), lane_of(5), lane_of(SIZE - 5)
     calls: list[str] = []
     first.calls = second.calls = calls
-    second.version = Version(4, 90)
+    second.at = Version(4, 90)
     worker_of(whole).work(LEASE, never)
     worker_of(first, second).work(LEASE, never)
     assert calls[:6] == ["pull", "pull", "push and pull", "push and pull", "receipt", "receipt"]
@@ -281,3 +308,120 @@ def test_a_gradient_is_a_function_of_its_arguments_alone() -> None:
     losses = [worker.gradient(BatchId(0, 1, 2), weights, out) for out in outs]
     assert losses[0] == losses[1]
     np.testing.assert_array_equal(outs[0], outs[1])
+
+
+# What a job may want beyond gradients
+
+
+def dense(values: FloatArray | Encoded, size: int) -> FloatArray:
+    assert isinstance(values, Encoded)
+    out = np.empty(size, np.float32)
+    decode(values, out)
+    return out
+
+
+def test_local_steps_push_the_way_back_from_where_they_end() -> None:
+    shards = Shards(len(TRAIN), num_shards=2, batch_size=4, seed=1, shuffle=True, steps=2)
+    worker = worker_of(shards=shards, rules=WorkRules(local=LocalSteps(steps=2, lr=0.5)))
+    batch, weights = BatchId(0, 1, 0), np.random.default_rng(3).standard_normal(SIZE, dtype=np.float32)
+    out, local, losses = np.empty(SIZE, np.float32), weights.copy(), []
+    loss = worker.gradient(batch, weights, out)
+    for index in range(2):
+        gradient = np.empty(SIZE, np.float32)
+        losses.append(worker_of().gradient(BatchId(0, 1, index), local, gradient))
+        local -= np.float32(0.5) * gradient
+    np.testing.assert_array_equal(out, weights - local)
+    assert loss == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_a_push_of_local_steps_may_be_short_at_a_shards_end() -> None:
+    shards = Shards(len(TRAIN), num_shards=2, batch_size=4, seed=1, shuffle=True, steps=2)
+    assert shards.grid.batches_per_shard == (2, 2)
+    assert [len(rows) for rows in shards.mini_batches(BatchId(0, 0, 1))] == [3]
+    lane = lane_of()
+    worker_of(lane, shards=shards, rules=WorkRules(local=LocalSteps(steps=2, lr=0.5))).work(
+        Lease(0, (BatchRange(0, 0, 2),)), never
+    )
+    assert [gradient.examples for gradient in lane.pushes] == [8, 3]
+
+
+def test_a_buffer_moves_by_all_local_steps_together() -> None:
+    stub = Stub(gradient=2.0, buffer=0.25)
+    layout = Layout.of(stub.initial_weights(0), stub.buffers)
+    shards = Shards(len(TRAIN), num_shards=1, batch_size=4, seed=1, shuffle=True, steps=3)
+    worker = worker_of(model=stub, layout=layout, shards=shards, rules=WorkRules(local=LocalSteps(steps=3, lr=0.1)))
+    out = np.empty(6, np.float32)
+    worker.gradient(BatchId(0, 0, 0), np.zeros(6, np.float32), out)
+    np.testing.assert_allclose(out, [0.6] * 4 + [0.75] * 2, rtol=1e-6)
+    assert len(set(stub.seeds)) == 3
+
+
+def test_what_compression_leaves_out_goes_with_the_next_push() -> None:
+    lane, plain = lane_of(), lane_of()
+    worker = worker_of(lane, rules=WorkRules(compression=TopKCompression(name="top_k", ratio=0.25)))
+    end = worker.work(LEASE, never)
+    worker_of(plain).work(LEASE, never)
+    sent, whole = np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)
+    for compressed, gradient in zip(lane.pushes, plain.pushes, strict=True):
+        assert not isinstance(gradient.values, Encoded)
+        sent += dense(compressed.values, SIZE)
+        whole += gradient.values  # the same, as the fake server's weights do not depend on what is pushed
+    assert np.linalg.norm(whole - sent) == pytest.approx(end.residual_norm, rel=1e-5)
+    assert end.residual_norm == worker.residual_norm > 0
+    assert [gradient.norm for gradient in lane.pushes] == [gradient.norm for gradient in plain.pushes]
+
+
+@pytest.mark.parametrize("outcome", [Outcome.DUPLICATE, Outcome.REQUEUED, Outcome.DISCARDED, Outcome.REJECTED])
+def test_a_refused_push_leaves_the_error_memory_as_it_was(outcome: Outcome) -> None:
+    lane = lane_of()
+    worker = worker_of(lane, rules=WorkRules(compression=TopKCompression(name="top_k", ratio=0.25)))
+    before = worker.work(LEASE, never).residual_norm
+    lane.outcome = outcome
+    assert worker.work(LEASE, never).residual_norm == before > 0
+
+
+def test_a_push_in_doubt_leaves_the_error_memory_usable() -> None:
+    lane = lane_of()
+    worker = worker_of(lane, rules=WorkRules(compression=TopKCompression(name="top_k", ratio=0.25)))
+
+    def fail(receipt: Receipt) -> Receipt:
+        raise LaneTimeoutError("scripted")
+
+    lane.spoil = fail
+    with pytest.raises(LaneTimeoutError):
+        worker.work(LEASE, never)
+    assert worker.residual_norm == 0
+    lane.spoil = lambda receipt: receipt
+    assert worker.work(LEASE, never).residual_norm > 0
+
+
+def test_buffers_travel_beside_what_is_compressed() -> None:
+    stub = Stub(gradient=2.0, buffer=0.25)
+    layout = Layout.of(stub.initial_weights(0), stub.buffers)
+    lane = lane_of(layout.num_parameters)
+    rules = WorkRules(compression=TopKCompression(name="top_k", ratio=0.25))
+    worker_of(lane, model=stub, layout=layout, rules=rules).work(LEASE, never)
+    first = lane.pushes[0]
+    np.testing.assert_array_equal(dense(first.values, 4), [2, 0, 0, 0])
+    assert first.buffers is not None
+    np.testing.assert_array_equal(first.buffers, [0.25, 0.25])
+
+
+def test_the_weights_read_come_along_if_the_job_asks_for_them() -> None:
+    lane = lane_of()
+    worker_of(lane, rules=WorkRules(sends_weights=True)).work(LEASE, never)
+    for gradient, weights in zip(lane.pushes, lane.shown, strict=True):
+        assert gradient.weights_read is not None
+        np.testing.assert_array_equal(gradient.weights_read, weights)
+
+
+def test_a_gradient_that_has_become_too_stale_is_not_pushed() -> None:
+    lane = lane_of()
+    lane.ahead = 3
+    worker_of(lane, rules=WorkRules(stop_at=4)).work(LEASE, never)
+    assert len(lane.pushes) == 3
+    stale = lane_of()
+    stale.ahead = 4
+    worker_of(stale, rules=WorkRules(stop_at=4)).work(LEASE, never)
+    assert stale.pushes == []
+    assert stale.calls == ["pull", "version"] * 3  # each batch begins with the newest weights

@@ -1,4 +1,4 @@
-"""The lane: how a worker reaches one server. A port of two verbs; every transport is an implementation of it."""
+"""The lane: how a worker reaches one server. A port of three verbs; every transport is an implementation of it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ class Lane(Protocol):
         Returns:
             The version that was read, never a mixture of two.
         """
+
+    def version(self, timeout_s: float) -> Version:
+        """The partition's version now, without its weights."""
 
     def push(self, gradient: Gradient, into: FloatArray | None) -> Pending:
         """Send a gradient; returns at once, so that pushes to several partitions overlap.

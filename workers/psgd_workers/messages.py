@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 __all__ = [
     "BatchId",
     "BatchRange",
+    "Encoded",
     "EpochGrid",
     "Evaluation",
     "FloatArray",
@@ -62,20 +63,25 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class EpochGrid:
-    """The shape of every epoch: how many batches each shard has.
+    """The shape of every epoch: how many batches each shard has, and how many examples there are.
 
     Positions number an epoch's batches in `BatchId` order, from 0 to `num_batches - 1`.
     """
 
     batches_per_shard: tuple[int, ...]
+    num_examples: int
+    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)  # of each shard, in positions
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ends", tuple(accumulate(self.batches_per_shard)))
 
     @property
     def num_batches(self) -> int:
-        return sum(self.batches_per_shard)
+        return self._ends[-1]
 
     def shard_start(self, shard: int) -> int:
         """The position of a shard's first batch."""
-        return sum(self.batches_per_shard[:shard])
+        return self._ends[shard - 1] if shard else 0
 
     def position(self, batch: BatchId) -> int:
         return self.shard_start(batch.shard) + batch.index
@@ -83,8 +89,7 @@ class EpochGrid:
     def batch(self, epoch: int, position: int) -> BatchId:
         if not 0 <= position < self.num_batches:
             raise IndexError(f"position {position} is outside an epoch of {self.num_batches} batches")
-        ends = tuple(accumulate(self.batches_per_shard))
-        shard = bisect_right(ends, position)
+        shard = bisect_right(self._ends, position)
         return BatchId(epoch, shard, position - self.shard_start(shard))
 
 
@@ -123,20 +128,45 @@ class LeaseEnd:
 
     lease: int
     stopped: bool  # the worker was asked to stop before the lease's end
+    residual_norm: float = 0.0  # of what compression has left out of its pushes so far
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What travels instead of a float32 slice; see `psgd_workers.compression`."""
+
+    kind: str  # the compressor's name in the spec
+    size: int  # length of the decoded vector
+    arrays: tuple[NDArray[Any], ...]  # as the compressor of this kind lists them
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
 
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """One push: the gradient of one batch's mean loss, cut to one partition, and facts about the whole of it."""
+    """One push: the gradient of one batch's mean loss, cut to one partition, and facts about the whole of it.
+
+    An encoded gradient holds the trained values; the partition's buffers, which are exact or nothing, travel beside it.
+    """
 
     worker: str
     batch: BatchId
     examples: int
     read: Version  # the version of this partition that the gradient was computed from
-    values: FloatArray  # [partition size]
+    values: FloatArray | Encoded  # [partition size], encoded: [its trained values]
     loss: float  # mean over the batch's examples
     norm: float  # Euclidean, of the whole gradient over all partitions; inf or nan if it is not finite
     compute_s: float  # seconds spent backpropagating
+    buffers: FloatArray | None = None  # of an encoded gradient: the partition's change of buffers
+    weights_read: FloatArray | None = None  # [partition size], if the job's correction asks for it
+
+    @property
+    def nbytes(self) -> int:
+        """Of its vectors."""
+        vectors = (self.values, self.buffers, self.weights_read)
+        return sum(vector.nbytes for vector in vectors if vector is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,9 @@ class Shards:
         grid: how many batches each shard has, every epoch.
     """
 
-    def __init__(self, num_examples: int, num_shards: int, batch_size: int, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, num_examples: int, num_shards: int, batch_size: int, seed: int, shuffle: bool, steps: int = 1
+    ) -> None:
         """Cut the examples into shards.
 
         Args:
@@ -35,24 +37,31 @@ class Shards:
             batch_size: examples per batch; a shard's last batch may be shorter.
             seed: of the job, not negative.
             shuffle: False keeps the order of the file, in the cut and in every epoch.
+            steps: mini-batches of `batch_size` that make one batch, which is what a push is computed from.
 
         Raises:
             DataError: a shard would be smaller than one batch.
         """
         _check_sizes(num_examples, num_shards, batch_size)
-        self._batch_size = batch_size
+        self._mini_batch_size = batch_size
+        self._batch_size = batch_size * steps
         self._seed = seed
         self._shuffle = shuffle
         self._shards = np.array_split(self._shuffled(np.arange(num_examples, dtype=np.int64)), num_shards)
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}  # by (epoch, shard), oldest first
-        self.grid = EpochGrid(tuple(-(-len(shard) // batch_size) for shard in self._shards))
+        self.grid = EpochGrid(tuple(-(-len(shard) // self._batch_size) for shard in self._shards), num_examples)
 
     def examples(self, batch: BatchId) -> NDArray[np.int64]:
-        """The row numbers of a batch's examples, `[batch_size]` or fewer at a shard's end; read-only."""
+        """The row numbers of a batch's examples, `[batch_size · steps]` or fewer at a shard's end; read-only."""
         if not 0 <= batch.shard < len(self._shards) or not 0 <= batch.index < self.grid.batches_per_shard[batch.shard]:
             raise IndexError(f"{batch} is outside an epoch with {self.grid.batches_per_shard} batches per shard")
         start = batch.index * self._batch_size
         return self._order(batch.epoch, batch.shard)[start : start + self._batch_size]
+
+    def mini_batches(self, batch: BatchId) -> list[NDArray[np.int64]]:
+        """The rows of each mini-batch of a batch, in order; the last one may be shorter."""
+        rows, size = self.examples(batch), self._mini_batch_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _order(self, epoch: int, shard: int) -> NDArray[np.int64]:
         order = self._orders.get((epoch, shard))

@@ -1,4 +1,4 @@
-"""What a job says about its model and its data; `psgd.spec.JobSpec` composes these.
+"""What a job says about its model, its data and what workers push; `psgd.spec.JobSpec` composes these.
 
 Specs are frozen and know no defaults from outside: what they say is all a run depends on.
 """
@@ -10,17 +10,25 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "CompressionSpec",
     "CsvData",
     "DataSpec",
+    "Fp16Compression",
+    "Int8Compression",
     "LinearModel",
+    "LocalSteps",
     "LossName",
     "MlpModel",
     "ModelSpec",
+    "NoCompression",
     "NpzData",
     "PythonModel",
+    "ScaledSignCompression",
     "SklearnData",
     "Spec",
+    "TopKCompression",
     "TorchModel",
+    "WorkRules",
 ]
 
 LossName = Literal["cross_entropy", "mse", "binary_cross_entropy"]
@@ -158,3 +166,69 @@ class SklearnData(_Data):
 
 
 DataSpec = Annotated[NpzData | CsvData | SklearnData, Field(discriminator="format")]
+
+
+class NoCompression(Spec):
+    """Gradients travel as float32, 4 bytes a value."""
+
+    name: Literal["none"] = "none"
+    """Which compression."""
+
+
+class Fp16Compression(Spec):
+    """Half precision, 2 bytes a value; the mildest."""
+
+    name: Literal["fp16"]
+    """Which compression."""
+
+
+class TopKCompression(Spec):
+    """Only the values of largest magnitude travel, 8 bytes each."""
+
+    name: Literal["top_k"]
+    """Which compression."""
+    ratio: float = Field(gt=0, le=1)
+    """Share of each partition's values that travel in a push. Lower: fewer bytes, and the rest arrives later. Above
+    0.5 it takes more bytes than no compression."""
+
+
+class ScaledSignCompression(Spec):
+    """The sign of each value and one magnitude for all of a partition, 1 bit a value."""
+
+    name: Literal["scaled_sign"]
+    """Which compression."""
+
+
+class Int8Compression(Spec):
+    """Multiples from -127 to 127 of a step, which each block of 1024 values has of its own; 1 byte a value."""
+
+    name: Literal["int8"]
+    """Which compression."""
+
+
+CompressionSpec = Annotated[
+    NoCompression | Fp16Compression | TopKCompression | ScaledSignCompression | Int8Compression,
+    Field(discriminator="name"),
+]
+
+
+class LocalSteps(Spec):
+    """A worker's own steps of plain SGD between a pull and a push."""
+
+    steps: int = Field(ge=1)
+    """Mini-batches in a push."""
+    lr: float = Field(gt=0)
+    """Their rate."""
+
+
+class WorkRules(Spec):
+    """What a job wants of its workers, beyond computing gradients: derived from the job by `psgd.spec`."""
+
+    local: LocalSteps | None = None
+    """Steps to take before each push; None: a push is a gradient."""
+    compression: CompressionSpec = NoCompression()
+    """How gradients travel."""
+    sends_weights: bool = False
+    """Whether a push brings the weights along that the gradient was computed from."""
+    stop_at: int | None = Field(default=None, ge=1)
+    """Staleness, in versions, at which a finished gradient is not pushed any more; None: it always is."""

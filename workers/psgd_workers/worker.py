@@ -1,4 +1,7 @@
-"""The worker: lease → pull → backpropagate → push. It keeps nothing between batches that matters."""
+"""The worker: lease → pull → backpropagate → push.
+
+It keeps nothing between batches that matters, but what compression has left out of its pushes so far.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,34 @@ from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from psgd_workers.compression import ErrorFeedback, build_compressor
 from psgd_workers.datasets.examples import Examples
 from psgd_workers.errors import LaneError, WorkerError
 from psgd_workers.lanes import Lane, Pending
 from psgd_workers.layout import Layout
-from psgd_workers.messages import BatchId, Evaluation, FloatArray, Gradient, Lease, LeaseEnd, Receipt, Version
+from psgd_workers.messages import (
+    BatchId,
+    Encoded,
+    Evaluation,
+    FloatArray,
+    Gradient,
+    Lease,
+    LeaseEnd,
+    Outcome,
+    Receipt,
+    Version,
+)
 from psgd_workers.models import Model, evaluate
 from psgd_workers.shards import Shards
+from psgd_workers.spec import WorkRules
 
 __all__ = ["Route", "Worker"]
 
 RECEIPT_FACTOR = 2  # a receipt may wait for the slowest worker, who is itself given the limit once
+PLAIN = WorkRules()
+TAKEN = (Outcome.APPLIED, Outcome.BUFFERED)
 
 
 class Route(NamedTuple):
@@ -38,6 +57,7 @@ class Worker:
         train: the training examples.
         shards: which of them make which batch.
         seed: of the job; with the batch's name it seeds random layers.
+        rules: what the job wants beyond gradients.
         routes: to every partition, together covering the weights; `gradient` needs none.
         timeout_s: seconds a server may take to answer.
     """
@@ -50,6 +70,7 @@ class Worker:
         train: Examples,
         shards: Shards,
         seed: int,
+        rules: WorkRules = PLAIN,
         routes: Sequence[Route] = (),
         timeout_s: float = 60.0,
     ) -> None:
@@ -59,29 +80,57 @@ class Worker:
         self._train = train
         self._shards = shards
         self._seed = seed
+        self._rules = rules
         self._weights = np.zeros(layout.num_parameters, np.float32)
         self._gradient = np.zeros(layout.num_parameters, np.float32)
+        self._local = np.zeros(layout.num_parameters, np.float32) if rules.local else None
         self._routes = routes
+        self._memories = [self._memory(route.part) for route in routes]
         self._timeout_s = timeout_s
 
+    def _memory(self, part: slice) -> ErrorFeedback | None:
+        compressor = build_compressor(self._rules.compression)
+        trained = _trained(part, self._layout)
+        return ErrorFeedback(compressor, trained) if compressor and trained else None
+
+    @property
+    def residual_norm(self) -> float:
+        """Of what compression has left out of the pushes so far."""
+        return float(np.sqrt(sum(memory.norm**2 for memory in self._memories if memory)))
+
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
-        """Backpropagate one batch: a function of its arguments alone.
+        """What one batch changes: a function of its arguments alone.
+
+        That is the gradient of its mean loss; or, with local steps, the way from where they end back to `weights`.
 
         Args:
             batch: which examples.
             weights: `[num_parameters]`, read.
-            out: `[num_parameters]`, overwritten with the gradient of the batch's mean loss.
+            out: `[num_parameters]`, overwritten.
 
         Returns:
-            The mean loss.
+            The mean loss; of local steps, over all of them.
 
         Raises:
             WorkerError: the model's own code raised.
         """
-        rows = self._shards.examples(batch)
+        if self._local is None:
+            return self._backpropagate(batch, self._shards.examples(batch), weights, out, _seed(self._seed, batch))
+        assert self._rules.local
+        local, trainable, total = self._local, self._layout.num_trainable, 0.0
+        local[:] = weights
+        for step, rows in enumerate(self._shards.mini_batches(batch)):
+            total += len(rows) * self._backpropagate(batch, rows, local, out, _seed(self._seed, batch, step))
+            out[:trainable] *= self._rules.local.lr
+            local -= out
+        np.subtract(weights, local, out=out)
+        return total / len(self._shards.examples(batch))
+
+    def _backpropagate(
+        self, batch: BatchId, rows: NDArray[np.int64], weights: FloatArray, out: FloatArray, seed: int
+    ) -> float:
         features, labels = self._train.features[rows], self._train.labels[rows]
         named, gradient = self._layout.views(weights), self._layout.views(out)
-        seed = _batch_seed(self._seed, batch)
         try:
             return float(self._model.loss_and_gradient(named, features, labels, gradient, seed))
         except Exception as error:
@@ -102,30 +151,64 @@ class Worker:
         versions: list[Version] | None = None
         for number, batch in enumerate(batches):
             if stopping():
-                return LeaseEnd(lease.id, stopped=True)
+                return LeaseEnd(lease.id, stopped=True, residual_norm=self.residual_norm)
             if versions is None:
                 versions = [route.lane.pull(self._weights[route.part], self._timeout_s) for route in self._routes]
-            goes_on = number + 1 < len(batches)
-            receipts = self._push(batch, versions, goes_on)
-            versions = [receipt.version for receipt in receipts]
-        return LeaseEnd(lease.id, stopped=False)
+            receipts = self._push(batch, versions, goes_on=number + 1 < len(batches))
+            versions = [receipt.version for receipt in receipts] or None
+        return LeaseEnd(lease.id, stopped=False, residual_norm=self.residual_norm)
 
     def _push(self, batch: BatchId, versions: Sequence[Version], goes_on: bool) -> list[Receipt]:
+        """The receipts, one for each partition; none if the gradient is too stale to be pushed."""
         began = perf_counter()
         loss = self.gradient(batch, self._weights, self._gradient)
-        trainable = self._gradient[: self._layout.num_trainable]
-        with np.errstate(over="ignore"):  # too long for float32 is as good as not finite
-            norm = float(np.sqrt(np.dot(trainable, trainable)))
-        if not np.isfinite(self._gradient[self._layout.num_trainable :]).all():
-            norm = float("nan")  # a buffer that is not finite is refused like a gradient
+        norm = self._norm()
         compute_s = perf_counter() - began
+        if self._too_stale(versions):
+            return []
         examples = len(self._shards.examples(batch))
         pending: list[Pending] = []
-        for (part, lane), read in zip(self._routes, versions, strict=True):
-            values = self._gradient[part]
-            gradient = Gradient(self._name, batch, examples, read, values, loss, norm, compute_s)
+        for (part, lane), memory, read in zip(self._routes, self._memories, versions, strict=True):
+            facts = (self._name, batch, examples, read)
+            sent = self._sent(part, memory)
+            gradient = Gradient(*facts, sent.values, loss, norm, compute_s, sent.buffers, sent.weights_read)
             pending.append(lane.push(gradient, self._weights[part] if goes_on else None))
-        return [self._checked(push.receipt(RECEIPT_FACTOR * self._timeout_s), batch) for push in pending]
+        return self._receipts(batch, pending)
+
+    def _norm(self) -> float:
+        trainable = self._layout.num_trainable
+        trained = self._gradient[:trainable]
+        with np.errstate(over="ignore", invalid="ignore"):  # too long for float32 is as good as not finite
+            norm = float(np.sqrt(np.dot(trained, trained)))
+        # A buffer that is not finite is refused like a gradient.
+        return norm if np.isfinite(self._gradient[trainable:]).all() else float("nan")
+
+    def _too_stale(self, versions: Sequence[Version]) -> bool:
+        limit = self._rules.stop_at
+        if limit is None:
+            return False
+        now = [route.lane.version(self._timeout_s) for route in self._routes]
+        return any(new.updates - read.updates >= limit for new, read in zip(now, versions, strict=True))
+
+    def _sent(self, part: slice, memory: ErrorFeedback | None) -> _Sent:
+        values, read = self._gradient[part], self._weights[part] if self._rules.sends_weights else None
+        if memory is None:
+            return _Sent(values, None, read)
+        trained = _trained(part, self._layout)
+        return _Sent(memory.encode(values[:trained]), values[trained:] if trained < len(values) else None, read)
+
+    def _receipts(self, batch: BatchId, pending: Sequence[Pending]) -> list[Receipt]:
+        receipts: list[Receipt] = []
+        try:
+            for push in pending:
+                receipt = push.receipt(RECEIPT_FACTOR * self._timeout_s)
+                receipts.append(self._checked(receipt, batch))
+        finally:  # what is in doubt counts as refused: what was left out before it is still left out
+            taken = [receipt.outcome in TAKEN for receipt in receipts] + [False] * len(pending)
+            for memory, was_taken in zip(self._memories, taken, strict=False):
+                if memory is not None:
+                    memory.taken() if was_taken else memory.refused()
+        return receipts
 
     def _checked(self, receipt: Receipt, batch: BatchId) -> Receipt:
         if (receipt.worker, receipt.batch) != (self._name, batch):
@@ -144,5 +227,18 @@ class Worker:
             raise WorkerError(f"the model raised on validation: {type(error).__name__}: {error}") from error
 
 
-def _batch_seed(seed: int, batch: BatchId) -> int:
-    return int(np.random.SeedSequence([seed, *batch]).generate_state(1)[0])
+class _Sent(NamedTuple):
+    """What a partition is sent of a gradient."""
+
+    values: FloatArray | Encoded
+    buffers: FloatArray | None
+    weights_read: FloatArray | None
+
+
+def _trained(part: slice, layout: Layout) -> int:
+    """How many values of a partition are no buffers."""
+    return max(0, min(int(part.stop), layout.num_trainable) - int(part.start))
+
+
+def _seed(seed: int, batch: BatchId, *step: int) -> int:
+    return int(np.random.SeedSequence([seed, *batch, *step]).generate_state(1)[0])

@@ -14,11 +14,13 @@ from psgd.core.server import ServerState
 from psgd.errors import CheckpointError
 from psgd.storage import Storage
 from psgd_workers.layout import Layout
+from tests.unit.core.jobs import job
 
 TENSORS = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.full(2, -1, np.float32)}
 LAYOUT = Layout.of(TENSORS)
 FLAT = LAYOUT.pack(TENSORS)
 CUT = 5  # between the two partitions, inside a tensor
+SETTINGS = job().settings
 NO_RECORDS = np.zeros(0, RECORD)
 
 
@@ -32,7 +34,7 @@ def state(partition: int, updates: int = 40) -> ServerState:
     start, stop = (CUT, len(FLAT)) if partition == 0 else (0, CUT)
     arrays = {
         "weights": FLAT[start:stop],
-        "applied.3": np.array([True, False, True]),
+        "settled.3": np.array([True, False, True]),
         "optimizer.velocity": FLAT[start:stop] / 3,
     }
     facts = {"version": [1, updates], "partition": [partition, start, stop, stop - start], "epochs": 3}
@@ -48,6 +50,7 @@ def manifest(name: str, parts: list[Part]) -> Manifest:
         epochs=3,
         seed=0,
         spec_hash="spec",
+        settings=SETTINGS,
         data_fingerprint="data",
         names=LAYOUT.names,
         shapes=LAYOUT.shapes,

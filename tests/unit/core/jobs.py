@@ -11,7 +11,7 @@ from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Vers
 
 __all__ = ["GRID", "START", "job", "push", "quadratic"]
 
-GRID = EpochGrid((5, 4))
+GRID = EpochGrid((5, 4), 9)
 START = np.linspace(-1, 1, 6, dtype=np.float32)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from psgd.core.applied import AppliedSet
 from psgd_workers.messages import BatchId, EpochGrid
 
-GRID = EpochGrid((3, 2))
+GRID = EpochGrid((3, 2), 5)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), unique=True))
@@ -29,12 +29,12 @@ def test_only_open_epochs_have_a_bitmap(order: list[int]) -> None:
     applied = AppliedSet(GRID)
     for number in order:
         applied.add(GRID.batch(number // 5, number % 5))
-        for epoch, bitmap in applied.bitmaps().items():
+        for epoch, bitmap in applied.settled().items():
             assert epoch >= applied.epochs
             contained = [GRID.batch(epoch, position) in applied for position in range(5)]
             assert bitmap.tolist() == contained
             assert any(contained)
-    assert (applied.epochs, applied.bitmaps()) == (2, {})
+    assert (applied.epochs, applied.settled()) == (2, {})
 
 
 def test_it_is_rebuilt_from_its_parts() -> None:
@@ -50,7 +50,7 @@ def test_its_arrays_are_its_own() -> None:
     bitmap = np.array([True, False, False, False, False])
     applied = AppliedSet(GRID, 0, {0: bitmap})
     bitmap[:] = True
-    applied.bitmaps()[0][:] = True
+    applied.settled()[0][:] = True
     assert len(applied) == 1
     assert BatchId(0, 0, 1) not in applied
 

@@ -36,7 +36,7 @@ from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Le
 from tests.inprocess import EVALUATE_S, START_S, Fault, FaultKind, InProcess
 from tests.unit.core.jobs import START, job, quadratic
 
-GRID = EpochGrid((37, 36))
+GRID = EpochGrid((37, 36), 73)
 SIZE = GRID.num_batches
 FAULTS: list[FaultKind] = ["before", "after", "late", "silent", "lane"]
 SECTIONS = ("run", "optimizer", "checkpoint", "failure")
@@ -83,13 +83,13 @@ def test_every_batch_of_every_epoch_is_applied_exactly_once(mode: str, workers: 
     host = run(mode, workers, run={"epochs": 2}, compute_s=speeds(seed), evaluate=validate)
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 2)
-    assert host.coordinator.counts() == LedgerCounts(2 * SIZE, 2 * SIZE, 0, 0)
+    assert host.coordinator.counts() == LedgerCounts(2 * SIZE, 2 * SIZE, 0, 0, 0)
     assert (host.coordinator.epochs, host.coordinator.updates) == (2, host.servers[0].version.updates)
 
 
 @pytest.mark.parametrize("mode", ["async", "bsp"])
 def test_an_epoch_of_one_batch_trains(mode: str) -> None:
-    one = EpochGrid((1,))
+    one = EpochGrid((1,), 1)
     host = run(mode, 3, one, run={"epochs": 4})
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 4, one)
@@ -101,7 +101,7 @@ def test_workers_of_one_speed_are_kept_busy(mode: str, batches: int, limit: dict
     seconds = 0.01
     if mode == "bsp" and "max_updates" in limit:
         limit = {"max_updates": 100}
-    host = run(mode, 4, EpochGrid((batches,)), compute_s=lambda worker, batch: seconds, run=limit)
+    host = run(mode, 4, EpochGrid((batches,), batches), compute_s=lambda worker, batch: seconds, run=limit)
     ideal = START_S + seconds * 400 / 4
     last = host.servers[0].report().last
     assert last
@@ -115,7 +115,7 @@ def test_a_worker_has_one_lease_queued_ahead_and_no_more() -> None:
 
 
 def test_a_slow_worker_gets_less() -> None:
-    grid = EpochGrid((500,))
+    grid = EpochGrid((500,), 500)
     host = run(grid=grid, compute_s=lambda worker, batch: 0.2 if worker == "worker-0" else 0.02)
     share = Counter(applied.worker for applied in host.applied)
     assert share["worker-1"] > 3 * share["worker-0"] > 0
@@ -327,7 +327,7 @@ def test_a_silent_worker_is_given_up_after_the_time_limit(mode: str) -> None:
 
 def test_who_waits_for_a_receipt_is_not_silent() -> None:
     slow = {"worker-0": 0.01, "worker-1": 3.0}
-    host = run("bsp", grid=EpochGrid((12,)), compute_s=lambda w, b: slow[w], failure={"timeout_s": 3.5})
+    host = run("bsp", grid=EpochGrid((12,), 12), compute_s=lambda w, b: slow[w], failure={"timeout_s": 3.5})
     assert host.finish == Finish("finished")
     assert host.did(StopWorker) == []
 
@@ -400,7 +400,7 @@ def test_a_lost_server_fails_the_run_and_names_the_remedy() -> None:
 
 @pytest.mark.parametrize("mode", ["async", "bsp"])
 def test_checkpoints_are_made_every_so_many_updates_and_at_the_end(mode: str) -> None:
-    host = run(mode, grid=EpochGrid((200,)), checkpoint={"every_s": None, "every_updates": 20})
+    host = run(mode, grid=EpochGrid((200,), 200), checkpoint={"every_s": None, "every_updates": 20})
     saved = [checkpoint.updates for checkpoint in host.checkpoints]
     assert saved[-1] == host.servers[0].version.updates
     assert [checkpoint.number for checkpoint in host.checkpoints] == list(range(len(saved)))
@@ -409,7 +409,7 @@ def test_checkpoints_are_made_every_so_many_updates_and_at_the_end(mode: str) ->
 
 
 def test_checkpoints_are_made_every_so_many_seconds_of_training() -> None:
-    host = run(grid=EpochGrid((200,)), checkpoint={"every_s": 2.0})
+    host = run(grid=EpochGrid((200,), 200), checkpoint={"every_s": 2.0})
     times = [at for at, _ in host.did(Commit)]
     assert np.allclose(np.diff([START_S, *times[:-1]]), 2, atol=0.01)
     assert len(times) == 3
@@ -418,7 +418,7 @@ def test_checkpoints_are_made_every_so_many_seconds_of_training() -> None:
 def test_waiting_for_something_new_to_save_wakes_nobody() -> None:
     events: list[float] = []
     host = run(
-        grid=EpochGrid((4,)),
+        grid=EpochGrid((4,), 4),
         checkpoint={"every_s": 0.5},
         compute_s=lambda worker, batch: 10.0,
         observe=lambda host: events.append(host.now),

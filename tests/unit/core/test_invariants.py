@@ -138,7 +138,7 @@ def test_staleness_is_conserved(workers: int, seed: int) -> None:
         return float(np.random.default_rng([seed, int(worker[-1]), *batch]).exponential(0.1))
 
     spec, weights = job("async", workers, run={"max_updates": 200}), np.zeros(3, np.float32)
-    InProcess(spec, EpochGrid((300,)), weights, one, compute_s=seconds, observe=observe).run()
+    InProcess(spec, EpochGrid((300,), 300), weights, one, compute_s=seconds, observe=observe).run()
     assert all(total == (workers - 1) * updates for updates, total in sums)
     assert {updates for updates, _ in sums} >= set(range(100))
     assert all(late >= early for (early, _), (late, _) in pairwise(sums))

@@ -24,7 +24,7 @@ def report(contained: Collection[int], epoch: int = 0, partition: int = 0) -> Re
     if len(contained) == SIZE:
         return replace(empty, epochs=epoch + 1)
     bitmap = np.isin(np.arange(SIZE), list(contained))
-    return replace(empty, epochs=epoch, bitmaps={epoch: bitmap} if contained else {})
+    return replace(empty, epochs=epoch, settled={epoch: bitmap} if contained else {})
 
 
 def granted(ledger: Ledger, batches: int, worker: str = "worker-0", home: Fraction = Fraction(0)) -> Lease:
@@ -75,7 +75,7 @@ def test_nothing_is_granted_for_nothing() -> None:
 
 
 def test_a_worker_begins_with_its_own_shards_and_helps_the_others_after() -> None:
-    ledger = Ledger(EpochGrid((2, 2, 2, 2)))
+    ledger = Ledger(EpochGrid((2, 2, 2, 2), 8))
     assert positions(ledger.grant("worker-0", 2, home=Fraction(0))) == [0, 1]
     assert positions(ledger.grant("worker-1", 3, home=Fraction(1, 2))) == [4, 5, 6]
     assert positions(ledger.grant("worker-1", 9, home=Fraction(1, 2))) == [7, 2, 3]
@@ -83,7 +83,7 @@ def test_a_worker_begins_with_its_own_shards_and_helps_the_others_after() -> Non
 
 @pytest.mark.parametrize("workers", [3, 49, 100, 4096])
 def test_with_a_shard_for_each_every_worker_begins_with_its_own(workers: int) -> None:
-    ledger = Ledger(EpochGrid((1,) * workers))
+    ledger = Ledger(EpochGrid((1,) * workers, workers))
     for slot in range(0, workers, workers // 49 + 1):
         assert positions(ledger.grant("worker", 1, Fraction(slot, workers))) == [slot]
 
@@ -99,9 +99,9 @@ def test_stripes_give_round_r_the_positions_from_r_times_n_on() -> None:
 
 
 def test_the_last_round_may_leave_some_without() -> None:
-    ledger = Ledger(EpochGrid((4,)))
+    ledger = Ledger(EpochGrid((4,), 4))
     assert [positions(lease) for lease in ledger.grant_striped(["a", "b", "c"], 2)] == [[0, 3], [1], [2]]
-    assert len(Ledger(EpochGrid((1,))).grant_striped(["a", "b"], 1)) == 1
+    assert len(Ledger(EpochGrid((1,), 1)).grant_striped(["a", "b"], 1)) == 1
 
 
 # Doubts and reports

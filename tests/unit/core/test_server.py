@@ -153,12 +153,12 @@ def test_a_round_closes_when_every_live_worker_was_heard() -> None:
     assert target.push(push(SECOND, V0, worker="a"), now=1.0) == ()
     assert target.version == V0
     assert target.report().parked == {"a", "b"}
-    assert not target.between_rounds
+    assert not target.can_save
     receipts = target.push(push(batch_at(2), V0, worker="c"), now=1.0)
     assert {(receipt.worker, receipt.outcome, receipt.version) for receipt in receipts} == {
         (worker, Outcome.APPLIED, Version(1, 1)) for worker in "abc"
     }
-    assert target.between_rounds
+    assert target.can_save
 
 
 def test_a_round_closes_when_the_one_it_waits_for_leaves() -> None:
@@ -343,7 +343,7 @@ def test_every_push_is_accounted_for_and_versions_are_steps(
         assert sum(report.pushes.values()) == pushed["all"]
         assert pushed["all"] - receipts >= len(report.parked)
         assert sum(report.staleness.values()) == report.pushes["applied"] == report.samples
-        in_state = report.epochs * GRID.num_batches + sum(int(bitmap.sum()) for bitmap in report.bitmaps.values())
+        in_state = report.epochs * GRID.num_batches + sum(int(bitmap.sum()) for bitmap in report.settled.values())
         assert in_state == report.pushes["applied"] + report.pushes["buffered"]
         stepped = not np.array_equal(weights, target.published)
         assert report.version.updates - version.updates == int(stepped)
@@ -430,7 +430,7 @@ def test_a_state_is_a_copy() -> None:
     before = {name: array.copy() for name, array in state.arrays.items()}
     fill(target, [batch_at(2)])
     restored(job(optimizer=MOMENTUM), target).push(push(batch_at(3), V0), now=1.0)
-    assert set(before) == {"weights", "applied.0", "optimizer.velocity"}
+    assert set(before) == {"weights", "settled.0", "optimizer.velocity"}
     for name, array in before.items():
         np.testing.assert_array_equal(state.arrays[name], array)
 

@@ -82,7 +82,7 @@ def test_events_and_metrics_are_lines_in_order(run: RunDirectory) -> None:
 
 def test_a_result_is_read_back_as_it_was(run: RunDirectory) -> None:
     assert run.read_json("result.json") is None
-    counts = LedgerCounts(batches=5, applied=5, duplicates=0, requeued=2)
+    counts = LedgerCounts(batches=5, applied=5, duplicates=0, requeued=2, discarded=0)
     result = Result("finished", "run", run.storage.url, 1, 5, 150, 0.5, {"val/loss": None}, counts, "000001-1", None)
     run.finish(result)
     assert run.read_json("result.json") == result.to_dict()
@@ -108,7 +108,7 @@ def test_commands_are_taken_once_and_in_order(run: RunDirectory) -> None:
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[]", b'{"stop": true}'])
 def test_what_is_no_command_is_taken_as_an_unknown_one(run: RunDirectory, text: bytes) -> None:
     run.storage.write("commands/odd.json", text)
-    assert run.take_commands() == [{"id": "odd", "command": None}]
+    assert run.take_commands() == [{"id": "odd", "command": None, "settings": []}]
     assert run.take_commands() == []
 
 

@@ -1,0 +1,53 @@
+"""Learning-rate schedules: the rate as a function of the examples a partition has counted, and of nothing else.
+
+The count is saved with the weights, so partitions, restarts and late joiners agree on the rate.
+"""
+
+from __future__ import annotations
+
+from math import cos, pi
+
+from psgd.spec import ConstantSchedule, CosineSchedule, ScheduleSpec, StepSchedule
+
+__all__ = ["Schedule", "build_schedule"]
+
+
+class Schedule:
+    """η = lr · shape(e) · min(1, (examples + 1) / (warmup · num_examples)), with e = examples / num_examples epochs.
+
+    The + 1 keeps the first step from being none.
+
+    Args:
+        spec: the shape, and how long the warm-up is.
+        lr: the rate that `spec` scales.
+        num_examples: of one epoch.
+    """
+
+    def __init__(self, spec: ScheduleSpec, lr: float, num_examples: int) -> None:
+        assert num_examples > 0, num_examples
+        self._spec = spec
+        self._lr = lr
+        self._num_examples = num_examples
+
+    def rate(self, examples: int) -> float:
+        """η once `examples` examples are counted."""
+        return self._lr * self._shape(examples) * self._warmup(examples)
+
+    def _shape(self, examples: int) -> float:
+        match self._spec:
+            case ConstantSchedule():
+                return 1.0
+            case StepSchedule(every=every, factor=factor):
+                return float(factor ** (examples // (every * self._num_examples)))
+            case CosineSchedule(epochs=epochs, final=final):
+                progress = min(1.0, examples / (epochs * self._num_examples))
+                return final + (1 - final) * (1 + cos(pi * progress)) / 2
+
+    def _warmup(self, examples: int) -> float:
+        ramp = self._spec.warmup * self._num_examples  # examples
+        return 1.0 if examples + 1 >= ramp else (examples + 1) / ramp
+
+
+def build_schedule(spec: ScheduleSpec, lr: float, num_examples: int) -> Schedule:
+    """The schedule that a job asks for, over epochs of `num_examples` examples."""
+    return Schedule(spec, lr, num_examples)

@@ -1,0 +1,91 @@
+"""A job whose data is open and whose model was tried on it: what every way of running it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from psgd.errors import ModelError, SpecError, WorkerError
+from psgd.spec import JobSpec
+from psgd_workers.datasets import Dataset, open_dataset
+from psgd_workers.layout import Layout
+from psgd_workers.messages import BatchId, FloatArray
+from psgd_workers.models import ModelWithBuffers, build_model, fit_labels
+from psgd_workers.shards import Shards
+from psgd_workers.worker import Route, Worker
+
+__all__ = ["OpenJob", "build_shards", "build_worker"]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenJob:
+    """A job, its data, and the weights it starts from."""
+
+    spec: JobSpec
+    dataset: Dataset
+    shards: Shards
+    layout: Layout
+    weights: FloatArray  # [num_parameters], initial
+
+    @classmethod
+    def open(cls, spec: JobSpec) -> Self:
+        """Open the data, build the model, and try one batch: what fails here would fail on every worker.
+
+        Raises:
+            InputError: the data cannot be used, or the model does not fit it.
+        """
+        dataset = fit_labels(spec.model, open_dataset(spec.data, spec.seed))
+        _check_target(spec, dataset)
+        model = build_model(spec.model, dataset)
+        tensors = model.initial_weights(spec.seed)
+        layout = Layout.of(tensors, model.buffers if isinstance(model, ModelWithBuffers) else ())
+        job = cls(spec, dataset, build_shards(spec, dataset), layout, layout.pack(tensors))
+        worker = job.worker("trial")
+        try:
+            worker.gradient(BatchId(0, 0, 0), job.weights, np.empty_like(job.weights))
+            if dataset.validation is not None:
+                worker.evaluate(job.weights, dataset.validation[:1])
+        except WorkerError as error:
+            raise ModelError(f"the model does not fit the data, tried on the first batch: {error}") from error
+        return job
+
+    def worker(self, name: str, routes: Sequence[Route] = ()) -> Worker:
+        """A worker of this job, with a model of its own."""
+        return build_worker(self.spec, name, self.dataset, self.layout, routes)
+
+
+def build_shards(spec: JobSpec, dataset: Dataset) -> Shards:
+    """Which examples make which batch of a job."""
+    data, local = spec.data, spec.rules.local
+    steps = local.steps if local else 1
+    return Shards(len(dataset.train), data.num_shards, data.batch_size, spec.seed, data.shuffle, steps)
+
+
+def build_worker(spec: JobSpec, name: str, dataset: Dataset, layout: Layout, routes: Sequence[Route] = ()) -> Worker:
+    """A worker of a job, with a model of its own."""
+    return Worker(
+        name,
+        build_model(spec.model, dataset),
+        layout,
+        dataset.train,
+        build_shards(spec, dataset),
+        spec.seed,
+        spec.rules,
+        routes,
+        spec.failure.timeout_s,
+    )
+
+
+def _check_target(spec: JobSpec, dataset: Dataset) -> None:
+    target = spec.run.target
+    if target is None or not target.metric.startswith("val/"):
+        return
+    if dataset.validation is None:
+        raise SpecError(
+            f"run.target asks for {target.metric}, but the data has no validation part: set data.validation_fraction"
+        )
+    if target.metric == "val/accuracy" and dataset.classes is None:
+        raise SpecError("run.target asks for val/accuracy, but the labels are no classes: use val/loss")

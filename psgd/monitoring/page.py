@@ -1,0 +1,108 @@
+"""One HTML page that needs nothing but itself: no network, no script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from psgd.errors import InputError
+from psgd.monitoring.plots import svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Page"]
+
+CSS = """
+:root { color-scheme: light dark; --ink: #222; --muted: #666; --line: #ddd; --ground: #fff; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --muted: #a0a0a0; --line: #3a3a3a; --ground: #16181b; } }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 832px; margin: 0 auto; padding: 32px 16px 64px; }
+h1 { font-size: 26px; line-height: 1.25; margin: 0; }
+h2 { font-size: 19px; margin: 40px 0 8px; }
+.lead { font-size: 17px; color: var(--muted); margin: 8px 0 24px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: 16px 0; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line); text-align: left; }
+th { color: var(--muted); font-weight: 600; }
+.number { text-align: right; }
+figure { margin: 24px 0; }
+figure svg { display: block; box-sizing: border-box; width: 100%; height: auto; padding: 12px;
+  background: #fff; border: 1px solid var(--line); border-radius: 6px; }
+figcaption { margin-top: 6px; font-size: 14px; color: var(--muted); }
+"""
+
+
+class Page:
+    """A page, from top to bottom as it is added to; all text is escaped.
+
+    Args:
+        title: the heading, and the window's title.
+        lead: what the page shows, in a sentence.
+    """
+
+    def __init__(self, title: str, lead: str) -> None:
+        self._title = title
+        self._parts = [_element("h1", title), f'<p class="lead">{escape(lead)}</p>']
+
+    def add_heading(self, text: str) -> None:
+        """Begin a section."""
+        self._parts.append(_element("h2", text))
+
+    def add_text(self, text: str) -> None:
+        """Add a paragraph."""
+        self._parts.append(_element("p", text))
+
+    def add_table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Add a table; columns of nothing but numbers, or None for what is not known, are set to the right.
+
+        Raises:
+            InputError: a row is not as long as `columns`.
+        """
+        for row in rows:
+            if len(row) != len(columns):
+                raise InputError(f"a table of {len(columns)} columns got a row of {len(row)}: {list(row)}")
+        numeric = [all(_is_number(row[i]) or row[i] is None for row in rows) for i in range(len(columns))]
+        body = [_row("td", [_shown(value) for value in row], numeric) for row in rows]
+        table = ["<table><thead>", _row("th", columns, numeric), "</thead><tbody>", *body, "</tbody></table>"]
+        self._parts.append('<div class="wide">' + "\n".join(table) + "</div>")
+
+    def add_figure(self, figure: Figure, caption: str) -> None:
+        """Add a plot, and under it what it shows."""
+        self._parts.append(f"<figure>{svg(figure)}{_element('figcaption', caption)}</figure>")
+
+    def html(self) -> str:
+        """The whole page."""
+        head = [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"{_element('title', self._title)}\n<style>{CSS}</style>\n</head>\n<body>\n<main>",
+        ]
+        return "\n".join([*head, *self._parts, "</main>\n</body>\n</html>\n"])
+
+
+def _element(tag: str, text: str) -> str:
+    return f"<{tag}>{escape(text)}</{tag}>"
+
+
+def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:
+    marks = [' class="number"' if number else "" for number in numeric]
+    return (
+        "<tr>"
+        + "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
+        + "</tr>"
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """A cell's text; a fraction to four digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,233 @@
+"""Figures from plain data, as matplotlib objects, never pyplot: no state but the figure. Imported only by what draws.
+
+All are 800 px wide, in colours that the colour-blind tell apart (Okabe and Ito, 2008, without the yellow).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from itertools import count
+from math import isfinite
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from psgd.errors import InputError, MissingExtraError
+
+try:
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
+except ModuleNotFoundError as error:
+    raise MissingExtraError("plots need matplotlib, which is not installed: pip install 'psgd[plots]'") from error
+
+__all__ = ["Curve", "bars", "curves", "histogram", "svg"]
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES = ("-", "--", ":")  # the next once the colours are used up
+INK, MUTED, GRID = "#222222", "#555555", "#e4e4e4"
+
+PX = 1 / 96  # inches
+WIDTH, HEIGHT, BAR_HEIGHT = 800 * PX, 400 * PX, 28 * PX
+LONGEST_LABEL = 40  # characters
+MOST_MARKED = 16  # points of a curve that get a dot each
+MOST_NAMED = 32  # bars that get their name and value
+LEAST_BINS, MOST_BINS = 12, 64  # room for the one, so that few bins do not look like walls
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line of a plot."""
+
+    label: str
+    x: ArrayLike  # [points]
+    y: ArrayLike  # [points]; what is not finite leaves a gap
+    low: ArrayLike | None = None  # [points], of a band around the line; with `high`
+    high: ArrayLike | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: values for name in ("x", "y", "low", "high") if (values := getattr(self, name)) is not None}
+        shapes = {name: np.shape(values) for name, values in given.items()}
+        if len(shapes) == 3 or len(shapes["x"]) != 1 or len(set(shapes.values())) > 1:
+            raise InputError(f"curve {self.label!r} needs x, y and both or none of low and high, as long: {shapes}")
+
+
+class _PlainNumbers(LogFormatterSciNotation):
+    """On a logarithmic axis, 0.1 in place of 10⁻¹."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def curves(
+    series: Sequence[Curve],
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    title: str | None = None,
+) -> Figure:
+    """Lines; the legend beside them lists them as they end, from the highest to the lowest.
+
+    Raises:
+        InputError: no point can be drawn: none is finite, or, on a logarithmic axis, above 0.
+    """
+    figure, axes = _figure(HEIGHT, x_label, y_label, title)
+    ends = [_line(axes, number, curve, log_x, log_y) for number, curve in enumerate(series)]
+    if not any(isfinite(end) for end, _ in ends):
+        above = " and above 0 where its axis is logarithmic" if log_x or log_y else ""
+        raise InputError(f"nothing to plot over {x_label!r}: of {len(series)} curves no point is finite{above}")
+    if log_x:
+        axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
+    elif all(np.array_equal(x := np.asarray(curve.x, float), np.rint(x)) for curve in series):
+        axes.xaxis.set_major_locator(_whole_numbers())
+    if log_y:
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
+    lines = [line for _, line in sorted(ends, key=lambda end: -end[0])]
+    figure.legend(handles=lines, loc="outside right upper", frameon=False, labelcolor=INK)
+    return _laid_out(figure)
+
+
+def histogram(counts: Mapping[int, int], x_label: str, y_label: str, title: str | None = None) -> Figure:
+    """How often each whole number came, and their mean; a wide range in bins of several numbers.
+
+    Raises:
+        InputError: nothing was counted.
+    """
+    numbers, times = _counted(counts)
+    if not len(numbers):
+        raise InputError(f"nothing to plot over {x_label!r}: nothing was counted")
+    width = _bin_width(int(numbers.max() - numbers.min()) + 1)
+    edges = np.arange(numbers.min() // width, numbers.max() // width + 2) * width  # a bin is [edge, next edge)
+    heights, _ = np.histogram(numbers, edges - 0.5, weights=times)
+    figure, axes = _figure(HEIGHT, x_label if width == 1 else f"{x_label} (in bins of {width})", y_label, title)
+    axes.bar(edges[:-1] + (width - 1) / 2, heights, 0.9 * width, color=COLOURS[0])
+    axes.set_xlim(edges[0] - width, max(edges[-1], edges[0] + LEAST_BINS * width))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(_whole_numbers())
+    axes.grid(visible=False, axis="x")
+    mean = float(np.average(numbers, weights=times))
+    axes.axvline(mean, color=INK, linewidth=1, linestyle="--")
+    axes.annotate(
+        f"mean {mean:.4g}", (mean, 1), (4, -2), ("data", "axes fraction"), "offset points", va="top", color=INK
+    )
+    return _laid_out(figure)
+
+
+def bars(values: Mapping[str, float], name_label: str, value_label: str, title: str | None = None) -> Figure:
+    """A number for each name, in the order given; beyond `MOST_NAMED` the names give way to their places.
+
+    Raises:
+        InputError: there is no finite value.
+    """
+    if not any(isfinite(value) for value in values.values()):
+        raise InputError(f"nothing to plot for {value_label!r}: of {len(values)} values none is finite")
+    lengths = [value if isfinite(value) else 0.0 for value in values.values()]
+    if len(values) > MOST_NAMED:
+        figure, axes = _figure(HEIGHT, f"{name_label}, 1 to {len(values)} in order", value_label, title)
+        axes.stairs(lengths, np.arange(len(lengths) + 1) + 0.5, fill=True, color=COLOURS[0])
+        axes.grid(visible=False, axis="x")
+        return _laid_out(figure)
+    figure, axes = _figure((len(values) + 3) * BAR_HEIGHT, value_label, name_label, title)
+    drawn = axes.barh(range(len(values)), lengths, 0.7, color=COLOURS[0])
+    shown = [f"{value:.4g}" if isfinite(value) else "–" for value in values.values()]
+    axes.bar_label(drawn, shown, padding=4, color=INK, fontsize=9)
+    axes.set_yticks(range(len(values)), [_label(name) for name in values])
+    axes.invert_yaxis()  # the first on top
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.1)  # for the numbers
+    return _laid_out(figure)
+
+
+def svg(figure: Figure) -> str:
+    """The figure for a page of HTML; the same text for the same figure, its words as words."""
+    file = StringIO()
+    with rc_context({"svg.hashsalt": "psgd", "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = file.getvalue()
+    text = text[text.index("<svg") :]  # a page has no XML declaration within
+    # Figures on one page would share ids like "axes_1"; those that are referred to are hashes of what they name.
+    referred = set(re.findall(r"#([\w-]+)", text))
+    return re.sub(r'(<\w+) id="([^"]*)"', lambda found: found[0] if found[2] in referred else found[1], text)
+
+
+def _figure(height: float, x_label: str, y_label: str, title: str | None) -> tuple[Figure, Axes]:
+    """An empty plot in the style of all."""
+    figure = Figure((WIDTH, height), 1 / PX, facecolor="white", layout="constrained")
+    axes = figure.add_subplot(facecolor="white")
+    axes.set_xlabel(_label(x_label), color=INK)
+    axes.set_ylabel(_label(y_label), color=INK)
+    if title:
+        axes.set_title(_label(title, 90), loc="left", color=INK, fontsize=12, pad=12)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", color=GRID, labelcolor=MUTED, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    return figure, axes
+
+
+def _laid_out(figure: Figure) -> Figure:
+    """Lay the figure out once for all: done at each drawing, positions creep by rounding, and so do the SVG's ids."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    axis.set_major_formatter(_PlainNumbers())
+    axis.set_minor_formatter(_PlainNumbers())
+
+
+def _line(axes: Axes, number: int, curve: Curve, log_x: bool, log_y: bool) -> tuple[float, Line2D]:
+    """Draw a curve; returns the height at which it ends, -inf if none of it can be drawn."""
+    x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
+    drawable = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))
+    colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+    marker: Literal["o", ""] = "o" if drawable.sum() <= MOST_MARKED else ""
+    (line,) = axes.plot(
+        x,
+        np.where(drawable, y, np.nan),
+        label=_label(curve.label),
+        color=colour,
+        linestyle=dash,
+        linewidth=1.8,
+        marker=marker,
+        markersize=4,
+    )
+    if curve.low is not None and curve.high is not None:
+        low, high = np.asarray(curve.low, float), np.asarray(curve.high, float)
+        axes.fill_between(x, low, high, where=drawable, color=colour, alpha=0.15, linewidth=0)
+    return (float(y[drawable][-1]) if drawable.any() else float("-inf")), line
+
+
+def _bin_width(span: int) -> int:
+    """The least of 1, 2, 5, 10, 20, ... of which at most `MOST_BINS` cover so many numbers."""
+    return next(
+        width for power in count() for step in (1, 2, 5) if span <= MOST_BINS * (width := step * int(10**power))
+    )
+
+
+def _counted(counts: Mapping[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numbers that came at all, and how often each did."""
+    came = [(number, times) for number, times in counts.items() if times > 0]
+    numbers, times = np.array(came, np.int64).reshape(-1, 2).T
+    return numbers, times
+
+
+def _label(text: str, longest: int = LONGEST_LABEL) -> str:
+    """Text that leaves room for the plot; a dollar sign begins no formula."""
+    return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")

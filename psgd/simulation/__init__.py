@@ -1,0 +1,1 @@
+"""The core on a virtual clock: simulator, replay, verify."""

@@ -1,0 +1,71 @@
+"""Which modes, corrections and optimizers make sense together, and with how many workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from psgd.spec.consistency import (
+    BackupConsistency,
+    BspConsistency,
+    BufferedConsistency,
+    ConsistencySpec,
+    KSyncConsistency,
+    LocalConsistency,
+    MaleniaConsistency,
+    RennalaConsistency,
+    RingleaderConsistency,
+    SoftsyncConsistency,
+)
+from psgd.spec.correction import (
+    CorrectionSpec,
+    DanaCorrection,
+    NoCorrection,
+    RescaledCorrection,
+)
+from psgd.spec.optimizer import OptimizerSpec, SgdOptimizer
+
+__all__ = ["faults"]
+
+FRESH = (BspConsistency, KSyncConsistency, BackupConsistency, RennalaConsistency, MaleniaConsistency)
+MANY = (SoftsyncConsistency, BufferedConsistency)
+
+
+def faults(
+    consistency: ConsistencySpec, correction: CorrectionSpec, optimizer: OptimizerSpec, workers: int
+) -> list[str]:
+    """What is wrong with this combination: what was given, what was expected, what to do."""
+    found = [*_too_few_workers(consistency, workers), *_senseless(consistency, correction)]
+    if isinstance(correction, DanaCorrection) and not (isinstance(optimizer, SgdOptimizer) and optimizer.momentum == 0):
+        found.append(
+            "correction dana keeps the momentum itself: use optimizer sgd with momentum 0, and set correction.momentum"
+        )
+    return found
+
+
+def _too_few_workers(consistency: ConsistencySpec, workers: int) -> Iterator[str]:
+    match consistency:
+        case KSyncConsistency(k=k) if k > workers:
+            yield f"consistency.k is {k}, but there are {workers} workers: lower k, or raise scaling.workers"
+        case BackupConsistency(b=b) if b >= workers:
+            yield f"consistency.b is {b}, and of {workers} workers none is left: lower b, or raise scaling.workers"
+        case SoftsyncConsistency(s=s) if s > workers:
+            yield (
+                f"consistency.s is {s}, but there are {workers} workers, and a step holds workers // s gradients: "
+                "lower s, or raise scaling.workers"
+            )
+
+
+def _senseless(consistency: ConsistencySpec, correction: CorrectionSpec) -> Iterator[str]:
+    if isinstance(correction, NoCorrection):
+        return
+    name, mode = correction.name, consistency.mode
+    if isinstance(consistency, FRESH) or (isinstance(consistency, LocalConsistency) and consistency.synchronous):
+        yield f"correction {name} does nothing in mode {mode}, where no gradient is stale: drop it, or use mode async"
+    elif isinstance(consistency, RingleaderConsistency):
+        yield f"correction {name} does not go with mode ringleader, whose tables weigh workers already: drop it"
+    elif isinstance(consistency, LocalConsistency) and (
+        correction.reads_weights or isinstance(correction, DanaCorrection)
+    ):
+        yield f"correction {name} is made for gradients, and mode local pushes differences: use staleness_lr, or none"
+    elif isinstance(consistency, MANY) and isinstance(correction, DanaCorrection | RescaledCorrection):
+        yield f"correction {name} needs a step for each gradient, and mode {mode} averages several: use mode async"
