@@ -43,7 +43,7 @@ from psgd.core.events import (
 from psgd.core.ledger import Ledger
 from psgd.core.limits import Limits
 from psgd.core.report import Report
-from psgd.core.roster import Roster, WorkerRecord
+from psgd.core.roster import AHEAD, LEASE_S, Roster, WorkerRecord
 from psgd.core.saving import Saving
 from psgd.result import LedgerCounts, Status
 from psgd.spec import JobSpec, Settings
@@ -67,6 +67,7 @@ class Coordinator:
         saved_updates: version of the checkpoint the run resumes from; None for a new run.
         requeued: batches leased again before this process.
         partitions: servers.
+        lease_s: seconds of work in a lease. Longer: fewer calls, and more is done again when a worker dies.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Coordinator:
         saved_updates: int | None = None,
         requeued: int = 0,
         partitions: int = 1,
+        lease_s: float = LEASE_S,
     ) -> None:
         self._spec = spec
         self._grid = grid
@@ -88,7 +90,7 @@ class Coordinator:
         self.phase: Literal["starting", "training", "ending"] = "starting"
         self.ledger = Ledger(grid, partitions)
         self.ledger.requeued = requeued
-        self.roster = Roster(spec.scaling.workers)
+        self.roster = Roster(spec.scaling.workers, lease_s)
         self.evaluations = Evaluations(self.roster, validates)
         self.saving = Saving(spec.checkpoint, partitions, checkpoint, saved_updates)
         self.reports: dict[int, Report] = {}
@@ -99,6 +101,7 @@ class Coordinator:
         self._rejected_before: int | None = None
         self._end_status: Status = "finished"
         self._end_deadline = float("inf")
+        self._look_at = 0.0  # when the next worker may have to be given up
         self._actions: list[Action] = []
         self._finish: Finish | None = None
 
@@ -124,7 +127,7 @@ class Coordinator:
 
     def next_deadline(self) -> float | None:
         """When the host must send a `Tick`, if nothing happens before; None: never."""
-        deadlines = [self._end_deadline, *(self._patience(worker) for worker in self.roster)]
+        deadlines = [self._end_deadline, self._look_at]
         if self.phase == "training":
             deadlines += [self._limits.deadline(self.began), self.saving.deadline(self.updates)]
         soonest = min(deadlines)
@@ -181,7 +184,7 @@ class Coordinator:
         worker = self.roster[event.worker]
         match event:
             case WorkerUp():
-                worker.up, worker.alive_at = True, now
+                self.roster.rise(worker.name, now)
             case LeaseClosed(_, lease, residual_norm):
                 worker.residual_norm = residual_norm
                 self._close(worker, lease, now)
@@ -231,7 +234,7 @@ class Coordinator:
         self._actions += [ChangeServer(partition, settings) for partition in range(self._partitions)]
 
     def _close(self, worker: WorkerRecord, lease: int, now: float) -> None:
-        worker.closed(lease, now)
+        self.roster.closed(worker, lease, now)
         self.ledger.close(lease)
 
     def _lose(self, worker: WorkerRecord, now: float) -> None:
@@ -280,12 +283,17 @@ class Coordinator:
         return worker.alive_at + limits.timeout_s if worker.leases else float("inf")
 
     def _give_up_silent(self, now: float) -> None:
+        if now < self._look_at:
+            return
         for worker in list(self.roster):
             if now >= self._patience(worker):
                 cause = f"no sign of life for {now - worker.alive_at:.1f} s (see failure.timeout_s)"
                 self._actions.append(StopWorker(worker.name, cause))
                 self._lose(worker, now)
                 self._charge(f"{worker.name}: {cause}")
+        # Whoever is granted something from now on is given at least so much patience.
+        later = now + self._spec.failure.timeout_s
+        self._look_at = min(later, min((self._patience(worker) for worker in self.roster), default=later))
 
     def _hire(self, now: float) -> None:
         wanted = self._spec.scaling.workers
@@ -330,11 +338,12 @@ class Coordinator:
         if self._in_lockstep:
             self._lease_rounds(now)
             return
-        for ahead in (0, 1):  # nobody idles before another has a lease queued
-            for worker in self.roster.up:
-                if len(worker.leases) == ahead:
-                    size = min(worker.lease_size(), self._fair_share())
-                    self._grant(worker, self.ledger.grant(worker.name, size, self.roster.home(worker)), now)
+        for ahead in range(AHEAD):  # nobody idles before another has a lease queued
+            for worker in [worker for worker in self.roster.hungry.values() if len(worker.leases) == ahead]:
+                if not (share := self._fair_share()):
+                    return
+                size = min(self.roster.lease_size(worker), share)
+                self._grant(worker, self.ledger.grant(size, self.roster.home(worker)), now)
 
     def _fair_share(self) -> int:
         """Half an even share of what is left: leases shrink towards an end, so that workers end together."""
@@ -356,9 +365,9 @@ class Coordinator:
         workers = self.roster.up
         if not workers or any(len(worker.leases) > 1 for worker in workers):
             return
-        size = min(worker.lease_size() for worker in workers)
+        size = min(self.roster.lease_size(worker) for worker in workers)
         rounds = min(size, ceil(self._batches_allowed() / len(workers)))
-        leases = self.ledger.grant_striped([worker.name for worker in workers], rounds)
+        leases = self.ledger.grant_striped(len(workers), rounds)
         granted = list(zip(workers, leases, strict=False))  # an epoch's last block may leave some without
         for worker, _ in granted:
             self._join(worker)  # all of them, before the first can push
@@ -373,7 +382,7 @@ class Coordinator:
     def _grant(self, worker: WorkerRecord, lease: Lease | None, now: float) -> None:
         if lease is not None:
             self._join(worker)
-            worker.granted(lease.id, len(lease), now)
+            self.roster.granted(worker, lease.id, len(lease), now)
             self._actions.append(Grant(worker.name, lease))
 
     def _leave_idle(self) -> None:

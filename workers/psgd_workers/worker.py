@@ -12,24 +12,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd_workers.compression import ErrorFeedback, build_compressor
 from psgd_workers.datasets.examples import Examples
 from psgd_workers.errors import LaneError, WorkerError
 from psgd_workers.lanes import Lane, Pending
 from psgd_workers.layout import Layout
 from psgd_workers.messages import (
     BatchId,
-    Encoded,
     Evaluation,
     FloatArray,
-    Gradient,
     Lease,
     LeaseEnd,
-    Outcome,
     Receipt,
     Version,
 )
 from psgd_workers.models import Model, evaluate
+from psgd_workers.sender import Sender, gradient_norm
 from psgd_workers.shards import Shards
 from psgd_workers.spec import WorkRules
 
@@ -37,7 +34,6 @@ __all__ = ["Route", "Worker"]
 
 RECEIPT_FACTOR = 2  # a receipt may wait for the slowest worker, who is itself given the limit once
 PLAIN = WorkRules()
-TAKEN = (Outcome.APPLIED, Outcome.BUFFERED)
 
 
 class Route(NamedTuple):
@@ -85,18 +81,8 @@ class Worker:
         self._gradient = np.zeros(layout.num_parameters, np.float32)
         self._local = np.zeros(layout.num_parameters, np.float32) if rules.local else None
         self._routes = routes
-        self._memories = [self._memory(route.part) for route in routes]
+        self._sender = Sender(name, [route.part for route in routes], layout.num_trainable, rules)
         self._timeout_s = timeout_s
-
-    def _memory(self, part: slice) -> ErrorFeedback | None:
-        compressor = build_compressor(self._rules.compression)
-        trained = _trained(part, self._layout)
-        return ErrorFeedback(compressor, trained) if compressor and trained else None
-
-    @property
-    def residual_norm(self) -> float:
-        """Of what compression has left out of the pushes so far."""
-        return float(np.sqrt(sum(memory.norm**2 for memory in self._memories if memory)))
 
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
         """What one batch changes: a function of its arguments alone.
@@ -151,37 +137,30 @@ class Worker:
         versions: list[Version] | None = None
         for number, batch in enumerate(batches):
             if stopping():
-                return LeaseEnd(lease.id, stopped=True, residual_norm=self.residual_norm)
+                return LeaseEnd(lease.id, stopped=True, residual_norm=self._sender.residual_norm)
             if versions is None:
                 versions = [route.lane.pull(self._weights[route.part], self._timeout_s) for route in self._routes]
             receipts = self._push(batch, versions, goes_on=number + 1 < len(batches))
             versions = [receipt.version for receipt in receipts] or None
-        return LeaseEnd(lease.id, stopped=False, residual_norm=self.residual_norm)
+        return LeaseEnd(lease.id, stopped=False, residual_norm=self._sender.residual_norm)
 
     def _push(self, batch: BatchId, versions: Sequence[Version], goes_on: bool) -> list[Receipt]:
         """The receipts, one for each partition; none if the gradient is too stale to be pushed."""
         began = perf_counter()
         loss = self.gradient(batch, self._weights, self._gradient)
-        norm = self._norm()
+        norm = gradient_norm(self._gradient, self._layout.num_trainable)
         compute_s = perf_counter() - began
         if self._too_stale(versions):
             return []
         examples = len(self._shards.examples(batch))
-        pending: list[Pending] = []
-        for (part, lane), memory, read in zip(self._routes, self._memories, versions, strict=True):
-            facts = (self._name, batch, examples, read)
-            sent = self._sent(part, memory)
-            gradient = Gradient(*facts, sent.values, loss, norm, compute_s, sent.buffers, sent.weights_read)
-            pending.append(lane.push(gradient, self._weights[part] if goes_on else None))
+        gradients = self._sender.gradients(
+            batch, examples, versions, self._gradient, self._weights, loss, norm, compute_s
+        )
+        pending = [
+            lane.push(gradient, self._weights[part] if goes_on else None)
+            for (part, lane), gradient in zip(self._routes, gradients, strict=True)
+        ]
         return self._receipts(batch, pending)
-
-    def _norm(self) -> float:
-        trainable = self._layout.num_trainable
-        trained = self._gradient[:trainable]
-        with np.errstate(over="ignore", invalid="ignore"):  # too long for float32 is as good as not finite
-            norm = float(np.sqrt(np.dot(trained, trained)))
-        # A buffer that is not finite is refused like a gradient.
-        return norm if np.isfinite(self._gradient[trainable:]).all() else float("nan")
 
     def _too_stale(self, versions: Sequence[Version]) -> bool:
         limit = self._rules.stop_at
@@ -190,24 +169,14 @@ class Worker:
         now = [route.lane.version(self._timeout_s) for route in self._routes]
         return any(new.updates - read.updates >= limit for new, read in zip(now, versions, strict=True))
 
-    def _sent(self, part: slice, memory: ErrorFeedback | None) -> _Sent:
-        values, read = self._gradient[part], self._weights[part] if self._rules.sends_weights else None
-        if memory is None:
-            return _Sent(values, None, read)
-        trained = _trained(part, self._layout)
-        return _Sent(memory.encode(values[:trained]), values[trained:] if trained < len(values) else None, read)
-
     def _receipts(self, batch: BatchId, pending: Sequence[Pending]) -> list[Receipt]:
         receipts: list[Receipt] = []
         try:
             for push in pending:
                 receipt = push.receipt(RECEIPT_FACTOR * self._timeout_s)
                 receipts.append(self._checked(receipt, batch))
-        finally:  # what is in doubt counts as refused: what was left out before it is still left out
-            taken = [receipt.outcome in TAKEN for receipt in receipts] + [False] * len(pending)
-            for memory, was_taken in zip(self._memories, taken, strict=False):
-                if memory is not None:
-                    memory.taken() if was_taken else memory.refused()
+        finally:
+            self._sender.settle([receipt.outcome for receipt in receipts])
         return receipts
 
     def _checked(self, receipt: Receipt, batch: BatchId) -> Receipt:
@@ -225,19 +194,6 @@ class Worker:
             return evaluate(self._model, self._layout.views(weights), validation)
         except Exception as error:
             raise WorkerError(f"the model raised on validation: {type(error).__name__}: {error}") from error
-
-
-class _Sent(NamedTuple):
-    """What a partition is sent of a gradient."""
-
-    values: FloatArray | Encoded
-    buffers: FloatArray | None
-    weights_read: FloatArray | None
-
-
-def _trained(part: slice, layout: Layout) -> int:
-    """How many values of a partition are no buffers."""
-    return max(0, min(int(part.stop), layout.num_trainable) - int(part.start))
 
 
 def _seed(seed: int, batch: BatchId, *step: int) -> int:

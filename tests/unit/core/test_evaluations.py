@@ -14,7 +14,7 @@ GOOD = Evaluation(0.1, 0.9, 8)
 def roster() -> Roster:
     roster = Roster(2)
     for worker in roster.hire(2, now=0.0):
-        worker.up = True
+        roster.rise(worker.name, now=0.0)
     return roster
 
 
@@ -30,7 +30,7 @@ def test_nothing_is_evaluated_without_a_validation_part(roster: Roster) -> None:
 
 
 def test_the_worker_with_the_least_to_do_evaluates(evaluations: Evaluations, roster: Roster) -> None:
-    roster["worker-0"].granted(0, 5, now=1.0)
+    roster.granted(roster["worker-0"], 0, 5, now=1.0)
     evaluations.want(1)
     evaluations.want(2)
     assert evaluations.assign(now=2.0) == [Evaluate("worker-1", 1), Evaluate("worker-0", 2)]
@@ -57,17 +57,18 @@ def test_the_final_weights_have_no_number(evaluations: Evaluations, roster: Rost
     assert evaluations.results == {None: GOOD}
 
 
-def test_they_wait_for_a_worker(evaluations: Evaluations, roster: Roster) -> None:
-    for worker in roster:
-        worker.up = False
+def test_they_wait_for_a_worker() -> None:
+    roster = Roster(2)
+    roster.hire(2, now=0.0)  # none is up yet
+    evaluations = Evaluations(roster, enabled=True)
     evaluations.want(1)
     assert evaluations.assign(now=1.0) == []
     assert (evaluations.waiting, evaluations.open) == (True, 1)
 
 
 def test_what_a_lost_worker_was_at_goes_first_to_another(evaluations: Evaluations, roster: Roster) -> None:
-    roster["worker-1"].granted(0, 5, now=0.0)
-    roster["worker-1"].granted(1, 5, now=0.0)
+    roster.granted(roster["worker-1"], 0, 5, now=0.0)
+    roster.granted(roster["worker-1"], 1, 5, now=0.0)
     for epochs in (1, 2):
         evaluations.want(epochs)
     evaluations.assign(now=1.0)

@@ -27,8 +27,8 @@ def report(contained: Collection[int], epoch: int = 0, partition: int = 0) -> Re
     return replace(empty, epochs=epoch, settled={epoch: bitmap} if contained else {})
 
 
-def granted(ledger: Ledger, batches: int, worker: str = "worker-0", home: Fraction = Fraction(0)) -> Lease:
-    lease = ledger.grant(worker, batches, home)
+def granted(ledger: Ledger, batches: int, home: Fraction = Fraction(0)) -> Lease:
+    lease = ledger.grant(batches, home)
     assert lease
     return lease
 
@@ -62,7 +62,7 @@ def test_an_arithmetic_sequence_is_one_range(start: int, step: int, length: int)
 
 def test_leases_divide_an_epoch_in_order() -> None:
     ledger = Ledger(GRID)
-    leases = [ledger.grant("worker-0", 4) for _ in range(4)]
+    leases = [ledger.grant(4) for _ in range(4)]
     assert [positions(lease) for lease in leases] == [[0, 1, 2, 3], [4, 5, 6, 7], [8], []]
     assert leases[3] is None
     assert (ledger.pending, ledger.outstanding, ledger.done) == (0, SIZE, 0)
@@ -70,38 +70,38 @@ def test_leases_divide_an_epoch_in_order() -> None:
 
 def test_nothing_is_granted_for_nothing() -> None:
     ledger = Ledger(GRID)
-    assert ledger.grant("worker-0", 0) is None
+    assert ledger.grant(0) is None
     assert ledger.settled
 
 
 def test_a_worker_begins_with_its_own_shards_and_helps_the_others_after() -> None:
     ledger = Ledger(EpochGrid((2, 2, 2, 2), 8))
-    assert positions(ledger.grant("worker-0", 2, home=Fraction(0))) == [0, 1]
-    assert positions(ledger.grant("worker-1", 3, home=Fraction(1, 2))) == [4, 5, 6]
-    assert positions(ledger.grant("worker-1", 9, home=Fraction(1, 2))) == [7, 2, 3]
+    assert positions(ledger.grant(2, home=Fraction(0))) == [0, 1]
+    assert positions(ledger.grant(3, home=Fraction(1, 2))) == [4, 5, 6]
+    assert positions(ledger.grant(9, home=Fraction(1, 2))) == [7, 2, 3]
 
 
 @pytest.mark.parametrize("workers", [3, 49, 100, 4096])
 def test_with_a_shard_for_each_every_worker_begins_with_its_own(workers: int) -> None:
     ledger = Ledger(EpochGrid((1,) * workers, workers))
     for slot in range(0, workers, workers // 49 + 1):
-        assert positions(ledger.grant("worker", 1, Fraction(slot, workers))) == [slot]
+        assert positions(ledger.grant(1, Fraction(slot, workers))) == [slot]
 
 
 def test_stripes_give_round_r_the_positions_from_r_times_n_on() -> None:
     ledger = Ledger(GRID)
-    leases = ledger.grant_striped(["a", "b", "c"], rounds=2)
+    leases = ledger.grant_striped(3, rounds=2)
     assert [positions(lease) for lease in leases] == [[0, 3], [1, 4], [2, 5]]
     assert all(len(lease.batches) == 1 for lease in leases)
-    leases = ledger.grant_striped(["a", "b"], rounds=5)
+    leases = ledger.grant_striped(2, rounds=5)
     assert [positions(lease) for lease in leases] == [[6, 8], [7]]
-    assert ledger.grant_striped(["a", "b"], rounds=5) == ()
+    assert ledger.grant_striped(2, rounds=5) == ()
 
 
 def test_the_last_round_may_leave_some_without() -> None:
     ledger = Ledger(EpochGrid((4,), 4))
-    assert [positions(lease) for lease in ledger.grant_striped(["a", "b", "c"], 2)] == [[0, 3], [1], [2]]
-    assert len(Ledger(EpochGrid((1,), 1)).grant_striped(["a", "b"], 1)) == 1
+    assert [positions(lease) for lease in ledger.grant_striped(3, 2)] == [[0, 3], [1], [2]]
+    assert len(Ledger(EpochGrid((1,), 1)).grant_striped(2, 1)) == 1
 
 
 # Doubts and reports
@@ -111,7 +111,7 @@ def test_what_a_report_contains_is_done_and_the_rest_is_leased_again() -> None:
     ledger = Ledger(GRID)
     settle(ledger, granted(ledger, 4), contained=[0, 2])
     assert (ledger.done, ledger.requeued, ledger.settled) == (2, 2, True)
-    assert positions(ledger.grant("worker-1", SIZE)) == [1, 3, 4, 5, 6, 7, 8]
+    assert positions(ledger.grant(SIZE)) == [1, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_report_asked_before_the_closing_settles_nothing() -> None:
@@ -122,7 +122,7 @@ def test_a_report_asked_before_the_closing_settles_nothing() -> None:
     ledger.reported(report([0]), asked)
     assert (ledger.done, ledger.outstanding, ledger.settled, ledger.requeued) == (1, 3, False, 0)
     assert ledger.newest_doubt > asked
-    assert positions(ledger.grant("worker-1", 1)) == [4]
+    assert positions(ledger.grant(1)) == [4]
 
 
 def test_an_open_lease_is_not_settled() -> None:
@@ -139,7 +139,7 @@ def test_leases_are_settled_one_by_one() -> None:
     asked = ledger.ask()
     ledger.close(second.id)
     ledger.reported(report([]), asked)
-    assert positions(ledger.grant("worker-1", 3)) == [0, 1, 4]
+    assert positions(ledger.grant(3)) == [0, 1, 4]
 
 
 def test_closing_twice_is_a_bug_of_the_caller() -> None:
@@ -158,7 +158,7 @@ def test_a_batch_that_one_of_two_partitions_lacks_is_leased_again() -> None:
     assert not ledger.settled  # the other partition has not reported since
     ledger.reported(report([0, 2], partition=1), ledger.ask())
     assert (ledger.settled, ledger.done, ledger.requeued) == (True, 2, 1)
-    assert positions(ledger.grant("worker-1", 1)) == [1]
+    assert positions(ledger.grant(1)) == [1]
 
 
 def test_two_reports_of_one_partition_do_not_settle_for_the_other() -> None:
@@ -215,7 +215,7 @@ def test_every_batch_is_leased_until_it_is_contained_whatever_is_lost(data: st.D
     contained: set[int] = set()
     out: list[Lease] = []
     for _ in range(data.draw(st.integers(0, 20))):
-        lease = ledger.grant("worker-0", data.draw(st.integers(1, 5)))
+        lease = ledger.grant(data.draw(st.integers(1, 5)))
         out += [lease] if lease else []
         closes: bool = data.draw(st.booleans())
         if out and closes:

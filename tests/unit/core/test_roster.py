@@ -16,7 +16,7 @@ EMPTY = ParameterServer(job(), Partition(0, 0, 6, 6), START, GRID, Version(1, 0)
 def roster() -> Roster:
     roster = Roster(3)
     for worker in roster.hire(3, now=0.0):
-        worker.up = True
+        roster.rise(worker.name, now=0.0)
     return roster
 
 
@@ -41,29 +41,29 @@ def test_homes_divide_the_shards_evenly(roster: Roster) -> None:
 
 def test_leases_are_sized_by_measured_time(roster: Roster) -> None:
     worker = roster["worker-0"]
-    assert worker.lease_size() == FIRST_LEASE
-    worker.granted(0, 10, now=1.0)
-    worker.closed(0, now=2.0)
+    assert roster.lease_size(worker) == FIRST_LEASE
+    roster.granted(worker, 0, 10, now=1.0)
+    roster.closed(worker, 0, now=2.0)
     assert worker.batch_s == pytest.approx(0.1)
-    assert worker.lease_size() == round(LEASE_S / 0.1)
-    worker.granted(1, 10, now=2.0)
-    worker.closed(1, now=5.0)
+    assert roster.lease_size(worker) == round(LEASE_S / 0.1)
+    roster.granted(worker, 1, 10, now=2.0)
+    roster.closed(worker, 1, now=5.0)
     assert worker.batch_s == pytest.approx(0.2)  # half the old, half the new
 
 
 def test_a_slow_worker_still_gets_a_batch(roster: Roster) -> None:
     worker = roster["worker-0"]
-    worker.granted(0, 1, now=0.0)
-    worker.closed(0, now=60.0)
-    assert worker.lease_size() == 1
+    roster.granted(worker, 0, 1, now=0.0)
+    roster.closed(worker, 0, now=60.0)
+    assert roster.lease_size(worker) == 1
 
 
 def test_a_queued_lease_is_timed_from_the_end_of_the_one_before(roster: Roster) -> None:
     worker = roster["worker-0"]
-    worker.granted(0, 10, now=0.0)
-    worker.granted(1, 10, now=0.5)
-    worker.closed(0, now=1.0)
-    worker.closed(1, now=2.0)
+    roster.granted(worker, 0, 10, now=0.0)
+    roster.granted(worker, 1, 10, now=0.5)
+    roster.closed(worker, 0, now=1.0)
+    roster.closed(worker, 1, now=2.0)
     assert worker.batch_s == pytest.approx(0.1)
 
 
