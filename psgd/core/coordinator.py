@@ -97,6 +97,7 @@ class Coordinator:
         self.failures = 0
         self.began: float | None = None
         self._asked: dict[int, int] = dict.fromkeys(range(partitions), 0)  # partition -> newest stamp asked
+        self._asking: dict[int, int] = dict.fromkeys(range(partitions), 0)  # partition -> stamp of one in flight
         self._polls: dict[int, int] = {}  # partition -> stamp of the report that waits for news
         self._rejected_before: int | None = None
         self._end_status: Status = "finished"
@@ -204,6 +205,8 @@ class Coordinator:
         report = event.report
         if self._polls.get(report.partition) == event.asked:
             del self._polls[report.partition]
+        if self._asking[report.partition] == event.asked:
+            self._asking[report.partition] = 0
         self.reports[report.partition] = report
         self.ledger.reported(report, event.asked)
         self.roster.heard(report, now)
@@ -395,10 +398,12 @@ class Coordinator:
     # Reports
 
     def _ask(self) -> None:
-        """Ask at once about doubts that no report under way can settle; and keep one report waiting for news."""
+        """Keep one report waiting for news; and when only doubts are left, ask at once, one question at a time."""
+        hurry = self.phase == "ending" or not self.ledger.pending
         for partition in self.reports:
-            if self.ledger.newest_doubt > self._asked[partition]:
-                self._actions.append(AskReport(partition, self._stamp(partition), wait=False))
+            if hurry and not self._asking[partition] and self.ledger.newest_doubt > self._asked[partition]:
+                self._asking[partition] = self._stamp(partition)
+                self._actions.append(AskReport(partition, self._asking[partition], wait=False))
             if partition not in self._polls:
                 self._polls[partition] = self._stamp(partition)
                 self._actions.append(AskReport(partition, self._polls[partition], wait=True))

@@ -28,9 +28,12 @@ class Schedule:
         self._spec = spec
         self._lr = lr
         self._num_examples = num_examples
+        self._constant = isinstance(spec, ConstantSchedule) and not spec.warmup
 
     def rate(self, examples: int) -> float:
         """η once `examples` examples are counted."""
+        if self._constant:
+            return self._lr
         return self._lr * self._shape(examples) * self._warmup(examples)
 
     def _shape(self, examples: int) -> float:

@@ -98,7 +98,8 @@ class ParameterServer:
         self._spec = spec
         self._weights = weights.astype(np.float32, copy=True)
         self._trained = self._weights[:trainable]
-        self._scratch = np.empty(size, np.float32)
+        self._has_buffers = trainable < size
+        self._scratch = np.empty(trainable, np.float32)
         self._clipped = np.empty(size, np.float32)
         self._decoded = np.empty(size, np.float32)
         self._optimizer = build_optimizer(spec.optimizer, trainable)
@@ -117,7 +118,7 @@ class ParameterServer:
         self._samples = 0  # examples applied
         self._counted = 0  # ... and skipped: what the schedule goes by
         self._first: Mark | None = None
-        self._last: Mark | None = None
+        self._stepped_at: float | None = None  # the newest step of this incarnation
         self.journal = Journal()
         self._set(spec.settings)
 
@@ -128,6 +129,7 @@ class ParameterServer:
         self._aggregator = self._mode.aggregator(len(self._weights), self.partition.num_trainable)
         optimizer = settings.optimizer
         self._max_norm, self._clip_value = optimizer.max_grad_norm, optimizer.clipvalue
+        self._untouched = self._max_norm is None and self._clip_value is None and not self._correction.elementwise
         self._schedule = build_schedule(optimizer.schedule, optimizer.lr, self._grid.num_examples)
 
     @property
@@ -192,11 +194,14 @@ class ParameterServer:
             round_.live[gradient.worker] += 1
         if self._mode.belongs(outcome):
             round_.heard.add(gradient.worker)
-        self._parked.append(_Parked(gradient.worker, gradient.batch, outcome, updates))
+        parked = _Parked(gradient.worker, gradient.batch, outcome, updates)
         self._close_if_due(now)
         if outcome is Outcome.BUFFERED and self.version.updates > updates:
             outcome = Outcome.APPLIED
         self.journal.push(now, gradient, outcome, self.version)
+        if not self._parked and not self._mode.waiting(round_)(gradient.worker):  # the usual case
+            return (Receipt(gradient.worker, gradient.batch, outcome, self.version),)
+        self._parked.append(parked)
         return self._due()
 
     # ADMIT
@@ -245,10 +250,11 @@ class ParameterServer:
     # DECODE, CORRECT, AGGREGATE
 
     def _collect(self, gradient: Gradient) -> None:
-        values, staleness = self._decode(gradient), self.version.updates - gradient.read.updates
-        scale = self._clip(gradient)
+        staleness = self.version.updates - gradient.read.updates
         weight = self._mode.weight(staleness) * self._correction.factor(gradient, staleness)
-        values, scale = self._correct(gradient, values, scale)
+        values, scale = self._decode(gradient), 1.0
+        if not self._untouched:
+            values, scale = self._correct(gradient, values, self._clip(gradient))
         self._settled.add(gradient.batch)
         member = Member(gradient.read.updates, gradient.examples)
         self._aggregator.add(Taken(gradient.worker, gradient.batch, member, values, scale, weight))
@@ -285,10 +291,12 @@ class ParameterServer:
 
     def _note_loss(self, gradient: Gradient) -> None:
         epoch = gradient.batch.epoch
-        total, examples = self._losses.get(epoch, EpochLoss(0.0, 0))
+        if epoch not in self._losses:
+            self._losses[epoch] = EpochLoss(0.0, 0)
+            for old in sorted(self._losses)[:-LOSS_EPOCHS]:
+                del self._losses[old]
+        total, examples = self._losses[epoch]
         self._losses[epoch] = EpochLoss(total + gradient.loss * gradient.examples, examples + gradient.examples)
-        if len(self._losses) > LOSS_EPOCHS:
-            del self._losses[min(self._losses)]
 
     # STEP, REPLY
 
@@ -312,17 +320,22 @@ class ParameterServer:
         self._pushes[Outcome.APPLIED] += len(step.members)
         self._round.collected = len(self._aggregator)
         self.version = Version(self.version.incarnation, self.version.updates + 1)
-        self._last = Mark(now, self.version.updates, self._samples)
-        self._first = self._first or self._last
+        self._stepped_at = now
+        if self._first is None:
+            self._first = self._mark(now)
+
+    def _mark(self, now: float) -> Mark:
+        return Mark(now, self.version.updates, self._samples)
 
     def _step(self, step: Step) -> None:
-        trainable = self.partition.num_trainable
+        trainable, gradient = self.partition.num_trainable, step.gradient
         rate = self._schedule.rate(self._counted)
-        direction = self._optimizer.direction(self._trained, step.gradient[:trainable])
+        trained = gradient[:trainable] if self._has_buffers else gradient
+        direction = self._optimizer.direction(self._trained, trained)
         self._correction.stepped(direction)
-        apply(self._trained, direction, rate * step.weight, self._scratch[:trainable])
-        if trainable < len(self._weights):
-            self._weights[trainable:] -= step.gradient[trainable:]
+        apply(self._trained, direction, rate * step.weight, self._scratch)
+        if self._has_buffers:
+            self._weights[trainable:] -= gradient[trainable:]
         if self._correction.shifts:
             self._correction.published(self._trained, rate, self._shown[:trainable])
             self._shown[trainable:] = self._weights[trainable:]
@@ -374,7 +387,7 @@ class ParameterServer:
             frozenset(push.worker for push in self._parked),
             self._bytes,
             self._first,
-            self._last,
+            None if self._stepped_at is None else self._mark(self._stepped_at),
         )
 
     def state(self) -> ServerState:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,7 @@ BATCHES = [BatchId(2, 0, 1), BatchId(2, 1, 0), BatchId(2, 0, 0)]
 def copied(gradient: Gradient) -> Gradient:
     """As a lane sends it: the worker goes on to write to its memory."""
     values, read = gradient.values, gradient.weights_read
-    return replace(
-        gradient,
+    return gradient._replace(
         values=values if isinstance(values, Encoded) else values.copy(),
         weights_read=None if read is None else read.copy(),
     )
@@ -238,7 +237,7 @@ def test_a_receipt_may_take_twice_as_long_as_an_answer() -> None:
 @pytest.mark.parametrize("wrong", [{"worker": "worker-4"}, {"batch": BatchId(2, 0, 4)}])
 def test_a_receipt_for_something_else_is_an_error(wrong: dict[str, Any]) -> None:
     lane = lane_of()
-    lane.spoil = lambda receipt: replace(receipt, **wrong)
+    lane.spoil = lambda receipt: receipt._replace(**wrong)
     with pytest.raises(LaneError, match=r"worker-3 pushed .* got a receipt for"):
         worker_of(lane).work(LEASE, never)
 

@@ -60,6 +60,8 @@ class Outcome(Enum):
     DISCARDED = "discarded"  # dropped for good, where the spec allows that
     REJECTED = "rejected"  # not finite
 
+    __hash__ = object.__hash__  # members are unique; Enum's own hash of the name is slower, and every push counts some
+
 
 @dataclass(frozen=True, slots=True)
 class EpochGrid:
@@ -71,9 +73,12 @@ class EpochGrid:
     batches_per_shard: tuple[int, ...]
     num_examples: int
     _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)  # of each shard, in positions
+    _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_ends", tuple(accumulate(self.batches_per_shard)))
+        ends = tuple(accumulate(self.batches_per_shard))
+        object.__setattr__(self, "_ends", ends)
+        object.__setattr__(self, "_starts", (0, *ends[:-1]))
 
     @property
     def num_batches(self) -> int:
@@ -81,16 +86,16 @@ class EpochGrid:
 
     def shard_start(self, shard: int) -> int:
         """The position of a shard's first batch."""
-        return self._ends[shard - 1] if shard else 0
+        return self._starts[shard]
 
     def position(self, batch: BatchId) -> int:
-        return self.shard_start(batch.shard) + batch.index
+        return self._starts[batch.shard] + batch.index
 
     def batch(self, epoch: int, position: int) -> BatchId:
         if not 0 <= position < self.num_batches:
             raise IndexError(f"position {position} is outside an epoch of {self.num_batches} batches")
         shard = bisect_right(self._ends, position)
-        return BatchId(epoch, shard, position - self.shard_start(shard))
+        return BatchId(epoch, shard, position - self._starts[shard])
 
 
 class BatchRange(NamedTuple):
@@ -144,8 +149,7 @@ class Encoded:
         return sum(array.nbytes for array in self.arrays)
 
 
-@dataclass(frozen=True, slots=True)
-class Gradient:
+class Gradient(NamedTuple):
     """One push: the gradient of one batch's mean loss, cut to one partition, and facts about the whole of it.
 
     An encoded gradient holds the trained values; the partition's buffers, which are exact or nothing, travel beside it.
@@ -165,12 +169,13 @@ class Gradient:
     @property
     def nbytes(self) -> int:
         """Of its vectors."""
-        vectors = (self.values, self.buffers, self.weights_read)
-        return sum(vector.nbytes for vector in vectors if vector is not None)
+        size = self.values.nbytes
+        if self.buffers is not None:
+            size += self.buffers.nbytes
+        return size if self.weights_read is None else size + self.weights_read.nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(NamedTuple):
     """The answer to a push. Holding one, a worker may start its next batch."""
 
     worker: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan, sqrt
 
 import numpy as np
 
@@ -33,6 +34,8 @@ class Sender:
         # How many values of each partition are no buffers.
         self._trained = [max(0, min(int(part.stop), num_trainable) - int(part.start)) for part in parts]
         self._memories = [ErrorFeedback(compressor, size) if compressor and size else None for size in self._trained]
+        # One partition, and nothing but the gradient to send: the usual case.
+        self._plain = len(parts) == 1 and compressor is None and not rules.sends_weights
 
     @property
     def residual_norm(self) -> float:
@@ -62,6 +65,8 @@ class Sender:
             norm: `gradient_norm` of it.
             compute_s: seconds spent on it.
         """
+        if self._plain:
+            return [Gradient(self._worker, batch, examples, reads[0], values, loss, norm, compute_s)]
         sent = []
         for part, trained, memory, read in zip(self._parts, self._trained, self._memories, reads, strict=True):
             mine, weights_read = values[part], weights[part] if self._sends_weights else None
@@ -77,6 +82,8 @@ class Sender:
 
         What is in doubt counts as refused: what was left out before it is still left out.
         """
+        if self._plain:
+            return
         for number, memory in enumerate(self._memories):
             if memory is None:
                 continue
@@ -87,9 +94,12 @@ class Sender:
 
 
 def gradient_norm(values: FloatArray, num_trainable: int) -> float:
-    """Euclidean norm of the trained part; inf if that is too long for float32, nan if anything is not finite."""
+    """Euclidean norm of the trained part; inf if that is too long for float32, nan if anything is not finite.
+
+    Overflow is an answer here: the caller keeps NumPy from warning of it.
+    """
     trained = values[:num_trainable]
-    with np.errstate(over="ignore", invalid="ignore"):
-        norm = float(np.sqrt(np.dot(trained, trained)))
-    # A buffer that is not finite is refused like a gradient.
-    return norm if np.isfinite(values[num_trainable:]).all() else float("nan")
+    norm = sqrt(np.dot(trained, trained))
+    if num_trainable == len(values) or np.isfinite(values[num_trainable:]).all():
+        return norm
+    return nan  # a buffer that is not finite is refused like a gradient

@@ -148,7 +148,8 @@ class Worker:
         """The receipts, one for each partition; none if the gradient is too stale to be pushed."""
         began = perf_counter()
         loss = self.gradient(batch, self._weights, self._gradient)
-        norm = gradient_norm(self._gradient, self._layout.num_trainable)
+        with np.errstate(over="ignore", invalid="ignore"):
+            norm = gradient_norm(self._gradient, self._layout.num_trainable)
         compute_s = perf_counter() - began
         if self._too_stale(versions):
             return []
