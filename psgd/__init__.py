@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from psgd.cluster.checkpoints import load_weights
+    from psgd.checkpoints import load_weights
     from psgd.cluster.run import train
     from psgd.result import Result
     from psgd.spec import JobSpec
@@ -22,7 +22,7 @@ __all__ = ["JobSpec", "Result", "__version__", "load_weights", "train"]
 _HOMES = {
     "JobSpec": "psgd.spec",
     "Result": "psgd.result",
-    "load_weights": "psgd.cluster.checkpoints",
+    "load_weights": "psgd.checkpoints",
     "train": "psgd.cluster.run",
 }
 

@@ -5,7 +5,9 @@ Exit codes: 0 finished (or stopped by command), 2 refused spec or input, 3 faile
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -209,6 +211,33 @@ def stop(run: RunName, storage: StorageOption = None, address: Dashboard = None)
     typer.echo(f"asked {run} to stop; `psgd status` tells when it has")
 
 
+@app.command()
+def replay(
+    run: RunName,
+    storage: StorageOption = None,
+    until: Annotated[int | None, typer.Option(min=0, metavar="VERSION", help="Stop at so many updates.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, metavar="FILE.safetensors", help="Write the replayed weights there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document on stdout.")] = False,
+) -> None:
+    """Recompute a run in one process, and compare bit for bit.
+
+    From the run's job, data and journal up to its newest checkpoint, whose weights must come out. Exits with 3 if they
+    do not.
+    """
+    directory = _directory(run, storage)
+    job = directory.read_json("resolved.json")
+    # Before NumPy is imported: other numbers of threads sum in other orders. Ray gave its workers so many.
+    os.environ.setdefault("OMP_NUM_THREADS", str(job["scaling"]["cpus_per_worker"]))
+    from psgd.simulation.replay import replay as recompute
+
+    with redirect_stdout(sys.stderr):  # the user's own model may print
+        result = recompute(directory, until=until, out=out)
+    typer.echo(json.dumps(result.to_dict()) if as_json else str(result))
+    raise typer.Exit(FAILED if result.agrees is False else 0)
+
+
 def _directory(run: str, storage: str | None) -> Any:
     from psgd.monitoring.rundir import RunDirectory
     from psgd.storage import Storage
@@ -229,6 +258,86 @@ def set_(
     """
     _directory(run, storage).command("set", settings)
     typer.echo(f"asked {run} for {' '.join(settings)}; `psgd logs` tells from which version on, or why not")
+
+
+@app.command("verify")
+def verify_(
+    job: JobFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as one JSON document on stdout.")] = False,
+) -> None:
+    """Try psgd's promises on a job's model and data.
+
+    One worker is a serial loop, many are a mean, partitions agree, a resumed run ends as if undisturbed, the gradient
+    is the loss's: each is tried on a few batches, here, in under a minute. Exit code 3 if one does not hold.
+    """
+    from psgd.jobfile import load_spec
+    from psgd.simulation.verify import verify
+
+    spec = load_spec(job, overrides or ())
+    with redirect_stdout(sys.stderr):  # the user's own model may print
+        checks = verify(spec)
+    if as_json:
+        typer.echo(json.dumps({"checks": [dataclasses.asdict(check) for check in checks]}))
+    _show_checks(checks)
+    raise typer.Exit(0 if all(check.holds for check in checks) else FAILED)
+
+
+def _show_checks(checks: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "promised", "observed", "")
+    for check in checks:
+        table.add_row(
+            check.name, check.promised, check.observed, "[green]holds" if check.holds else "[red]does not hold"
+        )
+    Console(stderr=True, highlight=False).print(table)
+
+
+@app.command("simulate")
+def simulate_(
+    job: JobFile,
+    workers: Annotated[int | None, typer.Option(min=1, help="How many to simulate. [default: the job's]")] = None,
+    delays: Annotated[
+        str,
+        typer.Option(metavar="NAME:ARGS", help="Virtual seconds a gradient takes; see `psgd.simulation.delays`."),
+    ] = "constant:1",
+    modes: Annotated[
+        str | None, typer.Option(metavar="M,M:k=v", help="Modes to compare, such as async,ringmaster:r=32,bsp.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="quadratic", help="A noisy quadratic in place of the job's model and data.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=2, help="Parameters of the quadratic.")] = 100,
+    pushes: Annotated[int, typer.Option(min=1, help="Gradients of the quadratic, at the most.")] = 20_000,
+    link: Annotated[float, typer.Option(metavar="S", help="Virtual seconds a push, and a pull, take.")] = 0.0,
+    crashes: Annotated[
+        float | None, typer.Option(metavar="S", help="Mean virtual seconds between two crashes of a worker.")
+    ] = None,
+    joins: Annotated[float, typer.Option(metavar="S", help="Mean virtual seconds until a worker joins.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of delays, crashes and joins.")] = 0,
+    until: Annotated[
+        str | None, typer.Option(metavar="METRIC=V", help="Stop there: excess, train/loss, val/loss, val/accuracy.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Where to write a page with figures; needs psgd\\[plots].")] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document on stdout.")] = False,
+) -> None:
+    """Try a job on workers that are not there.
+
+    The production core runs on a virtual clock, with the job's own model and data or a quadratic: what a mode does to
+    time, throughput, staleness and each worker's share, before paying for the workers.
+    """
+    from psgd.jobfile import load_spec
+    from psgd.simulation.command import Asked, run
+
+    spec = load_spec(job, overrides or ())
+    asked = Asked(workers, delays, modes, model, size, pushes, link, crashes, joins, seed, until, html)
+    with redirect_stdout(sys.stderr):  # the user's own model may print
+        results = run(spec, asked)
+    if as_json:
+        typer.echo(json.dumps({"results": [result.to_dict() for result in results]}))
 
 
 @app.command()

@@ -10,6 +10,7 @@
     │   ├── RunExistsError            a run of this name is there already
     │   ├── RunNotFoundError          no run of this name is there
     │   ├── ResumeError               the run there is of another job
+    │   ├── JournalError              a run's journal is not whole, or not that run's
     │   └── ClusterError              the cluster cannot be reached, or cannot hold the job
     ├── CheckpointError (ValueError)  a checkpoint is damaged or incomplete
     └── RunError (RuntimeError)       failed while running; exit code 3
@@ -17,6 +18,7 @@
         ├── LaneError                 a server did not answer as promised
         │   └── LaneTimeoutError      ... within the time limit
         ├── OwnershipError            another driver has taken the run over
+        ├── ReplayError               a replay came to something else than the run did
         └── RunFailedError            the run as a whole; carries its `result`
 
 The lower part (input, lanes, workers' own code) lives with the workers, who must not import psgd.
@@ -46,12 +48,14 @@ __all__ = [
     "ClusterError",
     "DataError",
     "InputError",
+    "JournalError",
     "LaneError",
     "LaneTimeoutError",
     "MissingExtraError",
     "ModelError",
     "OwnershipError",
     "PsgdError",
+    "ReplayError",
     "ResumeError",
     "RunError",
     "RunExistsError",
@@ -83,6 +87,10 @@ class ResumeError(InputError):
     """The run there is of another job."""
 
 
+class JournalError(InputError):
+    """A run's journal is not whole, or not that run's."""
+
+
 class ClusterError(InputError):
     """The cluster cannot be reached, or cannot hold the job."""
 
@@ -93,6 +101,10 @@ class CheckpointError(PsgdError, ValueError):
 
 class OwnershipError(RunError):
     """Another driver has taken the run over; this one stops without touching it again."""
+
+
+class ReplayError(RunError):
+    """A replay came to something else than the run did."""
 
 
 class RunFailedError(RunError):

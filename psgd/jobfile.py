@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from psgd.errors import SpecError
 from psgd.spec import JobSpec
 
-__all__ = ["change_settings", "load_spec", "parse_spec"]
+__all__ = ["change_settings", "load_spec", "override_spec", "parse_spec", "parse_value"]
 
 # YAML 1.1, which PyYAML reads, wants a dot and a sign in "1.0e-3" and takes "1e-3" for a string.
 FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
@@ -54,13 +54,29 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"cannot read the job file {str(path)!r}: {error}") from error
-    tree = _parse_yaml(text, str(path))
+    tree = parse_value(text, str(path))
     if not isinstance(tree, dict):
         raise SpecError(f"{path}: a job file is a mapping of fields such as model and data, not {tree!r:.80}")
     for override in overrides:
         _override(tree, override)
     tree.setdefault("name", path.stem)
     return parse_spec(tree, str(path))
+
+
+def override_spec(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
+    """The job with some of its fields replaced.
+
+    Args:
+        spec: the job.
+        overrides: `a.b=value` each, the value in YAML.
+
+    Raises:
+        SpecError: the result is no valid job.
+    """
+    tree = spec.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        _override(tree, override)
+    return parse_spec(tree, "the changed job")
 
 
 def change_settings(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
@@ -73,10 +89,7 @@ def change_settings(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
     Raises:
         SpecError: the result is no valid job, or something else would change than can.
     """
-    tree = spec.model_dump(mode="json", exclude_unset=True)
-    for override in overrides:
-        _override(tree, override)
-    after = parse_spec(tree, "the changed job")
+    after = override_spec(spec, overrides)
     changed = sorted(_changed(spec, after))
     if not changed:
         raise SpecError(f"{' '.join(overrides)}: that is how the job runs already")
@@ -114,7 +127,12 @@ def parse_spec(tree: dict[str, Any], source: str) -> JobSpec:
         raise SpecError(f"{source} is not a valid job:\n{faults}") from error
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def parse_value(text: str, source: str) -> Any:
+    """YAML in which `1e-3` is a number.
+
+    Raises:
+        SpecError: naming the source: it is not YAML.
+    """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
@@ -134,7 +152,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree.pop("lr", None)
     if leaf == "lr":
         tree.pop("learning_rate", None)
-    value = _parse_yaml(text, f"--set {override}")
+    value = parse_value(text, f"--set {override}")
     if path.strip() == "consistency.mode" and tree.get(leaf) != value:
         tree.clear()  # another mode has other fields
     tree[leaf] = value

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from psgd.cluster.checkpoints import Checkpoint, Part, write_part
+from psgd.checkpoints import Checkpoint, Part, write_part
 from psgd.cluster.lanes import RayLane, Receipts
 from psgd.core.events import LaneFailed, ServerLost, WorkerFailed, WorkerLost
+from psgd.core.journal import RECORD
 from psgd.core.report import Report
 from psgd.core.server import ParameterServer, Partition, ServerState
 from psgd.errors import StorageError
@@ -77,6 +78,7 @@ class ServerActor:
         self._epochs = self._server.epochs
         self._news = asyncio.Event()  # an epoch is complete
         self._snapshot: asyncio.Future[tuple[ServerState, NDArray[np.void]]] | None = None  # wanted between rounds
+        self._unwritten = np.zeros(0, RECORD)  # of the journal, taken for a checkpoint that could not be written
         self._timeout_s = facts.spec.failure.timeout_s
 
     def _check_storage(self, driver: str) -> None:
@@ -142,11 +144,14 @@ class ServerActor:
         wanted = self._snapshot = asyncio.get_running_loop().create_future()
         self._notify()
         try:
-            state, journal = await asyncio.wait_for(wanted, self._timeout_s)
+            state, records = await asyncio.wait_for(wanted, self._timeout_s)
         except TimeoutError as error:
             self._snapshot = None
             raise StorageError(f"no round closed within {self._timeout_s} s, and half a round is no state") from error
-        return await asyncio.to_thread(write_part, self._run, checkpoint, state, journal)
+        journal = self._unwritten = np.concatenate([self._unwritten, records])
+        part = await asyncio.to_thread(write_part, self._run, checkpoint, state, journal)
+        self._unwritten = journal[:0]
+        return part
 
 
 class WorkerActor:

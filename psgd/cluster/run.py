@@ -14,8 +14,8 @@ import ray
 from rich.console import Console
 from rich.markup import escape
 
+from psgd.checkpoints import Checkpoint, Checkpoints
 from psgd.cluster.actors import RunFacts
-from psgd.cluster.checkpoints import Checkpoint, Checkpoints
 from psgd.cluster.session import check_address, check_room, session
 from psgd.cluster.supervisor import Inputs, Supervisor
 from psgd.core.coordinator import Coordinator
@@ -144,7 +144,12 @@ def _supervise(job: OpenJob, run: RunDirectory, checkpoint: Checkpoint | None, p
         spec = spec.model_copy(update=dict(manifest.settings))
     owner = run.own()
     run.begin(job.spec)
-    run.event("started", incarnation=owner.incarnation, resumed=manifest.name if manifest else None)
+    run.event(
+        "started",
+        incarnation=owner.incarnation,
+        resumed=manifest.name if manifest else None,
+        workers=spec.scaling.workers,  # which may differ from the first description's
+    )
     size = job.layout.num_parameters
     facts = RunFacts(
         spec,

@@ -16,8 +16,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from psgd.checkpoints import Checkpoint, Checkpoints, Manifest, Part
 from psgd.cluster.actors import RunFacts, server_failure, start_server, start_worker, worker_failure
-from psgd.cluster.checkpoints import Checkpoint, Checkpoints, Manifest, Part
 from psgd.core.coordinator import Coordinator
 from psgd.core.events import (
     Action,
@@ -346,7 +346,7 @@ class Supervisor:
             epochs=commit.epochs,
             seed=self._spec.seed,
             spec_hash=self._inputs.facts.spec.identity_hash(),
-            settings=self._spec.settings,
+            settings=next(iter(self._parts.values())).settings,  # the saved ones: newer ones may be on their way
             data_fingerprint=self._inputs.data_fingerprint,
             names=facts.layout.names,
             shapes=facts.layout.shapes,

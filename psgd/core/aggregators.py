@@ -240,13 +240,9 @@ class Table:
 
     def load(self, prefix: str, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
         """Go on with those sums."""
-        start = f"{prefix}."
-        self._sums = {
-            name.removeprefix(start): total.astype(np.float32)
-            for name, total in arrays.items()
-            if name.startswith(start)
-        }
         self.counts = {worker: int(count) for worker, count in facts["counts"].items()}
+        # In the order in which they came: storage gives arrays back in any, and a mean's last bits depend on it.
+        self._sums = {worker: arrays[f"{prefix}.{worker}"].astype(np.float32) for worker in self.counts}
         self._weight = float(facts["weight"])
         self.fresh = [Member(*member) for member in facts["fresh"]]
 
@@ -321,12 +317,12 @@ class Ring:
 
     def due(self, live: AbstractSet[str]) -> bool:
         """Whether a step is to be made now; who is not live is owed none and awaited no more."""
-        if self._collecting and self._table.counts and live <= self._table.counts.keys():
-            self._owed, self._due = set(live) - {self._last}, True
         if self._owed:
             self._owed.intersection_update(live)
             if not self._owed and not self._due:
                 self._turn()
+        if self._collecting and self._table.counts and live <= self._table.counts.keys():
+            self._owed, self._due = set(live) - {self._last}, True
         return self._due
 
     def close(self) -> Step:

@@ -226,7 +226,8 @@ class LockStep(Async):
 class Malenia(Collecting):
     """One step on the mean of the workers' means, all of the present version (Tyurin and Richtárik, 2023).
 
-    Closes when every live worker has Bᵢ ≥ 1 gradients in it and (1/n) Σ 1/Bᵢ ≤ n/S.
+    Closes when every live worker has Bᵢ ≥ 1 gradients in it and (1/n) Σ 1/Bᵢ ≤ n/S over those: who has left will bring
+    no more, and must not hold the round up.
 
     Args:
         s: S.
@@ -247,9 +248,8 @@ class Malenia(Collecting):
         assert self._means is not None
         if not round_.collected or not round_.outstanding:
             return round_.collected > 0
-        counts = self._means.table.counts
-        complete = round_.live.keys() <= counts.keys()
-        return complete and sum(1 / count for count in counts.values()) * self._s <= len(counts) ** 2
+        counts, live = self._means.table.counts, round_.live.keys()
+        return live <= counts.keys() and sum(1 / counts[worker] for worker in live) * self._s <= len(live) ** 2
 
 
 class Ringleader(Async):

@@ -109,6 +109,7 @@ class ParameterServer:
         self._settled = AppliedSet(grid)
         self._history = [(version.incarnation, version.updates)]  # (incarnation, updates it forked at), oldest first
         self._round = Round()
+        self._refused = -1  # the newest epoch of which a batch was refused: one that has begun, if it is not complete
         self._parked: list[_Parked] = []
         self._pushes = Counter[Outcome]()
         self._staleness = Counter[int]()
@@ -141,6 +142,11 @@ class ParameterServer:
     def epochs(self) -> int:
         """Complete epochs: every batch of those before this one is in the state, or skipped."""
         return self._settled.epochs
+
+    @property
+    def samples(self) -> int:
+        """Examples applied."""
+        return self._samples
 
     @property
     def can_save(self) -> bool:
@@ -187,6 +193,7 @@ class ParameterServer:
             self._collect(gradient)
         else:
             self._pushes[outcome] += 1
+            self._refused = max(self._refused, gradient.batch.epoch)
             if outcome is Outcome.DISCARDED:
                 self._settled.add(gradient.batch, skip=True)
                 self._counted += gradient.examples
@@ -301,11 +308,15 @@ class ParameterServer:
     # STEP, REPLY
 
     def _close_if_due(self, now: float) -> None:
-        self._round.outstanding = not self._settled.between_epochs
+        self._round.outstanding = not self._settled.between_epochs or self._refused >= self._settled.epochs
         while self._mode.closes(self._round):  # an epoch's end may make two steps of what is left
             self._close(now)
-        if not self._round.outstanding and self.epochs not in self._epoch_weights:
+        if self._round.outstanding:
+            return
+        if self.epochs not in self._epoch_weights:
             self._keep_epoch_weights()
+        live = self._round.live  # everybody is let go at an epoch's end: nobody is ahead at the next one's start
+        self._round.live = dict.fromkeys(live, max(live.values(), default=0))
 
     def _close(self, now: float) -> None:
         self._round.heard.clear()

@@ -3,7 +3,7 @@
 spec.yaml          the job as it was given      resolved.json   ... with every default
 env.json           versions of what ran it      owner           the driver that may commit
 metrics.jsonl      numbers over time            events.jsonl    what happened, and why
-checkpoints/       see psgd.cluster.checkpoints journal/        one record per push
+checkpoints/       see psgd.checkpoints         journal/        one record per push
 commands/          what `psgd stop` asked for   result.json     how it ended
 """
 

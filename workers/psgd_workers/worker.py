@@ -30,7 +30,7 @@ from psgd_workers.sender import Sender, gradient_norm
 from psgd_workers.shards import Shards
 from psgd_workers.spec import WorkRules
 
-__all__ = ["Route", "Worker"]
+__all__ = ["Route", "Worker", "batch_seed"]
 
 RECEIPT_FACTOR = 2  # a receipt may wait for the slowest worker, who is itself given the limit once
 PLAIN = WorkRules()
@@ -101,12 +101,12 @@ class Worker:
             WorkerError: the model's own code raised.
         """
         if self._local is None:
-            return self._backpropagate(batch, self._shards.examples(batch), weights, out, _seed(self._seed, batch))
+            return self._backpropagate(batch, self._shards.examples(batch), weights, out, batch_seed(self._seed, batch))
         assert self._rules.local
         local, trainable, total = self._local, self._layout.num_trainable, 0.0
         local[:] = weights
         for step, rows in enumerate(self._shards.mini_batches(batch)):
-            total += len(rows) * self._backpropagate(batch, rows, local, out, _seed(self._seed, batch, step))
+            total += len(rows) * self._backpropagate(batch, rows, local, out, batch_seed(self._seed, batch, step))
             out[:trainable] *= self._rules.local.lr
             local -= out
         np.subtract(weights, local, out=out)
@@ -197,5 +197,6 @@ class Worker:
             raise WorkerError(f"the model raised on validation: {type(error).__name__}: {error}") from error
 
 
-def _seed(seed: int, batch: BatchId, *step: int) -> int:
+def batch_seed(seed: int, batch: BatchId, *step: int) -> int:
+    """What seeds the random layers of a batch, or of one of its local steps: a function of the job's seed and names."""
     return int(np.random.SeedSequence([seed, *batch, *step]).generate_state(1)[0])

@@ -45,6 +45,7 @@ class Part:
     partition: int
     updates: int
     epochs: int
+    settings: Settings  # by which the server went on
     files: Mapping[str, str]  # name in the checkpoint's directory -> SHA-256
     journal: Mapping[str, str]  # name in the journal's directory -> SHA-256
 
@@ -113,7 +114,8 @@ def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArr
         for name, data in contents.items():
             run.write(f"{folder}/{name}", data)
     checksums = [{name: sha256(data).hexdigest() for name, data in contents.items()} for contents in folders.values()]
-    return Part(partition, state.facts["version"][1], state.facts["epochs"], *checksums)
+    settings = Settings.model_validate(state.facts["settings"])
+    return Part(partition, state.facts["version"][1], state.facts["epochs"], settings, *checksums)
 
 
 def _npy(records: NDArray[np.void]) -> bytes:
@@ -202,14 +204,22 @@ class Checkpoints:
         Raises:
             CheckpointError: it is not committed, of another format, or a checksum fails.
         """
-        folder = self._run.folder(f"checkpoints/{name}")
-        if not folder.exists("COMMITTED"):
-            raise CheckpointError(f"checkpoint {name} in {self._run.url} was never committed")
-        manifest = _parse_manifest(name, folder.read("COMMITTED"))
+        folder, manifest = self._run.folder(f"checkpoints/{name}"), self.manifest(name)
         for file, checksum in manifest.files.items():
             if not folder.exists(file) or sha256(folder.read(file)).hexdigest() != checksum:
                 raise CheckpointError(f"checkpoint {name}: {file} is missing, or its checksum is not the committed one")
         return Checkpoint(self._run, manifest)
+
+    def manifest(self, name: str) -> Manifest:
+        """What was committed; whether the files still are that is not checked.
+
+        Raises:
+            CheckpointError: nothing was, or it is of another format.
+        """
+        folder = self._run.folder(f"checkpoints/{name}")
+        if not folder.exists("COMMITTED"):
+            raise CheckpointError(f"checkpoint {name} in {self._run.url} was never committed")
+        return _parse_manifest(name, folder.read("COMMITTED"))
 
     def prune(self, keep: int) -> list[str]:
         """Delete all but the newest `keep` committed ones; returns the names of the deleted."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psgd.cluster.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
+from psgd.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
 from psgd.core.journal import RECORD
 from psgd.core.server import ServerState
 from psgd.errors import CheckpointError
@@ -37,7 +37,12 @@ def state(partition: int, updates: int = 40) -> ServerState:
         "settled.3": np.array([True, False, True]),
         "optimizer.velocity": FLAT[start:stop] / 3,
     }
-    facts = {"version": [1, updates], "partition": [partition, start, stop, stop - start], "epochs": 3}
+    facts = {
+        "version": [1, updates],
+        "partition": [partition, start, stop, stop - start],
+        "epochs": 3,
+        "settings": SETTINGS.model_dump(mode="json"),
+    }
     return ServerState(arrays, facts)
 
 

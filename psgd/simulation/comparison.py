@@ -1,0 +1,53 @@
+"""What simulations came to, side by side, as a page with figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from psgd.monitoring.page import Page
+from psgd.monitoring.plots import Curve, bars, curves, histogram
+from psgd.simulation.simulate import FIGURES, Simulated, figures
+
+__all__ = ["page"]
+
+LOG_FROM = 30.0  # largest value over smallest, from which a metric is drawn on a logarithmic axis
+
+
+def page(results: Sequence[Simulated], lead: str) -> str:
+    """One self-contained HTML page.
+
+    Args:
+        results: at least one.
+        lead: what was simulated.
+    """
+    metric = results[0].metric
+    sheet = Page("Simulated on a virtual clock", lead)
+    columns = [figures(result) for result in results]  # a column for each result: names of modes are long
+    rows = [[name, *cells] for name, *cells in zip(FIGURES, *columns, strict=True)]
+    sheet.add_table(["", *(result.name for result in results)], rows)
+    values = [point.value for result in results for point in result.curve if point.value > 0]
+    log_y = bool(values) and max(values) / min(values) > LOG_FROM and metric != "val/accuracy"
+    for axis, label in (("time_s", "virtual seconds"), ("examples", "examples in the weights")):
+        lines = [
+            Curve(result.name, [getattr(point, axis) for point in result.curve], [p.value for p in result.curve])
+            for result in results
+        ]
+        sheet.add_figure(curves(lines, label, metric, log_y=log_y), f"{metric} over {label}.")
+    if len(results) > 1:
+        sheet.add_figure(
+            bars({r.name: r.examples_per_s for r in results}, "mode", "examples per virtual second"),
+            "How fast examples get into the weights.",
+        )
+    for result in results:
+        sheet.add_heading(result.name)
+        if result.staleness_counts:
+            sheet.add_figure(
+                histogram(result.staleness_counts, "staleness, versions", "gradients"),
+                f"Staleness of the gradients in the weights; mean {result.staleness['mean']:.2f}.",
+            )
+        shares = dict(sorted(result.shares.items(), key=lambda item: -item[1]))
+        sheet.add_figure(
+            bars(shares, "worker", "share"),
+            f"Each worker's share of the gradients in the weights; all alike would be {1 / max(1, len(shares)):.4f}.",
+        )
+    return sheet.html()

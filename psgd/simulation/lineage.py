@@ -1,0 +1,188 @@
+"""The lineage of a checkpoint: which records of a run's journal its state is made of, one stretch per incarnation.
+
+A resumed run is a new incarnation that goes on from a checkpoint. What the one before it did after that checkpoint is
+a branch that was given up: its segments stay in the journal, and belong to no lineage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psgd.checkpoints import Checkpoints, Manifest
+from psgd.core.journal import RECORD, Kind
+from psgd.errors import JournalError
+from psgd.monitoring.rundir import RunDirectory
+from psgd_workers.messages import BatchId, Outcome, Version
+
+__all__ = ["Record", "Stretch", "read_lineage"]
+
+SEGMENT = re.compile(r"(\d+)-(\d+)-server-0\.npy")
+OUTCOMES = tuple(Outcome)
+
+
+class Record(NamedTuple):
+    """One record, its fields those of `psgd.core.journal.RECORD`."""
+
+    kind: int
+    code: int
+    name: bytes
+    now: float
+    epoch: int
+    shard: int
+    place: int
+    examples: int
+    read_incarnation: int
+    read_updates: int
+    incarnation: int
+    updates: int
+    loss: float
+    compute_s: float
+
+    @property
+    def worker(self) -> str:
+        return self.name.decode()
+
+    @property
+    def outcome(self) -> Outcome:
+        return OUTCOMES[self.code]
+
+    @property
+    def batch(self) -> BatchId:
+        return BatchId(self.epoch, self.shard, self.place)
+
+    @property
+    def read(self) -> Version:
+        return Version(self.read_incarnation, self.read_updates)
+
+    @property
+    def version(self) -> Version:
+        return Version(self.incarnation, self.updates)
+
+    def __str__(self) -> str:
+        """What happened, and what came of it."""
+        after = f"version {self.updates} of incarnation {self.incarnation}"
+        match self.kind:
+            case Kind.PUSH:
+                batch, read = tuple(self.batch), tuple(self.read)
+                return f"a push by {self.worker} of batch {batch}, read at {read}: {self.outcome.value}, {after}"
+            case Kind.FORK:
+                return f"a fork from {tuple(self.read)}: {after}"
+            case _:
+                return f"a {Kind(self.kind).name.lower()} of {self.worker or self.place}: {after}"
+
+
+class Stretch(NamedTuple):
+    """What one incarnation did, up to the checkpoint that the next one, or the end, goes by."""
+
+    incarnation: int
+    workers: int | None  # that it was asked for; None: as many as the run's first description says
+    segments: tuple[NDArray[np.void], ...]  # of RECORD
+
+    def records(self) -> Iterator[Record]:
+        for segment in self.segments:
+            yield from map(Record._make, segment.tolist())
+
+
+def read_lineage(run: RunDirectory, manifest: Manifest) -> tuple[Stretch, ...]:
+    """The records that a checkpoint's state is made of, oldest incarnation first.
+
+    Raises:
+        JournalError: some are missing or damaged, or are not of this run.
+    """
+    events = run.read_lines("events.jsonl")
+    starts = {line["incarnation"]: line for line in events if line["event"] == "started"}
+    names = _Names(run, manifest, [line for line in events if line["event"] == "checkpoint"])
+    stretches: list[Stretch] = []
+    last: str | None = manifest.name
+    while last is not None:
+        number, incarnation = map(int, last.split("-"))
+        start = starts.pop(incarnation, None)  # each once, whatever somebody made of the file
+        if start is None:
+            raise JournalError(
+                f"{run.storage.url}/events.jsonl does not tell how incarnation {incarnation} started, which wrote "
+                f"checkpoint {last}: without that line nobody knows what it went on from. Restore the file"
+            )
+        segments = tuple(names.read(name, incarnation) for name in names.until(number, incarnation))
+        stretch = Stretch(incarnation, start.get("workers"), segments)
+        last = start["resumed"]
+        _check_forks(run, stretch, last)
+        stretches.insert(0, stretch)
+    return tuple(stretches)
+
+
+class _Names:
+    """The segments there are, and those there must be."""
+
+    def __init__(self, run: RunDirectory, manifest: Manifest, committed: Sequence[dict[str, Any]]) -> None:
+        self._storage = run.storage
+        self._there = [name for name in run.storage.names("journal") if SEGMENT.fullmatch(name)]
+        checkpoints = Checkpoints(run.storage)
+        manifests = [checkpoints.manifest(name) for name in checkpoints.committed()]
+        self._checksums = {name: checksum for one in [*manifests, manifest] for name, checksum in one.journal.items()}
+        # A checkpoint is written when there are new updates, so records came with it; but for one of a run's start.
+        told = {f"{line['name']}-server-0.npy" for line in committed if line["updates"] > 0}
+        self._needed = told | self._checksums.keys()
+
+    def until(self, number: int, incarnation: int) -> list[str]:
+        """Those of one incarnation that belong to checkpoints up to that number, oldest first."""
+        found = []
+        for name in self._needed.union(self._there):
+            match = SEGMENT.fullmatch(name)
+            if match and int(match[2]) == incarnation and int(match[1]) <= number:
+                found.append((int(match[1]), name))
+        names = [name for _, name in sorted(found)]
+        if missing := sorted(set(names).difference(self._there)):
+            raise JournalError(
+                f"{self._storage.url}/journal lacks {', '.join(missing)}: a replay needs every record. Restore what "
+                "was deleted"
+            )
+        return names
+
+    def read(self, name: str, incarnation: int) -> NDArray[np.void]:
+        """One segment, checked."""
+        path, data = f"{self._storage.url}/journal/{name}", self._storage.read(f"journal/{name}")
+        checksum = self._checksums.get(name)  # those of checkpoints that were deleted are gone
+        if checksum not in (None, sha256(data).hexdigest()):
+            raise JournalError(
+                f"{path} is not what was committed with its checkpoint: it was changed, or is another run's. "
+                "Restore the file"
+            )
+        try:
+            records: NDArray[np.void] = np.load(BytesIO(data), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise JournalError(f"{path} is damaged: {error}. Restore the file") from error
+        _check_records(path, records, incarnation)
+        return records
+
+
+def _check_records(path: str, records: NDArray[np.void], incarnation: int) -> None:
+    """They must be records of this format, and of that incarnation."""
+    known = records.dtype == RECORD and records.ndim == 1
+    if not known or (records["kind"] >= len(Kind)).any() or (records["outcome"] >= len(OUTCOMES)).any():
+        raise JournalError(
+            f"{path} has records that this psgd does not know: use the psgd that wrote it (see env.json)"
+        )
+    if strangers := set(records["incarnation"].tolist()) - {incarnation}:
+        raise JournalError(
+            f"{path} has records of incarnation {min(strangers)}, not of {incarnation}: it is another run's. "
+            "Restore the file"
+        )
+
+
+def _check_forks(run: RunDirectory, stretch: Stretch, resumed: str | None) -> None:
+    """A resumed incarnation begins with a fork, a new one with none, and nothing else forks."""
+    kinds = np.concatenate([np.zeros(0, np.uint8), *(segment["kind"] for segment in stretch.segments)])
+    forks = np.flatnonzero(kinds == Kind.FORK).tolist()
+    if forks != ([] if resumed is None else [0]):
+        origin = "nothing" if resumed is None else f"checkpoint {resumed}"
+        raise JournalError(
+            f"incarnation {stretch.incarnation} went on from {origin}, says {run.storage.url}/events.jsonl, but its "
+            f"{len(kinds)} journal records have forks at {forks}: records are missing, or another run's"
+        )

@@ -1,0 +1,287 @@
+"""Verify: what psgd promises, tried on a job's own model and data, on a virtual clock.
+
+Whatever a job asks for, these equalities are of its model, data, optimizer and seed; consistency, correction,
+compression and clipping are replaced by what each check is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from psgd.core.optimizers import apply, build_optimizer
+from psgd.core.schedules import build_schedule
+from psgd.job import OpenJob
+from psgd.jobfile import override_spec
+from psgd.simulation.cluster import Checkpoint, Problem, VirtualCluster
+from psgd.spec import JobSpec
+from psgd_workers.messages import BatchId, EpochGrid, FloatArray
+from psgd_workers.models import build_model
+
+__all__ = ["Check", "verify"]
+
+WORKERS = 4
+STEPS = (1e-2, 1e-3, 3e-4)  # along the gradient, in units of weights
+PIECES = 5  # of a tensor
+LEAST_SLOPE = 1e-2  # of the whole gradient's length
+SLOPE_TOLERANCE = 0.02  # relative: kinks and float32 allow no much finer differences
+BIG_BATCH_TOLERANCE = 1e-4  # of the largest weight's movement: sums in another order
+GRADIENTS = 60  # computed for each batch of the trial epoch, over all checks, about
+MOST_BATCHES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One promise, and what was seen of it."""
+
+    name: str
+    promised: str
+    observed: str
+    holds: bool
+
+
+def verify(spec: JobSpec, limit_s: float = 40.0) -> list[Check]:
+    """Try every promise.
+
+    Args:
+        spec: the job.
+        limit_s: seconds it may take, about; slow models are tried on fewer batches.
+
+    Raises:
+        InputError: the job's data or model cannot be used.
+    """
+    neutral = [
+        "consistency={mode: async}",
+        "correction={name: none}",
+        "compression={name: none}",
+        "optimizer.max_grad_norm=null",
+        "optimizer.clipvalue=null",
+        "run={epochs: 1}",
+        "checkpoint={every_s: null}",
+        "failure={timeout_s: 1e12, max_failures: -1}",
+    ]
+    trial = _Trial(OpenJob.open(override_spec(spec, neutral)), limit_s)
+    return [
+        trial.gradient(),
+        trial.same_twice(),
+        trial.serial(),
+        trial.mean_of_n(),
+        trial.big_batch(),
+        trial.partitions(),
+        trial.resumed(),
+        trial.crashes(),
+    ]
+
+
+class _Trial:
+    """One epoch of a few batches of the job's first shard."""
+
+    def __init__(self, job: OpenJob, limit_s: float) -> None:
+        self._job = job
+        self._worker = job.worker("trial")
+        out = np.empty_like(job.weights)
+        began = perf_counter()
+        self._until = began + limit_s / 2  # for the gradient's check
+        self._worker.gradient(BatchId(0, 0, 0), job.weights, out)
+        affordable = limit_s / (perf_counter() - began) / GRADIENTS
+        whole = job.shards.grid.batches_per_shard[0]
+        number = int(max(2, min(whole, MOST_BATCHES, affordable)))
+        examples = sum(self._examples(BatchId(0, 0, index)) for index in range(number))
+        self._grid = EpochGrid((number,), examples)
+
+    def _examples(self, batch: BatchId) -> int:
+        return len(self._job.shards.examples(batch))
+
+    def _spec(self, *overrides: str) -> JobSpec:
+        return override_spec(self._job.spec, overrides)
+
+    def _cluster(self, spec: JobSpec, **options: Any) -> VirtualCluster:
+        job = self._job
+        problem = Problem(self._grid, job.weights, self._worker.gradient, job.layout.num_trainable, self._examples)
+        return VirtualCluster(spec, problem, options.pop("compute_s", _uneven), **options)
+
+    def _batches(self) -> Iterator[BatchId]:
+        return (self._grid.batch(0, position) for position in range(self._grid.num_batches))
+
+    # Checks
+
+    def gradient(self) -> Check:
+        """Central differences of the loss along each tensor's gradient, and along parts of it."""
+        job, batch = self._job, BatchId(0, 0, 0)
+        slope = np.empty_like(job.weights)
+        self._worker.gradient(batch, job.weights, slope)
+        slope[job.layout.num_trainable :] = 0
+        tensors = {name: tensor for name, tensor in job.layout.views(slope).items() if tensor.any()}
+        worst, where, tried = 0.0, "no tensor", 0
+        for name in sorted(tensors, key=lambda name: -float(np.linalg.norm(tensors[name]))):
+            if perf_counter() > self._until:
+                break
+            tried += 1
+            for rows in _parts(tensors[name].size):
+                direction = np.zeros_like(job.weights)
+                job.layout.views(direction)[name].reshape(-1)[rows] = tensors[name].reshape(-1)[rows]
+                error = self._slope_error(batch, slope, direction)
+                if error > worst:
+                    worst, where = error, name
+        return Check(
+            "gradient",
+            f"is the slope of the loss, within {SLOPE_TOLERANCE:.0%}, tensor by tensor",
+            f"differs by {worst:.2g} at most, in {where}; {tried} of {len(tensors)} tensors tried",
+            bool(worst <= SLOPE_TOLERANCE),
+        )
+
+    def _slope_error(self, batch: BatchId, slope: FloatArray, direction: FloatArray) -> float:
+        """Relative to the slope, by the best of some steps: long ones meet kinks, short ones float32's rounding."""
+        length = float(np.linalg.norm(direction))
+        if length < LEAST_SLOPE * float(np.linalg.norm(slope)):
+            return 0.0  # too flat to be measured
+        told = float(np.dot(slope, direction)) / length
+        errors, out = [], np.empty_like(slope)
+        for step in STEPS:
+            move = direction * np.float32(step / length)
+            ahead, behind = (self._worker.gradient(batch, self._job.weights + sign * move, out) for sign in (1, -1))
+            errors.append(abs((ahead - behind) / (2 * step) - told) / abs(told))
+        return min(errors)
+
+    def same_twice(self) -> Check:
+        """The same batch and weights, on two workers."""
+        job, batch = self._job, BatchId(0, 0, self._grid.num_batches - 1)
+        first, second = np.empty_like(job.weights), np.empty_like(job.weights)
+        self._worker.gradient(batch, job.weights, first)
+        job.worker("other").gradient(batch, job.weights, second)
+        return _same("a batch computed again", "is the same gradient on every worker", first, second)
+
+    def serial(self) -> Check:
+        """One asynchronous worker against a loop."""
+        weights = self._loop(self._batches())
+        run = self._cluster(self._spec("scaling.workers=1")).run()
+        return _same("1 asynchronous worker", "is a serial loop of the optimizer", run.weights, weights)
+
+    def mean_of_n(self) -> Check:
+        """bsp against a loop over means, weighted by examples."""
+        run = self._cluster(self._spec(f"scaling.workers={WORKERS}", "consistency={mode: bsp}")).run()
+        weights = self._rounds(self._mean)
+        return _same(f"bsp of {WORKERS} workers", f"steps on the mean of {WORKERS} gradients", run.weights, weights)
+
+    def big_batch(self) -> Check:
+        """bsp against steps on one batch of all the examples of a round."""
+        name, promised = f"bsp of {WORKERS} workers", f"is one worker with batches {WORKERS} times as large"
+        if self._job.layout.num_trainable < self._job.layout.num_parameters:
+            return Check(name, promised, "not tried: the model's buffers depend on the batch", True)
+        run = self._cluster(self._spec(f"scaling.workers={WORKERS}", "consistency={mode: bsp}")).run()
+        weights = self._rounds(self._together)
+        moved = float(np.abs(weights - self._job.weights).max())
+        difference = float(np.abs(run.weights - weights).max()) / (moved + 1e-12)
+        return Check(
+            name,
+            f"{promised}, within {BIG_BATCH_TOLERANCE} of the way",
+            f"differs by {difference:.2g}",
+            bool(difference <= BIG_BATCH_TOLERANCE),
+        )
+
+    def partitions(self) -> Check:
+        """Two servers against one, for one order of pushes."""
+        spec = self._spec(f"scaling.workers={WORKERS}")
+        one, two = (self._cluster(spec, partitions=partitions).run() for partitions in (1, 2))
+        return _same("2 partitions", "hold the weights that 1 does", two.weights, one.weights)
+
+    def resumed(self) -> Check:
+        """A run that ends in the middle, and goes on from its checkpoint."""
+        whole = self._cluster(self._spec("scaling.workers=1")).run()
+        half = max(1, self._grid.num_batches // 2)
+        first = self._cluster(self._spec("scaling.workers=1", f"run.max_updates={half}")).run()
+        assert isinstance(first.checkpoint, Checkpoint)
+        second = self._cluster(self._spec("scaling.workers=1"), resume=first.checkpoint).run()
+        return _same("kill and resume", "ends as if undisturbed (1 worker)", second.weights, whole.weights)
+
+    def crashes(self) -> Check:
+        """Workers die on the way."""
+        spec = self._spec(f"scaling.workers={WORKERS}")
+        random = np.random.default_rng(0)
+        run = self._cluster(spec, crashes=lambda: float(random.exponential(1.5)), seed=1).run()
+        counts = run.coordinator.counts()
+        expected = self._grid.num_batches
+        return Check(
+            "killed workers",
+            f"leave each of {expected} batches in the weights exactly once",
+            f"{counts.applied} applied, {counts.batches} different, {run.coordinator.failures} workers killed",
+            counts.applied == counts.batches == expected,
+        )
+
+    # What it is compared with
+
+    def _loop(self, batches: Iterator[BatchId]) -> FloatArray:
+        """The optimizer's steps, one gradient after the other."""
+        return self._steps((self._gradient, (batch,)) for batch in batches)
+
+    def _rounds(self, gradient: Callable[[FloatArray, tuple[BatchId, ...]], FloatArray]) -> FloatArray:
+        batches = list(self._batches())
+        number = ceil(len(batches) / WORKERS)
+        rounds = [tuple(batches[i * WORKERS : (i + 1) * WORKERS]) for i in range(number)]
+        return self._steps((gradient, members) for members in rounds)
+
+    def _steps(
+        self,
+        rounds: Iterator[tuple[Callable[[FloatArray, tuple[BatchId, ...]], FloatArray], tuple[BatchId, ...]]],
+    ) -> FloatArray:
+        spec, trainable = self._job.spec.optimizer, self._job.layout.num_trainable
+        weights, scratch = self._job.weights.copy(), np.empty(trainable, np.float32)
+        optimizer = build_optimizer(spec, trainable)
+        schedule, seen = build_schedule(spec.schedule, spec.lr, self._grid.num_examples), 0
+        for gradient, members in rounds:
+            change = gradient(weights, members)
+            direction = optimizer.direction(weights[:trainable], change[:trainable])
+            apply(weights[:trainable], direction, schedule.rate(seen), scratch)
+            weights[trainable:] -= change[trainable:]
+            seen += sum(self._examples(batch) for batch in members)
+        return weights
+
+    def _gradient(self, weights: FloatArray, members: tuple[BatchId, ...]) -> FloatArray:
+        (batch,) = members
+        out = np.empty_like(weights)
+        self._worker.gradient(batch, weights, out)
+        return out
+
+    def _mean(self, weights: FloatArray, members: tuple[BatchId, ...]) -> FloatArray:
+        gradients = [self._gradient(weights, (batch,)) for batch in members]
+        if len(members) == 1:
+            return gradients[0]
+        examples = [self._examples(batch) for batch in members]
+        total = np.zeros_like(weights)
+        for gradient, number in zip(gradients, examples, strict=True):
+            total += np.multiply(gradient, number * len(members) / sum(examples))
+        total /= len(members)
+        return total
+
+    def _together(self, weights: FloatArray, members: tuple[BatchId, ...]) -> FloatArray:
+        """All examples of a round as one batch, through the model itself."""
+        job, out = self._job, np.empty_like(weights)
+        rows = np.concatenate([job.shards.examples(batch) for batch in members])
+        model, train = build_model(job.spec.model, job.dataset), job.dataset.train
+        views = job.layout.views(weights), job.layout.views(out)
+        model.loss_and_gradient(views[0], train.features[rows], train.labels[rows], views[1], 0)
+        return out
+
+
+def _parts(size: int) -> list[slice]:
+    """All values, and some pieces of them: what is wrong in one row shows more in a piece."""
+    ends = np.linspace(0, size, min(PIECES, size) + 1).astype(int).tolist()
+    return [slice(None), *(slice(start, stop) for start, stop in pairwise(ends))]
+
+
+def _uneven(worker: str, batch: BatchId) -> float:
+    """Virtual seconds that make workers overtake each other."""
+    return float(0.05 + 0.2 * np.random.default_rng([int(worker.removeprefix("worker-")), *batch]).random())
+
+
+def _same(name: str, promised: str, found: FloatArray, expected: FloatArray) -> Check:
+    if np.array_equal(found, expected):
+        return Check(name, f"{promised}, bit for bit", "the same bits", True)
+    worst = float(np.abs(found - expected).max())
+    return Check(name, f"{promised}, bit for bit", f"differs by up to {worst:.3g}", False)

@@ -1,0 +1,71 @@
+"""Runs on a real local Ray, replayed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import psgd
+from psgd.monitoring.rundir import RunDirectory
+from psgd.simulation.replay import Replay, replay
+from psgd.storage import Storage
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+BATCHES = 45  # ceil(1438 / 32)
+
+
+def job(tmp_path: Path, **changes: Any) -> psgd.JobSpec:
+    """Two asynchronous workers on digits, saved every 40 updates, with some sections replaced."""
+    tree: dict[str, Any] = {
+        "name": "run",
+        "model": {"kind": "mlp", "hidden": [32]},
+        "data": {
+            "format": "sklearn",
+            "dataset": "digits",
+            "batch_size": 32,
+            "normalize": "unit",
+            "validation_fraction": 0.2,
+        },
+        "optimizer": {"lr": 0.1, "momentum": 0.5},
+        "scaling": {"workers": 2},
+        "checkpoint": {"every_s": None, "every_updates": 40},
+        "run": {"epochs": 6, "storage": str(tmp_path)},
+    }
+    return psgd.JobSpec.model_validate(tree | changes)
+
+
+def replayed(result: psgd.Result) -> Replay:
+    return replay(RunDirectory(Storage(result.path)))
+
+
+def test_an_asynchronous_run_comes_out_bit_for_bit(tmp_path: Path) -> None:
+    result = psgd.train(job(tmp_path), progress=False)
+    again = replayed(result)
+    assert (again.agrees, again.tensor, again.updates) == (True, None, 6 * BATCHES), str(again)
+    assert (again.checkpoint, again.incarnations) == (result.checkpoint, 1)
+    assert len(list(Path(result.path, "journal").iterdir())) > len(list(Path(result.path, "checkpoints").iterdir()))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"consistency": {"mode": "bsp"}},
+        {"compression": {"name": "top_k", "ratio": 0.05}},
+        {"correction": {"name": "dana", "momentum": 0.5}, "optimizer": {"lr": 0.1}},
+    ],
+    ids=["bsp", "top_k", "dana"],
+)
+def test_a_resumed_run_comes_out_without_the_branch_it_gave_up(tmp_path: Path, sections: dict[str, Any]) -> None:
+    sections |= {"checkpoint": {"every_s": None, "every_updates": 20}}
+    half = {"epochs": 2, "storage": str(tmp_path)}
+    first = psgd.train(job(tmp_path, run=half, **sections), progress=False)
+    (Path(first.path) / "checkpoints" / str(first.checkpoint) / "server-0.safetensors").unlink()
+    second = psgd.train(job(tmp_path, **sections), resume=True, progress=False)
+    again = replayed(second)
+    assert (again.agrees, again.incarnations, again.updates) == (True, 2, second.updates), str(again)
+    lines = [json.loads(line) for line in (Path(second.path) / "events.jsonl").read_text().splitlines()]
+    assert [line["resumed"] for line in lines if line["event"] == "started"][1] < str(first.checkpoint)

@@ -1,0 +1,122 @@
+"""Runs on a virtual clock that leave a run directory behind, as runs on Ray do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psgd.checkpoints import Checkpoints, Manifest, write_part
+from psgd.core.events import Action, Commit
+from psgd.job import OpenJob
+from psgd.monitoring.rundir import RunDirectory
+from psgd.spec import JobSpec
+from psgd.storage import Storage
+from psgd_workers.messages import BatchId, FloatArray
+from tests.inprocess import Checkpoint, InProcess
+
+__all__ = ["Recorded", "digits", "record", "run_directory"]
+
+
+def digits(**sections: Any) -> JobSpec:
+    """A job of 3 workers on 30 batches of digits, saved every 10 updates; `sections` replace those of the spec."""
+    plain = {
+        "model": {"kind": "mlp", "hidden": [8]},
+        "data": {"format": "sklearn", "dataset": "digits", "batch_size": 64, "num_shards": 2, "normalize": "unit"},
+        "optimizer": {"lr": 0.1, "momentum": 0.9},
+        "scaling": {"workers": 3},
+        "run": {"epochs": 2},
+        "checkpoint": {"every_s": None, "every_updates": 10, "keep": 2},
+    }
+    return JobSpec.model_validate(plain | sections)
+
+
+def run_directory(folder: Path, name: str = "run") -> RunDirectory:
+    return RunDirectory(Storage(str(folder)).folder(name))
+
+
+def record(run: RunDirectory, spec: JobSpec, **options: Any) -> Recorded:
+    """Run a job to its end, from its newest checkpoint if there is one."""
+    checkpoint = Checkpoints(run.storage).newest(refused=lambda _: None)
+    if checkpoint is None:
+        return Recorded(run, OpenJob.open(spec), None, **options).run()
+    manifest = checkpoint.manifest
+    number = Checkpoints(run.storage).next_number() - 1
+    resume = Checkpoint((checkpoint.state(0),), number, manifest.updates, manifest.requeued)
+    spec = spec.model_copy(update=dict(manifest.settings))
+    return Recorded(run, OpenJob.open(spec), manifest.name, resume=resume, **options).run()
+
+
+def _uneven(worker: str, batch: BatchId) -> float:
+    return float(0.01 + 0.2 * np.random.default_rng([int(worker[-1]), *batch]).random())
+
+
+class Recorded(InProcess):
+    """One process of a run; all that happens lands in its directory, as `psgd.cluster` would write it."""
+
+    def __init__(self, run: RunDirectory, job: OpenJob, resumed: str | None, **options: Any) -> None:
+        self._worker = job.worker("all")
+        super().__init__(
+            job.spec,
+            job.shards.grid,
+            job.weights,
+            self.gradient,
+            examples=lambda batch: len(job.shards.examples(batch)),
+            **{"compute_s": _uneven} | options,
+        )
+        self._job = job
+        self._run_directory = run
+        self._records: list[NDArray[np.void]] = []
+        self._saved = -1  # number of the newest checkpoint that was written
+        self.incarnation = run.own().incarnation
+        run.begin(job.spec)
+        run.event("started", incarnation=self.incarnation, resumed=resumed, workers=job.spec.scaling.workers)
+
+    def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
+        return self._worker.gradient(batch, weights, out)
+
+    def journal(self, partition: int, records: NDArray[np.void]) -> None:
+        self._records.append(records)
+
+    def _notice(self, partition: int) -> None:
+        super()._notice(partition)
+        if self._saving is None or self._saving == self._saved or not self._states:
+            return
+        self._saved = self._saving
+        records = np.concatenate([*self._records, self.servers[0].journal.take()])
+        self._records = []
+        self._part = write_part(self._run_directory.storage, self._name(self._saved), self._states[0], records)
+
+    def _name(self, number: int) -> str:
+        return f"{number:06d}-{self.incarnation}"
+
+    def act(self, action: Action) -> None:
+        super().act(action)
+        if isinstance(action, Commit):
+            self._commit(action)
+
+    def _commit(self, commit: Commit) -> None:
+        checkpoints, layout = Checkpoints(self._run_directory.storage), self._job.layout
+        manifest = Manifest(
+            format=1,
+            name=self._name(commit.checkpoint),
+            incarnation=self.incarnation,
+            updates=commit.updates,
+            epochs=commit.epochs,
+            seed=self._spec.seed,
+            spec_hash=self._spec.identity_hash(),
+            settings=self.servers[0].settings,
+            data_fingerprint=self._job.dataset.fingerprint,
+            names=layout.names,
+            shapes=layout.shapes,
+            num_trainable=layout.num_trainable,
+            partitions=1,
+            requeued=0,
+            files=dict(self._part.files),
+            journal=dict(self._part.journal),
+        )
+        checkpoints.commit(manifest)
+        deleted = checkpoints.prune(self._spec.checkpoint.keep)
+        self._run_directory.event("checkpoint", name=manifest.name, updates=commit.updates, deleted=deleted)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from psgd.checkpoints import Checkpoints
+from psgd.core.journal import Kind
+from psgd.errors import JournalError
+from psgd.monitoring.rundir import RunDirectory
+from psgd.simulation.lineage import Stretch, read_lineage
+from psgd_workers.messages import Outcome
+from tests.unit.simulation.recorded import digits, record, run_directory
+
+FIRST = "journal/000000-1-server-0.npy"  # its checkpoint was deleted, and its checksum with it
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A run of two incarnations, each with some checkpoints."""
+    run = run_directory(tmp_path)
+    record(run, digits(run={"epochs": 1}))
+    record(run, digits(run={"epochs": 2}))
+    return run
+
+
+def lineage(run: RunDirectory) -> tuple[Stretch, ...]:
+    newest = Checkpoints(run.storage).committed()[-1]
+    return read_lineage(run, Checkpoints(run.storage).manifest(newest))
+
+
+def newest_segment(run: RunDirectory) -> str:
+    return f"journal/{run.storage.names('journal')[-1]}"
+
+
+def rewrite(run: RunDirectory, name: str, change: Callable[[NDArray[np.void]], NDArray[Any]]) -> None:
+    path = Path(run.storage.url) / name
+    np.save(path, change(np.load(path)))
+
+
+def with_field(name: str, value: int) -> Callable[[NDArray[np.void]], NDArray[np.void]]:
+    def change(records: NDArray[np.void]) -> NDArray[np.void]:
+        records[name][0] = value
+        return records
+
+    return change
+
+
+def test_each_incarnation_is_a_stretch_and_the_second_begins_with_a_fork(run: RunDirectory) -> None:
+    first, second = lineage(run)
+    assert (first.incarnation, second.incarnation) == (1, 2)
+    assert (first.workers, second.workers) == (3, 3)
+    fork = next(second.records())
+    assert (fork.kind, fork.read, fork.version) == (Kind.FORK, (1, 30), (2, 30))
+    pushes = [record for record in [*first.records(), *second.records()] if record.kind == Kind.PUSH]
+    assert [record.updates for record in pushes] == [*range(1, 61)]
+    assert {record.outcome for record in pushes} == {Outcome.APPLIED}
+
+
+def test_segments_after_the_checkpoint_that_was_resumed_from_are_left_out(run: RunDirectory) -> None:
+    run.storage.write("journal/000009-1-server-0.npy", b"of a checkpoint that was never committed")
+    run.storage.write("journal/notes.txt", b"a stranger")
+    assert [sum(len(segment) for segment in stretch.segments) for stretch in lineage(run)] == [
+        sum(
+            len(np.load(path)) for path in Path(run.storage.url, "journal").glob(f"00000?-{n}-*") if path.name[5] != "9"
+        )
+        for n in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("name", [FIRST, "the newest"])
+def test_a_missing_segment_is_named(run: RunDirectory, name: str) -> None:
+    name = newest_segment(run) if name == "the newest" else name
+    run.storage.delete(name)
+    with pytest.raises(JournalError, match=rf"/journal lacks {name.removeprefix('journal/')}: .* Restore"):
+        lineage(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (with_field("incarnation", 7), "has records of incarnation 7, not of 1: it is another run's"),
+        (with_field("kind", 9), "records that this psgd does not know"),
+        (with_field("outcome", 99), "records that this psgd does not know"),
+        (lambda records: records["updates"], "records that this psgd does not know"),
+        (with_field("kind", Kind.FORK), r"went on from nothing, says .* have forks at \[0\]"),
+    ],
+    ids=["another incarnation", "kind", "outcome", "dtype", "fork"],
+)
+def test_strange_records_are_refused(run: RunDirectory, change: Any, fault: str) -> None:
+    rewrite(run, FIRST, change)
+    with pytest.raises(JournalError, match=fault):
+        lineage(run)
+
+
+def test_a_truncated_segment_is_damaged(run: RunDirectory) -> None:
+    run.storage.write(FIRST, run.storage.read(FIRST)[:-5])
+    with pytest.raises(JournalError, match=r"000000-1-server-0\.npy is damaged"):
+        lineage(run)
+
+
+def test_a_segment_that_was_changed_or_is_another_runs_fails_its_checksum(run: RunDirectory, tmp_path: Path) -> None:
+    other = run_directory(tmp_path, "other")
+    record(other, digits(seed=1, run={"epochs": 1}))
+    record(other, digits(seed=1, run={"epochs": 2}))
+    name = newest_segment(run)
+    assert name == newest_segment(other)
+    run.storage.write(name, other.storage.read(name))
+    with pytest.raises(JournalError, match=r"not what was committed with its checkpoint: .* another run's"):
+        lineage(run)
+
+
+def test_a_start_that_nobody_wrote_down_is_asked_for(run: RunDirectory) -> None:
+    lines = [line for line in run.read_lines("events.jsonl") if line.get("incarnation") != 1]
+    run.storage.write("events.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    with pytest.raises(JournalError, match="does not tell how incarnation 1 started"):
+        lineage(run)

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import json
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load, load_file, save
+
+import psgd
+from psgd.checkpoints import Checkpoints
+from psgd.cli import main
+from psgd.core.events import Change
+from psgd.core.journal import Kind
+from psgd.errors import CheckpointError, DataError, JournalError, ReplayError, RunNotFoundError
+from psgd.job import OpenJob
+from psgd.jobfile import change_settings
+from psgd.monitoring.rundir import RunDirectory
+from psgd.simulation.replay import replay
+from psgd_workers.messages import BatchId, FloatArray, Outcome
+from tests.inprocess import Fault
+from tests.unit.simulation.recorded import Recorded, digits, record, run_directory
+
+PLAIN = {"lr": 0.1}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """Where a run will be."""
+    return run_directory(tmp_path)
+
+
+@pytest.fixture
+def recorded(run: RunDirectory) -> RunDirectory:
+    """An asynchronous run of two epochs."""
+    record(run, digits())
+    return run
+
+
+def assert_agrees(run: RunDirectory, **expected: Any) -> None:
+    replayed = replay(run)
+    assert (replayed.agrees, replayed.largest_difference, replayed.tensor) == (True, 0.0, None), str(replayed)
+    assert {name: getattr(replayed, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"scaling": {"workers": 1}},
+        {"consistency": {"mode": "bsp"}},
+        {"consistency": {"mode": "k_sync", "k": 2}},
+        {"consistency": {"mode": "ssp", "s": 1}},
+        {"consistency": {"mode": "softsync", "s": 1}},
+        {"consistency": {"mode": "ringmaster", "r": 2, "stop": False}},
+        {"consistency": {"mode": "rennala", "s": 3}},
+        {"consistency": {"mode": "malenia", "s": 3}},
+        {"consistency": {"mode": "ringleader"}},
+        {"consistency": {"mode": "local", "h": 3, "lr": 0.05, "synchronous": False}, "optimizer": {"lr": 1.0}},
+        {"optimizer": {"name": "adam", "lr": 0.01, "max_grad_norm": 0.5}},
+        {"correction": {"name": "dc_asgd", "variant": "adaptive"}},
+        {"correction": {"name": "dana", "momentum": 0.9}, "optimizer": PLAIN},
+        {"correction": {"name": "gap_aware"}},
+        {"correction": {"name": "delay_adaptive"}},
+        {"correction": {"name": "rescaled"}},
+        {"compression": {"name": "top_k", "ratio": 0.05}},
+        {"compression": {"name": "int8"}, "consistency": {"mode": "bsp"}},
+    ],
+    ids=lambda sections: "-".join(str(value) for section in sections.values() for value in section.values()),
+)
+def test_a_run_comes_out_bit_for_bit(run: RunDirectory, sections: dict[str, Any]) -> None:
+    ended = record(run, digits(**{"optimizer": {"lr": 0.1, "momentum": 0.9}} | sections))
+    assert_agrees(run, updates=ended.servers[0].version.updates, incarnations=1)
+
+
+def test_what_was_refused_repeated_or_lost_is_replayed_as_such(run: RunDirectory) -> None:
+    faults = [Fault("worker-1", 3, "late"), Fault("worker-0", 5, "after"), Fault("worker-2", 4, "before")]
+    spec = digits(compression={"name": "top_k", "ratio": 0.05}, checkpoint={"every_s": None})
+    ended = record(run, spec, faults=faults)
+    counts = ended.servers[0].report().pushes
+    assert counts[Outcome.DUPLICATE.value] > 0
+    assert_agrees(run, pushes=sum(counts.values()))
+
+
+def test_a_gradient_that_is_not_finite_is_refused_again(run: RunDirectory) -> None:
+    class Flaky(Recorded):
+        computed = 0
+
+        def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
+            self.computed += 1
+            loss = super().gradient(batch, weights, out)
+            if self.computed == 7:
+                out[3] = np.nan
+            return loss
+
+    spec = digits(compression={"name": "top_k", "ratio": 0.05})
+    ended = Flaky(run, OpenJob.open(spec), None).run()
+    counts = ended.servers[0].report().pushes
+    assert counts[Outcome.REJECTED.value] == 1
+    assert_agrees(run, pushes=sum(counts.values()))
+
+
+def test_a_change_while_it_ran_is_replayed_where_it_came(run: RunDirectory) -> None:
+    spec = digits()
+    events = []
+    for at, change in ((2.0, "consistency.mode=bsp"), (3.0, "optimizer.lr=0.02")):
+        spec = change_settings(spec, [change])
+        events.append((at, Change(spec.settings)))
+    ended = record(run, digits(), events=events)
+    assert len(ended.servers[0].journal.settings) == 2
+    assert_agrees(run)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"compression": {"name": "top_k", "ratio": 0.05}},
+        {"correction": {"name": "dana", "momentum": 0.9}, "optimizer": PLAIN},
+        {"correction": {"name": "delay_adaptive"}},
+        {"correction": {"name": "gap_aware"}},
+        {"consistency": {"mode": "ringleader"}},
+        {"consistency": {"mode": "bsp"}},
+    ],
+    ids=lambda sections: "-".join(str(value) for value in next(iter(sections.values())).values()),
+)
+def test_a_resumed_run_is_replayed_without_the_branch_it_gave_up(run: RunDirectory, sections: dict[str, Any]) -> None:
+    sections |= {"checkpoint": {"every_s": None, "every_updates": 4}}
+    first = record(run, digits(run={"epochs": 1}, **sections), events=[(1.0, Change(digits(**sections).settings))])
+    *_, before, newest = Checkpoints(run.storage).committed()
+    assert first.servers[0].version.updates > Checkpoints(run.storage).manifest(before).updates
+    run.storage.delete(f"checkpoints/{newest}/server-0.safetensors")
+    # Another number of workers is another mean for delay_adaptive, and other names in every table.
+    second = record(run, digits(**sections | {"scaling": {"workers": 2}}), seed=1)
+    started = [line for line in run.read_lines("events.jsonl") if line["event"] == "started"]
+    assert [line["resumed"] for line in started] == [None, before]
+    assert f"{newest}-server-0.npy" in run.storage.names("journal")
+    pushes = second.servers[0].report().pushes
+    assert_agrees(run, incarnations=2, updates=second.servers[0].version.updates, pushes=sum(pushes.values()))
+
+
+def test_three_incarnations_in_a_row(run: RunDirectory) -> None:
+    for epochs in (1, 2, 3):
+        record(run, digits(run={"epochs": epochs}, checkpoint={"every_s": None, "keep": 1}))
+    assert_agrees(run, incarnations=3, updates=3 * 30)
+
+
+def test_a_checkpoint_that_could_not_be_written_leaves_no_gap(run: RunDirectory) -> None:
+    record(run, digits(), failing_saves=[1, 2])
+    assert_agrees(run, updates=2 * 30)
+
+
+def test_it_stops_at_a_version_and_writes_those_weights(recorded: RunDirectory, tmp_path: Path) -> None:
+    name, newest = Checkpoints(recorded.storage).committed()
+    expected = psgd.load_weights(f"{recorded.storage.url}/checkpoints/{name}")
+    updates = Checkpoints(recorded.storage).open(name).manifest.updates
+    out = tmp_path / "new" / "weights.safetensors"
+    stopped = replay(recorded, until=updates, out=out)
+    assert (stopped.agrees, stopped.updates, stopped.checkpoint) == (None, updates, newest)
+    found = load_file(out)
+    assert found.keys() == expected.keys()
+    for tensor, array in expected.items():
+        np.testing.assert_array_equal(found[tensor], array)
+    assert replay(recorded, until=2 * 30).agrees is True
+    assert (replay(recorded, until=0).updates, replay(recorded, until=0).pushes) == (0, 0)
+    with pytest.raises(JournalError, match=r"--until 61: .* up to 60 updates"):
+        replay(recorded, until=61)
+
+
+def change_weights(run: RunDirectory) -> None:
+    """Commit other weights than came out: one of the last layer's biases is 0.5 higher."""
+    checkpoints = Checkpoints(run.storage)
+    name = checkpoints.committed()[-1]
+    path = f"checkpoints/{name}/server-0.safetensors"
+    arrays = {key: array.copy() for key, array in load(run.storage.read(path)).items()}
+    arrays["weights"][-1] += np.float32(0.5)
+    run.storage.write(path, save(arrays))
+    manifest = checkpoints.manifest(name)
+    files = manifest.files | {"server-0.safetensors": sha256(run.storage.read(path)).hexdigest()}
+    checkpoints.commit(manifest.model_copy(update={"files": files}))
+
+
+def test_weights_that_differ_are_told_by_tensor(recorded: RunDirectory) -> None:
+    change_weights(recorded)
+    replayed = replay(recorded)
+    assert (replayed.agrees, replayed.tensor) == (False, "layers.1.bias")
+    assert replayed.largest_difference == pytest.approx(0.5)
+    assert "differs by up to 0.5, in layers.1.bias" in str(replayed)
+
+
+def test_other_data_is_refused(run: RunDirectory, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    path, features = tmp_path / "data.npz", random.standard_normal((64, 4), dtype=np.float32)
+    data = {"format": "npz", "path": str(path), "features": "x", "labels": "y", "batch_size": 8}
+    np.savez(path, x=features, y=np.arange(64) % 3)
+    record(run, digits(data=data))
+    assert_agrees(run)
+    np.savez(path, x=features + 1, y=np.arange(64) % 3)
+    with pytest.raises(DataError, match=r"not what it was trained on: its fingerprint .* Restore the data"):
+        replay(run)
+
+
+def test_a_record_that_comes_out_otherwise_is_named_with_what_was_expected(recorded: RunDirectory) -> None:
+    path = Path(recorded.storage.url) / first_segment(recorded)
+    records = np.load(path)
+    pushes = np.flatnonzero(records["kind"] == Kind.PUSH)
+
+    def rewritten(number: int, **fields: int) -> None:
+        changed = records.copy()
+        for name, value in fields.items():
+            changed[name][number] = value
+        np.save(path, changed)
+
+    duplicate = list(Outcome).index(Outcome.DUPLICATE)
+    rewritten(pushes[4], outcome=duplicate)
+    expected = (
+        rf"record {pushes[4]} of .* by worker-\d of batch .*: duplicate, version 5 .* came to .*: applied, version 5"
+    )
+    with pytest.raises(ReplayError, match=expected):
+        replay(recorded)
+    rewritten(pushes[4], updates=6)
+    with pytest.raises(
+        ReplayError, match=rf"record {pushes[4]} .*: applied, version 6 .* came to .*: applied, version 5"
+    ):
+        replay(recorded)
+    rewritten(pushes[4], shard=1, index=15)
+    with pytest.raises(JournalError, match=r"batch 15 of shard 1 in epoch 0, which its job does not have"):
+        replay(recorded)
+    np.save(path, np.delete(records, pushes[4]))
+    with pytest.raises(ReplayError, match=rf"record {pushes[4]} .* version"):
+        replay(recorded)
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_replay(run: RunDirectory) -> None:
+    with pytest.raises(RunNotFoundError):
+        replay(run)
+    run.begin(digits())
+    with pytest.raises(CheckpointError, match="nothing to replay"):
+        replay(run)
+
+
+def first_segment(run: RunDirectory) -> str:
+    """Its checkpoint was deleted, and its checksum with it."""
+    return f"journal/{run.storage.names('journal')[0]}"
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """`psgd replay run ...` in this process: arguments -> exit code, stdout, stderr."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def replayed(*arguments: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["psgd", "replay", "run", "--storage", str(tmp_path), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code, *capsys.readouterr())
+
+    return replayed
+
+
+def test_the_command_tells_agreement_by_its_exit_code(recorded: RunDirectory, command: Any, tmp_path: Path) -> None:
+    code, out, err = command()
+    assert (code, err) == (0, "")
+    assert "agrees bit for bit" in out
+    code, out, err = command("--json", "--until", "7", "--out", str(tmp_path / "weights.safetensors"))
+    assert (code, err) == (0, "")
+    assert {"updates": 7, "agrees": None, "tensor": None}.items() <= json.loads(out).items()
+    assert (tmp_path / "weights.safetensors").exists()
+    change_weights(recorded)
+    code, out, _ = command("--json")
+    assert code == 3
+    assert {"agrees": False, "tensor": "layers.1.bias"}.items() <= json.loads(out).items()
+
+
+def test_the_command_refuses_bad_input_with_exit_2(recorded: RunDirectory, command: Any) -> None:
+    code, out, err = command("--until", "1000")
+    assert (code, out) == (2, "")
+    assert err.startswith("psgd: --until 1000: ")
+    recorded.storage.delete(first_segment(recorded))
+    code, out, err = command("--json")
+    assert (code, out) == (2, "")
+    assert "/journal lacks 000000-1-server-0.npy: " in err

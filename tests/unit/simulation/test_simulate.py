@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from psgd.cli import main
+from psgd.errors import RunNotFoundError, SpecError
+from psgd.jobfile import load_spec
+from psgd.simulation.command import read_journal
+from psgd.simulation.delays import Constant, Exponential, Slow
+from psgd.simulation.quadratic import Quadratic
+from psgd.simulation.scenario import Scenario, Target, contenders, parse_target
+from psgd.simulation.simulate import QuadraticSubject, Simulated, simulate
+from psgd_workers.messages import BatchId
+
+JOB = """
+model: {kind: mlp, hidden: [16]}
+data: {format: sklearn, dataset: digits, batch_size: 32, normalize: unit, validation_fraction: 0.2}
+optimizer: {lr: 0.2}
+run: {epochs: 2}
+"""
+
+
+@pytest.fixture(autouse=True)
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A valid job.yaml in the folder where commands run."""
+    monkeypatch.chdir(tmp_path)
+    Path("job.yaml").write_text(JOB)
+
+
+@pytest.fixture
+def psgd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`psgd simulate job.yaml ...` in this process: arguments -> exit code, stdout, stderr."""
+
+    def command(*arguments: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["psgd", "simulate", "job.yaml", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (ended.value.code, *capsys.readouterr())
+
+    return command
+
+
+def dynamics(mode: str, scenario: Scenario, pushes: int = 600, target: Target | None = None) -> Simulated:
+    """One mode on a small quadratic."""
+    job = load_spec("job.yaml", ["run.epochs=1", "optimizer.lr=0.05"])
+    ((name, spec),) = contenders(job, scenario.workers, mode).items()
+    return simulate(name, spec, QuadraticSubject(16, pushes, seed=0), scenario, target)
+
+
+# The quadratic
+
+
+def test_the_quadratics_gradient_is_that_of_its_excess() -> None:
+    quadratic, random = Quadratic(8, noise=0.0), np.random.default_rng(0)
+    weights, out = random.standard_normal(8).astype(np.float32), np.empty(8, np.float32)
+    quadratic.gradient(BatchId(0, 0, 0), weights, out)
+    for i in range(8):
+        step = np.zeros(8, np.float32)
+        step[i] = 1e-2
+        slope = (quadratic.excess(weights + step) - quadratic.excess(weights - step)) / 2e-2
+        assert out[i] == pytest.approx(slope, abs=1e-3)
+
+
+def test_the_quadratics_excess_is_0_at_its_minimum_and_nowhere_less() -> None:
+    quadratic = Quadratic(8, noise=0.0)
+    weights, out = quadratic.start, np.empty(8, np.float32)
+    for _ in range(3000):
+        quadratic.gradient(BatchId(0, 0, 0), weights, out)
+        weights -= out
+    assert quadratic.excess(weights) == pytest.approx(0, abs=1e-5)
+    assert quadratic.excess(quadratic.start) > 1
+
+
+def test_the_quadratics_noise_has_the_deviation_asked_for() -> None:
+    quadratic, out = Quadratic(50, noise=0.3, seed=1), np.empty(50, np.float32)
+    plain = np.empty(50, np.float32)
+    Quadratic(50, noise=0.0).gradient(BatchId(0, 0, 0), quadratic.start, plain)
+    draws = []
+    for _ in range(400):
+        quadratic.gradient(BatchId(0, 0, 0), quadratic.start, out)
+        draws.append(out - plain)
+    assert np.std(draws) == pytest.approx(0.3, rel=0.02)
+
+
+# Throughput and staleness have closed forms
+
+
+def test_async_of_constant_times_makes_n_updates_a_turn_with_staleness_n_less_1() -> None:
+    found = dynamics("async", Scenario(5, Constant(2.0)))
+    assert found.updates == 600
+    assert found.updates_per_s == pytest.approx(5 / 2.0, rel=0.03)
+    assert found.staleness["p50"] == 4
+    assert found.staleness["mean"] == pytest.approx(4, abs=0.1)
+
+
+def test_bsp_takes_as_long_as_the_slowest() -> None:
+    found = dynamics("bsp", Scenario(4, Slow(3.0, Constant(1.0))))
+    assert found.updates == 150
+    assert found.updates_per_s == pytest.approx(1 / 3, rel=0.03)
+    assert found.staleness["max"] == 0
+
+
+def test_a_slow_worker_has_a_small_share() -> None:
+    found = dynamics("async", Scenario(4, Slow(3.0, Constant(1.0))), pushes=3000)
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert found.shares["worker-3"] == pytest.approx(1 / 10, abs=0.01)
+    assert found.shares["worker-0"] == pytest.approx(3 / 10, abs=0.01)
+
+
+def test_a_link_takes_its_time_twice() -> None:
+    slow, fast = (dynamics("async", Scenario(2, Constant(1.0), link_s=link)) for link in (0.5, 0.0))
+    assert fast.updates_per_s / slow.updates_per_s == pytest.approx(2, rel=0.03)
+
+
+def test_ringmaster_refuses_what_async_applies() -> None:
+    scenario = Scenario(16, Exponential(1.0))
+    modes = ("async", "ringmaster:r=8", "ringmaster:r=8:stop=true")
+    free, bounded, stopped = (dynamics(mode, scenario) for mode in modes)
+    assert (free.staleness["max"] or 0) >= 8 > (bounded.staleness["max"] or 0)
+    assert free.pushes["requeued"] == 0 < bounded.pushes["requeued"]
+    assert stopped.pushes["requeued"] == 0  # a computation that is called off is never pushed
+    assert (stopped.staleness["max"] or 0) < 8
+    assert free.updates == bounded.updates == stopped.updates == 600
+
+
+def test_crashes_and_joins_leave_the_epoch_whole() -> None:
+    found = dynamics("async", Scenario(6, Exponential(1.0), crash_s=8.0, join_s=3.0, seed=3))
+    assert found.crashes > 3
+    assert len(found.shares) > 6
+    assert (found.status, found.examples, found.pushes["applied"]) == ("finished", 600, 600)
+
+
+def test_a_target_ends_the_run_and_says_when_and_after_how_much() -> None:
+    scenario = Scenario(4, Exponential(1.0))
+    found, whole = (dynamics("async", scenario, target=target) for target in (Target("excess", 0.5), None))
+    assert found.time_to_target_s is not None
+    assert found.examples_to_target is not None
+    assert 0 < found.time_to_target_s <= found.time_s < whole.time_s
+    assert found.examples_to_target <= found.examples < whole.examples == 600
+    before = [point.value for point in found.curve if point.time_s < found.time_to_target_s]
+    assert min(before) > 0.5
+    assert whole.time_to_target_s is None
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another() -> None:
+    first, again, other = (dynamics("async", Scenario(5, Exponential(1.0), seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first.time_s != other.time_s
+
+
+# What is asked
+
+
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        ("async,,bsp", "expected different modes"),
+        ("bsp,bsp", "expected different modes"),
+        ("ringmaster", "consistency.r: missing"),
+        ("k_sync:k=9", "consistency.k is 9, but there are 4 workers"),
+        ("ringmaster:r", "'r' is no FIELD=VALUE"),
+        ("ringmastr:r=3", "consistency"),
+        ("bsp:correction=staleness_lr", "does nothing in mode bsp"),
+    ],
+)
+def test_modes_that_make_no_sense_are_refused(modes: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        contenders(load_spec("job.yaml"), 4, modes)
+
+
+def test_a_mode_may_have_a_rate_and_a_correction_of_its_own() -> None:
+    jobs = contenders(load_spec("job.yaml"), 4, "async:lr=0.5:correction=delay_adaptive,bsp")
+    first, second = jobs.values()
+    assert (first.optimizer.lr, first.correction.name) == (0.5, "delay_adaptive")
+    assert (second.optimizer.lr, second.correction.name, second.consistency.mode) == (0.2, "none", "bsp")
+
+
+def test_the_jobs_own_mode_keeps_its_fields() -> None:
+    spec = load_spec("job.yaml", ["consistency={mode: ringmaster, r: 5}"])
+    jobs = contenders(spec, 4, "ringmaster,ringmaster:r=9")
+    assert [job.consistency.model_dump()["r"] for job in jobs.values()] == [5, 9]
+    assert list(contenders(spec, 4, None)) == ["ringmaster"]
+
+
+@pytest.mark.parametrize("text", ["accuracy=1", "val/loss", "val/loss=low", "val/loss=true"])
+def test_a_target_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="expected METRIC=NUMBER"):
+        parse_target(text)
+
+
+def test_a_target_is_met_from_its_side() -> None:
+    assert parse_target("val/accuracy=0.9").reached(0.95)
+    assert not parse_target("val/accuracy=0.9").reached(0.85)
+    assert parse_target("excess=1e-3").reached(5e-4)
+
+
+@pytest.mark.parametrize("fields", [{"workers": 0}, {"link_s": -1.0}, {"join_s": float("nan")}, {"crash_s": 0.0}])
+def test_a_scenario_that_cannot_be_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(SpecError):
+        Scenario(**{"workers": 1} | fields)
+
+
+def test_a_journal_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunNotFoundError, match="holds no journal"):
+        read_journal(str(tmp_path))
+    np.save(tmp_path / "other.npy", np.arange(3))
+    with pytest.raises(RunNotFoundError, match="holds no journal"):
+        read_journal(str(tmp_path / "other.npy"))
+
+
+# The command
+
+
+def test_the_jobs_own_model_and_data_are_simulated(psgd: Any) -> None:
+    code, out, err = psgd("--workers", "3", "--delays", "exponential:1", "--modes", "async,bsp", "--json")
+    assert code == 0, err
+    first, second = json.loads(out)["results"]
+    assert (first["name"], second["name"]) == ("async", "bsp")
+    assert first["examples"] == second["examples"] == 2 * 1438
+    assert first["metric"] == "val/loss"
+    assert first["curve"][-1][2] < first["curve"][0][2]
+    assert (first["updates"], second["updates"]) == (2 * 45, 2 * 15)
+    assert "simulated async: 90 updates" in err
+
+
+def test_one_simulated_worker_computes_what_a_serial_loop_does(psgd: Any) -> None:
+    code, out, _ = psgd("--workers", "1", "--json")
+    (found,) = json.loads(out)["results"]
+    assert (code, found["time_s"], found["staleness"]["max"]) == (0, pytest.approx(89, rel=0.03), 0)
+
+
+def test_a_page_is_written(psgd: Any) -> None:
+    code, _, err = psgd(
+        *("--model", "quadratic", "--pushes", "300", "--size", "8", "--workers", "4"),
+        *("--modes", "async,rennala:s=2", "--html", "out/page.html"),
+    )
+    assert code == 0, err
+    page = Path("out/page.html").read_text()
+    assert page.count("<svg") == 7
+    assert "rennala:s=2" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--delays", "lognormol:0,1"), "did you mean 'lognormal'"),
+        (("--model", "cubic"), "expected quadratic"),
+        (("--model", "quadratic", "--until", "val/loss=1"), "use --until excess=VALUE"),
+        (("--until", "excess=1"), "which this job does not have"),
+        (("--crashes", "-1"), "crashes every -1.0 s"),
+        (("--delays", "measured:nowhere"), "holds no journal"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_exit_2(psgd: Any, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = psgd(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
