@@ -30,13 +30,16 @@ imports: .venv/dev.stamp ## imports run one way
 	$(BIN)/lint-imports
 
 unit: .venv/dev.stamp ## fast tests, one file per module
-	$(BIN)/pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 tests/unit
 
 integration: .venv/dev.stamp ## tests on a real, local Ray cluster
 	$(BIN)/pytest tests/integration
 
-bench: .venv/dev.stamp ## updates per second, beside plain NumPy and torch; into bench/throughput.json
+bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published experiments; into bench/; about 20 minutes
 	$(BIN)/python -m tests.benchmarks.throughput
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.million
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.experiments
+	$(BIN)/python -m tests.benchmarks.order
 
 clean: ## remove .venv and all caches; runs/ and bench/ stay
 	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -145,10 +145,21 @@ class Checkpoint:
             raise CheckpointError(f"part {partition} of checkpoint {self.manifest.name}: {error}") from error
         return ServerState(arrays, facts)
 
-    def weights(self) -> FloatArray:
-        """The flat weights of all partitions."""
+    def weights(self, averaged: bool = False) -> FloatArray:
+        """The flat weights of all partitions; or, of what is trained, their moving average.
+
+        Raises:
+            CheckpointError: the job keeps no average.
+        """
         states = [self.state(partition) for partition in range(self.manifest.partitions)]
         states.sort(key=lambda state: int(state.facts["partition"][1]))
+        if averaged:
+            for state in states:
+                if "average" not in state.arrays:
+                    raise CheckpointError(
+                        f"checkpoint {self.manifest.name} has no average: its job sets no optimizer.ema"
+                    )
+                state.arrays["weights"][: len(state.arrays["average"])] = state.arrays["average"]
         return np.concatenate([state.arrays["weights"] for state in states])
 
 
@@ -243,17 +254,18 @@ def _parse_manifest(name: str, text: bytes) -> Manifest:
         raise CheckpointError(f"checkpoint {name}: its COMMITTED is not a manifest: {error}") from error
 
 
-def load_weights(path: str) -> dict[str, FloatArray]:
+def load_weights(path: str, averaged: bool = False) -> dict[str, FloatArray]:
     """The named weights that a run saved last.
 
     Args:
         path: of a run directory, or of one checkpoint's directory inside it; a path or an fsspec URL.
+        averaged: the moving average that `optimizer.ema` asks for, instead of the weights themselves.
 
     Returns:
         Tensor name -> float32 array, buffers included.
 
     Raises:
-        CheckpointError: there is no whole checkpoint.
+        CheckpointError: there is no whole checkpoint, or no average in it.
 
     Example:
         >>> weights = psgd.load_weights("runs/digits")
@@ -268,4 +280,4 @@ def load_weights(path: str) -> dict[str, FloatArray]:
         checkpoint = Checkpoints(folder).newest(refused=lambda _: None)
     if checkpoint is None:
         raise CheckpointError(f"there is no committed checkpoint in {folder.url}")
-    return checkpoint.manifest.layout.views(checkpoint.weights())
+    return checkpoint.manifest.layout.views(checkpoint.weights(averaged))

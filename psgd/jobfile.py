@@ -98,10 +98,10 @@ def change_settings(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
             f"{', '.join(wrong)} cannot change while the job runs: only consistency, and the optimizer's lr, schedule, "
             "max_grad_norm and clipvalue can. Stop it, and start another under a new --name"
         )
-    if "local" in (spec.consistency.mode, after.consistency.mode) and spec.rules != after.rules:
+    if spec.rules != after.rules:
         raise SpecError(
-            f"consistency.mode cannot change from {spec.consistency.mode} to {after.consistency.mode} while the job "
-            "runs: mode local has batches of its own. Start another job under a new --name"
+            f"consistency cannot change from {spec.consistency!r} to {after.consistency!r} while the job runs: local "
+            "steps, and ringmaster's stop, are what workers are started with. Start another job under a new --name"
         )
     return after
 
@@ -169,6 +169,8 @@ def _fault(fault: dict[str, Any]) -> str:
         return f"{where}: unknown field; {hint}"
     if fault["type"] == "missing":
         return f"{where}: missing"
+    if fault["type"] == "union_tag_not_found":
+        return f"{where}: missing {fault['ctx']['discriminator']}, which says what the other fields mean"
     given = "" if isinstance(fault["input"], dict) else f", not {fault['input']!r:.80}"
     return f"{where}: {fault['msg'].removeprefix('Value error, ')}{given}"
 

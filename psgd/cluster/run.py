@@ -168,6 +168,7 @@ def _supervise(job: OpenJob, run: RunDirectory, checkpoint: Checkpoint | None, p
         validates=job.dataset.validation is not None,
         checkpoint=Checkpoints(run.storage).next_number(),
         saved_updates=manifest.updates if manifest else None,
+        saved_epochs=manifest.epochs if manifest else 0,
         requeued=manifest.requeued if manifest else 0,
     )
     finish = _train(job, run, coordinator, inputs, progress)

@@ -65,6 +65,7 @@ class Coordinator:
         validates: whether there is a validation part.
         checkpoint: the number of the next checkpoint.
         saved_updates: version of the checkpoint the run resumes from; None for a new run.
+        saved_epochs: complete epochs in it.
         requeued: batches leased again before this process.
         partitions: servers.
         lease_s: seconds of work in a lease. Longer: fewer calls, and more is done again when a worker dies.
@@ -78,6 +79,7 @@ class Coordinator:
         validates: bool,
         checkpoint: int = 0,
         saved_updates: int | None = None,
+        saved_epochs: int = 0,
         requeued: int = 0,
         partitions: int = 1,
         lease_s: float = LEASE_S,
@@ -92,7 +94,7 @@ class Coordinator:
         self.ledger.requeued = requeued
         self.roster = Roster(spec.scaling.workers, lease_s)
         self.evaluations = Evaluations(self.roster, validates)
-        self.saving = Saving(spec.checkpoint, partitions, checkpoint, saved_updates)
+        self.saving = Saving(spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs)
         self.reports: dict[int, Report] = {}
         self.failures = 0
         self.began: float | None = None
@@ -429,7 +431,7 @@ class Coordinator:
             self._abandon_leases(now)
         if not self.ledger.settled or self.saving.busy:
             return
-        if self.reports and self.saving.lacks(self.updates):
+        if self.reports and (self.saving.lacks(self.updates) or self.saving.saved_epochs < self.epochs):
             self._actions.append(self.saving.begin(self.updates))
             return
         if self._end_status == "interrupted":

@@ -31,6 +31,7 @@ __all__ = ["Correction", "build_correction"]
 class Correction(Protocol):
     """One correction, for the trained values `[size]` of one partition."""
 
+    rate: float  # η of the optimizer, before its schedule; the server sets it when it changes
     elementwise: bool  # whether `correct` changes values
     shifts: bool  # whether `published` differs from the weights
 
@@ -61,6 +62,7 @@ class Correction(Protocol):
 class Plain:
     """No correction; the others change what they must."""
 
+    rate = 0.0
     elementwise = False
     shifts = False
 
@@ -174,15 +176,13 @@ class GapAware(Plain):
 
     Args:
         size: length of the slice.
-        rate: η, the highest of the schedule.
     """
 
     elementwise = True
     DECAY = 0.999
     EPS = 1e-8
 
-    def __init__(self, size: int, rate: float) -> None:
-        self._rate = rate
+    def __init__(self, size: int) -> None:
         self._squares = np.zeros(size, np.float32)
         self._steps = 0
         self._corrected = np.empty(size, np.float32)
@@ -199,7 +199,7 @@ class GapAware(Plain):
         np.divide(self._squares, 1 - self.DECAY**self._steps, out=usual)
         np.sqrt(usual, out=usual)
         usual += self.EPS
-        usual *= self._rate
+        usual *= self.rate
         np.subtract(weights, weights_read, out=out)
         np.abs(out, out=out)
         out /= usual
@@ -300,7 +300,9 @@ class Rescaled(Plain):
 
 def build_correction(spec: JobSpec, size: int) -> Correction:
     """The correction that a job asks for, for a slice of `size` trained values."""
-    return _BUILDERS[type(spec.correction)](spec.correction, spec, size)
+    correction = _BUILDERS[type(spec.correction)](spec.correction, spec, size)
+    correction.rate = spec.optimizer.lr
+    return correction
 
 
 def _dc_asgd(correction: DcAsgdCorrection, spec: JobSpec, size: int) -> DcAsgd:
@@ -314,7 +316,7 @@ _BUILDERS: Mapping[type[CorrectionSpec], Callable[[Any, JobSpec, int], Correctio
     StalenessLrCorrection: lambda correction, spec, size: StalenessLr(),
     DelayAdaptiveCorrection: lambda correction, spec, size: DelayAdaptive(spec.scaling.workers),
     DcAsgdCorrection: _dc_asgd,
-    GapAwareCorrection: lambda correction, spec, size: GapAware(size, spec.optimizer.lr),
+    GapAwareCorrection: lambda correction, spec, size: GapAware(size),
     DanaCorrection: lambda correction, spec, size: Dana(size, correction.momentum),
     RescaledCorrection: lambda correction, spec, size: Rescaled(),
 }

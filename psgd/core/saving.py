@@ -16,15 +16,24 @@ class Saving:
         partitions: how many parts a checkpoint has.
         number: of the next checkpoint.
         saved_updates: the version that storage holds; None: nothing.
+        saved_epochs: the complete epochs that storage holds.
     """
 
-    def __init__(self, config: CheckpointConfig, partitions: int, number: int, saved_updates: int | None) -> None:
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        partitions: int,
+        number: int,
+        saved_updates: int | None,
+        saved_epochs: int = 0,
+    ) -> None:
         self._config = config
         self._partitions = partitions
         self._number = number
         self._parts: dict[int, Saved] | None = None
         self._begun_updates = saved_updates or 0  # also of one that failed: it is not tried again at once
         self.saved_updates = saved_updates
+        self.saved_epochs = saved_epochs  # an epoch may be completed by what is done without, and no update
         self.closed_at = 0.0  # when the last one ended, or training began
 
     @property
@@ -65,6 +74,7 @@ class Saving:
                     return Commit(self._number, self._updates(), min(part.epochs for part in self._parts.values()))
             case Committed():
                 self.saved_updates = self._updates()
+                self.saved_epochs = min(part.epochs for part in self._parts.values())
                 self._close(now)
             case SaveFailed():
                 self._close(now)

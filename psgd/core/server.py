@@ -54,7 +54,9 @@ class Partition(NamedTuple):
 class ServerState:
     """A partition's whole state: what a checkpoint holds. Arrays are copies."""
 
-    arrays: Mapping[str, NDArray[Any]]  # weights, settled.EPOCH, skipped.EPOCH, {optimizer,aggregator,correction}.NAME
+    arrays: Mapping[
+        str, NDArray[Any]
+    ]  # weights, average, settled.EPOCH, skipped.EPOCH, {optimizer,aggregator,correction}.NAME
     facts: Mapping[str, Any]  # plain JSON values
 
     def part(self, name: str) -> dict[str, NDArray[Any]]:
@@ -104,6 +106,8 @@ class ParameterServer:
         self._decoded = np.empty(size, np.float32)
         self._optimizer = build_optimizer(spec.optimizer, trainable)
         self._correction = build_correction(spec, trainable)
+        self._ema = spec.optimizer.ema
+        self._average = None if self._ema is None else self._trained.copy()
         self._shown = self._weights.copy() if self._correction.shifts else self._weights
         self._grid = grid
         self._settled = AppliedSet(grid)
@@ -130,6 +134,7 @@ class ParameterServer:
         self._aggregator = self._mode.aggregator(len(self._weights), self.partition.num_trainable)
         optimizer = settings.optimizer
         self._max_norm, self._clip_value = optimizer.max_grad_norm, optimizer.clipvalue
+        self._correction.rate = optimizer.lr
         self._untouched = self._max_norm is None and self._clip_value is None and not self._correction.elementwise
         self._schedule = build_schedule(optimizer.schedule, optimizer.lr, self._grid.num_examples)
 
@@ -345,11 +350,22 @@ class ParameterServer:
         direction = self._optimizer.direction(self._trained, trained)
         self._correction.stepped(direction)
         apply(self._trained, direction, rate * step.weight, self._scratch)
+        if self._average is not None:
+            self._average_in(self._average)
         if self._has_buffers:
             self._weights[trainable:] -= gradient[trainable:]
         if self._correction.shifts:
             self._correction.published(self._trained, rate, self._shown[:trainable])
             self._shown[trainable:] = self._weights[trainable:]
+
+    def _average_in(self, average: FloatArray) -> None:
+        """avg ← d·avg + (1 - d)·w, with d = min(ema, (1 + k) / (10 + k)) at the k-th step: the start is forgotten."""
+        assert self._ema is not None
+        steps = self.version.updates + 1
+        decay = min(self._ema, (1 + steps) / (10 + steps))
+        np.subtract(self._trained, average, out=self._scratch)
+        self._scratch *= 1 - decay
+        average += self._scratch
 
     def _due(self) -> tuple[Receipt, ...]:
         """The receipts that nothing holds back any more."""
@@ -368,16 +384,28 @@ class ParameterServer:
         return tuple(due)
 
     def _keep_epoch_weights(self) -> None:
-        self._epoch_weights[self.epochs] = self._weights.copy()
+        self._epoch_weights[self.epochs] = self._to_evaluate()
         for old in sorted(self._epoch_weights)[:-LOSS_EPOCHS]:
             del self._epoch_weights[old]
 
-    def epoch_weights(self, epochs: int | None) -> FloatArray:
-        """A copy of the weights as they were the instant `epochs` epochs were complete; None: as they are.
+    def _to_evaluate(self) -> FloatArray:
+        weights = self._weights.copy()
+        if self._average is not None:
+            weights[: self.partition.num_trainable] = self._average
+        return weights
 
-        The two newest are kept; an older or a future one is a KeyError.
+    def epoch_weights(self, epochs: int | None) -> FloatArray:
+        """What is to be evaluated, as it was the instant `epochs` epochs were complete; None: as it is. A copy.
+
+        That is the weights, or their average if the job keeps one. The two newest are kept; an older or a future one is
+        a KeyError.
         """
-        return self._weights.copy() if epochs is None else self._epoch_weights[epochs].copy()
+        return self._to_evaluate() if epochs is None else self._epoch_weights[epochs].copy()
+
+    @property
+    def weights(self) -> FloatArray:
+        """A copy of the weights, whatever workers are shown and whatever is evaluated."""
+        return self._weights.copy()
 
     # What others may know
 
@@ -430,6 +458,8 @@ class ParameterServer:
             "settings": self.settings.model_dump(mode="json"),
             "changes": [settings.model_dump(mode="json") for settings in self.journal.settings],
         }
+        if self._average is not None:
+            arrays["average"] = self._average.copy()
         return ServerState({"weights": self._weights.copy()} | arrays, facts)
 
     @classmethod
@@ -446,6 +476,8 @@ class ParameterServer:
         )
         server._settled = AppliedSet(grid, facts["epochs"], settled, skipped)
         server._optimizer.load(state.part("optimizer"))
+        if server._average is not None:
+            server._average[:] = state.arrays["average"]
         server._aggregator.load(state.part("aggregator"), facts["aggregator"])
         server._correction.load(state.part("correction"), facts["correction"])
         server._round.collected = len(server._aggregator)

@@ -197,6 +197,7 @@ class VirtualCluster:
             validates=problem.evaluate is not None,
             checkpoint=resume.number + 1 if resume else 0,
             saved_updates=resume.updates if resume else None,
+            saved_epochs=min(state.facts["epochs"] for state in resume.states) if resume else 0,
             requeued=resume.requeued if resume else 0,
             partitions=partitions,
             lease_s=lease_s,
@@ -223,7 +224,7 @@ class VirtualCluster:
     @property
     def weights(self) -> FloatArray:
         """All partitions' weights, `[num_parameters]`."""
-        return np.concatenate([self.servers[partition].epoch_weights(None) for partition in sorted(self.servers)])
+        return np.concatenate([self.servers[partition].weights for partition in sorted(self.servers)])
 
     @property
     def computing(self) -> dict[str, Version]:

@@ -96,7 +96,7 @@ def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = No
     player = _Player(job, lineage, changes)
     with np.errstate(over="ignore", invalid="ignore"):
         player.play(until)
-    weights, updates = player.server.epoch_weights(None), player.server.version.updates
+    weights, updates = player.server.weights, player.server.version.updates
     if until is None and updates != manifest.updates:
         raise JournalError(
             f"the journal of {run.storage.url} ends at {updates} updates, and checkpoint {manifest.name} has "

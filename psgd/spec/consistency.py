@@ -29,6 +29,9 @@ class _Late(Spec):
     late: Literal["requeue", "discard"] = "requeue"
     """What becomes of a refused gradient's batch. `requeue`: it is computed again, and every epoch is exact.
     `discard`: it is dropped, and the result says how many were."""
+    stop: bool = False
+    """Whether a computation whose gradient would be refused is called off: at once in simulation; a real worker looks
+    before it pushes."""
 
 
 class AsyncConsistency(Spec):
@@ -88,9 +91,6 @@ class RingmasterConsistency(_Late):
     """Which mode."""
     r: int = Field(ge=1)
     """Versions. 1: no staleness at all. Higher: less is refused, and the rate must be lower."""
-    stop: bool = False
-    """Whether a computation that has become `r` versions old is called off: at once in simulation; a real worker
-    looks before it pushes."""
 
 
 class RennalaConsistency(_Late):

@@ -158,8 +158,15 @@ class JobSpec(Spec):
             local=LocalSteps(steps=mode.h, lr=mode.lr) if isinstance(mode, LocalConsistency) else None,
             compression=self.compression,
             sends_weights=self.correction.reads_weights,
-            stop_at=mode.r if isinstance(mode, RingmasterConsistency) and mode.stop else None,
+            stop_at=self._stop_at,
         )
+
+    @property
+    def _stop_at(self) -> int | None:
+        if not getattr(self.consistency, "stop", False):
+            return None
+        # The other modes that refuse admit nothing stale at all.
+        return self.consistency.r if isinstance(self.consistency, RingmasterConsistency) else 1
 
     @property
     def settings(self) -> Settings:

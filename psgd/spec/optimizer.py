@@ -93,6 +93,9 @@ class _Optimizer(Spec):
     and the gradient's direction is bent more."""
     schedule: ScheduleSpec = ConstantSchedule()
     """How the rate changes over the run, as a function of the examples counted."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay d of an exponential moving average of the weights, avg ← d·avg + (1 - d)·w after each step, which is then
+    what is validated. Higher: smoother, and slower to follow. Workers compute on the weights themselves."""
 
 
 class SgdOptimizer(_Optimizer):

@@ -191,3 +191,23 @@ def test_strangers_in_the_folder_are_overlooked(run: Storage) -> None:
     run.write("checkpoints/backup/COMMITTED", b"")
     assert Checkpoints(run).names() == ["000001-1"]
     assert Checkpoints(run).next_number() == 2
+
+
+def test_the_average_is_loaded_where_there_is_one(run: Storage) -> None:
+    plain = state(0)
+    facts = dict(plain.facts) | {"partition": [0, 0, len(FLAT), 6]}
+    both = ServerState({"weights": FLAT.copy(), "average": np.full(6, 7, np.float32)}, facts)
+    part = write_part(run, "000001-1", both, NO_RECORDS)
+    Checkpoints(run).commit(manifest("000001-1", [part]))
+    weights = load_weights(run.url, averaged=True)
+    np.testing.assert_array_equal(weights["weight"], np.full((2, 3), 7))
+    np.testing.assert_array_equal(weights["bias"], TENSORS["bias"])
+    np.testing.assert_array_equal(load_weights(run.url)["weight"], TENSORS["weight"])
+
+
+def test_an_average_that_is_not_kept_is_not_made_up(run: Storage) -> None:
+    facts = dict(state(0).facts) | {"partition": [0, 0, len(FLAT), len(FLAT)]}
+    part = write_part(run, "000001-1", ServerState({"weights": FLAT.copy()}, facts), NO_RECORDS)
+    Checkpoints(run).commit(manifest("000001-1", [part]))
+    with pytest.raises(CheckpointError, match=r"its job sets no optimizer\.ema"):
+        load_weights(run.url, averaged=True)

@@ -169,7 +169,7 @@ def test_the_workflow_runs_what_a_desk_runs() -> None:
     ("target", "commands"),
     [
         ("demo", ["psgd train deploy/jobs/digits.yaml"]),
-        ("test", ["ruff check", "ruff format --check", "mypy", "lint-imports", "pytest tests/unit"]),
+        ("test", ["ruff check", "ruff format --check", "mypy", "lint-imports", "tests/unit", "tests/integration"]),
     ],
 )
 def test_make_runs_each_habit(target: str, commands: list[str]) -> None:

@@ -180,3 +180,8 @@ def test_an_override_is_checked_like_the_file(load: Load) -> None:
 def test_plain_values_are_parsed_alike() -> None:
     with pytest.raises(SpecError, match=r"the job is not a valid job:\n  model: missing"):
         parse_spec({"run": {"epochs": 1}}, "the job")
+
+
+def test_a_section_that_does_not_say_what_its_fields_mean_is_told_so(load: Load) -> None:
+    with pytest.raises(SpecError, match="consistency: missing 'mode', which says what the other fields mean"):
+        load(TEXT, "consistency.k=3")

@@ -485,3 +485,36 @@ def test_a_restored_servers_journal_begins_with_the_fork() -> None:
 def test_weights_of_another_size_are_a_bug_of_the_caller() -> None:
     with pytest.raises(AssertionError):
         ParameterServer(job(), Partition(0, 0, 5, 5), START, GRID, V0)
+
+
+# The moving average
+
+
+def test_the_average_is_evaluated_and_the_weights_are_shown() -> None:
+    target = server(optimizer={"lr": 0.1, "ema": 0.5})
+    average = START.copy()
+    for number in range(5):
+        fill(target, [batch_at(number)])
+        decay = min(0.5, (2 + number) / (11 + number))
+        average += (1 - decay) * (target.published - average)
+        np.testing.assert_allclose(target.epoch_weights(None), average, rtol=1e-6)
+    np.testing.assert_array_equal(target.weights, target.published)
+    assert not np.allclose(target.published, average)
+
+
+def test_the_average_is_part_of_the_state() -> None:
+    spec = job(optimizer={"lr": 0.1, "ema": 0.9})
+    whole, half = server(optimizer={"lr": 0.1, "ema": 0.9}), server(optimizer={"lr": 0.1, "ema": 0.9})
+    fill(whole, [batch_at(number) for number in range(6)])
+    fill(half, [batch_at(number) for number in range(3)])
+    again = ParameterServer.restore(spec, GRID, half.state(), incarnation=2, now=5.0)
+    fill(again, [batch_at(number) for number in range(3, 6)])
+    np.testing.assert_array_equal(again.epoch_weights(None), whole.epoch_weights(None))
+
+
+def test_an_epochs_end_keeps_the_average_of_that_instant() -> None:
+    target = server(optimizer={"lr": 0.1, "ema": 0.9})
+    fill(target, [batch_at(number) for number in range(GRID.num_batches)])
+    then = target.epoch_weights(None)
+    fill(target, [batch_at(GRID.num_batches)])
+    np.testing.assert_array_equal(target.epoch_weights(1), then)

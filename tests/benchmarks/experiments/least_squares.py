@@ -1,0 +1,50 @@
+"""Random least squares, whose minimum is known."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psgd.simulation.cluster import Problem
+from psgd_workers.messages import BatchId, EpochGrid, FloatArray
+
+__all__ = ["LeastSquares"]
+
+EXAMPLES, SIZE, BATCH = 2000, 100, 64
+NOISE = 0.1  # standard deviation, of b
+
+
+class LeastSquares:
+    """F(x) = |Ax - b|² / 2m, with A from U[0, 1] / √d and b = Ax₀ + noise, x₀ from U[-1, 1].
+
+    Args:
+        seed: of A, b and the batches, which are drawn in the order of the calls.
+
+    Attributes:
+        smoothness: L, the largest eigenvalue of AᵀA / m.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._random = random = np.random.default_rng(seed)
+        matrix = random.random((EXAMPLES, SIZE)) / np.sqrt(SIZE)
+        values = matrix @ random.uniform(-1, 1, SIZE) + NOISE * random.standard_normal(EXAMPLES)
+        self._hessian = matrix.T @ matrix / EXAMPLES
+        self._best = np.linalg.solve(self._hessian, matrix.T @ values / EXAMPLES)
+        self.smoothness = float(np.linalg.eigvalsh(self._hessian)[-1])
+        self._matrix, self._values = matrix.astype(np.float32), values.astype(np.float32)
+
+    def excess(self, weights: FloatArray) -> float:
+        """F less its minimum."""
+        gap = weights - self._best
+        return 0.5 * float(gap @ self._hessian @ gap)
+
+    def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
+        """Of the mean over `BATCH` rows drawn with replacement; the loss is left at 0, as nobody looks at it."""
+        rows = self._random.integers(EXAMPLES, size=BATCH)
+        matrix = self._matrix[rows]
+        np.dot(matrix @ weights - self._values[rows], matrix, out=out)
+        out /= BATCH
+        return 0.0
+
+    def problem(self, batches: int) -> Problem:
+        """From 0, one epoch of so many batches."""
+        return Problem(EpochGrid((batches,), batches), np.zeros(SIZE, np.float32), self.gradient)

@@ -1,0 +1,120 @@
+"""What the experiments share: jobs for the simulator, runs whose clock starts with the first gradient, and claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from psgd.core.report import Report
+from psgd.simulation.cluster import Problem, Timing, VirtualCluster
+from psgd.simulation.delays import parse_delays
+from psgd.spec import JobSpec
+from psgd_workers.messages import BatchId, FloatArray
+
+__all__ = ["Claim", "End", "TimedRun", "job", "spread"]
+
+# A gradient takes about 1 in all experiments: calls cost nothing beside it, and nobody waits for a report or a lease.
+TIMING = Timing(call_s=1e-6, poll_s=10.0)
+LEASE_S = 50.0
+
+
+class Claim(NamedTuple):
+    """What a paper says, and what was seen."""
+
+    text: str
+    observed: str
+    holds: bool
+
+
+class End(NamedTuple):
+    """A run when it had what it was for; what is still in workers' hands then changes nothing."""
+
+    elapsed_s: float
+    weights: FloatArray  # [num_parameters]
+    report: Report
+
+
+class TimedRun(VirtualCluster):
+    """One run on virtual time.
+
+    Args:
+        spec: the job; it never ends by itself before `until` says so, if the problem has enough batches.
+        problem: what is trained.
+        delays: of the workers, in the grammar of `psgd.simulation.delays`.
+        seed: of the delays.
+        until: whether the run has what it is for; asked after each step.
+
+    Attributes:
+        reached: whether `until` ever said so.
+    """
+
+    def __init__(
+        self, spec: JobSpec, problem: Problem, delays: str, seed: int, until: Callable[[TimedRun], bool]
+    ) -> None:
+        workers, model = spec.scaling.workers, parse_delays(delays)
+        self._sources = {f"worker-{i}": model.source(i, workers, seed) for i in range(workers)}
+        self._until = until
+        self._began: float | None = None
+        self._end: End | None = None
+        super().__init__(
+            spec, problem, self._draw, timing=TIMING, lease_s=LEASE_S, observe=lambda cluster: self._stepped()
+        )
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the first gradient was begun."""
+        return 0.0 if self._began is None else self.now - self._began
+
+    @property
+    def updates(self) -> int:
+        """Steps taken."""
+        return self.servers[0].version.updates
+
+    @property
+    def shown(self) -> FloatArray:
+        """The weights `[num_parameters]`; they change with the next step."""
+        return self.servers[0].published
+
+    @property
+    def reached(self) -> bool:
+        return self._end is not None
+
+    @property
+    def end(self) -> End:
+        """When `until` said so; or, of a run that failed before, its last state."""
+        return self._end or self._here()
+
+    def _draw(self, worker: str, batch: BatchId) -> float:
+        if self._began is None:
+            self._began = self.now
+        return self._sources[worker]()
+
+    def _stepped(self) -> None:
+        if self._end is None and self._until(self):
+            self._end = self._here()
+            self.stop()
+
+    def _here(self) -> End:
+        return End(self.elapsed_s, self.shown.copy(), self.servers[0].report())
+
+
+def job(workers: int, lr: float, consistency: dict[str, Any], correction: str = "none", **sections: Any) -> JobSpec:
+    """A job for the simulator; without `sections`, its model and data are not looked at."""
+    plain = {
+        "model": {"kind": "linear"},
+        "data": {"format": "sklearn", "dataset": "iris"},
+        "optimizer": {"lr": lr},
+        "consistency": consistency,
+        "correction": {"name": correction},
+        "scaling": {"workers": workers},
+        "run": {"epochs": 1},
+        "checkpoint": {"every_s": None},
+        "failure": {"timeout_s": 1e9},
+    }
+    return JobSpec.model_validate(plain | sections)
+
+
+def spread(values: list[float], form: str = ".1f") -> str:
+    """Lowest to highest; one number where they look alike."""
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,51 @@
+"""A million pushes of 1,000 simulated workers, on one core: `python -m tests.benchmarks.million`."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+from time import perf_counter
+
+from psgd.jobfile import load_spec
+from psgd.simulation.delays import Lognormal
+from psgd.simulation.scenario import Scenario, contenders
+from psgd.simulation.simulate import QuadraticSubject, simulate
+
+__all__ = ["main"]
+
+JOB = Path(__file__).parents[2] / "deploy" / "jobs" / "digits.yaml"  # its model and data are not looked at
+
+
+def main() -> int:
+    """Simulate, print what it took, write the document."""
+    parser = ArgumentParser(description="The simulator's speed: a quadratic of 100 parameters, asynchronous.")
+    parser.add_argument("--pushes", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=Path("bench/million.json"), help="where the document goes")
+    arguments = parser.parse_args()
+    spec = load_spec(JOB, ["run.epochs=1", "optimizer.lr=5e-4"])
+    scenario = Scenario(arguments.workers, Lognormal(0.0, 1.0))
+    ((name, job),) = contenders(spec, arguments.workers, "async").items()
+    began = perf_counter()
+    found = simulate(name, job, QuadraticSubject(100, arguments.pushes, seed=0), scenario, target=None)
+    seconds = perf_counter() - began
+    document = {
+        "pushes": found.pushes["applied"],
+        "workers": arguments.workers,
+        "seconds": seconds,
+        "pushes_per_s": found.pushes["applied"] / seconds,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "virtual_s": found.time_s,
+        "staleness_mean": found.staleness["mean"],
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(document, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

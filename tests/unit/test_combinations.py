@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from psgd.errors import SpecError
+from psgd.jobfile import change_settings
+from psgd.spec import BspConsistency, CosineSchedule, JobSpec, RingmasterConsistency, SspConsistency
+from psgd_workers.spec import Int8Compression, LocalSteps, NoCompression, TopKCompression, WorkRules
+
+MINIMAL: dict[str, Any] = {
+    "model": {"kind": "linear"},
+    "data": {"format": "sklearn", "dataset": "iris"},
+    "optimizer": {"lr": 0.1},
+    "run": {"epochs": 1},
+    "scaling": {"workers": 4},
+}
+MODES: dict[str, dict[str, Any]] = {
+    "async": {},
+    "bsp": {},
+    "k_sync": {"k": 2},
+    "backup": {"b": 1},
+    "ssp": {"s": 1},
+    "softsync": {"s": 2},
+    "ringmaster": {"r": 2},
+    "rennala": {"s": 3},
+    "malenia": {"s": 3},
+    "ringleader": {},
+    "buffered": {"k": 2},
+    "local": {"h": 4, "lr": 0.1},
+}
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "staleness_lr": {},
+    "delay_adaptive": {},
+    "dc_asgd": {},
+    "gap_aware": {},
+    "dana": {"momentum": 0.9},
+    "rescaled": {},
+}
+SINGLE = ("async", "ssp", "ringmaster")  # one gradient is one step
+EVERYWHERE = {(mode, correction) for mode in SINGLE for correction in CORRECTIONS}
+IN_A_MEAN = {
+    (mode, correction)
+    for mode in ("softsync", "buffered")
+    for correction in ("staleness_lr", "delay_adaptive", "dc_asgd", "gap_aware")
+}
+OF_DIFFERENCES = {("local", correction) for correction in ("staleness_lr", "delay_adaptive", "rescaled")}
+SENSIBLE = EVERYWHERE | IN_A_MEAN | OF_DIFFERENCES
+
+
+def spec(**changes: Any) -> JobSpec:
+    return JobSpec.model_validate(MINIMAL | changes)
+
+
+def mode(name: str, **fields: Any) -> dict[str, Any]:
+    return {"mode": name} | MODES[name] | fields
+
+
+def correction(name: str) -> dict[str, Any]:
+    return {"name": name} | CORRECTIONS[name]
+
+
+# How many workers, and bounds
+
+
+@pytest.mark.parametrize(
+    ("fits", "wrong", "message"),
+    [
+        (mode("k_sync", k=4), mode("k_sync", k=5), "consistency.k is 5, but there are 4 workers: lower k, or raise"),
+        (mode("backup", b=3), mode("backup", b=4), "consistency.b is 4, and of 4 workers none is left: lower b"),
+        (mode("softsync", s=4), mode("softsync", s=5), "consistency.s is 5, but there are 4 workers"),
+    ],
+)
+def test_a_mode_that_counts_workers_needs_enough(fits: dict[str, Any], wrong: dict[str, Any], message: str) -> None:
+    assert spec(consistency=fits)
+    with pytest.raises(ValidationError, match=message):
+        spec(consistency=wrong)
+
+
+@pytest.mark.parametrize("name", ["rennala", "malenia", "buffered", "ringmaster", "ssp"])
+def test_a_mode_that_counts_gradients_may_ask_for_more_than_there_are_workers(name: str) -> None:
+    (field,) = MODES[name]
+    assert spec(consistency=mode(name, **{field: 99}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "least"),
+    [
+        (mode("k_sync", k=0), 1),
+        (mode("backup", b=-1), 0),
+        (mode("ssp", s=-1), 0),
+        (mode("softsync", s=0), 1),
+        (mode("ringmaster", r=0), 1),
+        (mode("rennala", s=0), 1),
+        (mode("malenia", s=0), 1),
+        (mode("buffered", k=0), 1),
+        (mode("local", h=0), 1),
+    ],
+    ids=lambda value: value["mode"] if isinstance(value, dict) else "",
+)
+def test_a_modes_number_has_a_least_value(wrong: dict[str, Any], least: int) -> None:
+    with pytest.raises(ValidationError, match=f"greater than or equal to {least}"):
+        spec(consistency=wrong)
+
+
+@pytest.mark.parametrize(
+    "name", ["k_sync", "backup", "ssp", "softsync", "ringmaster", "rennala", "malenia", "buffered"]
+)
+def test_a_modes_number_must_be_given(name: str) -> None:
+    with pytest.raises(ValidationError, match="Field required"):
+        spec(consistency={"mode": name})
+
+
+@pytest.mark.parametrize("name", sorted(MODES))
+def test_only_modes_that_refuse_say_what_becomes_of_it(name: str) -> None:
+    refusing = name in ("k_sync", "backup", "ringmaster", "rennala", "malenia")
+    if refusing:
+        assert spec(consistency=mode(name, late="discard"))
+    with pytest.raises(ValidationError, match="'requeue' or 'discard'" if refusing else "Extra inputs"):
+        spec(consistency=mode(name, late="drop" if refusing else "discard"))
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.1])
+def test_top_k_sends_some_share(ratio: float) -> None:
+    with pytest.raises(ValidationError, match="greater than 0" if ratio <= 0 else "less than or equal to 1"):
+        spec(compression={"name": "top_k", "ratio": ratio})
+    assert spec(compression={"name": "top_k", "ratio": 1})
+
+
+@pytest.mark.parametrize("momentum", [0, 1])
+def test_danas_momentum_is_a_share(momentum: float) -> None:
+    with pytest.raises(ValidationError, match="greater than 0" if momentum == 0 else "less than 1"):
+        spec(correction={"name": "dana", "momentum": momentum})
+
+
+# Corrections and modes
+
+
+@pytest.mark.parametrize("name", sorted(MODES))
+@pytest.mark.parametrize("correcting", sorted(CORRECTIONS))
+def test_a_correction_goes_with_modes_in_which_it_does_something(name: str, correcting: str) -> None:
+    if (name, correcting) in SENSIBLE:
+        assert spec(consistency=mode(name), correction=correction(correcting))
+        return
+    with pytest.raises(ValidationError, match=rf"correction {correcting} .*mode {name}.*(drop it|use)"):
+        spec(consistency=mode(name), correction=correction(correcting))
+
+
+@pytest.mark.parametrize("name", sorted(MODES))
+def test_no_correction_goes_with_every_mode(name: str) -> None:
+    assert spec(consistency=mode(name), correction={"name": "none"})
+
+
+@pytest.mark.parametrize(
+    ("name", "correcting", "reason"),
+    [
+        ("bsp", "staleness_lr", "does nothing in mode bsp, where no gradient is stale: drop it, or use mode async"),
+        ("malenia", "dc_asgd", "does nothing in mode malenia"),
+        ("ringleader", "gap_aware", "does not go with mode ringleader, whose tables weigh workers already: drop it"),
+        ("local", "dc_asgd", "is made for gradients, and mode local pushes differences: use staleness_lr, or none"),
+        ("local", "dana", "is made for gradients"),
+        ("buffered", "dana", "needs a step for each gradient, and mode buffered averages several: use mode async"),
+        ("softsync", "rescaled", "needs a step for each gradient"),
+    ],
+)
+def test_the_refusal_says_why_and_what_to_do(name: str, correcting: str, reason: str) -> None:
+    with pytest.raises(ValidationError, match=f"correction {correcting} {reason}"):
+        spec(consistency=mode(name), correction=correction(correcting))
+
+
+def test_synchronous_local_steps_are_never_stale() -> None:
+    with pytest.raises(ValidationError, match="does nothing in mode local, where no gradient is stale"):
+        spec(consistency=mode("local", synchronous=True), correction=correction("staleness_lr"))
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "name": "adam"}, {"lr": 0.1, "name": "adagrad"}], ids=str
+)
+def test_dana_keeps_the_momentum_itself(optimizer: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"use optimizer sgd with momentum 0, and set correction\.momentum"):
+        spec(correction=correction("dana"), optimizer=optimizer)
+    assert spec(correction=correction("dana"), optimizer={"lr": 0.1, "weight_decay": 0.1})
+
+
+def test_all_faults_are_told_at_once() -> None:
+    optimizer = {"lr": 0.1, "momentum": 0.9}
+    with pytest.raises(ValidationError, match=r"k is 5.*; correction dana does nothing.*; correction dana keeps"):
+        spec(consistency=mode("k_sync", k=5), correction=correction("dana"), optimizer=optimizer)
+
+
+# What workers are told
+
+
+def test_a_plain_jobs_workers_push_gradients_and_nothing_else() -> None:
+    assert spec().rules == WorkRules(local=None, compression=NoCompression(), sends_weights=False, stop_at=None)
+
+
+def test_workers_of_local_steps_are_told_how_many_and_how_far() -> None:
+    assert spec(consistency=mode("local", h=7, lr=0.25)).rules == WorkRules(local=LocalSteps(steps=7, lr=0.25))
+
+
+@pytest.mark.parametrize(
+    ("compression", "told"),
+    [
+        ({"name": "int8"}, Int8Compression(name="int8")),
+        ({"name": "top_k", "ratio": 0.5}, TopKCompression(name="top_k", ratio=0.5)),
+    ],
+)
+def test_workers_are_told_how_to_compress(compression: dict[str, Any], told: Any) -> None:
+    assert spec(compression=compression).rules.compression == told
+
+
+@pytest.mark.parametrize("name", sorted(CORRECTIONS))
+def test_weights_are_sent_along_only_where_a_correction_reads_them(name: str) -> None:
+    assert spec(correction=correction(name)).rules.sends_weights == (name in ("dc_asgd", "gap_aware"))
+
+
+def test_ringmaster_stops_computations_only_if_asked_to() -> None:
+    assert spec(consistency=mode("ringmaster", r=3)).rules.stop_at is None
+    assert spec(consistency=mode("ringmaster", r=3, stop=True)).rules.stop_at == 3
+
+
+# Warnings
+
+
+def test_ringmaster_on_unshuffled_shards_is_warned_of() -> None:
+    data = MINIMAL["data"] | {"shuffle": False, "num_shards": 4}
+    (warning,) = spec(consistency=mode("ringmaster"), data=data).warnings()
+    assert "the weights lean towards the data of fast workers" in warning
+    assert "Set data.shuffle or data.num_shards 1, or use mode ringleader" in warning
+    for other in (data | {"shuffle": True}, data | {"num_shards": 1}):
+        assert spec(consistency=mode("ringmaster"), data=other).warnings() == []
+
+
+@pytest.mark.parametrize("name", sorted(set(MODES) - {"ringmaster"}))
+def test_no_other_mode_is(name: str) -> None:
+    assert spec(consistency=mode(name), data=MINIMAL["data"] | {"shuffle": False}).warnings() == []
+
+
+# Changes while a job runs
+
+
+def test_what_can_change_is_changed_and_nothing_else() -> None:
+    before = spec(consistency=mode("ssp"), optimizer={"lr": 0.1, "momentum": 0.9})
+    changes = [
+        "consistency.s=3",
+        "optimizer.lr=1e-2",
+        "optimizer.schedule={name: cosine, epochs: 5}",
+        "optimizer.max_grad_norm=1",
+        "optimizer.clipvalue=2",
+    ]
+    after = change_settings(before, changes)
+    assert after.consistency == SspConsistency(mode="ssp", s=3)
+    optimizer = before.optimizer.model_copy(
+        update={"lr": 0.01, "schedule": CosineSchedule(name="cosine", epochs=5), "max_grad_norm": 1.0, "clipvalue": 2.0}
+    )
+    assert after == before.model_copy(update={"consistency": after.consistency, "optimizer": optimizer})
+
+
+def test_another_mode_drops_the_old_ones_fields() -> None:
+    after = change_settings(spec(consistency=mode("ssp", s=3)), ["consistency.mode=bsp"])
+    assert after.consistency == BspConsistency(mode="bsp")
+
+
+def test_a_modes_own_fields_are_given_after_it() -> None:
+    before = spec(consistency=mode("k_sync", late="discard"))
+    after = change_settings(before, ["consistency.mode=ringmaster", "consistency.r=2"])
+    assert after.consistency == RingmasterConsistency(mode="ringmaster", r=2)
+    with pytest.raises(SpecError, match=r"consistency\.r: missing"):
+        change_settings(before, ["consistency.mode=ringmaster"])
+
+
+def test_the_same_mode_again_keeps_its_fields() -> None:
+    after = change_settings(spec(consistency=mode("ssp", s=3)), ["consistency.mode=ssp", "optimizer.lr=0.2"])
+    assert after.consistency == SspConsistency(mode="ssp", s=3)
+
+
+def test_the_rate_is_changed_under_either_name() -> None:
+    assert change_settings(spec(), ["optimizer.learning_rate=0.2"]).optimizer.lr == 0.2
+    assert change_settings(spec(optimizer={"learning_rate": 0.1}), ["optimizer.lr=0.2"]).optimizer.lr == 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ("seed=1", "seed"),
+        ("optimizer.momentum=0.5", r"optimizer\.momentum"),
+        ("optimizer.name=adam", "optimizer"),
+        ("correction.name=staleness_lr", "correction"),
+        ("compression.name=int8", "compression"),
+        ("scaling.workers=2", r"scaling\.workers"),
+        ("data.batch_size=8", r"data\.batch_size"),
+        ("model.kind=mlp", "model"),
+        ("run.epochs=9", r"run\.epochs"),
+        ("checkpoint.keep=1", r"checkpoint\.keep"),
+        ("failure.timeout_s=1", r"failure\.timeout_s"),
+        ("name=other", "name"),
+    ],
+)
+def test_what_cannot_change_is_named(change: str, field: str) -> None:
+    with pytest.raises(SpecError, match=f"^{field} cannot change while the job runs: only consistency, and the opt"):
+        change_settings(spec(), ["optimizer.lr=0.2", change])
+
+
+def test_a_change_of_nothing_is_refused() -> None:
+    with pytest.raises(
+        SpecError, match=r"optimizer\.lr=0\.1 consistency\.mode=async: that is how the job runs already"
+    ):
+        change_settings(spec(), ["optimizer.lr=0.1", "consistency.mode=async"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (["consistency.mode=k_sync", "consistency.k=9"], "consistency.k is 9, but there are 4 workers"),
+        (["consistency.mode=bsp"], "correction staleness_lr does nothing in mode bsp"),
+        (["optimizer.lr=0"], "greater than 0"),
+        (["consistency.mode=lockstep"], "lockstep"),
+        (["consistency.slack=1"], "unknown field"),
+    ],
+)
+def test_a_change_is_checked_like_a_job(changes: list[str], fault: str) -> None:
+    with pytest.raises(SpecError, match=fault):
+        change_settings(spec(consistency=mode("async"), correction=correction("staleness_lr")), changes)
+
+
+LOCAL = ["consistency.mode=local", "consistency.h=4", "consistency.lr=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("before", "changes"),
+    [
+        ("async", LOCAL),
+        ("local", ["consistency.mode=async"]),
+        ("local", ["consistency.h=5"]),
+        ("local", ["consistency.lr=0.2"]),
+    ],
+)
+def test_batches_of_local_steps_stay_what_they_are(before: str, changes: list[str]) -> None:
+    with pytest.raises(SpecError, match="are what workers are started with"):
+        change_settings(spec(consistency=mode(before)), changes)
+
+
+@pytest.mark.parametrize(
+    ("before", "changes"),
+    [
+        ("async", ["consistency={mode: ringmaster, r: 3, stop: true}"]),
+        ("ringmaster", ["consistency.stop=true"]),
+    ],
+)
+def test_workers_that_are_running_cannot_be_told_to_stop(before: str, changes: list[str]) -> None:
+    with pytest.raises(SpecError, match="are what workers are started with"):
+        change_settings(spec(consistency=mode(before)), changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "stop_at"),
+    [("ringmaster", {"r": 4}, 4), ("k_sync", {"k": 2}, 1), ("backup", {"b": 1}, 1), ("rennala", {"s": 2}, 1)],
+)
+def test_stopping_is_at_the_staleness_that_would_be_refused(name: str, fields: dict[str, Any], stop_at: int) -> None:
+    assert spec(consistency={"mode": name, **fields, "stop": True}).rules.stop_at == stop_at
+    assert spec(consistency={"mode": name, **fields}).rules.stop_at is None
+
+
+def test_local_steps_may_become_synchronous() -> None:
+    assert change_settings(spec(consistency=mode("local")), ["consistency.synchronous=true"]).rules.local
