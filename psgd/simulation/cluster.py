@@ -212,7 +212,8 @@ class VirtualCluster:
         self._polls: dict[int, AskReport] = {}
         self._saving: int | None = None
         self._states: dict[int, ServerState] = {}
-        self._stop_at = spec.rules.stop_at
+        self._stop_at, self._sends_weights = spec.rules.stop_at, spec.rules.sends_weights
+        self._links_s = 2 * timing.link_s  # to a worker and back
         self._readers: dict[int, list[tuple[VirtualWorker, int]]] = {}  # version -> who computes from it, at which turn
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = count()
@@ -467,14 +468,14 @@ class VirtualCluster:
             self.tell_soon(WorkerFailed(worker.name, str(error)))
             return
         seconds = self._compute_s(worker.name, batch)
-        if self._spec.correction.reads_weights:
+        if self._sends_weights:
             weights = weights.copy()  # the server goes on to step in place
         worker.turn += 1
         worker.computing = reads[0]
         if self._stop_at is not None:
             self._readers.setdefault(reads[0].updates, []).append((worker, worker.turn))
         computed = _Computed(batch, reads, values, weights, loss, seconds)
-        at = self.now + seconds + 2 * self._timing.link_s
+        at = self.now + seconds + self._links_s
         heappush(self._heap, (at, next(self._numbers), self._computed, (worker, worker.turn, computed)))
 
     def _computed(self, worker: VirtualWorker, turn: int, done: _Computed) -> None:

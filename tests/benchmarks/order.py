@@ -30,13 +30,13 @@ from tests.benchmarks.sleepy import delay_s
 
 __all__ = ["main", "real_s", "simulated_s"]
 
-WORKERS, HIDDEN, SCALE_S, TARGET = 16, 32, 0.15, 0.85
+WORKERS, HIDDEN, SCALE_S, TARGET = 16, 32, 0.15, 0.7
 MODES: dict[str, dict[str, Any]] = {
     "async": {"mode": "async"},
     "k_sync, k=12": {"mode": "k_sync", "k": 12},
     "bsp": {"mode": "bsp"},
 }
-LIMIT_S = 240.0
+LIMIT_S = 400.0
 TIMING = Timing(call_s=0.001, link_s=0.005, start_s=1.0, poll_s=0.2, evaluate_s=0.02)
 
 
@@ -53,7 +53,7 @@ def job(mode: dict[str, Any], model: dict[str, Any], storage: str) -> psgd.JobSp
                 "normalize": "unit",
                 "validation_fraction": 0.2,
             },
-            "optimizer": {"lr": 0.15},
+            "optimizer": {"lr": 0.05},
             "consistency": mode,
             "scaling": {"workers": WORKERS},
             "checkpoint": {"every_s": None},

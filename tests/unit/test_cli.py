@@ -181,9 +181,18 @@ def test_stop_leaves_a_command_for_the_driver(psgd: Any, run: RunDirectory) -> N
     assert [command["command"] for command in run.take_commands()] == ["stop"]
 
 
-@pytest.mark.parametrize("command", ["status", "logs", "stop"])
-def test_a_run_that_is_not_there_is_refused_with_exit_2(psgd: Any, command: str) -> None:
-    code, out, err = psgd(command, "nowhere")
+def test_set_leaves_the_settings_for_the_driver(psgd: Any, run: RunDirectory) -> None:
+    code, out, _ = psgd("set", "iris", "consistency.mode=bsp", "optimizer.lr=0.5")
+    assert code == 0
+    assert "asked iris for consistency.mode=bsp optimizer.lr=0.5" in out
+    (command,) = run.take_commands()
+    assert (command["command"], command["settings"]) == ("set", ["consistency.mode=bsp", "optimizer.lr=0.5"])
+
+
+@pytest.mark.parametrize("command", [["status"], ["logs"], ["stop"], ["replay"], ["set"]], ids=lambda words: words[0])
+def test_a_run_that_is_not_there_is_refused_with_exit_2(psgd: Any, command: list[str]) -> None:
+    settings = ["optimizer.lr=1"] if command == ["set"] else []
+    code, out, err = psgd(*command, "nowhere", *settings)
     assert (code, out) == (2, "")
     assert err.startswith("psgd: there is no run in ")
 
