@@ -117,7 +117,7 @@ class ParameterServer:
         self._parked: list[_Parked] = []
         self._pushes = Counter[Outcome]()
         self._staleness = Counter[int]()
-        self._losses: dict[int, EpochLoss] = {}
+        self._losses: dict[int, list[Any]] = {}  # epoch -> what an EpochLoss is made of, added up in place
         self._epoch_weights: dict[int, FloatArray] = {}
         self._bytes = 0  # pushed
         self._samples = 0  # examples applied
@@ -303,12 +303,13 @@ class ParameterServer:
 
     def _note_loss(self, gradient: Gradient) -> None:
         epoch = gradient.batch.epoch
-        if epoch not in self._losses:
-            self._losses[epoch] = EpochLoss(0.0, 0)
+        loss = self._losses.get(epoch)
+        if loss is None:
+            loss = self._losses[epoch] = [0.0, 0]
             for old in sorted(self._losses)[:-LOSS_EPOCHS]:
                 del self._losses[old]
-        total, examples = self._losses[epoch]
-        self._losses[epoch] = EpochLoss(total + gradient.loss * gradient.examples, examples + gradient.examples)
+        loss[0] += gradient.loss * gradient.examples
+        loss[1] += gradient.examples
 
     # STEP, REPLY
 
@@ -420,7 +421,7 @@ class ParameterServer:
             self._settled.settled(),
             pushes,
             dict(self._staleness),
-            dict(self._losses),
+            {epoch: EpochLoss(*loss) for epoch, loss in self._losses.items()},
             self._samples,
             dict(self._round.live),
             frozenset(push.worker for push in self._parked),
@@ -484,7 +485,7 @@ class ParameterServer:
         server._samples, server._counted, server._bytes = (facts[name] for name in ("samples", "counted", "bytes"))
         server._pushes.update({Outcome(name): count for name, count in facts["pushes"].items()})
         server._staleness.update({int(value): count for value, count in facts["staleness"]})
-        server._losses = {epoch: EpochLoss(total, examples) for epoch, total, examples in facts["losses"]}
+        server._losses = {epoch: [total, examples] for epoch, total, examples in facts["losses"]}
         if server._settled.between_epochs:
             server._keep_epoch_weights()
         server.journal.settings += [Settings.model_validate(settings) for settings in facts["changes"]]

@@ -114,15 +114,6 @@ class _Validation(NamedTuple):
     weights: FloatArray
 
 
-class _Computed(NamedTuple):
-    batch: BatchId
-    reads: list[Version]  # by partition
-    values: FloatArray  # [num_parameters]
-    weights: FloatArray  # [num_parameters], what was read; the server's own memory unless the job asks for it
-    loss: float
-    seconds: float
-
-
 @dataclass(slots=True, eq=False)
 class VirtualWorker:
     """A worker process."""
@@ -474,20 +465,29 @@ class VirtualCluster:
         worker.computing = reads[0]
         if self._stop_at is not None:
             self._readers.setdefault(reads[0].updates, []).append((worker, worker.turn))
-        computed = _Computed(batch, reads, values, weights, loss, seconds)
+        computed = (worker, worker.turn, batch, reads, values, weights, loss, seconds)
         at = self.now + seconds + self._links_s
-        heappush(self._heap, (at, next(self._numbers), self._computed, (worker, worker.turn, computed)))
+        heappush(self._heap, (at, next(self._numbers), self._computed, computed))
 
-    def _computed(self, worker: VirtualWorker, turn: int, done: _Computed) -> None:
+    def _computed(
+        self,
+        worker: VirtualWorker,
+        turn: int,
+        batch: BatchId,
+        reads: list[Version],
+        values: FloatArray,
+        weights: FloatArray,
+        loss: float,
+        seconds: float,
+    ) -> None:
+        """`weights` is the server's own memory, unless the job sends what was read."""
         if not worker.alive or worker.turn != turn:
             return
         worker.computing = None
-        examples, norm = self._problem.examples(done.batch), gradient_norm(done.values, self._num_trainable)
-        gradients = worker.sender.gradients(
-            done.batch, examples, done.reads, done.values, done.weights, done.loss, norm, done.seconds
-        )
+        examples, norm = self._problem.examples(batch), gradient_norm(values, self._num_trainable)
+        gradients = worker.sender.gradients(batch, examples, reads, values, weights, loss, norm, seconds)
         worker.pushes += 1
-        worker.awaited, worker.outcomes = done.batch, [None] * len(gradients)
+        worker.awaited, worker.outcomes = batch, [None] * len(gradients)
         self.push(worker, gradients)
 
     def push(self, worker: VirtualWorker, gradients: Sequence[Gradient]) -> None:

@@ -28,7 +28,7 @@ EARLY = 16  # points between n and 2n updates, until `POINTS` says more
 TAKEN = [OUTCOMES[Outcome.APPLIED], OUTCOMES[Outcome.BUFFERED]]
 
 # What the driver does takes its time next to a gradient's, as in a real run with batches of some tens of milliseconds.
-CALL, POLL, LEASE = 0.02, 4.0, 40.0  # of a mean gradient's time
+CALL, POLL, LEASE = 0.02, 4.0, 100.0  # of a mean gradient's time
 
 
 class Point(NamedTuple):

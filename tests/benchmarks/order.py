@@ -57,6 +57,7 @@ def job(mode: dict[str, Any], model: dict[str, Any], storage: str) -> psgd.JobSp
             "consistency": mode,
             "scaling": {"workers": WORKERS},
             "checkpoint": {"every_s": None},
+            "failure": {"timeout_s": 300.0},  # the first worker waits for the last, and 16 take their time to start
             "run": {
                 "max_time_s": LIMIT_S,
                 "target": {"metric": "val/accuracy", "value": TARGET},

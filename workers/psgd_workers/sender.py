@@ -98,8 +98,8 @@ def gradient_norm(values: FloatArray, num_trainable: int) -> float:
 
     Overflow is an answer here: the caller keeps NumPy from warning of it.
     """
-    trained = values[:num_trainable]
-    norm = sqrt(np.dot(trained, trained))
-    if num_trainable == len(values) or np.isfinite(values[num_trainable:]).all():
-        return norm
-    return nan  # a buffer that is not finite is refused like a gradient
+    if num_trainable == len(values):
+        return sqrt(np.dot(values, values))
+    trained, buffers = values[:num_trainable], values[num_trainable:]
+    # A buffer that is not finite is refused like a gradient.
+    return sqrt(np.dot(trained, trained)) if np.isfinite(buffers).all() else nan

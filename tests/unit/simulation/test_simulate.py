@@ -107,7 +107,7 @@ def test_bsp_takes_as_long_as_the_slowest() -> None:
 
 
 def test_a_slow_worker_has_a_small_share() -> None:
-    found = dynamics("async", Scenario(4, Slow(3.0, Constant(1.0))), pushes=3000)
+    found = dynamics("async", Scenario(4, Slow(3.0, Constant(1.0))), pushes=12_000)
     assert sum(found.shares.values()) == pytest.approx(1)
     assert found.shares["worker-3"] == pytest.approx(1 / 10, abs=0.01)
     assert found.shares["worker-0"] == pytest.approx(3 / 10, abs=0.01)
