@@ -33,7 +33,7 @@ unit: .venv/dev.stamp ## fast tests, one file per module
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 tests/unit
 
 integration: .venv/dev.stamp ## tests on a real, local Ray cluster
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/integration
 
 bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published experiments; into bench/; about 20 minutes
 	$(BIN)/python -m tests.benchmarks.throughput

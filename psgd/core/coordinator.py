@@ -209,6 +209,9 @@ class Coordinator:
             del self._polls[report.partition]
         if self._asking[report.partition] == event.asked:
             self._asking[report.partition] = 0
+        known = self.reports.get(report.partition)
+        if known and known.moment > report.moment:
+            report = known  # overtaken on its way; what was known at its asking is still known
         self.reports[report.partition] = report
         self.ledger.reported(report, event.asked)
         self.roster.heard(report, now)

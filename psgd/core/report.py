@@ -49,6 +49,11 @@ class Report:
     first: Mark | None  # this incarnation's first step
     last: Mark | None  # ... and newest
 
+    @property
+    def moment(self) -> tuple[int, int, int]:
+        """Never less than that of an earlier report of the partition: answers may overtake each other on their way."""
+        return self.version.incarnation, sum(self.pushes.values()), self.version.updates
+
     def rate(self, count: str) -> float | None:
         """Updates or samples per second from the first step to the newest, the first left out."""
         if self.first is None or self.last is None or self.last.now <= self.first.now:

@@ -30,11 +30,12 @@ from psgd.core.events import (
     Tick,
     WorkerLost,
 )
+from psgd.core.server import ParameterServer, Partition
 from psgd.result import LedgerCounts
 from psgd_workers.errors import WorkerError
-from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Lease
+from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Lease, Version
 from tests.inprocess import EVALUATE_S, START_S, Fault, FaultKind, InProcess
-from tests.unit.core.jobs import START, job, quadratic
+from tests.unit.core.jobs import START, job, push, quadratic
 
 GRID = EpochGrid((37, 36), 73)
 SIZE = GRID.num_batches
@@ -601,3 +602,18 @@ def test_a_report_of_nothing_new_is_answered_with_the_next_question() -> None:
     actions = coordinator.handle(Reported(report, ask.asked), 1.0)
     assert [type(action) for action in actions] == [AskReport]
     assert EVALUATION_FACTOR > 1
+
+
+def test_a_report_overtaken_on_its_way_takes_nothing_back() -> None:
+    coordinator, (_, ask, *_) = start()
+    assert isinstance(ask, AskReport)
+    server = ParameterServer(job(), Partition(0, 0, 6, 6), START, GRID, Version(1, 0))
+    coordinator.handle(Reported(server.report(), ask.asked), 0.5)
+    server.push(push(GRID.batch(0, 0), server.version), now=1.0)
+    older = server.report()
+    for position in range(1, SIZE):
+        server.push(push(GRID.batch(0, position), server.version), now=2.0)
+    for report in (server.report(), older):
+        coordinator.handle(Reported(report, coordinator.ledger.ask()), 3.0)
+        assert (coordinator.epochs, coordinator.updates) == (1, SIZE)
+        assert coordinator.reports[0].samples == SIZE
