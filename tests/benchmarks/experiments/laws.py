@@ -104,8 +104,8 @@ def _without_calling_off(workers: int, k: int) -> float:
 def claims(results: Sequence[StepTime]) -> list[Claim]:
     """Each law, within 3 %."""
     laws = {
-        CALLED_OFF: "a step of K-sync takes (H_P - H_{P-K}) / λ, late workers called off",
-        FINISHED: "a step of mode k_sync, which calls nobody off, takes T(0, P - K)",
+        CALLED_OFF: "a step of k_sync with stop takes (H_P - H_{P-K}) / λ",
+        FINISHED: "a step of mode k_sync without stop takes T(0, P - K)",
         ASYNC: "a step of async takes 1 / (Pλ)",
     }
     found = []
