@@ -1,7 +1,7 @@
 """Corrections: what staleness does to a gradient. τ is the staleness, n the job's workers, w the weights now.
 
 A correction may change the rate of a gradient (`factor`), its values (`correct`), and the weights that workers are
-shown (`published`). All of it is part of a partition's state.
+shown (`published`). What is kept by worker does not outlive a restart: its workers are new to the server.
 """
 
 from __future__ import annotations
