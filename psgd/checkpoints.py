@@ -108,7 +108,7 @@ def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArr
         f"server-{partition}.safetensors": save({name: np.ascontiguousarray(a) for name, a in state.arrays.items()}),
         f"server-{partition}.json": json.dumps(state.facts).encode(),
     }
-    segments = {f"{checkpoint}-server-{partition}.npy": _npy(journal)} if len(journal) else {}
+    segments = {f"{checkpoint}-server-{partition}.npy": _npy(journal)}  # even if empty: a gap would be a loss
     folders = {f"checkpoints/{checkpoint}": files, "journal": segments}
     for folder, contents in folders.items():
         for name, data in contents.items():

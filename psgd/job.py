@@ -12,8 +12,10 @@ from psgd.errors import ModelError, SpecError, WorkerError
 from psgd.spec import JobSpec
 from psgd_workers.datasets import Dataset, open_dataset
 from psgd_workers.layout import Layout
+from psgd_workers.memory import free_memory
 from psgd_workers.messages import BatchId, FloatArray
-from psgd_workers.models import ModelWithBuffers, build_model, fit_labels
+from psgd_workers.models import Model, ModelWithBuffers, build_model, fit_labels
+from psgd_workers.models.network import Network
 from psgd_workers.shards import Shards
 from psgd_workers.worker import Route, Worker
 
@@ -40,6 +42,7 @@ class OpenJob:
         dataset = fit_labels(spec.model, open_dataset(spec.data, spec.seed))
         _check_target(spec, dataset)
         model = build_model(spec.model, dataset)
+        _check_memory(model)
         tensors = model.initial_weights(spec.seed)
         layout = Layout.of(tensors, model.buffers if isinstance(model, ModelWithBuffers) else ())
         job = cls(spec, dataset, build_shards(spec, dataset), layout, layout.pack(tensors))
@@ -76,7 +79,20 @@ def build_worker(spec: JobSpec, name: str, dataset: Dataset, layout: Layout, rou
         spec.rules,
         routes,
         spec.failure.timeout_s,
+        spec.scaling.pipeline,
     )
+
+
+def _check_memory(model: Model) -> None:
+    """Drawing initial weights that do not fit would have this process killed instead of refused."""
+    if not isinstance(model, Network):
+        return  # only its own code knows how large it is
+    needed, free = 3 * 4 * model.num_parameters, free_memory()  # drawn, packed, and the gradient of a trial
+    if needed > free:
+        raise ModelError(
+            f"the model has {model.num_parameters:,} parameters, for which the driver needs {needed / 2**30:.1f} GiB, "
+            f"and {free / 2**30:.1f} GiB are free here: make it smaller, or drive from a larger machine"
+        )
 
 
 def _check_target(spec: JobSpec, dataset: Dataset) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from psgd.core.events import Action, Commit, LaneFailed, Save, SaveFailed, WorkerLost
-from psgd.simulation.cluster import Checkpoint, Problem, Timing, VirtualCluster, VirtualWorker
+from psgd.simulation.cluster import Checkpoint, VirtualCluster
+from psgd.simulation.problem import Problem, Timing
+from psgd.simulation.worker import Slot, VirtualWorker
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Gradient, Outcome, Receipt, Version
 
@@ -118,9 +120,10 @@ class InProcess(VirtualCluster):
         if isinstance(action, Commit) and self.checkpoint:
             self.checkpoints.append(self.checkpoint)
 
-    def arrive(self, gradients: Sequence[Gradient]) -> None:
-        self._reads[gradients[0].worker, gradients[0].batch] = gradients[0].read
-        super().arrive(gradients)
+    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> None:
+        if first == 0:
+            self._reads[gradients[0].worker, gradients[0].batch] = gradients[0].read
+        super().arrive(gradients, first)
 
     def _deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
         for receipt in receipts:
@@ -129,22 +132,32 @@ class InProcess(VirtualCluster):
                 self.applied.append(Applied(receipt.worker, receipt.batch, read, receipt.version))
         super()._deliver(partition, receipts)
 
-    def push(self, worker: VirtualWorker, gradients: Sequence[Gradient]) -> None:
+    def push(self, worker: VirtualWorker, slot: Slot, gradients: Sequence[Gradient]) -> None:
         fault = self._faults.get((worker.name, worker.pushes - 1))
         if fault is None:
-            super().push(worker, gradients)
+            super().push(worker, slot, gradients)
             return
-        worker.awaited = None
         if fault == "silent":
+            worker.lease = None
             return
         if fault == "lane":
-            worker.sender.settle([])
-            self.tell_soon(LaneFailed(worker.name, worker.lease, "no receipt came"))
-            self.next_task(worker)
+            self._lose_lane(worker)
         else:
             worker.alive = False
             self.tell_soon(WorkerLost(worker.name, fault), TIMING.death_s)
         if fault == "late":
-            self._after(LATE_S, self.arrive, gradients)
+            self.after(LATE_S, self.arrive, gradients)
         elif fault != "before":
             self.arrive(gradients[:1] if fault == "torn" else gradients)
+
+    def _lose_lane(self, worker: VirtualWorker) -> None:
+        """No receipt of what is under way ever comes; the lease ends there, and the worker takes the next one."""
+        assert worker.lease is not None
+        for slot in worker.slots:
+            if slot.batch is not None:
+                slot.sender.settle([])
+                slot.batch = None
+            slot.clear()
+        self.tell_soon(LaneFailed(worker.name, worker.lease, "no receipt came"))
+        worker.lease = None
+        worker.next_task()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import time
@@ -13,29 +14,32 @@ from typing import Any
 
 import numpy as np
 import ray
-from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from psgd.checkpoints import Checkpoint, Part, write_part
-from psgd.cluster.lanes import RayLane, Receipts
+from psgd.cluster.host import ServerHost
+from psgd.cluster.lanes import push_form, route
+from psgd.cluster.listener import Listener
 from psgd.core.events import LaneFailed, ServerLost, WorkerFailed, WorkerLost
 from psgd.core.journal import RECORD
 from psgd.core.report import Report
-from psgd.core.server import ParameterServer, Partition, ServerState
+from psgd.core.server import ParameterServer, Partition
 from psgd.errors import StorageError
 from psgd.job import build_worker
 from psgd.spec import JobSpec, Settings
 from psgd.storage import Storage
 from psgd_workers.datasets import Dataset
 from psgd_workers.errors import LaneError, WorkerError
+from psgd_workers.handshake import Address
+from psgd_workers.lanes import LaneKind
 from psgd_workers.layout import Layout
+from psgd_workers.memory import PublishedVector, has_shared_memory
 from psgd_workers.messages import EpochGrid, Evaluation, FloatArray, Gradient, Lease, LeaseEnd, Receipt, Version
-from psgd_workers.worker import Route
 
 __all__ = ["RunFacts", "server_failure", "start_server", "start_worker", "worker_failure"]
 
-REPORT_S = 0.2  # a waiting report is given after this time at the latest
+log = logging.getLogger("psgd.lanes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +68,23 @@ class ServerActor:
     def __init__(self, facts: RunFacts, number: int, weights: FloatArray | None, checkpoint: Checkpoint | None) -> None:
         self._run = Storage(facts.storage)
         self._check_storage(facts.driver)
-        partition = facts.partitions[number]
+        self._facts = facts
+        self._partition = partition = facts.partitions[number]
+        self._published = published = _shared_vector(facts.spec, partition.stop - partition.start)
         if checkpoint is not None:
             state = checkpoint.state(number)
             now = time.monotonic()
-            self._server = ParameterServer.restore(facts.spec, facts.grid, state, facts.incarnation, now)
+            server = ParameterServer.restore(facts.spec, facts.grid, state, facts.incarnation, now, published)
         else:
             assert weights is not None
             part = weights[partition.start : partition.stop]
             version = Version(facts.incarnation, 0)
-            self._server = ParameterServer(facts.spec, partition, part, facts.grid, version)
-        self._receipts = Receipts(self._server)
-        self._epochs = self._server.epochs
-        self._news = asyncio.Event()  # an epoch is complete
-        self._snapshot: asyncio.Future[tuple[ServerState, NDArray[np.void]]] | None = None  # wanted between rounds
+            server = ParameterServer(facts.spec, partition, part, facts.grid, version, published)
+        self._server = server
+        self._host = ServerHost(server)
         self._unwritten = np.zeros(0, RECORD)  # of the journal, taken for a checkpoint that could not be written
         self._timeout_s = facts.spec.failure.timeout_s
+        self._listener: Listener | None = None
 
     def _check_storage(self, driver: str) -> None:
         """The storage must be the driver's own, not a folder of that name on another machine."""
@@ -88,6 +93,30 @@ class ServerActor:
                 f"the server's machine does not see the driver's files in {self._run.url}: "
                 "run.storage must be a folder or URL that every machine shares"
             )
+
+    async def address(self) -> Address:
+        """Where this server listens; from the first call on, it does."""
+        my_address: Any = ray.util.get_node_ip_address  # its stub is untyped
+        host = str(my_address())
+        if self._listener is None:
+            self._listener = self._listen(host)
+        return self._listener.address(ray.get_runtime_context().get_node_id(), host)
+
+    def _listen(self, host: str) -> Listener:
+        spec, partition = self._facts.spec, self._partition
+        part, form = slice(partition.start, partition.stop), push_form(spec, partition)
+        listener = Listener(self._host, form, self._facts.layout.num_parameters, part, self._published)
+        try:
+            if self._published:
+                listener.listen_unix()
+            if spec.scaling.lane != "shm":
+                listener.listen_tcp(host, spec.scaling.ports)
+        except LaneError as error:
+            if spec.scaling.lane != "auto" or spec.scaling.ports:  # else another lane may do
+                listener.close()
+                raise
+            log.warning("this server listens on no network: %s", error)
+        return listener
 
     async def pull(self) -> tuple[Version, FloatArray]:
         """The published weights."""
@@ -99,41 +128,33 @@ class ServerActor:
 
     async def push(self, gradient: Gradient, wants_weights: bool) -> tuple[Receipt, FloatArray | None]:
         """Returns when the receipt is due."""
-        reply = self._receipts.push(gradient, time.monotonic())
-        self._notify()
-        receipt, weights = await reply
-        return receipt, weights if wants_weights else None
+        due: asyncio.Future[tuple[Receipt, FloatArray | None]] = asyncio.get_running_loop().create_future()
+
+        def reply(receipt: Receipt) -> None:
+            if due.done():
+                return  # the call was cancelled
+            # A copy, as the reply is serialised later, when a step may be under way.
+            due.set_result((receipt, self._server.published.copy() if wants_weights else None))
+
+        self._host.push(gradient, reply)
+        return await due
 
     async def join(self, worker: str) -> None:
         """The worker gets a lease."""
-        self._receipts.deliver(self._server.join(worker, time.monotonic()))
+        self._host.join(worker)
 
     async def leave(self, worker: str) -> None:
         """The worker has no lease any more."""
-        self._receipts.deliver(self._server.leave(worker, time.monotonic()))
-        self._notify()
+        self._host.leave(worker)
 
     async def change(self, settings: Settings) -> Version:
         """Go on by other settings, from the version that is returned."""
-        self._receipts.deliver(self._server.change(settings, time.monotonic()))
-        self._notify()
+        self._host.change(settings)
         return self._server.version
-
-    def _notify(self) -> None:
-        """Serve who waits for an epoch's end, or for a moment between rounds."""
-        if self._server.epochs != self._epochs:
-            self._epochs = self._server.epochs
-            self._news.set()
-        if self._snapshot is not None and self._server.can_save:
-            self._snapshot.set_result((self._server.state(), self._server.journal.take()))
-            self._snapshot = None
 
     async def report(self, wait: bool) -> Report:
         """At once, or when an epoch completes, or after a moment."""
-        if wait:
-            await _wait(self._news, REPORT_S)
-        self._news.clear()
-        return self._server.report()
+        return await self._host.report(wait)
 
     async def epoch_weights(self, epochs: int | None) -> FloatArray:
         """The copy made when so many epochs were complete; None: the weights as they are."""
@@ -141,17 +162,22 @@ class ServerActor:
 
     async def save(self, checkpoint: str) -> Part:
         """Write this partition's part of a checkpoint, between two rounds, while training goes on."""
-        wanted = self._snapshot = asyncio.get_running_loop().create_future()
-        self._notify()
-        try:
-            state, records = await asyncio.wait_for(wanted, self._timeout_s)
-        except TimeoutError as error:
-            self._snapshot = None
-            raise StorageError(f"no round closed within {self._timeout_s} s, and half a round is no state") from error
+        state, records = await self._host.snapshot(self._timeout_s)
         journal = self._unwritten = np.concatenate([self._unwritten, records])
         part = await asyncio.to_thread(write_part, self._run, checkpoint, state, journal)
         self._unwritten = journal[:0]
         return part
+
+
+def _shared_vector(spec: JobSpec, size: int) -> PublishedVector | None:
+    """Where workers of this node read the weights; None: they do not, or there is no such memory."""
+    if spec.scaling.lane in ("tcp", "ray") or not has_shared_memory():
+        return None
+    try:
+        return PublishedVector(size)
+    except LaneError as error:
+        log.warning("this server shares no memory: %s", error)
+        return None
 
 
 class WorkerActor:
@@ -167,15 +193,17 @@ class WorkerActor:
     def __init__(self, facts: RunFacts, name: str, dataset: Dataset, servers: Sequence[ActorHandle[Any]]) -> None:
         self._validation = dataset.validation
         self._cancelled = False
+        node = ray.get_runtime_context().get_node_id()
         routes = [
-            Route(slice(partition.start, partition.stop), RayLane(server))
+            route(facts.spec, name, partition, server, node)
             for partition, server in zip(facts.partitions, servers, strict=True)
         ]
         self._worker = build_worker(facts.spec, name, dataset, facts.layout, routes)
 
-    def ready(self) -> str:
-        """Returns its `host:pid` once the worker is built."""
-        return f"{socket.gethostname()}:{os.getpid()}"
+    def ready(self) -> tuple[str, tuple[LaneKind, ...]]:
+        """Its `host:pid` and its lanes, once the worker is built and has reached its servers."""
+        self._worker.connect()
+        return f"{socket.gethostname()}:{os.getpid()}", self._worker.lanes
 
     def work(self, lease: Lease) -> LeaseEnd:
         """Work through a lease."""
@@ -192,19 +220,16 @@ class WorkerActor:
         self._cancelled = True
 
 
-async def _wait(event: asyncio.Event, limit_s: float) -> bool:
-    """Whether the event came within the limit."""
-    try:
-        return await asyncio.wait_for(event.wait(), limit_s)
-    except TimeoutError:
-        return False
-
-
 def start_server(
     facts: RunFacts, number: int, weights: ray.ObjectRef[Any] | None, checkpoint: Checkpoint | None
 ) -> ActorHandle[Any]:
-    """Start a server's process; it asks Ray for no CPU, as it computes only when somebody pushes."""
-    options = {"num_cpus": 0, "max_concurrency": 4 * facts.spec.scaling.workers + 16}
+    """Start a server's process; it asks Ray for no CPU, as it computes only when somebody pushes.
+
+    Several servers are spread over the nodes, so that each has a link of its own.
+    """
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4 * facts.spec.scaling.workers + 16}
+    if facts.spec.scaling.servers > 1:
+        options["scheduling_strategy"] = "SPREAD"
     actor: Any = ray.remote(ServerActor)
     handle: ActorHandle[Any] = actor.options(**options).remote(facts, number, weights, checkpoint)
     return handle

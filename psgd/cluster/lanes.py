@@ -1,26 +1,36 @@
-"""The Ray lane: a push is an actor call, its receipt the call's return, and the weights come back with it.
+"""The Ray lane, and the choice of a lane.
 
-Works wherever Ray does. Every message is copied through Ray's object store, so this is the slow lane: a push and its
-weights cost some milliseconds.
+On the Ray lane a push is an actor call, its receipt the call's return, and the weights come back with it. It works
+wherever Ray does; every message is copied through Ray's object store, so a push and its weights cost milliseconds.
 """
 
 from __future__ import annotations
 
-import asyncio
+import logging
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
-from psgd.core.server import ParameterServer
+from psgd.core.server import Partition
+from psgd.spec import JobSpec
 from psgd_workers.errors import LaneError, LaneTimeoutError
-from psgd_workers.lanes import Pending
-from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
+from psgd_workers.frames import PushForm
+from psgd_workers.handshake import Address
+from psgd_workers.lanes import Connect, Lane, LaneKind, Pending
+from psgd_workers.memory import Segment
+from psgd_workers.messages import FloatArray, Gradient, Receipt, Version
+from psgd_workers.sockets import ShmLane, TcpLane
+from psgd_workers.worker import Route
 
-__all__ = ["RayLane", "Receipts"]
+__all__ = ["RayLane", "push_form", "route"]
 
-Reply = asyncio.Future[tuple[Receipt, FloatArray]]
+SOCKETS: dict[LaneKind, type[ShmLane | TcpLane]] = {"shm": ShmLane, "tcp": TcpLane}
+
+CONNECT_S = 10.0  # what drops packets instead of refusing them is tried so long
+
+log = logging.getLogger("psgd.lanes")
 
 
 class RayLane:
@@ -28,35 +38,43 @@ class RayLane:
 
     Args:
         server: a `psgd.cluster.actors.ServerActor`.
+        segment: the worker's memory.
+        part: the partition's slice of the weights.
     """
 
-    def __init__(self, server: ActorHandle[Any]) -> None:
-        self._server: Any = server  # the stubs know no methods of a handle
+    kind: LaneKind = "ray"
 
-    def pull(self, into: FloatArray, timeout_s: float) -> Version:
+    def __init__(self, server: ActorHandle[Any], segment: Segment, part: slice) -> None:
+        self._server: Any = server  # the stubs know no methods of a handle
+        self._weights = [slot.weights[part] for slot in segment.slots]
+
+    def pull(self, slot: int, timeout_s: float) -> Version:
         """One call; see `Lane.pull`."""
         reply = _get(self._server.pull.remote(), timeout_s, "the weights")
-        into[:] = reply[1]
+        self._weights[slot][:] = reply[1]
         return Version(*reply[0])
 
     def version(self, timeout_s: float) -> Version:
         """One call; see `Lane.version`."""
         return Version(*_get(self._server.version.remote(), timeout_s, "the version"))
 
-    def push(self, gradient: Gradient, into: FloatArray | None) -> Pending:
+    def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
         """One call, submitted here and awaited at the receipt; see `Lane.push`."""
-        return _RayPending(self._server.push.remote(gradient, into is not None), into)
+        return _RayPending(self._server.push.remote(gradient, wants), self._weights[slot])
+
+    def close(self) -> None:
+        """Calls need no closing."""
 
 
 class _RayPending:
-    def __init__(self, reply: ray.ObjectRef[Any], into: FloatArray | None) -> None:
+    def __init__(self, reply: ray.ObjectRef[Any], into: FloatArray) -> None:
         self._reply = reply
         self._into = into
 
     def receipt(self, timeout_s: float) -> Receipt:
         receipt: Receipt
         receipt, weights = _get(self._reply, timeout_s, "a receipt")
-        if self._into is not None:
+        if weights is not None:
             self._into[:] = weights
         return receipt
 
@@ -70,29 +88,51 @@ def _get(reply: ray.ObjectRef[Any], timeout_s: float, what: str) -> Any:
         raise LaneError(f"the server did not answer: {error}") from error
 
 
-class Receipts:
-    """The server's end: pushes that wait for their receipts.
+def push_form(spec: JobSpec, partition: Partition) -> PushForm:
+    """What the pushes of a job to a partition look like."""
+    encoding = "" if spec.compression.name == "none" or not partition.num_trainable else spec.compression.name
+    size = partition.stop - partition.start
+    return PushForm(size, partition.num_trainable, encoding, spec.rules.sends_weights)
+
+
+def route(spec: JobSpec, worker: str, partition: Partition, server: ActorHandle[Any], node: str) -> Route:
+    """A worker's way to a server, by the lane that the job asks for or, with `auto`, the fastest that works.
 
     Args:
-        server: whose receipts these are.
+        spec: the job.
+        worker: the worker's name.
+        partition: which one.
+        server: its actor.
+        node: Ray's id of the worker's node.
     """
+    part = slice(partition.start, partition.stop)
+    form = push_form(spec, partition)
 
-    def __init__(self, server: ParameterServer) -> None:
-        self._server = server
-        self._parked: dict[tuple[str, BatchId], Reply] = {}
+    def by_ray(segment: Segment) -> Lane:
+        return RayLane(server, segment, part)
 
-    def push(self, gradient: Gradient, now: float) -> Reply:
-        """Push now; the future is done when the receipt is due, with the weights of that instant (shared: to read)."""
-        self._server.check(gradient)
-        key = (gradient.worker, gradient.batch)
-        reply: Reply = asyncio.get_running_loop().create_future()
-        self._parked[key] = reply
-        self.deliver(self._server.push(gradient, now))
-        return reply
+    def by_socket(kind: LaneKind, address: Address) -> Connect:
+        limit_s = min(CONNECT_S, spec.failure.timeout_s)
+        return lambda segment: SOCKETS[kind](worker, segment, part, form, address, limit_s)
 
-    def deliver(self, receipts: tuple[Receipt, ...]) -> None:
-        """Hand out receipts that are due."""
-        if receipts:
-            weights = self._server.published.copy()  # the reply is serialised later, when a step may be under way
-            for receipt in receipts:
-                self._parked.pop((receipt.worker, receipt.batch)).set_result((receipt, weights))
+    def connect(segment: Segment) -> Lane:
+        if spec.scaling.lane == "ray":
+            return by_ray(segment)
+        server_: Any = server
+        address: Address = _get(server_.address.remote(), spec.failure.timeout_s, "an address")
+        if spec.scaling.lane != "auto":
+            return by_socket(spec.scaling.lane, address)(segment)
+        kinds: list[LaneKind] = ["shm", "tcp"] if address.node == node else ["tcp"]
+        return _first([*(by_socket(kind, address) for kind in kinds), by_ray], segment)
+
+    return Route(part, connect)
+
+
+def _first(ways: list[Connect], segment: Segment) -> Lane:
+    """By the first way that works; the last one must."""
+    for way in ways[:-1]:
+        try:
+            return way(segment)
+        except LaneError as error:
+            log.warning("a faster lane does not work here: %s", error)
+    return ways[-1](segment)

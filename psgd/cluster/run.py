@@ -14,12 +14,13 @@ import ray
 from rich.console import Console
 from rich.markup import escape
 
-from psgd.checkpoints import Checkpoint, Checkpoints
+from psgd.checkpoints import Checkpoint, Checkpoints, Manifest
 from psgd.cluster.actors import RunFacts
 from psgd.cluster.session import check_address, check_room, session
 from psgd.cluster.supervisor import Inputs, Supervisor
 from psgd.core.coordinator import Coordinator
 from psgd.core.events import Finish, Stop
+from psgd.core.partitions import split
 from psgd.core.server import Partition
 from psgd.errors import (
     OwnershipError,
@@ -97,16 +98,15 @@ def run_job(
     run = RunDirectory(Storage(spec.run.storage).folder(name))
     checkpoint = _check_run(run, spec, resume)
     job = OpenJob.open(spec)
-    if checkpoint and checkpoint.manifest.data_fingerprint != job.dataset.fingerprint:
-        raise ResumeError(
-            f"the data of {name} is not what it was trained on: its fingerprint is {job.dataset.fingerprint}, "
-            f"and the checkpoint's {checkpoint.manifest.data_fingerprint}. Restore the data, or start a new --name"
-        )
+    partitions = split(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
+    if checkpoint:
+        _check_checkpoint(checkpoint.manifest, job, name)
+        spec = _resumed(spec, checkpoint.manifest)
     for warning in spec.warnings():
         _caution(warning)
     with session(spec, address):
-        check_room(spec)
-        return _supervise(job, run, checkpoint, progress)
+        check_room(spec, job.layout.num_parameters)
+        return _supervise(job, spec, partitions, run, checkpoint, progress)
 
 
 def _named(spec: JobSpec, name: str, storage: str | None) -> JobSpec:
@@ -129,6 +129,28 @@ def _check_run(run: RunDirectory, spec: JobSpec, resume: bool) -> Checkpoint | N
     return Checkpoints(run.storage).newest(refused=partial(_warn, run))
 
 
+def _check_checkpoint(manifest: Manifest, job: OpenJob, name: str) -> None:
+    """Refuse what the job cannot go on from."""
+    if manifest.data_fingerprint != job.dataset.fingerprint:
+        raise ResumeError(
+            f"the data of {name} is not what it was trained on: its fingerprint is {job.dataset.fingerprint}, "
+            f"and the checkpoint's {manifest.data_fingerprint}. Restore the data, or start a new --name"
+        )
+    if manifest.partitions != job.spec.scaling.servers:
+        raise ResumeError(
+            f"checkpoint {manifest.name} of {name} is of {manifest.partitions} servers, and scaling.servers is "
+            f"{job.spec.scaling.servers}: set it to {manifest.partitions}, or start a new --name"
+        )
+
+
+def _resumed(spec: JobSpec, manifest: Manifest) -> JobSpec:
+    """The job with the settings that `psgd set` gave it while it ran before; they must go with its scaling."""
+    if manifest.settings == spec.settings:
+        return spec
+    tree = spec.model_dump(mode="json") | manifest.settings.model_dump(mode="json")
+    return parse_spec(tree, f"the job with the settings of checkpoint {manifest.name}")
+
+
 def _warn(run: RunDirectory, fault: str) -> None:
     _caution(fault)
     run.event("checkpoint_refused", fault=fault)
@@ -138,24 +160,30 @@ def _caution(text: str) -> None:
     Console(stderr=True).print("[yellow]warning[/]:", escape(text), highlight=False, soft_wrap=True)
 
 
-def _supervise(job: OpenJob, run: RunDirectory, checkpoint: Checkpoint | None, progress: bool) -> Result:
-    spec, manifest = job.spec, checkpoint.manifest if checkpoint else None
-    if manifest and manifest.settings != spec.settings:  # set while it ran before
-        spec = spec.model_copy(update=dict(manifest.settings))
+def _supervise(
+    job: OpenJob,
+    spec: JobSpec,
+    partitions: tuple[Partition, ...],
+    run: RunDirectory,
+    checkpoint: Checkpoint | None,
+    progress: bool,
+) -> Result:
+    """`spec` is the job's own, with the settings that it goes on by."""
+    manifest = checkpoint.manifest if checkpoint else None
     owner = run.own()
     run.begin(job.spec)
     run.event(
         "started",
         incarnation=owner.incarnation,
         resumed=manifest.name if manifest else None,
-        workers=spec.scaling.workers,  # which may differ from the first description's
+        workers=spec.scaling.workers,  # which may differ from the first description's,
+        pipeline=spec.scaling.pipeline,  # as may this
     )
-    size = job.layout.num_parameters
     facts = RunFacts(
         spec,
         job.layout,
         job.shards.grid,
-        (Partition(0, 0, size, job.layout.num_trainable),),
+        partitions,
         owner.incarnation,
         owner.driver,
         run.storage.url,

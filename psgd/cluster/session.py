@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 import psgd
 import psgd_workers
 from psgd.errors import ClusterError
-from psgd.spec import JobSpec
+from psgd.spec import JobSpec, OptimizerSpec, SgdOptimizer
 
 __all__ = ["CONNECT_S", "SHIPPED", "check_address", "check_listening", "check_room", "py_modules", "session"]
 
@@ -97,12 +97,45 @@ def _remote(address: str) -> dict[str, Any]:
     return {"address": address, "runtime_env": shipped, "logging_level": logging.WARNING}
 
 
-def check_room(spec: JobSpec) -> None:
+def check_room(spec: JobSpec, num_parameters: int) -> None:
     """Ask whether the cluster can ever hold the job; wait for it to grow if the spec says so.
 
     Raises:
         ClusterError: it cannot.
     """
+    _check_processors(spec)
+    _check_memory(spec, num_parameters)
+
+
+def _check_memory(spec: JobSpec, num_parameters: int) -> None:
+    """Refuse weights that no node, or not all nodes together, could hold, before processes are killed for them."""
+    scaling, vector = spec.scaling, 4 * num_parameters
+    # A server's weights and state, a copy of both while they are saved, and the ends of two epochs to be evaluated.
+    server = (2 * (1 + _state_vectors(spec.optimizer)) + 2) * vector // scaling.servers
+    worker = 2 * (scaling.pipeline + 1) * vector
+    members: Any = ray.nodes  # its stub is untyped
+    nodes = [int(node["Resources"].get("memory", 0)) for node in members() if node["Alive"]]
+    total = scaling.servers * server + scaling.workers * worker
+    if max(server, worker) > max(nodes) or total > sum(nodes):
+        raise ClusterError(
+            f"weights of {num_parameters:,} values take {_gib(server)} in each of {scaling.servers} servers and "
+            f"{_gib(worker)} in each of {scaling.workers} workers, {_gib(total)} in all; the cluster's nodes have "
+            f"{', '.join(map(_gib, nodes))}. Raise scaling.servers, lower workers or pipeline, or add memory"
+        )
+
+
+def _state_vectors(optimizer: OptimizerSpec) -> int:
+    """How many vectors as long as the weights a server keeps beside them."""
+    kept = {"sgd": 0, "adagrad": 1, "adam": 2, "adamw": 2, "delayed_nesterov": 2}[optimizer.name]
+    momentum = isinstance(optimizer, SgdOptimizer) and optimizer.momentum > 0
+    return kept + momentum + (optimizer.ema is not None)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _check_processors(spec: JobSpec) -> None:
     scaling, patience = spec.scaling, spec.failure.start_timeout_s
     need = {"CPU": float(scaling.cpus_per_worker)}
     if scaling.gpus_per_worker:

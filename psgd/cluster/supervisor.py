@@ -234,7 +234,7 @@ class Supervisor:
                 self._workers[name] = start_worker(inputs.facts, name, inputs.dataset, servers)
                 self._run.event("worker_started", worker=name)
                 ready = self._workers[name].ready.remote()
-                self._call_worker(name, ready, lambda process: WorkerUp(name, process), lease=None)
+                self._call_worker(name, ready, lambda up: WorkerUp(name, *up), lease=None)
             case StopWorker(name, cause):
                 self._run.event("worker_stopped", worker=name, cause=cause)
                 self._forget(name)

@@ -67,7 +67,6 @@ class Coordinator:
         saved_updates: version of the checkpoint the run resumes from; None for a new run.
         saved_epochs: complete epochs in it.
         requeued: batches leased again before this process.
-        partitions: servers.
         lease_s: seconds of work in a lease. Longer: fewer calls, and more is done again when a worker dies.
     """
 
@@ -81,12 +80,11 @@ class Coordinator:
         saved_updates: int | None = None,
         saved_epochs: int = 0,
         requeued: int = 0,
-        partitions: int = 1,
         lease_s: float = LEASE_S,
     ) -> None:
         self._spec = spec
         self._grid = grid
-        self._partitions = partitions
+        self._partitions = partitions = spec.scaling.servers
         self._limits = Limits(spec.run)
         self._mode = build_consistency(spec.consistency)
         self.phase: Literal["starting", "training", "ending"] = "starting"
@@ -384,7 +382,7 @@ class Coordinator:
 
     def _join(self, worker: WorkerRecord) -> None:
         if not worker.joined:
-            worker.joined, worker.heard = True, 0
+            worker.joined, worker.heard = True, {}
             self._actions.append(Join(worker.name))
 
     def _grant(self, worker: WorkerRecord, lease: Lease | None, now: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd.core.optimizers import Watch
 from psgd.spec import (
     CorrectionSpec,
     DanaCorrection,
@@ -43,8 +44,8 @@ class Correction(Protocol):
     ) -> FloatArray:
         """The gradient to step on, given `values`, which are left as they are; it may be memory of the correction's."""
 
-    def stepped(self, direction: FloatArray) -> None:
-        """A step was made in that direction."""
+    def watch(self) -> Watch | None:
+        """What is to be shown the direction of the step that now begins, if anything; called once for each step."""
 
     def published(self, weights: FloatArray, rate: float, out: FloatArray) -> None:
         """Write what workers are shown."""
@@ -76,8 +77,9 @@ class Plain:
         """The values themselves."""
         return values
 
-    def stepped(self, direction: FloatArray) -> None:
-        """Nothing is learned from it."""
+    def watch(self) -> Watch | None:
+        """Nothing is learned from a direction."""
+        return None
 
     def published(self, weights: FloatArray, rate: float, out: FloatArray) -> None:
         """The weights themselves."""
@@ -206,13 +208,17 @@ class GapAware(Plain):
         out += 1
         return np.divide(values, out, out=out)
 
-    def stepped(self, direction: FloatArray) -> None:
-        """Its square enters the running mean."""
-        np.multiply(direction, direction, out=self._scratch)
-        self._scratch *= 1 - self.DECAY
-        self._squares *= self.DECAY
-        self._squares += self._scratch
+    def watch(self) -> Watch | None:
+        """What lets the direction's square enter the running mean."""
         self._steps += 1
+        return self._average
+
+    def _average(self, part: slice, direction: FloatArray) -> None:
+        squares, scratch = self._squares[part], self._scratch[: len(direction)]
+        np.multiply(direction, direction, out=scratch)
+        scratch *= 1 - self.DECAY
+        squares *= self.DECAY
+        squares += scratch
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """The running mean, and of how many steps it is."""

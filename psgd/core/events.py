@@ -57,6 +57,7 @@ class WorkerUp:
 
     worker: str
     process: str = ""  # host:pid, for people
+    lanes: tuple[str, ...] = ()  # how it reaches each partition, likewise
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,17 @@
-"""Update rules on a flat slice of the weights: each says the direction u of the step w ← w - η·u.
+"""Update rules on a flat slice of the weights: each says the direction u of the step w ← w - η·u, made in place.
 
 The rate η is the caller's: it follows a schedule, and the consistency mode may scale it.
+
+A step goes block by block and finishes one block before it looks at the next. What one operation leaves to the next
+stays in the cache, and a step takes as long as reading and writing each array once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from math import sqrt
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,37 +26,93 @@ from psgd.spec import (
 )
 from psgd_workers.messages import FloatArray
 
-__all__ = ["Adagrad", "Adam", "DelayedNesterov", "Optimizer", "Sgd", "apply", "build_optimizer"]
+__all__ = [
+    "Adagrad",
+    "Adam",
+    "Block",
+    "DelayedNesterov",
+    "Optimizer",
+    "Sgd",
+    "Watch",
+    "build_optimizer",
+    "in_blocks",
+]
+
+BLOCK = 262_144  # values, 1 MB of each array. Lower: fits a smaller cache. Higher: fewer calls of NumPy, 0.5 µs each
+
+Watch = Callable[[slice, FloatArray], None]  # is shown a block's part of the vector and its direction, only to be read
 
 
-class Optimizer(Protocol):
-    """Turns gradients into directions, and can be saved and restored."""
+class Block(NamedTuple):
+    """A part of a vector, and memory of its length to work in, which all blocks share."""
 
-    def direction(self, weights: FloatArray, gradient: FloatArray) -> FloatArray:
-        """u, so that the step is w ← w - η·u.
+    part: slice
+    scratch: FloatArray
+    spare: FloatArray
+
+
+Rule = Callable[[Block, FloatArray], FloatArray]  # a block's gradient -> its direction: the gradient, state, or scratch
+
+
+def in_blocks(size: int) -> list[Block]:
+    """The blocks of a vector of `size` values, in order; the last may be shorter."""
+    scratch, spare = np.empty((2, min(size, BLOCK)), np.float32)
+    parts = [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+    return [Block(part, scratch[: part.stop - part.start], spare[: part.stop - part.start]) for part in parts]
+
+
+class Optimizer(ABC):
+    """Steps by gradients, and can be saved and restored.
+
+    Args:
+        size: length of the slice.
+        weight_decay: λ in g ← g + λ·w, before the rule.
+        decoupled: decay by u ← u + λ·w instead, after the rule.
+    """
+
+    def __init__(self, size: int, weight_decay: float = 0.0, decoupled: bool = False) -> None:
+        self._blocks = in_blocks(size)
+        self._rate, self._decay = _scalar(0), _scalar(weight_decay)
+        self._decays_before, self._decays_after = weight_decay > 0 and not decoupled, weight_decay > 0 and decoupled
+
+    def step(self, weights: FloatArray, gradient: FloatArray, rate: float, watch: Watch | None = None) -> None:
+        """w ← w - η·u, in place.
 
         Args:
-            weights: `[size]`, before the step.
+            weights: `[size]`.
             gradient: `[size]`, left as it is: it may be shared, read-only memory.
-
-        Returns:
-            `[size]`, only to be read: `gradient` itself, or an array that the next call overwrites.
+            rate: η.
+            watch: is shown each block's u, before the block's weights change.
         """
+        rule, several = self._begin(), len(self._blocks) > 1
+        self._rate[()] = rate
+        for block in self._blocks:
+            part, scratch, spare = block
+            w, g = (weights[part], gradient[part]) if several else (weights, gradient)  # small ones feel the slicing
+            if self._decays_before:
+                g = np.add(np.multiply(w, self._decay, out=spare), g, out=spare)
+            u = rule(block, g)
+            if self._decays_after:
+                u = np.add(u, np.multiply(w, self._decay, out=spare), out=scratch)
+            if watch is not None:
+                watch(part, u)
+            w -= np.multiply(u, self._rate, out=scratch)
 
+    @abstractmethod
+    def _begin(self) -> Rule:
+        """Do what is done once in a step, and give the rule for its blocks."""
+
+    @abstractmethod
     def state(self) -> dict[str, NDArray[Any]]:
-        """The arrays that, loaded, make the next direction the same. The optimizer goes on writing to them."""
+        """The arrays that, loaded, make the next step the same. The optimizer goes on writing to them."""
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Take over the arrays of `state()`, copied."""
+        for name, array in self.state().items():
+            np.copyto(array, state[name])
 
 
-def apply(weights: FloatArray, direction: FloatArray, rate: float, scratch: FloatArray) -> None:
-    """w ← w - η·u, in place; `scratch` is overwritten. All are `[size]`."""
-    np.multiply(direction, rate, out=scratch)
-    weights -= scratch
-
-
-class Sgd:
+class Sgd(Optimizer):
     """Stochastic gradient descent, equal to `torch.optim.SGD`.
 
     g ← g + λ·w;  v ← μ·v + (1 - dampening)·g, the first v being g itself;  u = v, or g + μ·v with nesterov.
@@ -63,43 +123,45 @@ class Sgd:
     """
 
     def __init__(self, spec: SgdOptimizer, size: int) -> None:
+        super().__init__(size, spec.weight_decay)
         self._spec = spec
-        self._scratch = np.empty(size if spec.momentum else 0, np.float32)
-        self._direction = np.empty(size if spec.weight_decay or spec.nesterov else 0, np.float32)
-        self._velocity: FloatArray | None = None
+        self._momentum, self._share = _scalar(spec.momentum), _scalar(1 - spec.dampening)
+        self._velocity = np.empty(size if spec.momentum else 0, np.float32)
+        self._moving = False  # whether there is a velocity yet
 
-    def direction(self, weights: FloatArray, gradient: FloatArray) -> FloatArray:
-        """u of the rule above."""
-        spec = self._spec
-        gradient = _decayed(weights, gradient, spec.weight_decay, self._direction)
-        if not spec.momentum:
-            return gradient
-        velocity = self._accelerate(gradient)
-        if not spec.nesterov:
+    def _begin(self) -> Rule:
+        if not self._spec.momentum:
+            return _plain
+        moving, self._moving = self._moving, True
+        return self._accelerate if moving else self._start
+
+    def _start(self, block: Block, gradient: FloatArray) -> FloatArray:
+        velocity = self._velocity[block.part]
+        velocity[:] = gradient
+        return self._ahead(velocity, gradient, block.scratch)
+
+    def _accelerate(self, block: Block, gradient: FloatArray) -> FloatArray:
+        velocity = self._velocity[block.part]
+        velocity *= self._momentum
+        velocity += np.multiply(gradient, self._share, out=block.scratch) if self._spec.dampening else gradient
+        return self._ahead(velocity, gradient, block.scratch)
+
+    def _ahead(self, velocity: FloatArray, gradient: FloatArray, scratch: FloatArray) -> FloatArray:
+        if not self._spec.nesterov:
             return velocity
-        np.multiply(velocity, spec.momentum, out=self._scratch)
-        return np.add(gradient, self._scratch, out=self._direction)
-
-    def _accelerate(self, gradient: FloatArray) -> FloatArray:
-        if self._velocity is None:
-            self._velocity = gradient.copy()
-            return self._velocity
-        np.multiply(gradient, 1 - self._spec.dampening, out=self._scratch)
-        self._velocity *= self._spec.momentum
-        self._velocity += self._scratch
-        return self._velocity
+        return np.add(gradient, np.multiply(velocity, self._momentum, out=scratch), out=scratch)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """`velocity` `[size]`, once there is one."""
-        return {} if self._velocity is None else {"velocity": self._velocity}
+        return {"velocity": self._velocity} if self._moving else {}
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Take over the arrays of `state()`, copied."""
-        velocity = state.get("velocity")
-        self._velocity = None if velocity is None else velocity.astype(np.float32, copy=True)
+        self._moving = self._spec.momentum > 0 and "velocity" in state
+        super().load(state)
 
 
-class Adagrad:
+class Adagrad(Optimizer):
     """Adagrad (Duchi et al., 2011), as Downpour SGD's servers run it (Dean et al., 2012).
 
     g ← g + λ·w;  s ← s + g²;  u = g / √(s + ε).
@@ -112,30 +174,26 @@ class Adagrad:
     """
 
     def __init__(self, spec: AdagradOptimizer, size: int) -> None:
-        self._spec = spec
+        super().__init__(size, spec.weight_decay)
+        self._eps = _scalar(spec.eps)
         self._accumulator = np.full(size, spec.initial_accumulator_value, np.float32)
-        self._direction = np.empty(size, np.float32)
-        self._decayed = np.empty(size if spec.weight_decay else 0, np.float32)
 
-    def direction(self, weights: FloatArray, gradient: FloatArray) -> FloatArray:
-        """u of the rule above."""
-        gradient = _decayed(weights, gradient, self._spec.weight_decay, self._decayed)
-        direction = np.multiply(gradient, gradient, out=self._direction)
-        self._accumulator += direction
-        np.add(self._accumulator, self._spec.eps, out=direction)
-        np.sqrt(direction, out=direction)
-        return np.divide(gradient, direction, out=direction)
+    def _begin(self) -> Rule:
+        return self._normalize
+
+    def _normalize(self, block: Block, gradient: FloatArray) -> FloatArray:
+        accumulator, u = self._accumulator[block.part], block.scratch
+        accumulator += np.multiply(gradient, gradient, out=u)
+        np.add(accumulator, self._eps, out=u)
+        np.sqrt(u, out=u)
+        return np.divide(gradient, u, out=u)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """`accumulator` `[size]`: s."""
         return {"accumulator": self._accumulator}
 
-    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Take over the arrays of `state()`, copied."""
-        np.copyto(self._accumulator, state["accumulator"])
 
-
-class Adam:
+class Adam(Optimizer):
     """Adam and AdamW, equal to `torch.optim.Adam` and `torch.optim.AdamW`.
 
     m ← β₁·m + (1 - β₁)·g;  v ← β₂·v + (1 - β₂)·g²;  u = (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε), at the t-th step.
@@ -150,59 +208,48 @@ class Adam:
     """
 
     def __init__(self, spec: AdamOptimizer | AdamwOptimizer, size: int) -> None:
-        self._spec = spec
-        self._decoupled = isinstance(spec, AdamwOptimizer)
+        super().__init__(size, spec.weight_decay, decoupled=isinstance(spec, AdamwOptimizer))
+        self._betas, self._eps = spec.betas, _scalar(spec.eps)
+        self._mean_kept, self._square_kept = (_scalar(beta) for beta in spec.betas)
+        self._mean_added, self._square_added = (_scalar(1 - beta) for beta in spec.betas)
         self._steps = np.zeros(1, np.int64)
         self._mean = np.zeros(size, np.float32)
         self._square = np.zeros(size, np.float32)
-        self._direction = np.empty(size, np.float32)
-        self._scratch = np.empty(size, np.float32)
+        self._mean_weight, self._root_weight = _scalar(1), _scalar(1)  # of what was averaged so far
 
-    def direction(self, weights: FloatArray, gradient: FloatArray) -> FloatArray:
-        """u of the rule above."""
-        spec = self._spec
-        if not self._decoupled:
-            gradient = _decayed(weights, gradient, spec.weight_decay, self._direction)
-        self._average(gradient)
-        direction = self._normalize()
-        if self._decoupled:
-            np.multiply(weights, spec.weight_decay, out=self._scratch)
-            direction += self._scratch
-        return direction
-
-    def _average(self, gradient: FloatArray) -> None:
-        (beta_mean, beta_square), scratch = self._spec.betas, self._scratch
+    def _begin(self) -> Rule:
         self._steps += 1
-        np.multiply(gradient, 1 - beta_mean, out=scratch)
-        self._mean *= beta_mean
-        self._mean += scratch
-        np.multiply(gradient, gradient, out=scratch)
-        scratch *= 1 - beta_square
-        self._square *= beta_square
-        self._square += scratch
-
-    def _normalize(self) -> FloatArray:
-        """The bias-corrected mean over the root of the bias-corrected square."""
         steps = int(self._steps[0])
-        mean_weight, square_weight = (1 - beta**steps for beta in self._spec.betas)  # of what was averaged so far
-        direction = np.sqrt(self._square, out=self._direction)
-        direction /= sqrt(square_weight)
-        direction += self._spec.eps
-        np.divide(self._mean, direction, out=direction)
-        direction /= mean_weight
-        return direction
+        mean_weight, square_weight = (1 - beta**steps for beta in self._betas)
+        self._mean_weight[()], self._root_weight[()] = mean_weight, sqrt(square_weight)
+        return self._normalize
+
+    def _normalize(self, block: Block, gradient: FloatArray) -> FloatArray:
+        """The bias-corrected mean over the root of the bias-corrected square."""
+        (mean, square), u = self._average(block, gradient), block.scratch
+        np.sqrt(square, out=u)
+        u /= self._root_weight
+        u += self._eps
+        np.divide(mean, u, out=u)
+        u /= self._mean_weight
+        return u
+
+    def _average(self, block: Block, gradient: FloatArray) -> tuple[FloatArray, FloatArray]:
+        mean, square, scratch = self._mean[block.part], self._square[block.part], block.scratch
+        mean *= self._mean_kept
+        mean += np.multiply(gradient, self._mean_added, out=scratch)
+        np.multiply(gradient, gradient, out=scratch)
+        scratch *= self._square_added
+        square *= self._square_kept
+        square += scratch
+        return mean, square
 
     def state(self) -> dict[str, NDArray[Any]]:
         """`mean` and `square` `[size]`: m and v; `steps` `[1]`, int64: t."""
         return {"mean": self._mean, "square": self._square, "steps": self._steps}
 
-    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Take over the arrays of `state()`, copied."""
-        for name, array in self.state().items():
-            np.copyto(array, state[name])
 
-
-class DelayedNesterov:
+class DelayedNesterov(Optimizer):
     """Delayed Nesterov: the momentum moves on every N-th push only, by the mean of the last N gradients.
 
     u = g / N;  on each N-th push also m ← β·m + ḡ and u ← u + β·m.
@@ -218,48 +265,46 @@ class DelayedNesterov:
     """
 
     def __init__(self, spec: DelayedNesterovOptimizer, size: int) -> None:
+        super().__init__(size)
         self._spec = spec
+        self._momentum, self._every = _scalar(spec.momentum), _scalar(spec.every)
         self._pushes = np.zeros(1, np.int64)
         self._sum = np.zeros(size, np.float32)
         self._velocity = np.zeros(size, np.float32)
-        self._direction = np.empty(size, np.float32)
 
-    def direction(self, weights: FloatArray, gradient: FloatArray) -> FloatArray:
-        """u of the rule above."""
-        del weights
-        self._sum += gradient
+    def _begin(self) -> Rule:
         self._pushes += 1
-        np.divide(gradient, self._spec.every, out=self._direction)
-        if self._pushes[0] == self._spec.every:
-            self._accelerate()
-        return self._direction
-
-    def _accelerate(self) -> None:
-        self._sum /= self._spec.every
-        self._velocity *= self._spec.momentum
-        self._velocity += self._sum
-        np.multiply(self._velocity, self._spec.momentum, out=self._sum)
-        self._direction += self._sum
-        self._sum[:] = 0
+        if self._pushes[0] < self._spec.every:
+            return self._share
         self._pushes[:] = 0
+        return self._accelerate
+
+    def _share(self, block: Block, gradient: FloatArray) -> FloatArray:
+        total = self._sum[block.part]
+        total += gradient
+        return np.divide(gradient, self._every, out=block.scratch)
+
+    def _accelerate(self, block: Block, gradient: FloatArray) -> FloatArray:
+        u, total, velocity = self._share(block, gradient), self._sum[block.part], self._velocity[block.part]
+        total /= self._every
+        velocity *= self._momentum
+        velocity += total
+        u += np.multiply(velocity, self._momentum, out=total)
+        total[:] = 0
+        return u
 
     def state(self) -> dict[str, NDArray[Any]]:
         """`velocity` and `sum` `[size]`: m and Σg since it moved; `pushes` `[1]`, int64: how many those are."""
         return {"velocity": self._velocity, "sum": self._sum, "pushes": self._pushes}
 
-    def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Take over the arrays of `state()`, copied."""
-        for name, array in self.state().items():
-            np.copyto(array, state[name])
+
+def _plain(_: Block, gradient: FloatArray) -> FloatArray:
+    return gradient
 
 
-def _decayed(weights: FloatArray, gradient: FloatArray, weight_decay: float, out: FloatArray) -> FloatArray:
-    """g + λ·w, in `out`; g itself if λ is 0."""
-    if not weight_decay:
-        return gradient
-    np.multiply(weights, weight_decay, out=out)
-    out += gradient
-    return out
+def _scalar(value: float) -> FloatArray:
+    """`[]`, float32: NumPy multiplies by one in half the time that a Python float takes it to read."""
+    return np.array(value, np.float32)
 
 
 def build_optimizer(spec: OptimizerSpec, size: int) -> Optimizer:

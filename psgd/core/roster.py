@@ -29,7 +29,7 @@ class WorkerRecord:
     lease_began: float = 0.0
     evaluations: list[int | None] = field(default_factory=list)
     batch_s: float | None = None  # smoothed seconds per batch
-    heard: int = 0
+    heard: dict[int, int] = field(default_factory=dict)  # partition -> pushes, when it last reported: they may differ
     residual_norm: float = 0.0  # of what compression has left out of its pushes, when last told
 
     @property
@@ -135,5 +135,5 @@ class Roster:
         """Note who pushed since the last report, and who waits for a receipt: both are alive."""
         for name, pushes in report.heard.items():
             worker = self._workers.get(name)
-            if worker and (pushes != worker.heard or name in report.parked):
-                worker.heard, worker.alive_at = pushes, now
+            if worker and (pushes != worker.heard.get(report.partition, 0) or name in report.parked):
+                worker.heard[report.partition], worker.alive_at = pushes, now

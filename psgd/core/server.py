@@ -28,7 +28,8 @@ from psgd.core.applied import AppliedSet
 from psgd.core.consistency import Round, build_consistency
 from psgd.core.corrections import build_correction
 from psgd.core.journal import Journal, Kind
-from psgd.core.optimizers import apply, build_optimizer
+from psgd.core.optimizers import build_optimizer, in_blocks
+from psgd.core.published import PrivateVector, Published
 from psgd.core.report import EpochLoss, Mark, Report
 from psgd.core.schedules import build_schedule
 from psgd.spec import JobSpec, Settings
@@ -39,6 +40,7 @@ from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradi
 __all__ = ["ParameterServer", "Partition", "ServerState"]
 
 LOSS_EPOCHS = 2  # the open one and the newest complete one
+LONGEST_S = 1e9  # that a worker may say it computed
 
 
 class Partition(NamedTuple):
@@ -82,6 +84,7 @@ class ParameterServer:
         weights: `[partition size]` float32; copied.
         grid: the shape of an epoch.
         version: where versions start.
+        published: where to keep the weights that workers are shown; None: in memory of its own.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class ParameterServer:
         weights: FloatArray,
         grid: EpochGrid,
         version: Version,
+        published: Published | None = None,
     ) -> None:
         size, trainable = partition.stop - partition.start, partition.num_trainable
         assert weights.shape == (size,), (weights.shape, partition)
@@ -98,17 +102,21 @@ class ParameterServer:
         self.version = version
         self.settings = spec.settings
         self._spec = spec
-        self._weights = weights.astype(np.float32, copy=True)
+        self._correction = build_correction(spec, trainable)
+        self._board = published or PrivateVector(size)
+        self._board.begin()
+        np.copyto(self._board.values, weights)
+        self._board.end(version)
+        # What workers are shown is the weights themselves, unless a correction shows them others.
+        self._weights = self._board.values.copy() if self._correction.shifts else self._board.values
         self._trained = self._weights[:trainable]
         self._has_buffers = trainable < size
-        self._scratch = np.empty(trainable, np.float32)
         self._clipped = np.empty(size, np.float32)
         self._decoded = np.empty(size, np.float32)
         self._optimizer = build_optimizer(spec.optimizer, trainable)
-        self._correction = build_correction(spec, trainable)
         self._ema = spec.optimizer.ema
         self._average = None if self._ema is None else self._trained.copy()
-        self._shown = self._weights.copy() if self._correction.shifts else self._weights
+        self._blocks = [] if self._ema is None else in_blocks(trainable)  # of the average
         self._grid = grid
         self._settled = AppliedSet(grid)
         self._history = [(version.incarnation, version.updates)]  # (incarnation, updates it forked at), oldest first
@@ -141,7 +149,7 @@ class ParameterServer:
     @property
     def published(self) -> FloatArray:
         """The weights that workers are shown; they change with the next step."""
-        return self._shown
+        return self._board.values
 
     @property
     def epochs(self) -> int:
@@ -242,22 +250,32 @@ class ParameterServer:
         """Refuse what no worker of this run sends, before anything happens; a host calls it before `push`.
 
         Raises:
-            LaneError: a vector is not float32, or not as long as this partition; or what must come along is missing.
+            LaneError: there is no such batch; a number or a vector is none that a worker computes; or what must come
+                along is missing.
         """
+        self._check_batch(gradient)
+        # Inf and nan are an answer of the norm's; a time must fit the journal.
+        if gradient.norm < 0 or not 0 <= gradient.compute_s < LONGEST_S:
+            raise LaneError(f"a push with norm {gradient.norm}, computed in {gradient.compute_s} s")
         size, trainable = len(self._weights), self.partition.num_trainable
-        expected: list[tuple[str, object, int]] = []
         if isinstance(gradient.values, Encoded):
             decode(gradient.values, self._decoded[:trainable])
             if trainable < size:
-                expected.append(("buffers", gradient.buffers, size - trainable))
+                _check_vector("buffers", gradient.buffers, size - trainable)
         else:
-            expected.append(("values", gradient.values, size))
+            _check_vector("values", gradient.values, size)
         if self._spec.correction.reads_weights:
-            expected.append(("weights_read", gradient.weights_read, size))
-        for name, vector, length in expected:
-            if not (isinstance(vector, np.ndarray) and vector.shape == (length,) and vector.dtype == np.float32):
-                given = f"{vector.dtype} {vector.shape}" if isinstance(vector, np.ndarray) else type(vector).__name__
-                raise LaneError(f"a push whose {name} are {given}, not float32 ({length},)")
+            _check_vector("weights_read", gradient.weights_read, size)
+
+    def _check_batch(self, gradient: Gradient) -> None:
+        (epoch, shard, index), per_shard = gradient.batch, self._grid.batches_per_shard
+        # A partition that was restored may be an epoch behind the others.
+        exists = epoch <= self.epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
+        if not exists or min(gradient.batch) < 0 or not 0 < gradient.examples <= self._grid.num_examples:
+            raise LaneError(
+                f"a push of {gradient.batch} with {gradient.examples} examples: epochs up to {self.epochs + 1} are of "
+                f"{per_shard} batches by shard, {self._grid.num_examples} examples in all"
+            )
 
     # DECODE, CORRECT, AGGREGATE
 
@@ -329,14 +347,16 @@ class ParameterServer:
         if not self._round.collected:
             return
         step = self._aggregator.close()
+        self._board.begin()
         self._step(step)
+        self._board.end(version := Version(self.version.incarnation, self.version.updates + 1))
         for read, examples in step.members:
             self._staleness[self.version.updates - read] += 1
             self._samples += examples
             self._counted += examples
         self._pushes[Outcome.APPLIED] += len(step.members)
         self._round.collected = len(self._aggregator)
-        self.version = Version(self.version.incarnation, self.version.updates + 1)
+        self.version = version
         self._stepped_at = now
         if self._first is None:
             self._first = self._mark(now)
@@ -348,25 +368,25 @@ class ParameterServer:
         trainable, gradient = self.partition.num_trainable, step.gradient
         rate = self._schedule.rate(self._counted)
         trained = gradient[:trainable] if self._has_buffers else gradient
-        direction = self._optimizer.direction(self._trained, trained)
-        self._correction.stepped(direction)
-        apply(self._trained, direction, rate * step.weight, self._scratch)
+        self._optimizer.step(self._trained, trained, rate * step.weight, self._correction.watch())
         if self._average is not None:
             self._average_in(self._average)
         if self._has_buffers:
             self._weights[trainable:] -= gradient[trainable:]
         if self._correction.shifts:
-            self._correction.published(self._trained, rate, self._shown[:trainable])
-            self._shown[trainable:] = self._weights[trainable:]
+            self._correction.published(self._trained, rate, self.published[:trainable])
+            self.published[trainable:] = self._weights[trainable:]
 
     def _average_in(self, average: FloatArray) -> None:
         """avg ← d·avg + (1 - d)·w, with d = min(ema, (1 + k) / (10 + k)) at the k-th step: the start is forgotten."""
         assert self._ema is not None
         steps = self.version.updates + 1
         decay = min(self._ema, (1 + steps) / (10 + steps))
-        np.subtract(self._trained, average, out=self._scratch)
-        self._scratch *= 1 - decay
-        average += self._scratch
+        for part, scratch, _ in self._blocks:
+            averaged = average[part]
+            np.subtract(self._trained[part], averaged, out=scratch)
+            scratch *= 1 - decay
+            averaged += scratch
 
     def _due(self) -> tuple[Receipt, ...]:
         """The receipts that nothing holds back any more."""
@@ -464,12 +484,20 @@ class ParameterServer:
         return ServerState({"weights": self._weights.copy()} | arrays, facts)
 
     @classmethod
-    def restore(cls, spec: JobSpec, grid: EpochGrid, state: ServerState, incarnation: int, now: float) -> Self:
+    def restore(
+        cls,
+        spec: JobSpec,
+        grid: EpochGrid,
+        state: ServerState,
+        incarnation: int,
+        now: float,
+        published: Published | None = None,
+    ) -> Self:
         """A new incarnation of the partition that `state` was taken of, its versions counting on from there."""
         facts = state.facts
         origin = Version(*facts["version"])
         version = Version(incarnation, origin.updates)
-        server = cls(spec, Partition(*facts["partition"]), state.arrays["weights"], grid, version)
+        server = cls(spec, Partition(*facts["partition"]), state.arrays["weights"], grid, version, published)
         server._set(Settings.model_validate(facts["settings"]))
         server._history = [tuple(fork) for fork in facts["history"]] + server._history
         settled, skipped = (
@@ -491,3 +519,9 @@ class ParameterServer:
         server.journal.settings += [Settings.model_validate(settings) for settings in facts["changes"]]
         server.journal.fork(now, origin, server.version)
         return server
+
+
+def _check_vector(name: str, vector: object, length: int) -> None:
+    if not (isinstance(vector, np.ndarray) and vector.shape == (length,) and vector.dtype == np.float32):
+        given = f"{vector.dtype} {vector.shape}" if isinstance(vector, np.ndarray) else type(vector).__name__
+        raise LaneError(f"a push whose {name} are {given}, not float32 ({length},)")

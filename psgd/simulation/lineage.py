@@ -1,4 +1,4 @@
-"""The lineage of a checkpoint: which records of a run's journal its state is made of, one stretch per incarnation.
+"""The lineage of a checkpoint's part: which records of its server's journal it is made of, a stretch per incarnation.
 
 A resumed run is a new incarnation that goes on from a checkpoint. What the one before it did after that checkpoint is
 a branch that was given up: its segments stay in the journal, and belong to no lineage.
@@ -7,10 +7,10 @@ a branch that was given up: its segments stay in the journal, and belong to no l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from psgd_workers.messages import BatchId, Outcome, Version
 
 __all__ = ["Record", "Stretch", "read_lineage"]
 
-SEGMENT = re.compile(r"(\d+)-(\d+)-server-0\.npy")
+SEGMENT = re.compile(r"(\d+)-(\d+)-server-(\d+)\.npy")
 OUTCOMES = tuple(Outcome)
 
 
@@ -83,6 +83,7 @@ class Stretch(NamedTuple):
 
     incarnation: int
     workers: int | None  # that it was asked for; None: as many as the run's first description says
+    pipeline: int  # of its workers
     segments: tuple[NDArray[np.void], ...]  # of RECORD
 
     def records(self) -> Iterator[Record]:
@@ -90,15 +91,20 @@ class Stretch(NamedTuple):
             yield from map(Record._make, segment.tolist())
 
 
-def read_lineage(run: RunDirectory, manifest: Manifest) -> tuple[Stretch, ...]:
-    """The records that a checkpoint's state is made of, oldest incarnation first.
+def read_lineage(run: RunDirectory, manifest: Manifest, partition: int) -> tuple[Stretch, ...]:
+    """The records that one server's state is made of, oldest incarnation first.
+
+    Args:
+        run: the run directory.
+        manifest: of the checkpoint that holds the state.
+        partition: which server.
 
     Raises:
         JournalError: some are missing or damaged, or are not of this run.
     """
     events = run.read_lines("events.jsonl")
     starts = {line["incarnation"]: line for line in events if line["event"] == "started"}
-    names = _Names(run, manifest, [line for line in events if line["event"] == "checkpoint"])
+    names = _Names(run, manifest, partition, [line["name"] for line in events if line["event"] == "checkpoint"])
     stretches: list[Stretch] = []
     last: str | None = manifest.name
     while last is not None:
@@ -110,7 +116,7 @@ def read_lineage(run: RunDirectory, manifest: Manifest) -> tuple[Stretch, ...]:
                 f"checkpoint {last}: without that line nobody knows what it went on from. Restore the file"
             )
         segments = tuple(names.read(name, incarnation) for name in names.until(number, incarnation))
-        stretch = Stretch(incarnation, start.get("workers"), segments)
+        stretch = Stretch(incarnation, start.get("workers"), start.get("pipeline", 0), segments)
         last = start["resumed"]
         _check_forks(run, stretch, last)
         stretches.insert(0, stretch)
@@ -118,22 +124,25 @@ def read_lineage(run: RunDirectory, manifest: Manifest) -> tuple[Stretch, ...]:
 
 
 class _Names:
-    """The segments there are, and those there must be."""
+    """A server's segments that there are, and those there must be: one for each checkpoint that was committed."""
 
-    def __init__(self, run: RunDirectory, manifest: Manifest, committed: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, run: RunDirectory, manifest: Manifest, partition: int, committed: Sequence[str]) -> None:
         self._storage = run.storage
-        self._there = [name for name in run.storage.names("journal") if SEGMENT.fullmatch(name)]
+        self._partition = partition
+        self._there = self._mine(run.storage.names("journal"))
         checkpoints = Checkpoints(run.storage)
         manifests = [checkpoints.manifest(name) for name in checkpoints.committed()]
         self._checksums = {name: checksum for one in [*manifests, manifest] for name, checksum in one.journal.items()}
-        # A checkpoint is written when there are new updates, so records came with it; but for one of a run's start.
-        told = {f"{line['name']}-server-0.npy" for line in committed if line["updates"] > 0}
-        self._needed = told | self._checksums.keys()
+        self._needed = {f"{name}-server-{partition}.npy" for name in committed} | self._mine(self._checksums)
+
+    def _mine(self, names: Iterable[str]) -> set[str]:
+        matches = ((name, SEGMENT.fullmatch(name)) for name in names)
+        return {name for name, match in matches if match and int(match[3]) == self._partition}
 
     def until(self, number: int, incarnation: int) -> list[str]:
         """Those of one incarnation that belong to checkpoints up to that number, oldest first."""
         found = []
-        for name in self._needed.union(self._there):
+        for name in self._needed | self._there:
             match = SEGMENT.fullmatch(name)
             if match and int(match[2]) == incarnation and int(match[1]) <= number:
                 found.append((int(match[1]), name))

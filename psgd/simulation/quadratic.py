@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from psgd.simulation.cluster import Problem
+from psgd.simulation.problem import Problem
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 
 __all__ = ["Quadratic"]

@@ -15,7 +15,8 @@ from psgd.core.journal import OUTCOMES, Kind
 from psgd.core.report import staleness_summary
 from psgd.errors import SpecError
 from psgd.job import OpenJob
-from psgd.simulation.cluster import Problem, Timing, VirtualCluster
+from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.problem import Problem, Timing
 from psgd.simulation.quadratic import Quadratic
 from psgd.simulation.scenario import Scenario, Target
 from psgd.spec import JobSpec

@@ -1,7 +1,7 @@
 """Verify: what psgd promises, tried on a job's own model and data, on a virtual clock.
 
 Whatever a job asks for, these equalities are of its model, data, optimizer and seed; consistency, correction,
-compression and clipping are replaced by what each check is about.
+compression and clipping are replaced by what each check is about. Its own servers and pipeline are what crashes hit.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from psgd.core.optimizers import apply, build_optimizer
+from psgd.core.optimizers import build_optimizer
+from psgd.core.partitions import split
 from psgd.core.schedules import build_schedule
 from psgd.job import OpenJob
 from psgd.jobfile import override_spec
-from psgd.simulation.cluster import Checkpoint, Problem, VirtualCluster
-from psgd.spec import JobSpec
+from psgd.simulation.cluster import Checkpoint, VirtualCluster
+from psgd.simulation.problem import Problem
+from psgd.spec import JobSpec, ScalingConfig
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from psgd_workers.models import build_model
 
 __all__ = ["Check", "verify"]
 
 WORKERS = 4
+SERVERS = 3
 STEPS = (1e-2, 1e-3, 3e-4)  # along the gradient, in units of weights
 PIECES = 5  # of a tensor
 LEAST_SLOPE = 1e-2  # of the whole gradient's length
@@ -62,11 +65,15 @@ def verify(spec: JobSpec, limit_s: float = 40.0) -> list[Check]:
         "compression={name: none}",
         "optimizer.max_grad_norm=null",
         "optimizer.clipvalue=null",
+        "scaling.servers=1",
+        "scaling.pipeline=0",
         "run={epochs: 1}",
         "checkpoint={every_s: null}",
         "failure={timeout_s: 1e12, max_failures: -1}",
     ]
-    trial = _Trial(OpenJob.open(override_spec(spec, neutral)), limit_s)
+    job = OpenJob.open(override_spec(spec, neutral))
+    split(len(job.weights), job.layout.num_trainable, spec.scaling.servers)  # so many servers must be possible
+    trial = _Trial(job, spec.scaling, limit_s)
     return [
         trial.gradient(),
         trial.same_twice(),
@@ -82,8 +89,9 @@ def verify(spec: JobSpec, limit_s: float = 40.0) -> list[Check]:
 class _Trial:
     """One epoch of a few batches of the job's first shard."""
 
-    def __init__(self, job: OpenJob, limit_s: float) -> None:
+    def __init__(self, job: OpenJob, scaling: ScalingConfig, limit_s: float) -> None:
         self._job = job
+        self._scaling = scaling
         self._worker = job.worker("trial")
         out = np.empty_like(job.weights)
         began = perf_counter()
@@ -186,10 +194,13 @@ class _Trial:
         )
 
     def partitions(self) -> Check:
-        """Two servers against one, for one order of pushes."""
-        spec = self._spec(f"scaling.workers={WORKERS}")
-        one, two = (self._cluster(spec, partitions=partitions).run() for partitions in (1, 2))
-        return _same("2 partitions", "hold the weights that 1 does", two.weights, one.weights)
+        """Some servers against one, for one order of pushes."""
+        servers = min(SERVERS, len(self._job.weights))
+        one, some = (
+            self._cluster(self._spec(f"scaling.workers={WORKERS}", f"scaling.servers={number}")).run()
+            for number in (1, servers)
+        )
+        return _same(f"{servers} partitions", "hold the weights that 1 does", some.weights, one.weights)
 
     def resumed(self) -> Check:
         """A run that ends in the middle, and goes on from its checkpoint."""
@@ -202,7 +213,8 @@ class _Trial:
 
     def crashes(self) -> Check:
         """Workers die on the way."""
-        spec = self._spec(f"scaling.workers={WORKERS}")
+        scaling = self._scaling
+        spec = self._spec(f"scaling={{workers: {WORKERS}, servers: {scaling.servers}, pipeline: {scaling.pipeline}}}")
         random = np.random.default_rng(0)
         run = self._cluster(spec, crashes=lambda: float(random.exponential(1.5)), seed=1).run()
         counts = run.coordinator.counts()
@@ -231,13 +243,11 @@ class _Trial:
         rounds: Iterator[tuple[Callable[[FloatArray, tuple[BatchId, ...]], FloatArray], tuple[BatchId, ...]]],
     ) -> FloatArray:
         spec, trainable = self._job.spec.optimizer, self._job.layout.num_trainable
-        weights, scratch = self._job.weights.copy(), np.empty(trainable, np.float32)
-        optimizer = build_optimizer(spec, trainable)
+        weights, optimizer = self._job.weights.copy(), build_optimizer(spec, trainable)
         schedule, seen = build_schedule(spec.schedule, spec.lr, self._grid.num_examples), 0
         for gradient, members in rounds:
             change = gradient(weights, members)
-            direction = optimizer.direction(weights[:trainable], change[:trainable])
-            apply(weights[:trainable], direction, schedule.rate(seen), scratch)
+            optimizer.step(weights[:trainable], change[:trainable], schedule.rate(seen))
             weights[trainable:] -= change[trainable:]
             seen += sum(self._examples(batch) for batch in members)
         return weights

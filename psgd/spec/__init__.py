@@ -25,7 +25,7 @@ from psgd.spec.correction import (
     RescaledCorrection,
     StalenessLrCorrection,
 )
-from psgd.spec.job import CheckpointConfig, FailureConfig, JobSpec, RunConfig, ScalingConfig, Settings, TargetConfig
+from psgd.spec.job import CheckpointConfig, FailureConfig, JobSpec, RunConfig, Settings, TargetConfig
 from psgd.spec.optimizer import (
     AdagradOptimizer,
     AdamOptimizer,
@@ -38,6 +38,7 @@ from psgd.spec.optimizer import (
     SgdOptimizer,
     StepSchedule,
 )
+from psgd.spec.scaling import ScalingConfig
 
 __all__ = [
     "AdagradOptimizer",

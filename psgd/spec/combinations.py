@@ -1,4 +1,4 @@
-"""Which modes, corrections and optimizers make sense together, and with how many workers."""
+"""Which modes, corrections and optimizers make sense together, and with how many workers and servers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from psgd.spec.consistency import (
     RennalaConsistency,
     RingleaderConsistency,
     SoftsyncConsistency,
+    SspConsistency,
 )
 from psgd.spec.correction import (
     CorrectionSpec,
@@ -23,18 +24,24 @@ from psgd.spec.correction import (
     RescaledCorrection,
 )
 from psgd.spec.optimizer import OptimizerSpec, SgdOptimizer
+from psgd.spec.scaling import ScalingConfig
 
 __all__ = ["faults"]
 
 FRESH = (BspConsistency, KSyncConsistency, BackupConsistency, RennalaConsistency, MaleniaConsistency)
 MANY = (SoftsyncConsistency, BufferedConsistency)
+CHOOSING = (KSyncConsistency, BackupConsistency, RennalaConsistency, MaleniaConsistency, RingleaderConsistency)
 
 
 def faults(
-    consistency: ConsistencySpec, correction: CorrectionSpec, optimizer: OptimizerSpec, workers: int
+    consistency: ConsistencySpec, correction: CorrectionSpec, optimizer: OptimizerSpec, scaling: ScalingConfig
 ) -> list[str]:
     """What is wrong with this combination: what was given, what was expected, what to do."""
-    found = [*_too_few_workers(consistency, workers), *_senseless(consistency, correction)]
+    found = [
+        *_too_few_workers(consistency, scaling.workers),
+        *_senseless(consistency, correction),
+        *_unscalable(consistency, scaling),
+    ]
     if isinstance(correction, DanaCorrection) and not (isinstance(optimizer, SgdOptimizer) and optimizer.momentum == 0):
         found.append(
             "correction dana keeps the momentum itself: use optimizer sgd with momentum 0, and set correction.momentum"
@@ -69,3 +76,24 @@ def _senseless(consistency: ConsistencySpec, correction: CorrectionSpec) -> Iter
         yield f"correction {name} is made for gradients, and mode local pushes differences: use staleness_lr, or none"
     elif isinstance(consistency, MANY) and isinstance(correction, DanaCorrection | RescaledCorrection):
         yield f"correction {name} needs a step for each gradient, and mode {mode} averages several: use mode async"
+
+
+def _unscalable(consistency: ConsistencySpec, scaling: ScalingConfig) -> Iterator[str]:
+    mode, chooses = consistency.mode, isinstance(consistency, CHOOSING)
+    if scaling.servers > 1 and chooses:
+        yield (
+            f"scaling.servers is {scaling.servers}, and mode {mode} chooses which gradients form a step: each "
+            "partition would choose differently. Set scaling.servers to 1, or use mode async or bsp"
+        )
+    if scaling.pipeline and (chooses or _waits(consistency)):
+        why = "chooses which gradients form a step" if chooses else "makes workers wait for each other"
+        yield (
+            f"scaling.pipeline is {scaling.pipeline}, and mode {mode} {why}, which batches computed ahead would "
+            "defeat: set scaling.pipeline to 0, or use mode async"
+        )
+
+
+def _waits(consistency: ConsistencySpec) -> bool:
+    if isinstance(consistency, LocalConsistency):
+        return consistency.synchronous
+    return isinstance(consistency, BspConsistency | SspConsistency)

@@ -12,6 +12,7 @@ from psgd.spec.combinations import faults
 from psgd.spec.consistency import AsyncConsistency, ConsistencySpec, LocalConsistency, RingmasterConsistency
 from psgd.spec.correction import CorrectionSpec, NoCorrection
 from psgd.spec.optimizer import OptimizerSpec
+from psgd.spec.scaling import ScalingConfig
 from psgd_workers.spec import (
     CompressionSpec,
     DataSpec,
@@ -23,21 +24,10 @@ from psgd_workers.spec import (
     WorkRules,
 )
 
-__all__ = ["CheckpointConfig", "FailureConfig", "JobSpec", "RunConfig", "ScalingConfig", "Settings", "TargetConfig"]
+__all__ = ["CheckpointConfig", "FailureConfig", "JobSpec", "RunConfig", "Settings", "TargetConfig"]
 
 
 IDENTITY = {"version", "seed", "model", "data", "optimizer", "consistency", "correction", "compression"}
-
-
-class ScalingConfig(Spec):
-    """How many workers, and what each is given."""
-
-    workers: int = Field(default=2, ge=1, le=4096)
-    """Worker processes. More: faster epochs, more staleness (about workers - 1) in `async`."""
-    cpus_per_worker: int = Field(default=1, ge=1)
-    """CPUs Ray reserves for each worker, and BLAS threads it may use. The server asks for none."""
-    gpus_per_worker: float = Field(default=0.0, ge=0)
-    """GPUs Ray reserves for each worker, for models of kind `torch`."""
 
 
 class TargetConfig(Spec):
@@ -128,7 +118,7 @@ class JobSpec(Spec):
     compression: CompressionSpec = NoCompression()
     """How gradients travel."""
     scaling: ScalingConfig = ScalingConfig()
-    """How many workers."""
+    """How many workers and servers."""
     run: RunConfig
     """When the run ends, and where it is kept."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -146,7 +136,7 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _fits_together(self) -> JobSpec:
-        if found := faults(self.consistency, self.correction, self.optimizer, self.scaling.workers):
+        if found := faults(self.consistency, self.correction, self.optimizer, self.scaling):
             raise ValueError("; ".join(found))
         return self
 

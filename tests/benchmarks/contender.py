@@ -7,21 +7,38 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from tests.benchmarks.crew import ONE_THREAD
 from tests.benchmarks.measurement import Measurement
 
-__all__ = ["CONTENDERS", "Failure", "run_contender"]
+__all__ = ["CONTENDERS", "LIMIT", "Contender", "Failure", "run_contender"]
 
-CONTENDERS = {  # modules of `peers`, and what they are
-    "psgd_job": "psgd, async",
-    "numpy_loops": "two NumPy loops that share nothing (the limit)",
-    "hogwild": "PyTorch Hogwild",
-    "ddp_gloo": "PyTorch DDP on gloo, gradients",
-    "ray_documented": "Ray's documented parameter server",
+
+class Contender(NamedTuple):
+    """Who is compared with psgd."""
+
+    title: str
+    module: str  # of `peers`
+    options: tuple[str, ...] = ()  # of its command line
+    target: float | None = None  # psgd's gradients per second over its: at least so many; None: for information
+
+
+LIMIT = "own_loops"  # what two cores can do at all: this backpropagation, and nothing shared
+CONTENDERS = {
+    "psgd_job": Contender("psgd, async", "psgd_job"),
+    LIMIT: Contender("two lone loops of psgd's: the limit", "own_loops", target=0.85),
+    "numpy_loops": Contender("two lone loops of plain NumPy", "numpy_loops", target=0.9),
+    "hogwild": Contender("PyTorch Hogwild", "hogwild", target=1.2),
+    "ddp_gloo": Contender("PyTorch DDP on gloo", "ddp_gloo", target=3.0),
+    "ray_documented": Contender("Ray's documented parameter server", "ray_documented", target=10.0),
+    "psgd_unvalidated_job": Contender("psgd, async, not validating", "psgd_job", ("--no-validation",)),
+    "psgd_tcp_job": Contender("psgd, async, by lane tcp", "psgd_job", ("--set", "scaling.lane=tcp")),
+    "psgd_ray_job": Contender("psgd, async, by lane ray", "psgd_job", ("--set", "scaling.lane=ray")),
 }
 GRACE_S = 15.0  # to tidy up in, before being killed
 LEARNED = 0.5  # test accuracy; guessing has 0.1, and 300 updates of any contender about 0.85
@@ -35,19 +52,21 @@ class Failure:
     error: str
 
 
-def run_contender(name: str, seconds: float, limit_s: float) -> Measurement | Failure:
+def run_contender(name: str, seconds: float, limit_s: float, options: Sequence[str] = ()) -> Measurement | Failure:
     """Run a contender once.
 
     Args:
         name: one of `CONTENDERS`.
         seconds: how long it measures.
         limit_s: how long it may take in all, in seconds.
+        options: more of its command line.
     """
-    command = [sys.executable, "-m", f"tests.benchmarks.peers.{name}", "--seconds", str(seconds)]
+    contender = CONTENDERS[name]
+    command = [sys.executable, "-m", f"tests.benchmarks.peers.{contender.module}", "--seconds", str(seconds)]
     with (
         TemporaryDirectory(prefix="b") as folder,  # short: Ray puts sockets in it, whose paths are limited
         subprocess.Popen(
-            command,
+            [*command, *contender.options, *options],
             env=os.environ | ONE_THREAD | {"TMPDIR": folder},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -77,7 +96,7 @@ def _judged(name: str, returncode: int, output: list[str], errors: list[str]) ->
     if returncode or not output:
         said = [line for line in errors if line.strip()]
         return Failure(name, said[-1] if said else f"exit code {returncode}, and not a word")
-    measurement = Measurement(**json.loads(output[-1]))
+    measurement = Measurement(**json.loads(output[-1]) | {"name": name})
     if measurement.val_accuracy < LEARNED:
         return Failure(name, f"it learned nothing: its test accuracy is {measurement.val_accuracy}")
     return measurement

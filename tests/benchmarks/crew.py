@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import Synchronized
 from typing import Concatenate, ParamSpec, TypeVar
 
-from tests.benchmarks.setting import NUM_WORKERS
-
-__all__ = ["ONE_THREAD", "SPAWN", "run_crew"]
+__all__ = ["ONE_THREAD", "SPAWN", "crew", "run_crew", "take"]
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 SPAWN = get_context("spawn")
@@ -21,25 +20,47 @@ Answer = TypeVar("Answer")
 Work = Callable[Concatenate[int, Given], Answer]
 
 
-def run_crew(work: Work[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> list[Answer]:
-    """Run `work(rank, ...)` in a process for each rank, with one thread for BLAS, and collect the answers by rank.
+@contextmanager
+def crew(
+    size: int, work: Work[Given, Answer], *args: Given.args, **kwargs: Given.kwargs
+) -> Iterator[Callable[[], list[Answer]]]:
+    """Run `work(rank, ...)` in a process for each rank, with one thread for BLAS, while the block lasts.
 
-    Raises:
-        SystemExit: a process ended without an answer; why is on stderr.
+    Yields:
+        What waits for the answers and returns them by rank; SystemExit if a process ended without one, which says why
+        on stderr.
     """
     os.environ.update(ONE_THREAD)  # BLAS reads it when a process first loads NumPy
     with ExitStack() as stack:
-        ends = [SPAWN.Pipe(duplex=False) for _ in range(NUM_WORKERS)]
+        ends = [SPAWN.Pipe(duplex=False) for _ in range(size)]
         for rank, (_, answer) in enumerate(ends):
             process = SPAWN.Process(target=_answer, args=(answer, work, rank, args, kwargs), daemon=True)
             process.start()
             stack.callback(process.join)
             stack.callback(process.terminate)
             answer.close()  # so that reading meets the end of the file if the process dies
-        try:
-            return [answer.recv() for answer, _ in ends]
-        except EOFError:
-            raise SystemExit(1) from None
+
+        def answers() -> list[Answer]:
+            try:
+                return [answer.recv() for answer, _ in ends]
+            except EOFError:
+                raise SystemExit(1) from None
+
+        yield answers
+
+
+def run_crew(size: int, work: Work[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> list[Answer]:
+    """Run `work(rank, ...)` in a process for each rank, and collect the answers by rank; see `crew`."""
+    with crew(size, work, *args, **kwargs) as answers:
+        return answers()
+
+
+def take(counter: Synchronized[int]) -> int:
+    """The next number, which no other process is given."""
+    with counter.get_lock():
+        number = counter.value
+        counter.value += 1
+    return number
 
 
 def _answer(

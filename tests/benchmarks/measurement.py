@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import NamedTuple
 
-__all__ = ["Measurement", "Span", "measured_for", "repeat"]
+__all__ = ["Measurement", "Span", "measured_for", "repeat", "seconds_parser"]
 
 
 class Span(NamedTuple):
@@ -65,8 +65,13 @@ def repeat(update: Callable[[], None], going: Callable[[Span], bool]) -> Span:
 
 def measured_for(measure: Callable[[float], Measurement], what: str | None) -> None:
     """A peer's command line: `--seconds`, answered with one line of JSON."""
-    parser = ArgumentParser(description=what)
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long to measure, start-up not counted")
-    arguments = parser.parse_args()
+    arguments = seconds_parser(what).parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what the peer started is ended too
     measure(arguments.seconds).show()
+
+
+def seconds_parser(what: str | None) -> ArgumentParser:
+    """One that knows `--seconds`."""
+    parser = ArgumentParser(description=what)
+    parser.add_argument("--seconds", type=float, default=6.0, help="how long to measure, start-up not counted")
+    return parser

@@ -44,10 +44,11 @@ class Mnist:
 class Batches:
     """The training examples in batches, without end; each epoch is one shuffle of them all, f(seed, epoch)."""
 
-    def __init__(self, data: Mnist, seed: int) -> None:
+    def __init__(self, data: Mnist, seed: int, size: int = BATCH_SIZE) -> None:
         self._data = data
         self._seed = seed
-        self._per_epoch = -(-len(data.train_labels) // BATCH_SIZE)
+        self._size = size
+        self._per_epoch = -(-len(data.train_labels) // size)
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
@@ -57,7 +58,7 @@ class Batches:
         if epoch != self._epoch:
             self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._data.train_labels))
             self._epoch = epoch
-        rows = self._order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
+        rows = self._order[place * self._size : (place + 1) * self._size]
         return self._data.train_features[rows], self._data.train_labels[rows]
 
 

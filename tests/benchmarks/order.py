@@ -22,7 +22,8 @@ from rich.table import Table
 
 import psgd
 from psgd.job import OpenJob
-from psgd.simulation.cluster import Problem, Timing, VirtualCluster
+from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.problem import Problem, Timing
 from psgd_workers.messages import BatchId
 from psgd_workers.worker import batch_seed
 from tests.benchmarks.crew import ONE_THREAD

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.table import Table
 
 from tests.benchmarks.contender import CONTENDERS, Failure
+from tests.benchmarks.findings import Finding, ratio, target, verdict
+from tests.benchmarks.findings import document as document_of
 from tests.benchmarks.measurement import Measurement
 
-__all__ = ["Summary", "document", "machine", "summaries", "table"]
+__all__ = ["Summary", "document", "findings", "summaries", "table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +35,6 @@ class Summary:
         """The lowest of any run."""
         return min(run.val_accuracy for run in self.runs)
 
-    def share_of(self, other: Summary) -> float | None:
-        """This contender's median rate over another's; None where either has no run."""
-        return median(self.rates) / median(other.rates) if self.runs and other.runs else None
-
 
 def summaries(outcomes: Iterable[Measurement | Failure]) -> list[Summary]:
     """The outcomes by contender, in the order of their first run."""
@@ -55,63 +49,66 @@ def summaries(outcomes: Iterable[Measurement | Failure]) -> list[Summary]:
     ]
 
 
+def findings(results: Sequence[Summary]) -> list[Finding]:
+    """psgd's median rate over that of each contender, in the order given; nothing if psgd was not among them."""
+    psgd = next((result for result in results if result.name == "psgd_job"), None)
+    if psgd is None:
+        return []
+    return [_over(psgd, result) for result in results if result is not psgd]
+
+
+def _over(psgd: Summary, other: Summary) -> Finding:
+    title, _, _, at_least = CONTENDERS[other.name]
+    return ratio(f"gradients/s of psgd ÷ {title}", psgd.rates, other.rates, at_least)
+
+
 def table(results: Sequence[Summary]) -> Table:
     """One row a contender."""
     rows = Table(title="gradients of 128 examples applied per second")
-    for title in ("contender", "median", "min-max", "psgd is", "accuracy", "failed"):
-        rows.add_column(title, justify="left" if title == "contender" else "right")
+    for heading in ("contender", "median", "min-max", "accuracy", "psgd is", "target", "met", "failed"):
+        rows.add_column(heading, justify="left" if heading == "contender" else "right")
+    compared = {result.name: one for result, one in _compared(results)}
     for result in results:
-        rows.add_row(CONTENDERS[result.name], *_cells(result, _ratio(results, result)), str(len(result.failures)))
+        rows.add_row(
+            CONTENDERS[result.name].title,
+            *_rates(result),
+            *_comparison(compared.get(result.name)),
+            str(len(result.failures)),
+        )
     return rows
 
 
 def document(results: Sequence[Summary], settings: dict[str, Any]) -> dict[str, Any]:
     """Everything measured, and on what; neither host names nor paths."""
-    return {
-        "settings": settings,
-        "machine": machine(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("numpy", "psgd", "ray", "torch")},
-        "contenders": [
-            {
-                "name": result.name,
-                "updates_per_s": _spread(result.rates),
-                "psgd_ratio": _ratio(results, result),
-                "runs": [asdict(run) for run in result.runs],
-                "failures": len(result.failures),  # why was said when it happened; errors may name paths
-            }
-            for result in results
-        ],
-    }
+    contenders = [
+        {
+            "name": result.name,
+            "title": CONTENDERS[result.name].title,
+            "updates_per_s": _spread(result.rates),
+            "runs": [asdict(run) for run in result.runs],
+            "failures": len(result.failures),  # why was said when it happened; errors may name paths
+        }
+        for result in results
+    ]
+    return document_of(findings(results), settings, contenders)
 
 
-def machine() -> dict[str, Any]:
-    """The processor, and how much of it the benchmark may use."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {
-        "cpu": next(models, platform.machine()),
-        "cores_used": len(os.sched_getaffinity(0)),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-    }
-
-
-def _ratio(results: Sequence[Summary], to: Summary) -> float | None:
-    return next((result.share_of(to) for result in results if result.name == "psgd_job"), None)
+def _compared(results: Sequence[Summary]) -> list[tuple[Summary, Finding]]:
+    return list(zip((result for result in results if result.name != "psgd_job"), findings(results), strict=False))
 
 
 def _spread(rates: Sequence[float]) -> dict[str, float] | None:
     return {"median": median(rates), "min": min(rates), "max": max(rates)} if rates else None
 
 
-def _cells(result: Summary, ratio: float | None) -> tuple[str, str, str, str]:
+def _rates(result: Summary) -> tuple[str, str, str]:
     if not result.runs:
-        return "failed", "", "", ""
+        return "failed", "", ""
     rates = result.rates
-    return (
-        f"{median(rates):,.0f}",
-        f"{min(rates):,.0f}-{max(rates):,.0f}",
-        "" if ratio is None else f"{ratio:.2f} ×",
-        f"{result.val_accuracy:.3f}",
-    )
+    return f"{median(rates):,.0f}", f"{min(rates):,.0f}-{max(rates):,.0f}", f"{result.val_accuracy:.3f}"
+
+
+def _comparison(finding: Finding | None) -> tuple[str, str, str]:
+    if finding is None or finding.value is None:
+        return "", "", ""
+    return f"{finding.value:.2f} ×", target(finding), verdict(finding)

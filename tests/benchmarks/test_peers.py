@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from psgd.job import OpenJob
 from psgd.spec import JobSpec
+from psgd_workers.messages import BatchId
+from tests.benchmarks.crew import run_crew
+from tests.benchmarks.measurement import Span
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import backpropagate, network
+from tests.benchmarks.peers.ddp_gloo import World, in_lock_step
 from tests.benchmarks.peers.numpy_loops import NumpyMlp
-from tests.benchmarks.peers.psgd_job import job, measurement
+from tests.benchmarks.peers.own_loops import OwnLoop
+from tests.benchmarks.peers.psgd_job import check_lanes, job, measurement
 
 
 @pytest.fixture
@@ -79,3 +87,56 @@ def test_a_result_of_psgd_becomes_a_measurement() -> None:
 def test_a_run_of_psgd_that_measured_nothing_ends_the_contender(change: dict[str, Any], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         measurement(RESULT | change)
+
+
+DIGITS = {"format": "sklearn", "dataset": "digits", "batch_size": 500, "validation_fraction": 0.2}
+
+
+def test_an_own_loop_is_serial_sgd_through_all_epochs() -> None:
+    spec = JobSpec.model_validate(job(1.0) | {"data": DIGITS})
+    loop, opened = OwnLoop(spec), OpenJob.open(spec)
+    weights, gradient, worker = opened.weights, np.empty_like(opened.weights), opened.worker("other")
+    for number, batch in enumerate([(0, 0), (0, 1), (0, 2), (1, 0)]):
+        loop.step(number)
+        worker.gradient(BatchId(batch[0], 0, batch[1]), weights, gradient)
+        weights -= np.float32(spec.optimizer.lr) * gradient
+    np.testing.assert_array_equal(loop.weights, weights)
+    assert 0 < loop.accuracy() < 1
+
+
+def steps(rank: int, world: World) -> tuple[Span, list[int]]:
+    batches: list[int] = []
+
+    def backward(model: torch.nn.Module, batch: int) -> None:
+        batches.append(batch)
+        model(torch.ones(1, 2)).sum().backward()
+
+    return in_lock_step(rank, world, 0.2, torch.nn.Linear(2, 1), backward), batches
+
+
+def test_processes_in_lock_step_take_as_many_batches_and_none_twice(tmp_path: Path) -> None:
+    (first, mine), (second, others) = run_crew(2, steps, World.of(2, str(tmp_path)))
+    assert first.updates == second.updates == len(mine) == len(others)
+    assert sorted(mine + others) == list(range(2 * first.updates))
+
+
+@pytest.mark.parametrize(
+    ("asked", "servers", "came", "message"),
+    [
+        ("auto", 1, ["shm"], None),
+        ("tcp", 2, ["tcp", "tcp"], None),
+        ("auto", 1, ["ray"], r"expected \['shm'\]"),
+        ("auto", 2, ["shm"], r"expected \['shm', 'shm'\]"),
+    ],
+)
+def test_a_run_by_another_lane_than_meant_is_no_measurement(
+    tmp_path: Path, asked: str, servers: int, came: list[str], message: str | None
+) -> None:
+    (tmp_path / "resolved.json").write_text(json.dumps({"scaling": {"lane": asked, "servers": servers}}))
+    lines = [{"event": "started"}, {"event": "worker_up", "lanes": came}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if message is None:
+        check_lanes(tmp_path)
+        return
+    with pytest.raises(SystemExit, match=message):
+        check_lanes(tmp_path)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tests.benchmarks.contender import Failure
 from tests.benchmarks.measurement import Measurement
-from tests.benchmarks.report import document, summaries, table
+from tests.benchmarks.report import document, findings, summaries, table
 
 
 def run(name: str, rate: float) -> Measurement:
@@ -31,22 +31,32 @@ def test_runs_are_gathered_by_contender() -> None:
     ]
 
 
-def test_the_document_compares_medians_and_counts_failures() -> None:
-    psgd, hogwild = document(summaries(OUTCOMES), {})["contenders"]
+def test_psgd_is_compared_with_each_of_the_others_by_medians() -> None:
+    (finding,) = findings(summaries(OUTCOMES))
+    assert (finding.value, finding.at_least, finding.met) == (850 / 400, 1.2, True)
+
+
+def test_without_psgd_nothing_is_compared() -> None:
+    assert findings(summaries([run("hogwild", 400)])) == []
+
+
+def test_the_document_has_every_contender_and_counts_failures() -> None:
+    tree = document(summaries(OUTCOMES), {})
+    psgd, hogwild = tree["runs"]
     assert psgd["updates_per_s"] == {"median": 850, "min": 800, "max": 900}
-    assert (psgd["psgd_ratio"], hogwild["psgd_ratio"]) == (1.0, 850 / 400)
     assert (psgd["failures"], hogwild["failures"]) == (0, 1)
+    assert [finding["value"] for finding in tree["findings"]] == [850 / 400]
 
 
 def test_a_contender_without_a_run_has_no_figures() -> None:
-    results = summaries([Failure("psgd_job", "it broke"), run("hogwild", 400)])
-    psgd, hogwild = json.loads(json.dumps(document(results, {})))["contenders"]
-    assert (psgd["updates_per_s"], psgd["psgd_ratio"], hogwild["psgd_ratio"]) == (None, None, None)
+    tree = json.loads(json.dumps(document(summaries([Failure("psgd_job", "it broke"), run("hogwild", 400)]), {})))
+    assert tree["runs"][0]["updates_per_s"] is None
+    assert [finding["value"] for finding in tree["findings"]] == [None]
 
 
 def test_the_table_shows_each_contender_in_a_row() -> None:
     console = Console(file=StringIO(), width=200, record=True)
     console.print(table(summaries([*OUTCOMES, Failure("ddp_gloo", "it broke")])))
     rows = console.export_text().splitlines()
-    assert any("PyTorch Hogwild" in row and "400" in row and "2.12 ×" in row for row in rows)
+    assert any("PyTorch Hogwild" in row and "400" in row and "2.12 ×" in row and "≥ 1.2" in row for row in rows)
     assert any("PyTorch DDP" in row and "failed" in row for row in rows)

@@ -1,9 +1,10 @@
-"""Models that fail on purpose, at a scripted gradient; workers import them by name."""
+"""Models that fail or take their time on purpose; workers import them by name."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from psgd_workers.messages import FloatArray
 from psgd_workers.models.network import Network
 
-__all__ = ["dies_once", "raises"]
+__all__ = ["dies_once", "raises", "slow"]
 
 
 class _Scripted(Network):
@@ -71,3 +72,27 @@ def dies_once(at: int, marker: str) -> _DiesOnce:
 def raises(at: int) -> _Raises:
     """The model raises at a process's `at`-th gradient."""
     return _Raises(at)
+
+
+class _Slow(Network):
+    """A softmax regression of digits whose gradient takes so many seconds, without a core's work."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__((64, 10), "cross_entropy")
+        self._seconds = seconds
+
+    def loss_and_gradient(
+        self,
+        weights: Mapping[str, FloatArray],
+        features: FloatArray,
+        labels: NDArray[Any],
+        gradient: Mapping[str, FloatArray],
+        seed: int,
+    ) -> float:
+        time.sleep(self._seconds)
+        return super().loss_and_gradient(weights, features, labels, gradient, seed)
+
+
+def slow(seconds: float) -> _Slow:
+    """Each gradient takes so long."""
+    return _Slow(seconds)

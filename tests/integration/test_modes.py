@@ -54,10 +54,16 @@ def test_modes_that_wait_refuse_and_collect_apply_every_example_once(tmp_path: P
 
 
 def test_late_gradients_are_dropped_where_the_job_says_so(tmp_path: Path) -> None:
-    mode = {"mode": "ringmaster", "r": 1, "late": "discard"}
-    ledger = psgd.train(job(tmp_path, consistency=mode), progress=False).ledger
+    model = {"kind": "python", "path": "tests.integration.faulty:slow", "kwargs": {"seconds": 0.03}}
+    spec = job(
+        tmp_path,
+        model=model,  # long enough that the workers, who do not start at one instant, work side by side
+        consistency={"mode": "ringmaster", "r": 1, "late": "discard"},
+        run={"epochs": 4, "storage": str(tmp_path)},
+    )
+    ledger = psgd.train(spec, progress=False).ledger
     assert ledger.discarded > 0
-    assert ledger.applied + ledger.discarded == ledger.batches == EPOCHS * BATCHES
+    assert ledger.applied + ledger.discarded == ledger.batches == 4 * BATCHES
 
 
 def test_local_steps_push_several_batches_together(tmp_path: Path) -> None:

@@ -190,6 +190,44 @@ def test_all_faults_are_told_at_once() -> None:
         spec(consistency=mode("k_sync", k=5), correction=correction("dana"), optimizer=optimizer)
 
 
+# Modes, servers and batches computed ahead
+
+CHOOSING = {"k_sync", "backup", "rennala", "malenia", "ringleader"}
+WAITING = {"bsp", "ssp"}
+
+
+@pytest.mark.parametrize("name", sorted(MODES))
+def test_modes_that_choose_gradients_need_one_server(name: str) -> None:
+    scaling = {"workers": 4, "servers": 2}
+    if name not in CHOOSING:
+        assert spec(consistency=mode(name), scaling=scaling)
+        return
+    reason = f"scaling.servers is 2, and mode {name} chooses .*: each partition would choose differently. Set .* to 1"
+    with pytest.raises(ValidationError, match=reason):
+        spec(consistency=mode(name), scaling=scaling)
+
+
+@pytest.mark.parametrize("name", sorted(MODES))
+def test_modes_that_choose_or_wait_compute_nothing_ahead(name: str) -> None:
+    scaling = {"workers": 4, "pipeline": 1}
+    if name not in CHOOSING | WAITING:
+        assert spec(consistency=mode(name), scaling=scaling)
+        return
+    reason = "chooses which" if name in CHOOSING else "makes workers wait"
+    with pytest.raises(ValidationError, match=f"scaling.pipeline is 1, and mode {name} {reason} .* to 0, or use mode"):
+        spec(consistency=mode(name), scaling=scaling)
+
+
+def test_synchronous_local_steps_compute_nothing_ahead_either() -> None:
+    with pytest.raises(ValidationError, match="mode local makes workers wait for each other"):
+        spec(consistency=mode("local", synchronous=True), scaling={"pipeline": 2})
+
+
+@pytest.mark.parametrize("correcting", sorted(CORRECTIONS))
+def test_every_correction_goes_with_several_servers(correcting: str) -> None:
+    assert spec(correction=correction(correcting), scaling={"servers": 3, "pipeline": 2})
+
+
 # What workers are told
 
 
@@ -291,6 +329,7 @@ def test_the_rate_is_changed_under_either_name() -> None:
         ("correction.name=staleness_lr", "correction"),
         ("compression.name=int8", "compression"),
         ("scaling.workers=2", r"scaling\.workers"),
+        ("scaling.servers=2", r"scaling\.servers"),
         ("data.batch_size=8", r"data\.batch_size"),
         ("model.kind=mlp", "model"),
         ("run.epochs=9", r"run\.epochs"),
@@ -324,6 +363,20 @@ def test_a_change_of_nothing_is_refused() -> None:
 def test_a_change_is_checked_like_a_job(changes: list[str], fault: str) -> None:
     with pytest.raises(SpecError, match=fault):
         change_settings(spec(consistency=mode("async"), correction=correction("staleness_lr")), changes)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "changes", "fault"),
+    [
+        ({"servers": 2}, ["consistency.mode=ringleader"], "scaling.servers is 2, and mode ringleader chooses"),
+        ({"pipeline": 1}, ["consistency.mode=bsp"], "scaling.pipeline is 1, and mode bsp makes workers wait"),
+    ],
+)
+def test_a_running_job_keeps_its_servers_and_its_pipeline(
+    scaling: dict[str, int], changes: list[str], fault: str
+) -> None:
+    with pytest.raises(SpecError, match=fault):
+        change_settings(spec(scaling=scaling), changes)
 
 
 LOCAL = ["consistency.mode=local", "consistency.h=4", "consistency.lr=0.1"]

@@ -37,7 +37,8 @@ def spec(**changes: Any) -> JobSpec:
 def test_a_minimal_job_is_asynchronous_on_two_workers() -> None:
     job = spec()
     assert job.consistency.mode == "async"
-    assert (job.scaling.workers, job.seed) == (2, 0)
+    assert (job.scaling.workers, job.scaling.servers, job.scaling.pipeline, job.seed) == (2, 1, 0, 0)
+    assert (job.scaling.lane, job.scaling.ports) == ("auto", None)
     assert job.optimizer == SgdOptimizer(lr=0.1, momentum=0.0)
     assert (job.checkpoint, job.failure) == (CheckpointConfig(), FailureConfig())
 
@@ -98,6 +99,14 @@ def test_a_job_is_frozen() -> None:
         ("scaling", {"workers": 4097}),
         ("scaling", {"cpus_per_worker": 0}),
         ("scaling", {"gpus_per_worker": -1}),
+        ("scaling", {"servers": 0}),
+        ("scaling", {"servers": 65}),
+        ("scaling", {"pipeline": -1}),
+        ("scaling", {"pipeline": 3}),
+        ("scaling", {"lane": "udp"}),
+        ("scaling", {"ports": [1023, 2000]}),
+        ("scaling", {"ports": [2000, 65536]}),
+        ("scaling", {"ports": [2000]}),
         ("run", {"epochs": 0}),
         ("run", {"max_updates": 0}),
         ("run", {"max_time_s": 0}),
@@ -141,6 +150,14 @@ def test_cuda_needs_a_gpu() -> None:
         spec(model=model)
     assert spec(model=model, scaling={"gpus_per_worker": 0.5})
     assert spec(model=model | {"device": "auto"})
+
+
+def test_ports_are_a_range_with_one_for_each_server() -> None:
+    with pytest.raises(ValidationError, match=r"ports is \[2002, 2000\], first and last: expected the lower one first"):
+        spec(scaling={"ports": [2002, 2000]})
+    with pytest.raises(ValidationError, match=r"ports \[2000, 2002\] are 3, and 4 servers may share a node: widen"):
+        spec(scaling={"ports": [2000, 2002], "servers": 4})
+    assert spec(scaling={"ports": [2000, 2002], "servers": 3}).scaling.ports == (2000, 2002)
 
 
 def test_a_validation_part_is_named_whole_and_once() -> None:
@@ -220,6 +237,7 @@ def test_accuracy_is_to_rise_and_losses_are_to_fall(metric: Any, value: float, r
     [
         {"name": "other"},
         {"scaling": {"workers": 9}},
+        {"scaling": {"servers": 2, "pipeline": 1, "lane": "tcp", "ports": [2000, 2001]}},
         {"run": {"max_time_s": 3}},
         {"checkpoint": {"keep": 9}},
         {"failure": {"max_failures": -1}},

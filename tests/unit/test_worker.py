@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ from numpy.typing import NDArray
 from psgd_workers.compression import decode
 from psgd_workers.datasets.examples import Examples
 from psgd_workers.errors import LaneError, LaneTimeoutError, WorkerError
-from psgd_workers.lanes import Pending
+from psgd_workers.lanes import LaneKind, Pending
 from psgd_workers.layout import Layout
+from psgd_workers.memory import Segment
 from psgd_workers.messages import (
     BatchId,
     BatchRange,
@@ -65,22 +68,33 @@ class FakeLane:
     spoil: Callable[[Receipt], Receipt] = lambda receipt: receipt
     outcome: Outcome = Outcome.APPLIED
     ahead: int = 0  # how far others have brought the server by the time a worker looks
+    kind: LaneKind = "ray"
+    slots: list[FloatArray] = field(default_factory=list)  # the worker's memory, as far as it is this partition's
+    segments: list[int] = field(default_factory=list)  # where each connection's memory lies
 
-    def pull(self, into: FloatArray, timeout_s: float) -> Version:
+    def connect(self, segment: Segment, part: slice) -> FakeLane:
+        self.slots = [slot.weights[part] for slot in segment.slots]
+        self.segments.append(segment.slots[0].gradient.ctypes.data)
+        return self
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    def pull(self, slot: int, timeout_s: float) -> Version:
         self.calls.append("pull")
         self.limits.append(timeout_s)
-        into[:] = self.weights
+        self.slots[slot][:] = self.weights
         return self.at
 
     def version(self, timeout_s: float) -> Version:
         self.calls.append("version")
         return self.at._replace(updates=self.at.updates + self.ahead)
 
-    def push(self, gradient: Gradient, into: FloatArray | None) -> Pending:
-        self.calls.append("push" if into is None else "push and pull")
+    def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
+        self.calls.append("push and pull" if wants else "push")
         self.pushes.append(copied(gradient))
-        self.shown.append(self.weights.copy())
-        return FakePending(self, gradient, into)
+        self.shown.append(self.slots[slot].copy())
+        return FakePending(self, gradient, self.slots[slot] if wants else None)
 
 
 @dataclass
@@ -148,10 +162,12 @@ def worker_of(
     shards: Shards = SHARDS,
     rules: WorkRules = PLAIN,
     timeout_s: float = 60.0,
+    pipeline: int = 0,
 ) -> Worker:
     bounds = np.cumsum([0, *(len(lane.weights) for lane in lanes)])
-    routes = [Route(slice(start, stop), lane) for start, stop, lane in zip(bounds, bounds[1:], lanes, strict=False)]
-    return Worker("worker-3", model, layout, TRAIN, shards, 1, rules, routes, timeout_s)
+    parts = [slice(start, stop) for start, stop in pairwise(bounds)]
+    routes = [Route(part, partial(lane.connect, part=part)) for part, lane in zip(parts, lanes, strict=True)]
+    return Worker("worker-3", model, layout, TRAIN, shards, 1, rules, routes, timeout_s, pipeline)
 
 
 def lane_of(size: int = SIZE) -> FakeLane:
@@ -248,8 +264,62 @@ def test_a_server_that_does_not_answer_ends_the_lease() -> None:
 
     lane = lane_of()
     lane.spoil = silent
+    worker = worker_of(lane)
     with pytest.raises(LaneTimeoutError):
-        worker_of(lane).work(LEASE, never)
+        worker.work(LEASE, never)
+    assert lane.calls[-1] == "close"
+    lane.spoil = lambda receipt: receipt
+    assert worker.work(LEASE, never) == LeaseEnd(7, stopped=False)
+    assert len(lane.segments) == 2  # what a server may still read is not written to again
+
+
+def test_a_second_lease_goes_by_the_lanes_of_the_first() -> None:
+    lane = lane_of()
+    worker = worker_of(lane)
+    for _ in range(2):
+        worker.work(LEASE, never)
+    assert len(lane.segments) == 1
+    assert worker.lanes == ("ray",)
+
+
+def test_a_server_that_cannot_be_reached_leaves_no_lane_open() -> None:
+    def connect(segment: Segment) -> FakeLane:
+        raise LaneError("nobody listens there")
+
+    reached = lane_of(5)
+    first, second = slice(0, 5), slice(5, SIZE)
+    routes = [Route(first, partial(reached.connect, part=first)), Route(second, connect)]
+    worker = Worker("worker-3", MODEL, LAYOUT, TRAIN, SHARDS, 1, PLAIN, routes)
+    with pytest.raises(LaneError, match="nobody listens"):
+        worker.work(LEASE, never)
+    assert reached.calls == ["close"]
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_pipeline_computes_ahead_while_so_many_pushes_are_under_way(pipeline: int) -> None:
+    lane = lane_of()
+    lease = Lease(0, (BatchRange(0, 0, 6),))
+    worker_of(lane, pipeline=pipeline).work(lease, never)
+    under_way, most = 0, 0
+    for call in lane.calls:
+        under_way += {"push": 1, "push and pull": 1, "receipt": -1}.get(call, 0)
+        most = max(most, under_way)
+    assert most == pipeline + 1
+    assert under_way == 0
+    assert lane.calls.count("pull") == pipeline + 1
+    # The weights of a batch are those that came with the push before at the same desk.
+    assert [gradient.read.updates for gradient in lane.pushes] == [*[0] * (pipeline + 1), *range(1, 6 - pipeline)]
+    for gradient, weights in zip(lane.pushes, lane.shown, strict=True):
+        expected = np.empty(SIZE, np.float32)
+        worker_of().gradient(gradient.batch, weights, expected)
+        np.testing.assert_array_equal(gradient.values, expected)
+
+
+def test_a_stopped_pipeline_waits_for_what_is_under_way() -> None:
+    lane = lane_of()
+    end = worker_of(lane, pipeline=2).work(Lease(0, (BatchRange(0, 0, 6),)), lambda: len(lane.pushes) == 2)
+    assert end.stopped
+    assert len(lane.pushes) == lane.calls.count("receipt") == 2
 
 
 def test_the_models_own_error_names_the_batch_and_the_cause() -> None:

@@ -30,6 +30,7 @@ from psgd_workers.spec import (
 )
 
 __all__ = [
+    "ARRAYS",
     "Compressor",
     "ErrorFeedback",
     "Fp16",
@@ -160,6 +161,12 @@ class Int8:
         np.multiply(_per_value(steps, encoded.size), multiples, out=out)
 
 
+ARRAYS: dict[str, tuple[np.dtype[Any], ...]] = {  # that each kind travels as
+    "fp16": (np.dtype(np.float16),),
+    "top_k": (np.dtype(np.uint32), np.dtype(np.float32)),
+    "scaled_sign": (np.dtype(np.float32), np.dtype(np.uint8)),
+    "int8": (np.dtype(np.float32), np.dtype(np.int8)),
+}
 DECODERS: dict[str, Callable[[Encoded, FloatArray], None]] = {
     "fp16": Fp16.decode,
     "top_k": TopK.decode,

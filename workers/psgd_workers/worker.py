@@ -5,7 +5,10 @@ It keeps nothing between batches that matters, but what compression has left out
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import sqrt
 from time import perf_counter
 from typing import NamedTuple
 
@@ -14,8 +17,9 @@ from numpy.typing import NDArray
 
 from psgd_workers.datasets.examples import Examples
 from psgd_workers.errors import LaneError, WorkerError
-from psgd_workers.lanes import Lane, Pending
+from psgd_workers.lanes import Connect, Lane, LaneKind, Pending
 from psgd_workers.layout import Layout
+from psgd_workers.memory import Segment, Slot
 from psgd_workers.messages import (
     BatchId,
     Evaluation,
@@ -37,10 +41,23 @@ PLAIN = WorkRules()
 
 
 class Route(NamedTuple):
-    """One partition, as a worker sees it: its slice of the weights and the lane to it."""
+    """One partition, as a worker sees it: its slice of the weights and how to reach its server."""
 
     part: slice
-    lane: Lane
+    connect: Connect
+
+
+@dataclass(slots=True)
+class _Desk:
+    """One batch in hand. Its push is answered with the weights for the next batch at the same desk."""
+
+    number: int
+    slot: Slot
+    sender: Sender
+    versions: Sequence[Version] | None = None  # of the weights in the slot, by partition; None: there are none
+    batch: BatchId | None = None  # whose push is under way
+    pending: Sequence[Pending] = ()
+    wants: bool = False  # whether that push brings weights back
 
 
 class Worker:
@@ -56,6 +73,7 @@ class Worker:
         rules: what the job wants beyond gradients.
         routes: to every partition, together covering the weights; `gradient` needs none.
         timeout_s: seconds a server may take to answer.
+        pipeline: batches to compute ahead while pushes are under way.
     """
 
     def __init__(
@@ -69,6 +87,7 @@ class Worker:
         rules: WorkRules = PLAIN,
         routes: Sequence[Route] = (),
         timeout_s: float = 60.0,
+        pipeline: int = 0,
     ) -> None:
         self._name = name
         self._model = model
@@ -77,12 +96,13 @@ class Worker:
         self._shards = shards
         self._seed = seed
         self._rules = rules
-        self._weights = np.zeros(layout.num_parameters, np.float32)
-        self._gradient = np.zeros(layout.num_parameters, np.float32)
         self._local = np.zeros(layout.num_parameters, np.float32) if rules.local else None
         self._routes = routes
-        self._sender = Sender(name, [route.part for route in routes], layout.num_trainable, rules)
         self._timeout_s = timeout_s
+        parts = [route.part for route in routes]
+        self._senders = [Sender(name, parts, layout.num_trainable, rules) for _ in range(pipeline + 1)]
+        self._lanes: list[Lane] = []
+        self._desks: list[_Desk] = []
 
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
         """What one batch changes: a function of its arguments alone.
@@ -122,6 +142,43 @@ class Worker:
         except Exception as error:
             raise WorkerError(f"the model raised on {batch}: {type(error).__name__}: {error}") from error
 
+    @property
+    def lanes(self) -> tuple[LaneKind, ...]:
+        """How each partition is reached, once connected."""
+        return tuple(lane.kind for lane in self._lanes)
+
+    def connect(self) -> None:
+        """Reach every server, if that is not done.
+
+        Raises:
+            LaneError: one cannot be reached.
+        """
+        if self._lanes:
+            return
+        segment = Segment(self._layout.num_parameters, len(self._senders))
+        try:
+            for route in self._routes:
+                self._lanes.append(route.connect(segment))
+        except BaseException:
+            self.disconnect()
+            raise
+        finally:
+            segment.close()
+        desks = zip(segment.slots, self._senders, strict=True)
+        self._desks = [_Desk(number, slot, sender) for number, (slot, sender) in enumerate(desks)]
+
+    def disconnect(self) -> None:
+        """Let go of every server; the next lease begins with other lanes and other memory.
+
+        A server may still read the memory of a push whose receipt did not come.
+        """
+        for lane in self._lanes:
+            lane.close()
+        for desk in self._desks:
+            if desk.batch is not None:
+                desk.sender.settle([])
+        self._lanes, self._desks = [], []
+
     def work(self, lease: Lease, stopping: Callable[[], bool]) -> LeaseEnd:
         """Work through a lease: the real loop.
 
@@ -133,52 +190,74 @@ class Worker:
             LaneError: a server did not answer. Which batches were applied is in doubt.
             WorkerError: the model's own code raised.
         """
+        self.connect()
+        try:
+            stopped = self._work(lease, stopping)
+        except BaseException:
+            self.disconnect()
+            raise
+        residuals = sum(sender.residual_norm**2 for sender in self._senders)
+        return LeaseEnd(lease.id, stopped, residual_norm=sqrt(residuals))
+
+    def _work(self, lease: Lease, stopping: Callable[[], bool]) -> bool:
+        """Whether it was stopped; no push is under way after it."""
         batches = [self._shards.grid.batch(epoch, position) for epoch, position in lease.positions()]
-        versions: list[Version] | None = None
+        desks, stopped = deque(self._desks), False
         for number, batch in enumerate(batches):
             if stopping():
-                return LeaseEnd(lease.id, stopped=True, residual_norm=self._sender.residual_norm)
-            if versions is None:
-                versions = [route.lane.pull(self._weights[route.part], self._timeout_s) for route in self._routes]
-            receipts = self._push(batch, versions, goes_on=number + 1 < len(batches))
-            versions = [receipt.version for receipt in receipts] or None
-        return LeaseEnd(lease.id, stopped=False, residual_norm=self._sender.residual_norm)
+                stopped = True
+                break
+            desk = desks[0]
+            self._settle(desk)
+            if desk.versions is None:
+                desk.versions = [lane.pull(desk.number, self._timeout_s) for lane in self._lanes]
+            self._push(desk, batch, wants=number + len(desks) < len(batches))
+            desks.rotate(-1)
+        for desk in desks:  # the oldest push first
+            self._settle(desk)
+            desk.versions = None
+        return stopped
 
-    def _push(self, batch: BatchId, versions: Sequence[Version], goes_on: bool) -> list[Receipt]:
-        """The receipts, one for each partition; none if the gradient is too stale to be pushed."""
+    def _push(self, desk: _Desk, batch: BatchId, wants: bool) -> None:
+        """Compute a gradient and send it, unless it is too stale to be pushed."""
+        assert desk.versions is not None
+        (weights, values), versions = desk.slot, desk.versions
         began = perf_counter()
-        loss = self.gradient(batch, self._weights, self._gradient)
+        loss = self.gradient(batch, weights, values)
         with np.errstate(over="ignore", invalid="ignore"):
-            norm = gradient_norm(self._gradient, self._layout.num_trainable)
+            norm = gradient_norm(values, self._layout.num_trainable)
         compute_s = perf_counter() - began
+        desk.versions = None
         if self._too_stale(versions):
-            return []
+            return
         examples = len(self._shards.examples(batch))
-        gradients = self._sender.gradients(
-            batch, examples, versions, self._gradient, self._weights, loss, norm, compute_s
-        )
-        pending = [
-            lane.push(gradient, self._weights[part] if goes_on else None)
-            for (part, lane), gradient in zip(self._routes, gradients, strict=True)
+        gradients = desk.sender.gradients(batch, examples, versions, values, weights, loss, norm, compute_s)
+        desk.batch, desk.wants = batch, wants
+        desk.pending = [
+            lane.push(gradient, desk.number, wants) for lane, gradient in zip(self._lanes, gradients, strict=True)
         ]
-        return self._receipts(batch, pending)
 
     def _too_stale(self, versions: Sequence[Version]) -> bool:
         limit = self._rules.stop_at
         if limit is None:
             return False
-        now = [route.lane.version(self._timeout_s) for route in self._routes]
+        now = [lane.version(self._timeout_s) for lane in self._lanes]
         return any(new.updates - read.updates >= limit for new, read in zip(now, versions, strict=True))
 
-    def _receipts(self, batch: BatchId, pending: Sequence[Pending]) -> list[Receipt]:
+    def _settle(self, desk: _Desk) -> None:
+        """Wait for the receipts of the desk's push, if one is under way."""
+        if desk.batch is None:
+            return
         receipts: list[Receipt] = []
         try:
-            for push in pending:
+            for push in desk.pending:
                 receipt = push.receipt(RECEIPT_FACTOR * self._timeout_s)
-                receipts.append(self._checked(receipt, batch))
+                receipts.append(self._checked(receipt, desk.batch))
         finally:
-            self._sender.settle([receipt.outcome for receipt in receipts])
-        return receipts
+            desk.sender.settle([receipt.outcome for receipt in receipts])
+            desk.batch, desk.pending = None, ()
+        if desk.wants:
+            desk.versions = [receipt.version for receipt in receipts]
 
     def _checked(self, receipt: Receipt, batch: BatchId) -> Receipt:
         if (receipt.worker, receipt.batch) != (self._name, batch):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from psgd.simulation.cluster import Problem
+from psgd.simulation.problem import Problem
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from tests.benchmarks.experiments.runs import Claim, TimedRun, job
 

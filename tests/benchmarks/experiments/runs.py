@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from psgd.core.report import Report
-from psgd.simulation.cluster import Problem, Timing, VirtualCluster
+from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.delays import parse_delays
+from psgd.simulation.problem import Problem, Timing
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, FloatArray
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psgd.job import OpenJob
-from psgd.simulation.cluster import Problem
+from psgd.simulation.problem import Problem
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from tests.benchmarks.experiments.runs import Claim, TimedRun, job, spread
 

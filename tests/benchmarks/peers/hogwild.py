@@ -16,7 +16,7 @@ from multiprocessing.synchronize import Barrier
 import torch
 from torch import nn
 
-from tests.benchmarks.crew import SPAWN, run_crew
+from tests.benchmarks.crew import SPAWN, run_crew, take
 from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import accuracy, backpropagate, network
@@ -29,7 +29,7 @@ def measure(seconds: float) -> Measurement:
     """Updates of both processes together."""
     model = network()
     model.share_memory()
-    spans = run_crew(_train, SPAWN.Barrier(NUM_WORKERS), SPAWN.Value(c_int64, 0), model, seconds)
+    spans = run_crew(NUM_WORKERS, _train, SPAWN.Barrier(NUM_WORKERS), SPAWN.Value(c_int64, 0), model, seconds)
     return Measurement.of("hogwild", Span.over(spans), accuracy(model, Mnist.load()))
 
 
@@ -39,10 +39,7 @@ def _train(rank: int, start: Barrier, taken: Synchronized[int], model: nn.Module
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
 
     def update() -> None:
-        with taken.get_lock():
-            index = taken.value
-            taken.value += 1
-        backpropagate(model, *batches[index])
+        backpropagate(model, *batches[take(taken)])
         optimizer.step()
 
     start.wait(timeout=60)

@@ -1,4 +1,4 @@
-"""The limit: a plain NumPy SGD loop in each of two processes that share nothing."""
+"""A plain NumPy SGD loop, written by hand, in each of two processes that share nothing."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class NumpyMlp:
 
 def measure(seconds: float) -> Measurement:
     """Updates of both loops together."""
-    spans, accuracies = zip(*run_crew(_loop, SPAWN.Barrier(NUM_WORKERS), seconds), strict=True)
+    spans, accuracies = zip(*run_crew(NUM_WORKERS, _loop, SPAWN.Barrier(NUM_WORKERS), seconds), strict=True)
     return Measurement.of("numpy_loops", Span.over(spans), accuracies[0])
 
 

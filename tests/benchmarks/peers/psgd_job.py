@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import yaml
 
-from tests.benchmarks.measurement import Measurement, measured_for
+from psgd.checkpoints import load_weights
+from psgd.job import OpenJob
+from psgd.spec import JobSpec
+from tests.benchmarks.measurement import Measurement, seconds_parser
 from tests.benchmarks.mnist import mnist_path
 from tests.benchmarks.setting import BATCH_SIZE, LEARNING_RATE, NUM_WORKERS, SIZES
 
-__all__ = ["job", "measure", "measurement"]
+__all__ = ["check_lanes", "events", "job", "measure", "measurement", "result", "training"]
+
+LANES = {"auto": "shm"}  # what the workers of one machine get, where that is not what the job says
 
 
 def job(seconds: float) -> dict[str, Any]:
@@ -32,15 +42,70 @@ def job(seconds: float) -> dict[str, Any]:
     }
 
 
-def measurement(result: dict[str, Any]) -> Measurement:
+@contextmanager
+def training(tree: dict[str, Any], folder: str, settings: Sequence[str] = ()) -> Iterator[subprocess.Popen[bytes]]:
+    """`psgd train --json` on a job, for as long as the block lasts.
+
+    Args:
+        tree: the job file's content.
+        folder: for the file, the run, and Ray's files.
+        settings: overrides, `a.b=v`.
+    """
+    path = Path(folder, "bench.yaml")
+    path.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "psgd.cli", "train", str(path), "--json", "--name", "bench", "--storage", folder]
+    for setting in settings:
+        command += ["--set", setting]
+    with subprocess.Popen(command, env=os.environ | {"TMPDIR": folder}, stdout=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()  # nothing, if it has ended
+
+
+def result(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """Wait for a training's end, and read what it came to.
+
+    Raises:
+        SystemExit: it failed, and said why on stderr.
+    """
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    found: dict[str, Any] = json.loads(output)
+    return found
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    """What happened in the run of that directory."""
+    return [json.loads(line) for line in (path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def check_lanes(path: Path) -> None:
+    """Make sure that what is measured is what is meant: a lane that does not work gives way to a slower one.
+
+    Args:
+        path: the run's directory.
+
+    Raises:
+        SystemExit: a worker reached a server by another lane than expected.
+    """
+    scaling = json.loads((path / "resolved.json").read_text(encoding="utf-8"))["scaling"]
+    expected = [LANES.get(scaling["lane"], scaling["lane"])] * scaling["servers"]
+    for event in events(path):
+        if event["event"] == "worker_up" and event["lanes"] != expected:
+            raise SystemExit(f"psgd: a worker's servers are reached by {event['lanes']}, expected {expected}")
+
+
+def measurement(found: dict[str, Any]) -> Measurement:
     """What the JSON result of a run says.
 
     Raises:
-        SystemExit: the run did not finish.
+        SystemExit: the run did not finish, or no epoch.
     """
-    metrics, updates = result["metrics"], result["updates"]
-    if result["status"] != "finished":
-        raise SystemExit(f"psgd: {result['status']}: {result['error']}")
+    metrics, updates = found["metrics"], found["updates"]
+    if found["status"] != "finished":
+        raise SystemExit(f"psgd: {found['status']}: {found['error']}")
     if metrics["val/accuracy"] is None:
         raise SystemExit(f"psgd: no epoch was complete after {updates} updates: give it more --seconds")
     return Measurement(
@@ -53,22 +118,50 @@ def measurement(result: dict[str, Any]) -> Measurement:
     )
 
 
-def measure(seconds: float) -> Measurement:
-    """Updates of one run, start-up and the last checkpoint not counted."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "bench.yaml")
-        path.write_text(yaml.safe_dump(job(seconds)))
-        command = [sys.executable, "-m", "psgd.cli", "train", str(path)]
-        options = ["--json", "--name", "bench", "--storage", folder]
-        with subprocess.Popen(command + options, stdout=subprocess.PIPE) as process:
-            try:
-                output, _ = process.communicate()
-            finally:
-                process.terminate()  # nothing, if it has ended
-    if process.returncode:
-        raise SystemExit(process.returncode)
-    return measurement(json.loads(output))
+def measure(seconds: float, settings: Sequence[str] = (), validates: bool = True) -> Measurement:
+    """Updates of one run, start-up and the last checkpoint not counted.
+
+    Args:
+        seconds: how long it trains.
+        settings: overrides of the job.
+        validates: whether a worker validates each epoch's weights, within the time that is measured.
+    """
+    with TemporaryDirectory(prefix="p", ignore_cleanup_errors=True) as folder:
+        tree = job(seconds)
+        if not validates:
+            tree["data"]["path"] = str(_training_part(Path(folder)))
+        with training(tree, folder, settings) as process:
+            found = result(process)
+        check_lanes(Path(found["path"]))
+        if not validates:
+            found["metrics"]["val/accuracy"] = _accuracy(found["path"])
+    return measurement(found)
+
+
+def _training_part(folder: Path) -> Path:
+    """A copy of the data with nothing to validate on."""
+    with np.load(mnist_path()) as arrays:
+        np.savez(folder / "train.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
+    return folder / "train.npz"
+
+
+def _accuracy(path: str) -> float | None:
+    """Of a run's weights on the test images."""
+    opened = OpenJob.open(JobSpec.model_validate(job(1.0)))
+    assert opened.dataset.validation is not None
+    weights = opened.layout.pack(load_weights(path))
+    return opened.worker("judge").evaluate(weights, opened.dataset.validation).accuracy
+
+
+def main() -> None:
+    """A peer's command line, and `--set` as of `psgd train`."""
+    parser = seconds_parser(__doc__)
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=v", help="override a field of the job")
+    parser.add_argument("--no-validation", action="store_true", help="validate after the run, not at each epoch")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the run is ended too
+    measure(arguments.seconds, arguments.set, not arguments.no_validation).show()
 
 
 if __name__ == "__main__":
-    measured_for(measure, __doc__)
+    main()

@@ -16,13 +16,13 @@ START = np.linspace(-1, 1, 6, dtype=np.float32)
 
 
 def job(mode: str = "async", workers: int = 1, **sections: Any) -> JobSpec:
-    """A job whose model and data nobody looks at; `sections` replace those of the spec."""
+    """A job whose model and data nobody looks at; `sections` replace those of the spec, and `scaling` adds to it."""
     plain = {
         "model": {"kind": "linear"},
         "data": {"format": "sklearn", "dataset": "iris"},
         "optimizer": {"lr": 0.1},
         "consistency": {"mode": mode},
-        "scaling": {"workers": workers},
+        "scaling": {"workers": workers} | sections.pop("scaling", {}),
         "run": {"epochs": 1},
         "checkpoint": {"every_s": None},
     }

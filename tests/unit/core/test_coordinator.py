@@ -40,7 +40,7 @@ from tests.unit.core.jobs import START, job, push, quadratic
 GRID = EpochGrid((37, 36), 73)
 SIZE = GRID.num_batches
 FAULTS: list[FaultKind] = ["before", "after", "late", "silent", "lane"]
-SECTIONS = ("run", "optimizer", "checkpoint", "failure")
+SECTIONS = ("run", "optimizer", "checkpoint", "failure", "scaling")
 
 Speeds = Callable[[str, BatchId], float]
 
@@ -290,7 +290,7 @@ def test_a_batch_that_one_partition_lacks_is_pushed_to_both_and_counted_once_in_
     workers: int, faults: list[tuple[int, int]]
 ) -> None:
     torn = [Fault(f"worker-{number}", pushes, "torn") for number, pushes in faults]
-    host = run(workers=workers, partitions=2, faults=torn, failure={"max_failures": -1})
+    host = run(workers=workers, scaling={"servers": 2}, faults=torn, failure={"max_failures": -1})
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 1)
     fired = host.coordinator.failures

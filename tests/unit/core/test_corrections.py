@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from psgd.core import optimizers
 from psgd.core.corrections import Correction, build_correction
 from psgd.core.server import ParameterServer, Partition
 from psgd.spec import JobSpec
@@ -55,6 +56,14 @@ def server(correction: dict[str, Any], **sections: Any) -> ParameterServer:
 
 def randoms(*seed: int) -> FloatArray:
     return np.random.default_rng(seed).standard_normal(SIZE, dtype=np.float32)
+
+
+def stepped(correction: Correction, direction: FloatArray) -> None:
+    """Let a step be made, in two blocks."""
+    watch = correction.watch()
+    if watch is not None:
+        for part in (slice(0, 2), slice(2, SIZE)):
+            watch(part, direction[part])
 
 
 def batch_at(number: int) -> BatchId:
@@ -170,20 +179,37 @@ def test_stale_gradients_are_corrected_by_the_formula(
         np.testing.assert_allclose(target.published, history[-1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("correction", READING, ids=str)
+def test_many_blocks_correct_like_one_to_the_bit(
+    correction: dict[str, Any], momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = {"lr": LR, "momentum": momentum, "ema": 0.9}
+    whole = server(correction, optimizer=optimizer)
+    monkeypatch.setattr(optimizers, "BLOCK", 3)
+    blocked = server(correction, optimizer=optimizer)
+    for target in (whole, blocked):
+        drive(target, range(STEPS))
+    arrays, expected = blocked.state().arrays, whole.state().arrays
+    assert {name: array.tobytes() for name, array in arrays.items()} == {
+        name: array.tobytes() for name, array in expected.items()
+    }
+
+
 @pytest.mark.parametrize("correction", READING, ids=str)
 def test_without_a_gap_gradients_are_left_alone_to_the_bit(correction: dict[str, Any]) -> None:
     corrected, weights = build(correction), randoms(99)
     for number in range(STEPS):
         values = randoms(number)
         np.testing.assert_array_equal(corrected.correct("a", values, weights, weights.copy()), values)
-        corrected.stepped(values)
+        stepped(corrected, values)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 5))
 def test_gap_aware_shortens_every_value_and_turns_none(seed: int, steps: int) -> None:
     gap_aware, values = build(GAP_AWARE), randoms(seed, 0)
     for number in range(steps):
-        gap_aware.stepped(randoms(seed, 1, number))
+        stepped(gap_aware, randoms(seed, 1, number))
     corrected = gap_aware.correct("a", values, randoms(seed, 2), randoms(seed, 3))
     assert (np.abs(corrected) <= np.abs(values)).all()
     assert (np.signbit(corrected) == np.signbit(values)).all()
@@ -192,7 +218,7 @@ def test_gap_aware_shortens_every_value_and_turns_none(seed: int, steps: int) ->
 def test_gap_aware_halves_after_a_usual_step() -> None:
     gap_aware, direction = build(GAP_AWARE), np.full(SIZE, 0.5, np.float32)
     for _ in range(3):
-        gap_aware.stepped(direction)
+        stepped(gap_aware, direction)
     corrected = gap_aware.correct("a", np.ones(SIZE, np.float32), START, START - np.float32(LR) * direction)
     np.testing.assert_allclose(corrected, 0.5, rtol=1e-5)
 
@@ -204,7 +230,7 @@ def test_what_is_corrected_and_read_may_be_read_only(correction: dict[str, Any])
         array.flags.writeable = False
     for _ in range(3):
         corrected.correct("a", values, weights, read)
-        corrected.stepped(values)
+        stepped(corrected, values)
 
 
 def test_clipping_comes_before_the_correction() -> None:
@@ -319,13 +345,13 @@ def test_a_state_is_a_copy(correction: dict[str, Any]) -> None:
     first, second = build(correction), build(correction)
     for number in range(3):
         first.correct("a", randoms(number), START, randoms(9))
-        first.stepped(randoms(number))
+        stepped(first, randoms(number))
     arrays, facts = first.state()
     before = {name: array.copy() for name, array in arrays.items()}
     second.load(arrays, facts)
     for target in (first, second):
         target.correct("a", randoms(7), START, randoms(9))
-        target.stepped(randoms(7))
+        stepped(target, randoms(7))
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, before[name])
 

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.problem import Problem
+from psgd.spec import JobSpec
 from psgd_workers.datasets.examples import Examples
 from psgd_workers.layout import Layout
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
@@ -18,7 +20,7 @@ from psgd_workers.models.network import Network
 from psgd_workers.shards import Shards
 from psgd_workers.worker import Worker
 from tests.inprocess import InProcess
-from tests.unit.core.jobs import job
+from tests.unit.core.jobs import GRID, START, job, quadratic
 
 LR = np.float32(0.1)
 EPOCHS = 3
@@ -52,8 +54,9 @@ class Training:
         return out
 
     def host(self, mode: str, workers: int, **options: Any) -> InProcess:
-        optimizer = {"lr": 0.1, "momentum": options.pop("momentum", 0.0)}
-        spec = job(mode, workers, optimizer=optimizer, run=options.pop("run", {"epochs": EPOCHS}))
+        plain = {"optimizer": {"lr": 0.1, "momentum": options.pop("momentum", 0.0)}, "run": {"epochs": EPOCHS}}
+        sections = {name: options.pop(name) for name in JobSpec.model_fields if name in options}
+        spec = job(mode, workers, **plain | sections)
         return InProcess(spec, self.grid, self.initial, self.worker.gradient, examples=self.examples, **options)
 
 
@@ -110,10 +113,47 @@ def test_bsp_with_one_worker_is_async_with_one(training: Training) -> None:
     np.testing.assert_array_equal(bsp.weights, asynchronous.weights)
 
 
-def test_two_partitions_are_one(training: Training) -> None:
-    one, two = (training.host("async", 3, momentum=0.9, partitions=p, compute_s=uneven).run() for p in (1, 2))
-    assert one.applied == two.applied
-    np.testing.assert_array_equal(one.weights, two.weights)
+@pytest.mark.parametrize("servers", [2, 3])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optimizer": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "ema": 0.9}},
+        {"optimizer": {"lr": 0.1, "name": "adagrad"}},
+        {"optimizer": {"lr": 0.01, "name": "adam", "max_grad_norm": 0.3}},
+        {"optimizer": {"lr": 0.01, "name": "adamw", "clipvalue": 0.1}},
+        {"optimizer": {"lr": 0.1, "name": "delayed_nesterov", "every": 3}},
+        {"scaling": {"pipeline": 1}},
+        {"consistency": {"mode": "bsp"}},
+        {"consistency": {"mode": "softsync", "s": 1}},
+        {"consistency": {"mode": "buffered", "k": 2}},
+        {"consistency": {"mode": "ssp", "s": 1}},
+        {"correction": {"name": "dc_asgd", "variant": "adaptive"}},
+        {"correction": {"name": "gap_aware"}, "optimizer": {"lr": 0.1, "momentum": 0.9}},
+        {"correction": {"name": "dana", "momentum": 0.9}},
+        {"compression": {"name": "fp16"}},
+    ],
+    ids=lambda sections: "-".join(str(value) for section in sections.values() for value in section.values()),
+)
+def test_several_partitions_are_one(training: Training, sections: dict[str, Any], servers: int) -> None:
+    """For one order of pushes given to all of them."""
+    one, several = (
+        training.host("async", 3, **sections | {"scaling": scaling, "compute_s": uneven}).run()
+        for scaling in (sections.get("scaling", {}), {"servers": servers} | sections.get("scaling", {}))
+    )
+    assert one.applied == several.applied
+    np.testing.assert_array_equal(one.weights, several.weights)
+    parts = [server.epoch_weights(EPOCHS) for server in several.servers.values()]
+    np.testing.assert_array_equal(one.servers[0].epoch_weights(EPOCHS), np.concatenate(parts))
+
+
+@pytest.mark.parametrize("compression", [{"name": "none"}, {"name": "int8"}], ids=lambda spec: str(spec["name"]))
+def test_a_partition_may_be_of_buffers_alone(compression: dict[str, Any]) -> None:
+    problem = Problem(GRID, START, quadratic, num_trainable=2)
+    scaling = {"servers": 3, "pipeline": 1}
+    several = VirtualCluster(job(workers=2, scaling=scaling, compression=compression), problem, uneven).run()
+    assert [server.partition.num_trainable for server in several.servers.values()] == [2, 0, 0]
+    one = VirtualCluster(job(workers=2, scaling={"pipeline": 1}, compression=compression), problem, uneven).run()
+    np.testing.assert_array_equal(several.weights, one.weights)
 
 
 def test_the_same_run_twice_is_the_same_to_the_bit(training: Training) -> None:
@@ -126,23 +166,52 @@ def test_the_same_run_twice_is_the_same_to_the_bit(training: Training) -> None:
 @given(workers=st.integers(1, 6), seed=st.integers(0, 2**32))
 def test_staleness_is_conserved(workers: int, seed: int) -> None:
     """Σ staleness applied + Σ staleness in flight = (n - 1)·updates, at every instant at which all n compute."""
-    sums: list[tuple[int, int]] = []
+    sums = staleness_sums(workers, seed)
+    assert all(total == (workers - 1) * updates for updates, _, (total,) in sums)
+    assert {updates for updates, _, _ in sums} == set(range(1, 101))
+    assert all(late >= early for (early, _, _), (late, _, _) in pairwise(sums))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 2**32), st.integers(1, 3), st.integers(0, 2))
+def test_staleness_is_conserved_in_every_partition_and_with_batches_computed_ahead(
+    workers: int, seed: int, servers: int, pipeline: int
+) -> None:
+    """Each step adds 1 for each gradient in flight; those are n·(pipeline + 1) once every slot holds weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psgd.core.roster.FIRST_LEASE", 101)  # at whose end the slots would be empty
+        sums = staleness_sums(workers, seed, {"servers": servers, "pipeline": pipeline})
+    expected = 0
+    for updates, stale, totals in sums:
+        expected += stale
+        assert totals == [expected] * servers, updates
+    assert [updates for updates, _, _ in sums] == list(range(1, 101))
+    assert {stale for _, stale, _ in sums[-50:]} == {workers * (pipeline + 1) - 1}
+
+
+def staleness_sums(workers: int, seed: int, scaling: dict[str, int] | None = None) -> list[tuple[int, int, list[int]]]:
+    """After each of the first 100 steps: how many, stale gradients in flight, and Σ staleness of each partition."""
+    sums: list[tuple[int, int, list[int]]] = []
 
     def observe(host: VirtualCluster) -> None:
-        server = host.servers[0]
-        if server.version.updates <= 100:  # towards the end leases shrink, and a worker may wait for one
+        updates, totals = host.servers[0].version.updates, []
+        if updates > 100:
+            host.stop()
+            return
+        for partition, server in host.servers.items():
             applied = sum(value * count for value, count in server.report().staleness.items())
-            in_flight = sum(server.version.updates - read.updates for read in host.computing.values())
-            sums.append((server.version.updates, applied + in_flight))
+            reads = [reads[partition].updates for reads in host.in_flight]
+            totals.append(applied + sum(updates - read for read in reads))
+        sums.append((updates, sum(reads[0].updates < updates for reads in host.in_flight), totals))
 
     def seconds(worker: str, batch: BatchId) -> float:
         return float(np.random.default_rng([seed, int(worker[-1]), *batch]).exponential(0.1))
 
-    spec, weights = job("async", workers, run={"max_updates": 500}), np.zeros(3, np.float32)
-    InProcess(spec, EpochGrid((600,), 600), weights, one, compute_s=seconds, observe=observe).run()
-    assert all(total == (workers - 1) * updates for updates, total in sums)
-    assert {updates for updates, _ in sums} == set(range(1, 101))
-    assert all(late >= early for (early, _), (late, _) in pairwise(sums))
+    grid, weights = EpochGrid((5000,), 5000), np.zeros(3, np.float32)  # long leases, as long as an end is far
+    InProcess(
+        job("async", workers, scaling=scaling or {}), grid, weights, one, compute_s=seconds, observe=observe
+    ).run()
+    return sums
 
 
 def one(batch: BatchId, weights: FloatArray, out: FloatArray) -> float:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from psgd.core.optimizers import Adagrad, DelayedNesterov, Optimizer, Sgd, apply, build_optimizer
+from psgd.core import optimizers
+from psgd.core.optimizers import Adagrad, DelayedNesterov, Optimizer, Sgd, build_optimizer, in_blocks
 from psgd.spec import (
     AdagradOptimizer,
     AdamOptimizer,
@@ -74,10 +75,20 @@ def start() -> FloatArray:
 
 
 def run(optimizer: Optimizer, spec: OptimizerSpec, weights: FloatArray, steps: range) -> FloatArray:
-    scratch = np.empty(SIZE, np.float32)
     for step in steps:
-        apply(weights, optimizer.direction(weights, curvature(weights, step)), spec.lr, scratch)
+        optimizer.step(weights, curvature(weights, step), spec.lr)
     return weights
+
+
+def direction(optimizer: Optimizer, weights: FloatArray, gradient: FloatArray) -> FloatArray:
+    """u of the next step, as it is shown."""
+    shown = np.empty_like(weights)
+
+    def watch(part: slice, direction: FloatArray) -> None:
+        shown[part] = direction
+
+    optimizer.step(weights.copy(), gradient, 0.1, watch)
+    return shown
 
 
 def ours(spec: OptimizerSpec, steps: int) -> FloatArray:
@@ -115,11 +126,46 @@ def test_200_steps_are_those_of_torch(spec: OptimizerSpec) -> None:
     assert error <= 1e-6 * np.linalg.norm(theirs)  # of the whole: single elements feel torch's fused multiply-add
 
 
-def test_a_step_is_the_direction_times_the_rate_to_the_bit() -> None:
-    weights, direction, scratch = start(), curvature(start(), 0), np.empty(SIZE, np.float32)
-    expected = weights - np.float32(0.3) * direction
-    apply(weights, direction, 0.3, scratch)
-    np.testing.assert_array_equal(weights, expected)
+@pytest.mark.parametrize("spec", ALL, ids=hyperparameters)
+def test_a_step_is_the_direction_shown_times_the_rate_to_the_bit(spec: OptimizerSpec) -> None:
+    first, second, weights = build_optimizer(spec, SIZE), build_optimizer(spec, SIZE), start()
+    for step in range(8):
+        gradient = curvature(weights, step)
+        expected = weights - np.float32(0.3) * direction(first, weights, gradient)
+        second.step(weights, gradient, 0.3)
+        np.testing.assert_array_equal(weights, expected)
+
+
+# Blocks
+
+
+@pytest.mark.parametrize(("size", "block"), [(0, 4), (3, 4), (4, 4), (9, 4), (12, 4)])
+def test_blocks_are_all_values_in_order(size: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "BLOCK", block)
+    blocks, values = in_blocks(size), np.arange(size)
+    parts = [values[block.part] for block in blocks]
+    np.testing.assert_array_equal(np.concatenate([[], *parts]), values)
+    for part, (_, scratch, spare) in zip(parts, blocks, strict=True):
+        assert len(part) == len(scratch) == len(spare) <= block
+        assert not np.shares_memory(scratch, spare)
+
+
+@pytest.mark.parametrize("block", [1, 8, 11, SIZE - 1])  # 11 leaves no shorter last one
+@pytest.mark.parametrize("spec", ALL, ids=hyperparameters)
+def test_many_blocks_make_the_step_of_one_to_the_bit(
+    spec: OptimizerSpec, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, one = build_optimizer(spec, SIZE), start()
+    monkeypatch.setattr(optimizers, "BLOCK", block)
+    blocked, many = build_optimizer(spec, SIZE), start()
+    for step in range(8):
+        gradient = curvature(one, step)
+        np.testing.assert_array_equal(direction(blocked, many, gradient), direction(whole, one, gradient))
+        for optimizer, weights in ((whole, one), (blocked, many)):
+            optimizer.step(weights, gradient, spec.lr)
+        assert many.tobytes() == one.tobytes()
+        states = ({name: array.tobytes() for name, array in each.state().items()} for each in (whole, blocked))
+        assert next(states) == next(states)
 
 
 # Closed forms
@@ -129,14 +175,14 @@ def test_adagrads_eps_is_inside_the_root() -> None:
     spec = AdagradOptimizer(name="adagrad", lr=0.1, eps=0.75, initial_accumulator_value=0.25)
     optimizer = Adagrad(spec, 2)
     for squares in (1, 2, 3):  # of [1, 0]
-        direction = optimizer.direction(np.zeros(2, np.float32), np.array([1, 0], np.float32))
-        np.testing.assert_allclose(direction, [1 / np.sqrt(1 + squares), 0], rtol=1e-6)
+        shown = direction(optimizer, np.zeros(2, np.float32), np.array([1, 0], np.float32))
+        np.testing.assert_allclose(shown, [1 / np.sqrt(1 + squares), 0], rtol=1e-6)
 
 
 def test_adagrads_first_step_is_by_the_sign() -> None:
     gradient = np.array([-3, -0.01, 0, 0.5, 100], np.float32)
     optimizer = Adagrad(AdagradOptimizer(name="adagrad", lr=0.1), 5)
-    np.testing.assert_allclose(optimizer.direction(np.zeros(5, np.float32), gradient), np.sign(gradient), rtol=1e-6)
+    np.testing.assert_allclose(direction(optimizer, np.zeros(5, np.float32), gradient), np.sign(gradient), rtol=1e-6)
 
 
 @pytest.mark.parametrize("spec", DELAYED_NESTEROV, ids=hyperparameters)
@@ -163,7 +209,7 @@ def test_delayed_nesterov_without_delay_is_sgd_with_nesterov_to_the_bit(momentum
 def test_pushes_between_the_momentums_moves_step_by_their_share_alone() -> None:
     spec = DelayedNesterovOptimizer(name="delayed_nesterov", lr=0.1, momentum=0.5, every=4)
     optimizer = DelayedNesterov(spec, 1)
-    moves = [float(optimizer.direction(np.zeros(1, np.float32), np.ones(1, np.float32))[0]) for _ in range(8)]
+    moves = [float(direction(optimizer, np.zeros(1, np.float32), np.ones(1, np.float32))[0]) for _ in range(8)]
     assert moves == [0.25, 0.25, 0.25, 0.25 + 0.5, 0.25, 0.25, 0.25, 0.25 + 0.5 * 1.5]
 
 
@@ -204,7 +250,7 @@ def test_loaded_arrays_are_not_shared(spec: OptimizerSpec) -> None:
 
 def test_sgd_has_no_state_without_momentum() -> None:
     optimizer = Sgd(SgdOptimizer(lr=0.1, weight_decay=0.01), SIZE)
-    optimizer.direction(np.ones(SIZE, np.float32), np.ones(SIZE, np.float32))
+    optimizer.step(np.ones(SIZE, np.float32), np.ones(SIZE, np.float32), 0.1)
     assert optimizer.state() == {}
 
 
@@ -212,26 +258,24 @@ def test_sgd_has_no_state_without_momentum() -> None:
 
 
 @pytest.mark.parametrize("spec", ALL, ids=hyperparameters)
-def test_gradients_may_be_read_only_and_weights_are_left_to_apply(spec: OptimizerSpec) -> None:
+def test_gradients_may_be_read_only_and_are_left_as_they_are(spec: OptimizerSpec) -> None:
     optimizer = build_optimizer(spec, SIZE)
     gradient, weights = curvature(start(), 0), start()
-    gradient.flags.writeable = weights.flags.writeable = False
+    gradient.flags.writeable = False
     for _ in range(8):
-        direction = optimizer.direction(weights, gradient)
-        assert direction.dtype == np.float32
+        optimizer.step(weights, gradient, spec.lr)
     np.testing.assert_array_equal(gradient, curvature(start(), 0))
-    np.testing.assert_array_equal(weights, start())
 
 
 @pytest.mark.parametrize("spec", ALL, ids=hyperparameters)
-def test_no_array_is_made_after_the_first_step(spec: OptimizerSpec) -> None:
-    size = 100_000
+def test_no_array_is_made_by_a_step(spec: OptimizerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, block = 100_000, 30_000
+    monkeypatch.setattr(optimizers, "BLOCK", block)
     optimizer = build_optimizer(spec, size)
-    weights, gradient, scratch = (np.ones(size, np.float32) for _ in range(3))
-    apply(weights, optimizer.direction(weights, gradient), spec.lr, scratch)
+    weights, gradient = np.ones(size, np.float32), np.ones(size, np.float32)
     tracemalloc.start()
     for _ in range(7):
-        apply(weights, optimizer.direction(weights, gradient), spec.lr, scratch)
+        optimizer.step(weights, gradient, spec.lr)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < size  # bytes: a quarter of one array
+    assert peak < block  # bytes: a quarter of a block's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, get_args
@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from psgd.core.events import Change, ChangeServer, Finish, Join, Leave
 from psgd.core.journal import Kind
 from psgd.core.server import ParameterServer, Partition, ServerState
-from psgd.simulation.cluster import VirtualWorker
 from psgd.spec import JobSpec
-from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Outcome, Version
+from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Outcome, Version
 from tests.inprocess import START_S, Checkpoint, Fault, FaultKind, InProcess
 from tests.unit.core.jobs import START, job, push, quadratic
 
@@ -33,6 +32,8 @@ HUGE = 10**9
 FRESH = ("bsp", "k_sync", "backup", "rennala", "malenia")  # modes that know no staleness
 COLLECTING = ("buffered", "softsync", "rennala", "malenia", "ringleader")  # whose open rounds a checkpoint holds
 MODES = ("async", "ssp", "ringmaster", "buffered", "softsync", "local", "ringleader", *FRESH)
+ON_SEVERAL = ("async", "ssp", "ringmaster", "buffered", "softsync", "local", "bsp")  # servers
+AHEAD = ("async", "ringmaster", "buffered", "softsync", "local")  # with a pipeline
 
 Mode = dict[str, Any]
 
@@ -134,11 +135,11 @@ class Recorded(InProcess):
         self.modes = [arguments[0].consistency.mode]
         resume = options.get("resume")
         self.pushed = sum(resume.states[0].facts["pushes"].values()) + buffered(resume) if resume else 0
-        self._records: list[NDArray[np.void]] = []
+        self._records: dict[int, list[NDArray[np.void]]] = {partition: [] for partition in range(len(self.parts))}
 
-    def arrive(self, gradients: Any) -> None:
+    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> None:
         self.calls.append(("push", gradients[0], self.now))
-        super().arrive(gradients)
+        super().arrive(gradients, first)
         self.pushed += 1
         report = self.servers[0].report()
         assert sum(report.pushes.values()) == self.pushed
@@ -159,16 +160,16 @@ class Recorded(InProcess):
         super().act(action)
 
     def journal(self, partition: int, records: NDArray[np.void]) -> None:
-        self._records.append(records)
+        self._records[partition].append(records)
 
-    def records(self) -> NDArray[np.void]:
-        """The whole journal."""
-        self._records.append(self.servers[0].journal.take())
-        return np.concatenate(self._records)
+    def records(self, partition: int = 0) -> NDArray[np.void]:
+        """A server's whole journal."""
+        self._records[partition].append(self.servers[partition].journal.take())
+        return np.concatenate(self._records[partition])
 
-    def batches(self, *outcomes: Outcome) -> Counter[BatchId]:
+    def batches(self, *outcomes: Outcome, partition: int = 0) -> Counter[BatchId]:
         """How often a push of each batch had one of these outcomes."""
-        records, codes = self.records(), [list(Outcome).index(outcome) for outcome in outcomes]
+        records, codes = self.records(partition), [list(Outcome).index(outcome) for outcome in outcomes]
         chosen = records[(records["kind"] == Kind.PUSH) & np.isin(records["outcome"], codes)]
         return Counter(BatchId(*batch) for batch in chosen[["epoch", "shard", "index"]].tolist())
 
@@ -259,6 +260,36 @@ def test_every_mode_survives_a_fault_in_the_middle_of_a_round(name: str, kind: F
     faults = [Fault("worker-1", push, kind) for push in (1, 3)] + [Fault("worker-3", 0, kind)]
     for mode in SAMPLES[name]:
         assert_exactly_once(run(mode, Schedule(3, 7, "exponential", lease_s=0.3, faults=tuple(faults))))
+
+
+def assert_exactly_once_everywhere(host: Recorded) -> None:
+    """As above, in every partition by itself: what each discards is its own affair."""
+    assert host.finish == Finish("finished")
+    assert host.coordinator.counts().batches == len(BATCHES)
+    for partition, server in host.servers.items():
+        report = server.report()
+        taken, discarded = (
+            host.batches(*outcomes, partition=partition)
+            for outcomes in ((Outcome.APPLIED, Outcome.BUFFERED), (Outcome.DISCARDED,))
+        )
+        assert taken + discarded == Counter(BATCHES)
+        assert (report.epochs, report.pushes["buffered"], report.samples) == (EPOCHS, 0, taken.total())
+        numbers = range(host.parts[partition].start, host.parts[partition].stop)
+        moved = {BATCHES[number] for number in numbers if host.weights[number] < 0}
+        assert moved == {BATCHES[number] for number in numbers} - set(discarded)
+
+
+@pytest.mark.parametrize("name", sorted({*ON_SEVERAL, *AHEAD}))
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_every_batch_counts_once_on_every_server_and_computed_ahead(name: str, data: st.DataObject) -> None:
+    schedule = data.draw(rough())
+    mode = data.draw(modes(name, schedule.workers))
+    ahead = name in AHEAD and not mode.get("synchronous")
+    scaling = {"servers": data.draw(st.integers(1, 3)), "pipeline": data.draw(st.integers(0, 2)) if ahead else 0}
+    host = run(mode, schedule, spec={"scaling": scaling})
+    assert_exactly_once_everywhere(host)
+    assert_staleness(host, mode)
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -393,14 +424,15 @@ class Starts(Recorded):
     """Notes by how much each worker is ahead of the slowest live one when it starts a batch."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+        self._pace_s = options.pop("compute_s")
+        super().__init__(*arguments, compute_s=self._started, **options)
         self.ahead: list[int] = []
 
-    def _next_batch(self, worker: VirtualWorker) -> None:
+    def _started(self, worker: str, batch: BatchId) -> float:
         clocks = self.servers[0].report().heard
-        if worker.batches and not worker.cancelled and worker.name in clocks:
-            self.ahead.append(clocks[worker.name] - min(clocks.values()))
-        super()._next_batch(worker)
+        if worker in clocks:
+            self.ahead.append(clocks[worker] - min(clocks.values()))
+        return float(self._pace_s(worker, batch))
 
 
 @settings(max_examples=30, deadline=None)

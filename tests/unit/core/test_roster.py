@@ -73,3 +73,11 @@ def test_pushes_and_parking_are_signs_of_life(roster: Roster) -> None:
     assert [worker.alive_at for worker in roster] == [3, 0, 3]
     roster.heard(replace(EMPTY, heard=heard, parked=frozenset({"worker-2"})), now=4.0)
     assert [worker.alive_at for worker in roster] == [3, 0, 4]
+
+
+def test_servers_that_count_a_silent_workers_pushes_differently_show_no_life(roster: Roster) -> None:
+    for now in (1.0, 2.0):
+        for partition, pushes in enumerate((5, 6)):
+            report = replace(EMPTY, partition=partition, heard={"worker-0": pushes}, parked=frozenset())
+            roster.heard(report, now)
+    assert roster["worker-0"].alive_at == 1

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.checkpoints import Checkpoints, Manifest, write_part
+from psgd.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.core.events import Action, Commit
 from psgd.job import OpenJob
 from psgd.monitoring.rundir import RunDirectory
 from psgd.spec import JobSpec
 from psgd.storage import Storage
-from psgd_workers.messages import BatchId, FloatArray
+from psgd_workers.messages import BatchId, FloatArray, Gradient
 from tests.inprocess import Checkpoint, InProcess
 
 __all__ = ["Recorded", "digits", "record", "run_directory"]
@@ -44,7 +45,8 @@ def record(run: RunDirectory, spec: JobSpec, **options: Any) -> Recorded:
         return Recorded(run, OpenJob.open(spec), None, **options).run()
     manifest = checkpoint.manifest
     number = Checkpoints(run.storage).next_number() - 1
-    resume = Checkpoint((checkpoint.state(0),), number, manifest.updates, manifest.requeued)
+    states = tuple(checkpoint.state(partition) for partition in range(manifest.partitions))
+    resume = Checkpoint(states, number, manifest.updates, manifest.requeued)
     spec = spec.model_copy(update=dict(manifest.settings))
     return Recorded(run, OpenJob.open(spec), manifest.name, resume=resume, **options).run()
 
@@ -54,10 +56,22 @@ def _uneven(worker: str, batch: BatchId) -> float:
 
 
 class Recorded(InProcess):
-    """One process of a run; all that happens lands in its directory, as `psgd.cluster` would write it."""
+    """One process of a run; all that happens lands in its directory, as `psgd.cluster` would write it.
 
-    def __init__(self, run: RunDirectory, job: OpenJob, resumed: str | None, **options: Any) -> None:
+    Args:
+        run: the directory.
+        job: what is run.
+        resumed: the checkpoint's name.
+        skew_s: by so many virtual seconds at most, the parts of a push arrive one after the other, in any order.
+        options: of the cluster.
+    """
+
+    def __init__(
+        self, run: RunDirectory, job: OpenJob, resumed: str | None, *, skew_s: float = 0.0, **options: Any
+    ) -> None:
         self._worker = job.worker("all")
+        self._skew_s = skew_s
+        self._skews = np.random.default_rng(11)
         super().__init__(
             job.spec,
             job.shards.grid,
@@ -68,26 +82,45 @@ class Recorded(InProcess):
         )
         self._job = job
         self._run_directory = run
-        self._records: list[NDArray[np.void]] = []
-        self._saved = -1  # number of the newest checkpoint that was written
+        self._records: dict[int, list[NDArray[np.void]]] = {partition: [] for partition in range(len(self.parts))}
+        self._number = -1  # of the newest checkpoint that was begun
+        self._written: dict[int, Part] = {}  # of that one
         self.incarnation = run.own().incarnation
         run.begin(job.spec)
-        run.event("started", incarnation=self.incarnation, resumed=resumed, workers=job.spec.scaling.workers)
+        scaling = job.spec.scaling
+        run.event(
+            "started",
+            incarnation=self.incarnation,
+            resumed=resumed,
+            workers=scaling.workers,
+            pipeline=scaling.pipeline,
+        )
 
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
         return self._worker.gradient(batch, weights, out)
 
     def journal(self, partition: int, records: NDArray[np.void]) -> None:
-        self._records.append(records)
+        self._records[partition].append(records)
+
+    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> None:
+        if not self._skew_s or len(gradients) == 1:
+            super().arrive(gradients, first)
+            return
+        for partition, gradient in enumerate(gradients, first):
+            self.after(self._skew_s * float(self._skews.random()), super().arrive, [gradient], partition)
 
     def _notice(self, partition: int) -> None:
         super()._notice(partition)
-        if self._saving is None or self._saving == self._saved or not self._states:
+        if self._saving is None or partition not in self._states:
             return
-        self._saved = self._saving
-        records = np.concatenate([*self._records, self.servers[0].journal.take()])
-        self._records = []
-        self._part = write_part(self._run_directory.storage, self._name(self._saved), self._states[0], records)
+        if self._saving != self._number:
+            self._number, self._written = self._saving, {}
+        if partition in self._written:
+            return
+        records = np.concatenate([*self._records[partition], self.servers[partition].journal.take()])
+        self._records[partition] = []
+        storage, name = self._run_directory.storage, self._name(self._saving)
+        self._written[partition] = write_part(storage, name, self._states[partition], records)
 
     def _name(self, number: int) -> str:
         return f"{number:06d}-{self.incarnation}"
@@ -98,7 +131,7 @@ class Recorded(InProcess):
             self._commit(action)
 
     def _commit(self, commit: Commit) -> None:
-        checkpoints, layout = Checkpoints(self._run_directory.storage), self._job.layout
+        checkpoints, layout, parts = Checkpoints(self._run_directory.storage), self._job.layout, self._written.values()
         manifest = Manifest(
             format=1,
             name=self._name(commit.checkpoint),
@@ -112,10 +145,10 @@ class Recorded(InProcess):
             names=layout.names,
             shapes=layout.shapes,
             num_trainable=layout.num_trainable,
-            partitions=1,
+            partitions=len(parts),
             requeued=0,
-            files=dict(self._part.files),
-            journal=dict(self._part.journal),
+            files={name: checksum for part in parts for name, checksum in part.files.items()},
+            journal={name: checksum for part in parts for name, checksum in part.journal.items()},
         )
         checkpoints.commit(manifest)
         deleted = checkpoints.prune(self._spec.checkpoint.keep)

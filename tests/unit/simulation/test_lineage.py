@@ -29,9 +29,9 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def lineage(run: RunDirectory) -> tuple[Stretch, ...]:
+def lineage(run: RunDirectory, partition: int = 0) -> tuple[Stretch, ...]:
     newest = Checkpoints(run.storage).committed()[-1]
-    return read_lineage(run, Checkpoints(run.storage).manifest(newest))
+    return read_lineage(run, Checkpoints(run.storage).manifest(newest), partition)
 
 
 def newest_segment(run: RunDirectory) -> str:
@@ -55,11 +55,25 @@ def test_each_incarnation_is_a_stretch_and_the_second_begins_with_a_fork(run: Ru
     first, second = lineage(run)
     assert (first.incarnation, second.incarnation) == (1, 2)
     assert (first.workers, second.workers) == (3, 3)
+    assert (first.pipeline, second.pipeline) == (0, 0)
     fork = next(second.records())
     assert (fork.kind, fork.read, fork.version) == (Kind.FORK, (1, 30), (2, 30))
     pushes = [record for record in [*first.records(), *second.records()] if record.kind == Kind.PUSH]
     assert [record.updates for record in pushes] == [*range(1, 61)]
     assert {record.outcome for record in pushes} == {Outcome.APPLIED}
+
+
+def test_every_server_has_records_of_its_own(tmp_path: Path) -> None:
+    run = run_directory(tmp_path)
+    record(run, digits(scaling={"workers": 3, "servers": 2}), skew_s=0.1)
+    first, second = (lineage(run, partition) for partition in (0, 1))
+    pushes = [[r.batch for r in stretch.records() if r.kind == Kind.PUSH] for (stretch,) in (first, second)]
+    assert pushes[0] != pushes[1]
+    assert sorted(pushes[0]) == sorted(pushes[1])
+    run.storage.delete("journal/000000-1-server-1.npy")
+    assert lineage(run, 0)
+    with pytest.raises(JournalError, match=r"/journal lacks 000000-1-server-1\.npy"):
+        lineage(run, 1)
 
 
 def test_segments_after_the_checkpoint_that_was_resumed_from_are_left_out(run: RunDirectory) -> None:

@@ -19,8 +19,9 @@ from psgd.errors import CheckpointError, DataError, JournalError, ReplayError, R
 from psgd.job import OpenJob
 from psgd.jobfile import change_settings
 from psgd.monitoring.rundir import RunDirectory
+from psgd.simulation.lineage import read_lineage
 from psgd.simulation.replay import replay
-from psgd_workers.messages import BatchId, FloatArray, Outcome
+from psgd_workers.messages import BatchId, FloatArray, Outcome, Receipt
 from tests.inprocess import Fault
 from tests.unit.simulation.recorded import Recorded, digits, record, run_directory
 
@@ -149,6 +150,137 @@ def test_three_incarnations_in_a_row(run: RunDirectory) -> None:
 def test_a_checkpoint_that_could_not_be_written_leaves_no_gap(run: RunDirectory) -> None:
     record(run, digits(), failing_saves=[1, 2])
     assert_agrees(run, updates=2 * 30)
+
+
+# Several servers, each with an order of its own
+
+
+SKEW_S = 0.1  # half a gradient's time: pushes overtake each other on their way to a server
+
+
+def order(run: RunDirectory, partition: int) -> list[tuple[int, ...]]:
+    """The batches of a server's journal, in its order."""
+    names = [name for name in run.storage.names("journal") if name.endswith(f"-server-{partition}.npy")]
+    records = np.concatenate([np.load(Path(run.storage.url, "journal", name)) for name in names])
+    pushes = records[records["kind"] == Kind.PUSH]
+    return [tuple(batch) for batch in pushes[["epoch", "shard", "index"]].tolist()]
+
+
+@pytest.mark.parametrize("servers", [2, 3])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"scaling": {"pipeline": 1}},
+        {"scaling": {"pipeline": 2}, "correction": {"name": "gap_aware"}},
+        {"consistency": {"mode": "bsp"}},
+        {"consistency": {"mode": "ssp", "s": 1}},
+        {"consistency": {"mode": "softsync", "s": 1}},
+        {"consistency": {"mode": "ringmaster", "r": 2}},
+        {"consistency": {"mode": "local", "h": 3, "lr": 0.05}, "optimizer": {"lr": 1.0}},
+        {"optimizer": {"name": "adam", "lr": 0.01, "max_grad_norm": 0.5}},
+        {"correction": {"name": "dc_asgd", "variant": "adaptive"}},
+        {"correction": {"name": "dana", "momentum": 0.9}, "optimizer": PLAIN},
+        {"compression": {"name": "top_k", "ratio": 0.05}},
+        {"compression": {"name": "int8"}, "consistency": {"mode": "softsync", "s": 1}},
+    ],
+    ids=lambda sections: "-".join(str(value) for section in sections.values() for value in section.values()),
+)
+def test_a_run_on_several_servers_comes_out_bit_for_bit(
+    run: RunDirectory, sections: dict[str, Any], servers: int
+) -> None:
+    scaling = {"workers": 4, "servers": servers} | sections.get("scaling", {})
+    ended = record(run, digits(**sections | {"scaling": scaling}), skew_s=SKEW_S)
+    assert_agrees(run, updates=min(server.version.updates for server in ended.servers.values()), incarnations=1)
+    assert order(run, 0) != order(run, 1)
+
+
+@pytest.mark.parametrize("compression", [{"name": "none"}, {"name": "top_k", "ratio": 0.05}], ids=lambda c: c["name"])
+def test_pushes_that_reached_some_servers_only_are_replayed(run: RunDirectory, compression: dict[str, Any]) -> None:
+    """What they read of the others is in no journal."""
+    faults = [
+        *(Fault(f"worker-{number}", push, "torn") for number, push in ((0, 2), (1, 5), (4, 3))),
+        Fault("worker-2", 4, "late"),
+        Fault("worker-3", 3, "after"),
+    ]
+    spec = digits(scaling={"workers": 4, "servers": 3}, compression=compression)
+    ended = record(run, spec, faults=faults, skew_s=SKEW_S)
+    duplicates = [server.report().pushes["duplicate"] for server in ended.servers.values()]
+    assert duplicates[0] == duplicates[1] + 3
+    assert_agrees(run)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"scaling": {"pipeline": 1}},
+        {"consistency": {"mode": "bsp"}},
+        {"compression": {"name": "top_k", "ratio": 0.05}},
+    ],
+    ids=["async", "pipeline", "bsp", "top_k"],
+)
+def test_a_resumed_run_on_several_servers_is_replayed_across_its_cut(
+    run: RunDirectory, sections: dict[str, Any]
+) -> None:
+    """A checkpoint's parts are of one moment, and some pushes had reached one server then and not the other."""
+    sections |= {"checkpoint": {"every_s": None, "every_updates": 7 if "consistency" in sections else 36}}
+    scaling = {"workers": 5, "servers": 2} | sections.pop("scaling", {})
+    record(run, digits(scaling=scaling, **sections), skew_s=SKEW_S)
+    before, *others = Checkpoints(run.storage).committed()
+    for name in others:
+        run.storage.delete(f"checkpoints/{name}/server-1.safetensors")
+    longer = digits(scaling=scaling | {"workers": 3}, run={"epochs": 3}, **sections)
+    second = record(run, longer, seed=1, skew_s=SKEW_S)
+    started = [line for line in run.read_lines("events.jsonl") if line["event"] == "started"]
+    assert [line["resumed"] for line in started] == [None, before]
+    assert_agrees(run, incarnations=2, updates=second.servers[0].version.updates)
+    manifest = Checkpoints(run.storage).manifest(Checkpoints(run.storage).committed()[-1])
+    first = [read_lineage(run, manifest, partition)[0] for partition in (0, 1)]
+    pushed = [{tuple(record.batch) for record in stretch.records() if record.kind == Kind.PUSH} for stretch in first]
+    assert pushed[0] != pushed[1] or "consistency" in sections
+
+
+def test_a_replay_stops_where_every_server_made_so_many_updates(run: RunDirectory) -> None:
+    record(run, digits(scaling={"workers": 4, "servers": 3}, checkpoint={"every_s": None}), skew_s=SKEW_S)
+    stopped = replay(run, until=31)
+    assert (stopped.updates, stopped.agrees) == (31, None)
+    assert stopped.pushes >= 31
+    assert (replay(run, until=0).updates, replay(run, until=0).pushes) == (0, 0)
+    assert replay(run, until=60).agrees is True
+    with pytest.raises(JournalError, match=r"--until 61: .* up to 60 updates"):
+        replay(run, until=61)
+
+
+def test_each_server_stops_with_the_weights_of_its_own_version(run: RunDirectory, tmp_path: Path) -> None:
+    class Watched(Recorded):
+        def _deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
+            if self.servers[partition].version.updates == 23:
+                expected[self.parts[partition]] = self.servers[partition].weights
+            super()._deliver(partition, receipts)
+
+    job = OpenJob.open(digits(scaling={"workers": 4, "servers": 2}))
+    expected, out = np.full_like(job.weights, np.nan), tmp_path / "weights.safetensors"
+    Watched(run, job, None, skew_s=SKEW_S).run()
+    assert replay(run, until=23, out=out).updates == 23
+    np.testing.assert_array_equal(job.layout.pack(load_file(out)), expected)
+
+
+def test_what_compression_left_out_of_slots_cannot_be_replayed(run: RunDirectory) -> None:
+    record(run, digits(scaling={"workers": 2, "pipeline": 1}, compression={"name": "int8"}, run={"epochs": 1}))
+    with pytest.raises(JournalError, match=r"scaling\.pipeline 1 and compression int8, and its journal does not tell"):
+        replay(run)
+
+
+def test_a_push_of_which_no_version_gives_the_loss_is_named(run: RunDirectory) -> None:
+    record(run, digits(scaling={"workers": 3, "servers": 2}), skew_s=SKEW_S)
+    path = Path(run.storage.url) / first_segment(run)
+    records = np.load(path)
+    number = np.flatnonzero(records["kind"] == Kind.PUSH)[4]
+    records["loss"][number] = 99  # so that it is none of the other journal's pushes
+    np.save(path, records)
+    with pytest.raises(ReplayError, match=rf"record {number} of server 0's .* no version of the others gives its loss"):
+        replay(run)
 
 
 def test_it_stops_at_a_version_and_writes_those_weights(recorded: RunDirectory, tmp_path: Path) -> None:

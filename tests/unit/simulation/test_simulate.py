@@ -10,7 +10,7 @@ import pytest
 
 from psgd.cli import main
 from psgd.errors import RunNotFoundError, SpecError
-from psgd.jobfile import load_spec
+from psgd.jobfile import load_spec, override_spec
 from psgd.simulation.command import read_journal
 from psgd.simulation.delays import Constant, Exponential, Slow
 from psgd.simulation.quadratic import Quadratic
@@ -116,6 +116,35 @@ def test_a_slow_worker_has_a_small_share() -> None:
 def test_a_link_takes_its_time_twice() -> None:
     slow, fast = (dynamics("async", Scenario(2, Constant(1.0), link_s=link)) for link in (0.5, 0.0))
     assert fast.updates_per_s / slow.updates_per_s == pytest.approx(2, rel=0.03)
+
+
+def test_several_servers_that_hear_of_everything_at_once_are_one() -> None:
+    job = load_spec("job.yaml", ["run.epochs=1", "optimizer.lr=0.05"])
+    one, three = (
+        simulate(
+            "async",
+            override_spec(job, [f"scaling.servers={servers}", "scaling.pipeline=1"]),
+            QuadraticSubject(16, 600, seed=0),
+            Scenario(2, Exponential(1.0)),
+            None,
+        )
+        for servers in (1, 3)
+    )
+    assert three == one
+    assert one.staleness["max"] is not None
+
+
+def test_batches_computed_ahead_hide_a_link_at_the_price_of_staleness() -> None:
+    scenario = Scenario(2, Constant(1.0), link_s=0.5)
+    job = load_spec("job.yaml", ["run.epochs=1", "optimizer.lr=0.05", "scaling.workers=2"])
+    plain, ahead = (
+        simulate(
+            "async", override_spec(job, [f"scaling.pipeline={n}"]), QuadraticSubject(16, 2000, seed=0), scenario, None
+        )
+        for n in (0, 1)
+    )
+    assert ahead.updates_per_s / plain.updates_per_s == pytest.approx(2, rel=0.05)
+    assert (plain.staleness["p50"], ahead.staleness["p50"]) == (1, 3)
 
 
 def test_ringmaster_refuses_what_async_applies() -> None:

@@ -18,7 +18,7 @@ PROMISES = [
     "1 asynchronous worker",
     "bsp of 4 workers",
     "bsp of 4 workers",
-    "2 partitions",
+    "3 partitions",
     "kill and resume",
     "killed workers",
 ]
@@ -52,8 +52,9 @@ def broken(found: list[Check]) -> set[str]:
         {"consistency": {"mode": "local", "h": 3, "lr": 0.1}, "compression": {"name": "int8"}},
         {"model": {"kind": "linear"}, "data": {"format": "sklearn", "dataset": "iris", "batch_size": 40}},
         {"model": {"kind": "torch", "path": "tests.integration.modules:mlp", "kwargs": {"hidden": 8}}},
+        {"scaling": {"servers": 2, "pipeline": 1}},
     ],
-    ids=["sgd", "nesterov", "adamw", "clipped ssp", "local", "short last batch", "torch"],
+    ids=["sgd", "nesterov", "adamw", "clipped ssp", "local", "short last batch", "torch", "2 servers, pipelined"],
 )
 def test_every_promise_is_kept_whatever_the_job_asks_for(sections: dict[str, Any]) -> None:
     found = checks(**sections)
@@ -69,7 +70,7 @@ def test_a_wrong_gradient_is_found_and_its_tensor_named() -> None:
 
 def test_a_model_that_remembers_is_found() -> None:
     found = checks(model={"kind": "python", "path": "tests.unit.simulation.models:Restless"})
-    assert broken(found) >= {"a batch computed again", "1 asynchronous worker", "2 partitions", "kill and resume"}
+    assert broken(found) >= {"a batch computed again", "1 asynchronous worker", "3 partitions", "kill and resume"}
     assert "killed workers" not in broken(found)
 
 

@@ -37,6 +37,11 @@ class Network:
         self._layers = [Dense() for _ in pairwise(sizes)]
         self._activations = [ACTIVATIONS[activation]() for _ in sizes[1:-1]]
 
+    @property
+    def num_parameters(self) -> int:
+        """Values of all tensors."""
+        return sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(self._sizes))
+
     def initial_weights(self, seed: int) -> dict[str, FloatArray]:
         """Biases are 0; weights are He's normal before relu and gelu, Glorot's uniform before tanh and the output.
 

@@ -1,0 +1,132 @@
+"""Findings: figures beside their targets, as a table for people and a document for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from tests.benchmarks.machine import machine, versions
+
+__all__ = ["Finding", "document", "ratio", "shown", "spread", "table", "target", "verdict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One figure."""
+
+    measure: str
+    value: float | None  # None: it could not be measured
+    unit: str = ""
+    at_least: float | None = None  # with `at_most`, the target; neither: for information
+    at_most: float | None = None
+    turns: tuple[float, ...] = ()  # the figure of each turn
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is; None if there is none, or no figure."""
+        if self.value is None or (self.at_least is None and self.at_most is None):
+            return None
+        low = float("-inf") if self.at_least is None else self.at_least
+        high = float("inf") if self.at_most is None else self.at_most
+        return low <= self.value <= high
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, `met` with them."""
+        return {
+            "measure": self.measure,
+            "value": self.value,
+            "unit": self.unit,
+            "at_least": self.at_least,
+            "at_most": self.at_most,
+            "met": self.met,
+            "turns": list(self.turns),
+        }
+
+    @classmethod
+    def of_dict(cls, tree: Mapping[str, Any]) -> Finding:
+        """What `to_dict` gave."""
+        facts = {name: value for name, value in tree.items() if name != "met"}
+        return cls(**facts | {"turns": tuple(tree["turns"])})
+
+
+def ratio(
+    measure: str,
+    over: Sequence[float],
+    under: Sequence[float],
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Finding:
+    """One thing's median over another's, which were measured in the same turns.
+
+    Args:
+        measure: what it is called.
+        over: by turn.
+        under: by turn.
+        at_least: the target, if there is one.
+        at_most: likewise.
+    """
+    if not over or not under:
+        return Finding(measure, None, "×", at_least, at_most)
+    turns = tuple(a / b for a, b in zip(over, under, strict=True)) if len(over) == len(under) else ()
+    return Finding(measure, median(over) / median(under), "×", at_least, at_most, turns)
+
+
+def table(title: str, findings: Sequence[Finding]) -> Table:
+    """One row a figure."""
+    rows = Table(title=title)
+    for heading in ("measure", "target", "measured", "turns", "met"):
+        rows.add_column(heading, justify="left" if heading == "measure" else "right")
+    for one in findings:
+        rows.add_row(one.measure, target(one), shown(one), spread(one), verdict(one))
+    return rows
+
+
+def target(finding: Finding) -> str:
+    """The target in words; empty if there is none."""
+    bounds = [("≥", finding.at_least), ("≤", finding.at_most)]
+    return ", ".join(f"{sign} {_number(bound)}" for sign, bound in bounds if bound is not None)
+
+
+def shown(finding: Finding) -> str:
+    """The figure with its unit."""
+    return "failed" if finding.value is None else f"{_number(finding.value)} {finding.unit}".rstrip()
+
+
+def spread(finding: Finding) -> str:
+    """The least and the most of any turn; empty if there was one only."""
+    return f"{_number(min(finding.turns))} to {_number(max(finding.turns))}" if len(finding.turns) > 1 else ""
+
+
+def verdict(finding: Finding) -> str:
+    """Whether the target is met, in a word; empty if there is none."""
+    if finding.at_least is None and finding.at_most is None:
+        return ""
+    return "yes" if finding.met else "no"
+
+
+def document(findings: Sequence[Finding], settings: Mapping[str, Any], runs: Any) -> dict[str, Any]:
+    """Everything measured, and on what; neither host names nor paths.
+
+    Args:
+        findings: what it comes to.
+        settings: of the benchmark.
+        runs: what it was computed from.
+    """
+    return {
+        "settings": dict(settings),
+        "machine": machine(),
+        "versions": versions(),
+        "findings": [one.to_dict() for one in findings],
+        "runs": runs,
+    }
+
+
+def _number(value: float) -> str:
+    """Three digits that count, and all those before the point."""
+    if value == 0 or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

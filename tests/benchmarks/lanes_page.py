@@ -1,0 +1,151 @@
+"""Writes down what the benchmarks found: `python -m tests.benchmarks.lanes_page`, after those that are to be shown.
+
+Reads the documents in `bench/` that have findings; writes `LANES.md`, a table of targets and figures, and
+`throughput.svg`, the contenders' speeds, both beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from psgd.monitoring.plots import bars, svg
+from tests.benchmarks.contender import LIMIT
+from tests.benchmarks.findings import Finding, shown, spread, target, verdict
+
+__all__ = ["figure", "main", "page"]
+
+HEADINGS = {  # of the documents, in the order of the page; others follow under their names
+    "throughput": "Gradients per second, two workers",
+    "transfer": "Large weights",
+    "small": "Small pushes",
+    "stragglers": "One slow worker",
+    "servers": "More servers, more workers",
+    "apply": "A server's step",
+    "startup": "Start-up",
+    "soak": "Memory over time",
+}
+INTRODUCTION = """# The lanes, measured
+
+{machine}; {versions}.
+
+Figures are medians over turns: what is compared is measured in turn, within one run. Beside them are the least and the
+most of any turn; a ratio is one of medians. How each is measured is in its module's docstring.
+
+To measure again (each writes a document into `bench/`), then to write this page:
+
+```
+{commands}
+python -m tests.benchmarks.lanes_page
+```
+"""
+GREY, INK = "#b8b8b8", "#222222"
+ROOM = 1.45  # of the longest bar, for what is written behind it
+
+
+def main() -> int:
+    """Write the page and the figure; 1 if there is nothing to write of."""
+    made = ArgumentParser(description="A page of all findings.")
+    made.add_argument("--bench", type=Path, default=Path("bench"), help="where the documents are")
+    made.add_argument("--out", type=Path, default=Path(__file__).parent, help="where page and figure go")
+    arguments = made.parse_args()
+    documents = _documents(arguments.bench)
+    if not documents:
+        print(f"no document with findings in {arguments.bench}", file=sys.stderr)
+        return 1
+    if len({json.dumps([tree["machine"], tree["versions"]]) for tree in documents.values()}) > 1:
+        print(
+            "these documents are of different machines or versions; the page names those of the first", file=sys.stderr
+        )
+    if "throughput" in documents:
+        (arguments.out / "throughput.svg").write_text(svg(figure(documents["throughput"])), encoding="utf-8")
+    (arguments.out / "LANES.md").write_text(page(documents), encoding="utf-8")
+    return 0
+
+
+def _documents(folder: Path) -> dict[str, dict[str, Any]]:
+    """Those with findings, by name, in the order of the page."""
+    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    names = [*HEADINGS, *(name for name in found if name not in HEADINGS)]
+    return {name: found[name] for name in names if name in found and "findings" in found[name]}
+
+
+def page(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """In Markdown.
+
+    Args:
+        documents: by name, in their order.
+    """
+    machine, versions = (next(iter(documents.values()))[name] for name in ("machine", "versions"))
+    introduction = INTRODUCTION.format(
+        machine=f"{machine['cpu']}, {machine['cores_used']} of {machine['cores']} cores, {machine['system']}",
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+        commands="\n".join(f"python -m tests.benchmarks.{name}" for name in documents),
+    )
+    return "\n".join([introduction, *(_section(name, tree) for name, tree in documents.items())])
+
+
+def _section(name: str, tree: Mapping[str, Any]) -> str:
+    findings = [Finding.of_dict(one) for one in tree["findings"]]
+    rows = [(one.measure, target(one), shown(one), spread(one), verdict(one)) for one in findings]
+    parts = [f"## {HEADINGS.get(name, name)}", _table(("measure", "target", "measured", "turns", "met"), rows)]
+    if name == "throughput":
+        parts += [_contenders(tree["runs"]), "![gradients per second by contender](throughput.svg)"]
+    settings = ", ".join(f"{key} {_plain(value)}" for key, value in tree["settings"].items())
+    return "\n\n".join([*parts, f"`{name}`: {settings}."]) + "\n"
+
+
+def _contenders(contenders: Sequence[Mapping[str, Any]]) -> str:
+    rates = [(one["title"], one["updates_per_s"], one["runs"]) for one in contenders if one["updates_per_s"]]
+    rows = [
+        (title, f"{rate['median']:,.0f}", f"{rate['min']:,.0f} to {rate['max']:,.0f}", f"{_accuracy(runs):.3f}")
+        for title, rate, runs in rates
+    ]
+    return _table(("contender", "gradients/s", "turns", "test accuracy, least"), rows)
+
+
+def _accuracy(runs: Sequence[Mapping[str, Any]]) -> float:
+    return min(float(run["val_accuracy"]) for run in runs)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _plain(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def figure(tree: Mapping[str, Any]) -> Figure:
+    """Gradients per second by contender, the fastest first, psgd's in colour, each over the limit's.
+
+    Args:
+        tree: the document of `throughput`.
+    """
+    measured = [one for one in tree["runs"] if one["updates_per_s"]]
+    measured.sort(key=lambda one: -one["updates_per_s"]["median"])
+    speeds = {one["name"]: float(one["updates_per_s"]["median"]) for one in measured}
+    titles = {one["title"]: speeds[one["name"]] for one in measured}
+    drawn = bars(titles, "", "gradients of 128 examples per second")
+    (axes,) = drawn.axes
+    limit = speeds.get(LIMIT)
+    for (name, speed), patch, text in zip(speeds.items(), axes.patches, axes.texts, strict=True):
+        if not name.startswith("psgd"):
+            patch.set_facecolor(GREY)
+        text.set_text(f"{speed:,.0f}" + (f", {speed / limit:.2f} of the limit" if limit and name != LIMIT else ""))
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})  # the limit's line passes behind
+    if limit:
+        axes.axvline(limit, color=INK, linewidth=1, linestyle="--")
+    axes.set_xlim(0, ROOM * max(speeds.values()))
+    return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(main())

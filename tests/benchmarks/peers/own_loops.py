@@ -1,0 +1,65 @@
+"""The limit: psgd's own backpropagation and a plain step, in each of two processes that share nothing.
+
+What psgd adds to that, to bring the gradients of both into one vector, is what `psgd_job` is slower by.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from multiprocessing.synchronize import Barrier
+
+import numpy as np
+
+from psgd.job import OpenJob
+from psgd.spec import JobSpec
+from tests.benchmarks.crew import SPAWN, run_crew
+from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
+from tests.benchmarks.peers.psgd_job import job
+from tests.benchmarks.setting import NUM_WORKERS
+
+__all__ = ["OwnLoop", "measure"]
+
+
+class OwnLoop:
+    """Serial SGD with the worker of a job.
+
+    Args:
+        spec: the job.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        opened = OpenJob.open(spec)
+        self.weights = opened.weights  # [num_parameters]
+        self._rate = spec.optimizer.lr
+        self._worker = opened.worker("loop")
+        self._gradient = np.empty_like(self.weights)
+        self._grid = opened.shards.grid
+        self._validation = opened.dataset.validation
+
+    def step(self, number: int) -> None:
+        """The step on a batch, counted from 0 through all epochs: w ← w - η·g, in place."""
+        batch = self._grid.batch(*divmod(number, self._grid.num_batches))
+        self._worker.gradient(batch, self.weights, self._gradient)
+        self._gradient *= self._rate
+        self.weights -= self._gradient
+
+    def accuracy(self) -> float:
+        assert self._validation is not None
+        return self._worker.evaluate(self.weights, self._validation).accuracy or 0.0
+
+
+def measure(seconds: float) -> Measurement:
+    """Updates of both loops together."""
+    spans, accuracies = zip(*run_crew(NUM_WORKERS, _loop, SPAWN.Barrier(NUM_WORKERS), seconds), strict=True)
+    return Measurement.of("own_loops", Span.over(spans), accuracies[0])
+
+
+def _loop(rank: int, start: Barrier, seconds: float) -> tuple[Span, float]:
+    loop, numbers = OwnLoop(JobSpec.model_validate(job(seconds) | {"seed": rank})), count()
+    start.wait(timeout=60)
+    span = repeat(lambda: loop.step(next(numbers)), lambda span: span.seconds < seconds)
+    return span, loop.accuracy()
+
+
+if __name__ == "__main__":
+    measured_for(measure, __doc__)

@@ -1,0 +1,108 @@
+"""More servers, and more workers on one server: `python -m tests.benchmarks.servers`.
+
+Two servers in place of one, on one machine, in the setting of `throughput`. And one server with 4, 16 and 64 workers,
+processes without Ray on the shm lane, which mostly sleep and all together push about as often: what a push costs the
+server, in time that it computes. The sleeps are exponential, so that pushes come as a Poisson process, of few workers
+as of many.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from multiprocessing.synchronize import Barrier
+from statistics import median
+
+import numpy as np
+from rich.console import Console
+
+from psgd_workers.handshake import Address
+from tests.benchmarks.bare import BareServer, BareWorker, Mark, Stop, stop_flag
+from tests.benchmarks.command import begin, conclude, parser
+from tests.benchmarks.contender import Failure, run_contender
+from tests.benchmarks.crew import SPAWN, crew
+from tests.benchmarks.findings import Finding, ratio
+
+__all__ = ["findings", "main"]
+
+SERVERS = (1, 2)
+CROWDS = (4, 16, 64)  # workers
+PUSHES_PER_S = 200.0  # of all workers together
+SIZE = 2500  # values of the weights, 4 bytes each
+START_S = 300.0  # for 64 processes to come up
+SETTLE_S = 1.0
+
+
+def main() -> int:
+    """Measure, print the table, write the document."""
+    made = parser("servers", __doc__)
+    made.add_argument("--seconds", type=float, default=6.0, help="measured in each run with one or two servers")
+    made.add_argument("--crowd-seconds", type=float, default=20.0, help="measured with each number of workers")
+    made.add_argument("--limit", type=float, default=120.0, help="seconds a run may take in all")
+    arguments = made.parse_args()
+    begin()
+    rates: dict[int, list[float]] = {servers: [] for servers in SERVERS}
+    marks: dict[int, list[Mark]] = {workers: [] for workers in CROWDS}
+    for _ in range(arguments.repeats):
+        for servers in SERVERS:
+            rates[servers] += _rate(servers, arguments)
+        for workers in CROWDS:
+            marks[workers].append(_measured(workers, arguments))
+    runs = {"servers": rates, "workers": {crowd: [mark._asdict() for mark in of] for crowd, of in marks.items()}}
+    return conclude("servers and workers", findings(rates, marks), arguments, runs)
+
+
+def findings(rates: Mapping[int, Sequence[float]], marks: Mapping[int, Sequence[Mark]]) -> list[Finding]:
+    """Gradients per second by number of servers; what a server did by number of workers; each by turn."""
+    costs = {workers: tuple(mark.cpu_us for mark in of) for workers, of in marks.items()}
+    few, *_, many = costs
+    return [
+        ratio("gradients/s with 2 servers on one node ÷ with 1", rates[2], rates[1], at_least=0.9),
+        ratio(f"the server's computing for a push, {many} workers ÷ {few}", costs[many], costs[few], at_most=1.15),
+        *(
+            Finding(f"the server's computing for a push, {workers} workers", median(of), "µs", turns=of)
+            for workers, of in costs.items()
+        ),
+    ]
+
+
+def _rate(servers: int, arguments: Namespace) -> list[float]:
+    """Gradients per second; nothing if the run failed."""
+    settings = ("--set", f"scaling.servers={servers}")
+    outcome = run_contender("psgd_job", arguments.seconds, arguments.limit, settings)
+    if isinstance(outcome, Failure):
+        Console().print(f"{servers} servers failed: {outcome.error}", markup=False, highlight=False)
+        return []
+    return [outcome.updates_per_s]
+
+
+def _measured(workers: int, arguments: Namespace) -> Mark:
+    """What the server does while so many workers push now and then."""
+    start, stop = SPAWN.Barrier(workers + 1), stop_flag()
+    with (
+        BareServer(SIZE, workers) as server,
+        crew(workers, _push, workers / PUSHES_PER_S, server.address, start, stop) as answers,
+    ):
+        start.wait(START_S)
+        time.sleep(SETTLE_S)
+        before = server.mark()
+        time.sleep(arguments.crowd_seconds)
+        found = server.mark().since(before)
+        stop.value = True
+        answers()
+    return found
+
+
+def _push(rank: int, mean_s: float, address: Address, start: Barrier, stop: Stop) -> None:
+    worker, random = BareWorker("shm", rank, SIZE, address), np.random.default_rng(rank)
+    start.wait(START_S)
+    while not stop.value:
+        time.sleep(random.exponential(mean_s))
+        worker.push()
+    worker.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Pushes of 10 KB per second through one server: `python -m tests.benchmarks.small`.
+
+Eight workers, processes without Ray, push as fast as they can, over each lane: every push is a new batch, is applied,
+and is answered with a receipt and the new weights. The server counts.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from multiprocessing.synchronize import Barrier
+from statistics import median
+
+from psgd_workers.handshake import Address
+from psgd_workers.lanes import LaneKind
+from tests.benchmarks.bare import BareServer, BareWorker, Mark, Stop, stop_flag
+from tests.benchmarks.command import begin, conclude, parser
+from tests.benchmarks.crew import SPAWN, crew
+from tests.benchmarks.findings import Finding
+
+__all__ = ["findings", "main"]
+
+SIZE = 2500  # values of the weights, 4 bytes each
+TARGETS: dict[LaneKind, int] = {"shm": 20_000}
+START_S = 120.0  # for the processes to come up
+SETTLE_S = 0.5
+KINDS: tuple[LaneKind, ...] = ("shm", "tcp")
+
+
+def main() -> int:
+    """Measure, print the table, write the document."""
+    made = parser("small", __doc__)
+    made.add_argument("--seconds", type=float, default=5.0, help="measured in each turn")
+    made.add_argument("--workers", type=int, default=8, help="processes that push")
+    arguments = made.parse_args()
+    begin()
+    turns: dict[LaneKind, list[Mark]] = {kind: [] for kind in KINDS}
+    for _ in range(arguments.repeats):
+        for kind, marks in turns.items():
+            marks.append(_measured(kind, arguments))
+    runs = {kind: [mark._asdict() for mark in marks] for kind, marks in turns.items()}
+    return conclude("pushes of 10 KB", findings(turns), arguments, runs)
+
+
+def findings(turns: Mapping[LaneKind, Sequence[Mark]]) -> list[Finding]:
+    """Of each lane, from what the server did in each turn."""
+    found = []
+    for kind, marks in turns.items():
+        rates, costs = tuple(mark.rate for mark in marks), tuple(mark.cpu_us for mark in marks)
+        at_least = TARGETS.get(kind)
+        found += [
+            Finding(f"pushes/s of 10 KB through one server on {kind}", median(rates), "/s", at_least, turns=rates),
+            Finding(f"the server's computing for each on {kind}", median(costs), "µs", turns=costs),
+        ]
+    return found
+
+
+def _measured(kind: LaneKind, arguments: Namespace) -> Mark:
+    """What the server does while all workers are at it."""
+    workers, stop = arguments.workers, stop_flag()
+    start = SPAWN.Barrier(workers + 1)
+    with BareServer(SIZE, workers) as server, crew(workers, _push, kind, server.address, start, stop) as answers:
+        start.wait(START_S)
+        time.sleep(SETTLE_S)
+        before = server.mark()
+        time.sleep(arguments.seconds)
+        after = server.mark()
+        stop.value = True
+        pushed = sum(answers())
+        applied = server.mark().applied
+    assert applied == pushed, f"{pushed} pushes, {applied} applied"
+    return after.since(before)
+
+
+def _push(rank: int, kind: LaneKind, address: Address, start: Barrier, stop: Stop) -> int:
+    """How many pushes it was."""
+    worker, pushed = BareWorker(kind, rank, SIZE, address), 0
+    start.wait(START_S)
+    while not stop.value:
+        worker.push()
+        pushed += 1
+    worker.close()
+    return pushed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""From `psgd train` to the first gradient in the weights: `python -m tests.benchmarks.startup`.
+
+The setting is that of `throughput`. The server's journal says when it took the first push, on the machine's monotonic
+clock, on which the command was started, too. Subtracted is what Ray itself takes: a Python that imports Ray and starts
+it with the same options, measured in the same turns.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from psgd.core.journal import RECORD, Kind
+from psgd_workers.messages import Outcome
+from tests.benchmarks.command import begin, conclude, parser
+from tests.benchmarks.findings import Finding
+from tests.benchmarks.peers.psgd_job import check_lanes, events, job, result, training
+from tests.benchmarks.setting import NUM_WORKERS
+
+__all__ = ["OPTIONS", "findings", "first_applied", "main"]
+
+TARGET_S = 3.0
+UPDATES = 20  # and the run ends
+BARE = "import json, sys, time, ray; ray.init(**json.loads(sys.argv[1])); print(time.monotonic()); ray.shutdown()"
+# What `psgd train` starts a local Ray with, in this setting.
+OPTIONS = {"address": "local", "num_cpus": NUM_WORKERS, "include_dashboard": False, "logging_level": logging.ERROR}
+STAGES = ("started", "worker_started", "worker_up")  # events of the run
+
+
+def main() -> int:
+    """Measure, print the table, write the document."""
+    arguments = parser("startup", __doc__, repeats=5).parse_args()
+    begin()
+    turns: dict[str, list[float]] = {name: [] for name in ("ray", "psgd", *STAGES)}
+    for _ in range(arguments.repeats):
+        turns["ray"].append(_ray_s())
+        for name, seconds in _psgd_s().items():
+            turns[name].append(seconds)
+    return conclude("seconds to the first gradient applied", findings(turns), arguments, turns)
+
+
+def findings(turns: Mapping[str, Sequence[float]]) -> list[Finding]:
+    """Of seconds since the launch, by turn."""
+    beyond = tuple(psgd - ray for psgd, ray in zip(turns["psgd"], turns["ray"], strict=True))
+    stages = {
+        "`psgd train` to its first gradient applied": "psgd",
+        "a bare Python that imports and starts Ray": "ray",
+        "`psgd train` to Ray's being there": "started",
+        "`psgd train` to its last worker's call": "worker_started",
+        "`psgd train` to its last worker's being up": "worker_up",
+    }
+    return [
+        Finding("`psgd train` to its first gradient, beyond Ray's start", median(beyond), "s", None, TARGET_S, beyond),
+        *(Finding(text, median(turns[name]), "s", turns=tuple(turns[name])) for text, name in stages.items()),
+    ]
+
+
+def first_applied(path: Path) -> float:
+    """When a run's server took the first gradient that it applied, on the machine's monotonic clock, in seconds.
+
+    Args:
+        path: the run's directory.
+    """
+    records = np.concatenate([np.load(file) for file in sorted((path / "journal").glob("*.npy"))])
+    assert records.dtype == RECORD
+    applied = records["outcome"] == list(Outcome).index(Outcome.APPLIED)
+    return float(records["now"][(records["kind"] == Kind.PUSH) & applied].min())
+
+
+def _ray_s() -> float:
+    """Until Ray is there."""
+    with TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
+        command, env = [sys.executable, "-c", BARE, json.dumps(OPTIONS)], os.environ | {"TMPDIR": folder}
+        began = time.monotonic()
+        output = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
+    return float(output.split()[-1]) - began
+
+
+def _psgd_s() -> dict[str, float]:
+    """Until the first gradient is applied, and until each stage on the way there."""
+    with TemporaryDirectory(prefix="p", ignore_cleanup_errors=True) as folder:
+        tree = job(1.0) | {"run": {"max_updates": UPDATES}}
+        began, began_at = time.monotonic(), time.time()
+        with training(tree, folder) as process:
+            path = Path(result(process)["path"])
+        check_lanes(path)
+        happened = {event["event"]: event["time"] - began_at for event in events(path)}  # the last of each kind
+        return {"psgd": first_applied(path) - began} | {stage: happened[stage] for stage in STAGES}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

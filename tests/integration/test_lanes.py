@@ -1,0 +1,98 @@
+"""Every lane, several servers and a pipeline on a real local Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+import psgd
+from psgd.errors import RunFailedError
+from tests.integration.commands import LIMIT_S, eventually, recorded
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+BATCHES, EXAMPLES, EPOCHS = 45, 1438, 4
+
+
+def job(tmp_path: Path, **scaling: Any) -> psgd.JobSpec:
+    return psgd.JobSpec.model_validate(
+        {
+            "name": "run",
+            "model": {"kind": "mlp", "hidden": [16]},
+            "data": {
+                "format": "sklearn",
+                "dataset": "digits",
+                "batch_size": 32,
+                "normalize": "unit",
+                "validation_fraction": 0.2,
+            },
+            "optimizer": {"lr": 0.1, "momentum": 0.5},
+            "scaling": {"workers": 2} | scaling,
+            "run": {"epochs": EPOCHS, "storage": str(tmp_path)},
+        }
+    )
+
+
+def shared_memory() -> set[str]:
+    """Our nameless files that are open in this test's cluster, whose processes descend from this one."""
+    found: set[str] = set()
+    for files in Path("/proc").glob("[0-9]*/fd"):
+        with suppress(OSError):  # the process has ended
+            if os.getpid() in ancestors(int(files.parent.name)):
+                found |= {str(file) for file in files.iterdir() if file.readlink().name.startswith("memfd:psgd")}
+    return found
+
+
+def ancestors(process: int) -> list[int]:
+    found = [process]
+    while found[-1] > 1:
+        stat = Path("/proc", str(found[-1]), "stat").read_text()
+        found.append(int(stat.rpartition(")")[2].split()[1]))
+    return found
+
+
+def trained(tmp_path: Path, **scaling: Any) -> list[str]:
+    """Train, check that everything was applied once; by which lanes all workers reached the servers."""
+    result = psgd.train(job(tmp_path, **scaling), progress=False)
+    assert (result.status, result.updates, result.samples) == ("finished", EPOCHS * BATCHES, EPOCHS * EXAMPLES)
+    assert result.ledger.applied == EPOCHS * BATCHES
+    assert (result.metrics["val/accuracy"] or 0) > 0.8
+    assert set(psgd.load_weights(result.path)) == {
+        f"layers.{number}.{name}" for number in (0, 1) for name in ("weight", "bias")
+    }
+    lanes = {tuple(event["lanes"]) for event in recorded(tmp_path / "run", "worker_up")}
+    assert len(lanes) == 1
+    return list(lanes.pop())
+
+
+def test_auto_takes_shared_memory_on_one_node_and_leaves_none_behind(tmp_path: Path) -> None:
+    seen: set[str] = set()
+    run = Thread(target=lambda: seen.update(trained(tmp_path)))
+    run.start()
+    eventually(shared_memory)
+    run.join(LIMIT_S)
+    assert seen == {"shm"}
+    eventually(lambda: not shared_memory())  # Ray ends processes a moment after it was asked to
+
+
+@pytest.mark.parametrize("lane", ["tcp", "ray"])
+def test_two_servers_are_reached_by_the_lane_that_the_job_names(tmp_path: Path, lane: str) -> None:
+    assert trained(tmp_path, lane=lane, servers=2) == [lane, lane]
+
+
+def test_a_pipeline_over_two_servers_is_exact_too(tmp_path: Path) -> None:
+    assert trained(tmp_path, servers=2, pipeline=2) == ["shm", "shm"]
+
+
+def test_ports_that_are_all_taken_end_the_run_with_what_to_do(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(RunFailedError, match=rf"no port from {port} to {port} is free .* widen scaling.ports"):
+            psgd.train(job(tmp_path, ports=(port, port)), progress=False)

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.unit.cluster.stage import Stage, Stages
+from tests.unit.core.jobs import job
+
+
+@pytest.fixture
+def stages() -> Iterator[Stages]:
+    """Servers; after the test nothing of them is left, and no error of theirs went by unhandled."""
+    opened: list[Stage] = []
+
+    def stage(mode: str = "async", workers: int = 1, sections: Any = None, **options: Any) -> Stage:
+        opened.append(Stage(job(mode, workers, **(sections or {})), **options))
+        return opened[-1]
+
+    before = threading.active_count()
+    yield stage
+    for each in opened:
+        each.close()
+    assert [each.errors for each in opened] == [[]] * len(opened)
+    assert threading.active_count() == before

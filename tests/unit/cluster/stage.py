@@ -1,0 +1,390 @@
+"""A server with its listener on an event loop in a thread, and what tests reach it by: lanes, and sockets by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from threading import Condition, Semaphore, Thread
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from psgd.cluster.host import Reply, ServerHost
+from psgd.cluster.listener import Listener
+from psgd.core.server import ParameterServer, Partition
+from psgd.spec import JobSpec
+from psgd_workers.frames import Frame, Kind, PushForm
+from psgd_workers.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
+from psgd_workers.memory import PublishedVector, Segment
+from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
+from psgd_workers.sender import Sender, gradient_norm
+from psgd_workers.sockets import ShmLane, TcpLane
+
+__all__ = [
+    "BIG",
+    "DC_ASGD",
+    "FIRST",
+    "INT8",
+    "KINDS",
+    "LIMIT_S",
+    "NUM_PARAMETERS",
+    "PART",
+    "PULL",
+    "SECOND",
+    "V1",
+    "Crew",
+    "Kinds",
+    "Stage",
+    "Stages",
+    "batch",
+    "closed",
+    "count_tasks",
+    "exactly",
+    "header",
+    "open_files",
+    "randoms",
+    "works",
+]
+
+Kinds = Literal["shm", "tcp"]
+KINDS: list[Kinds] = ["shm", "tcp"]
+LIMIT_S = 10.0  # for what takes no time
+NUM_PARAMETERS, PART = 90, Partition(0, 8, 75, 60)  # odd sizes, and 7 buffers at the end
+V1, FIRST, SECOND = Version(1, 0), BatchId(0, 0, 0), BatchId(0, 0, 1)
+GRID = EpochGrid((50, 40), 900)
+DC_ASGD, INT8 = {"correction": {"name": "dc_asgd"}}, {"compression": {"name": "int8"}}
+PULL = Frame(Kind.PULL, 0, 0, True, 1, 0)
+BIG = {"partition": Partition(0, 0, 4_000_000, 4_000_000), "num_parameters": 4_000_000}  # more than sockets hold
+
+Lane = ShmLane | TcpLane
+Stages = Callable[..., "Stage"]
+Result = TypeVar("Result")
+
+
+def randoms(seed: int, size: int = NUM_PARAMETERS) -> FloatArray:
+    return np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
+
+
+def exactly(stream: socket.socket, size: int) -> bytes:
+    """So many bytes, however they come; fewer when the other end hangs up."""
+    data = bytearray()
+    while len(data) < size and (more := stream.recv(size - len(data))):
+        data += more
+    return bytes(data)
+
+
+class Log(logging.Handler):
+    """What the listener wrote; `wait` for a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._news = Condition()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self._news:
+            self.lines.append(record.getMessage())
+            self._news.notify_all()
+
+    def wait(self, pattern: str, times: int = 1) -> None:
+        with self._news:
+            found = self._news.wait_for(lambda: self.count(pattern) >= times, LIMIT_S)
+        assert found, f"no {pattern!r} in {self.lines}"
+
+    def count(self, pattern: str) -> int:
+        return sum(re.search(pattern, line) is not None for line in self.lines)
+
+
+class _Host(ServerHost):
+    """Lets a test wait for pushes that arrive."""
+
+    def __init__(self, server: ParameterServer) -> None:
+        super().__init__(server)
+        self.arrived = Semaphore(0)
+
+    def push(self, gradient: Gradient, reply: Reply) -> None:
+        super().push(gradient, reply)
+        self.arrived.release()
+
+
+class Stage:
+    """The server's side.
+
+    Args:
+        spec: the job.
+        partition: the server's.
+        num_parameters: of the whole weights.
+        tcp, unix: where to listen.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        partition: Partition = PART,
+        num_parameters: int = NUM_PARAMETERS,
+        tcp: bool = True,
+        unix: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.partition = partition
+        self.num_parameters = num_parameters
+        self.part = slice(partition.start, partition.stop)
+        self.size = partition.stop - partition.start
+        self.weights = randoms(0, num_parameters)[self.part]
+        self.published = PublishedVector(self.size)
+        self.log = Log()
+        self.errors: list[dict[str, Any]] = []  # that nobody handled
+        self._lanes: list[Lane] = []
+        self._sockets: list[socket.socket] = []
+        self._segment = Segment(num_parameters, 2)  # of sockets by hand
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(lambda loop, context: self.errors.append(context))
+        self._thread = Thread(target=self._loop.run_forever, name="stage")
+        self._thread.start()
+        logging.getLogger("psgd.lanes").addHandler(self.log)
+        encoding = "" if spec.compression.name == "none" else spec.compression.name
+        self.form = PushForm(self.size, partition.num_trainable, encoding, spec.rules.sends_weights)
+        self.server = self.reference(self.published)
+        self.host = self.call(lambda: _Host(self.server))
+        self.listener = self.listen(tcp, unix)
+        self.address = self.listener.address("node", "127.0.0.1")
+
+    def listen(self, tcp: bool = True, unix: bool = True, ports: tuple[int, int] | None = None) -> Listener:
+        listener = Listener(self.host, self.form, self.num_parameters, self.part, self.published)
+        if unix:
+            self.call(listener.listen_unix)
+        if tcp:
+            self.call(lambda: listener.listen_tcp("127.0.0.1", ports))
+        return listener
+
+    def reference(self, published: PublishedVector | None = None) -> ParameterServer:
+        """The same server, to be called directly."""
+        return ParameterServer(self.spec, self.partition, self.weights, GRID, V1, published)
+
+    def call(self, work: Callable[[], Result]) -> Result:
+        """On the event loop."""
+
+        async def called() -> Result:
+            return work()
+
+        return self.wait(called())
+
+    def wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(LIMIT_S)
+
+    def join(self, *workers: str) -> None:
+        for worker in workers:
+            self.call(lambda worker=worker: self.host.join(worker))  # type: ignore[misc]
+
+    def arrived(self, pushes: int = 1) -> None:
+        """Wait until the server has them."""
+        for _ in range(pushes):
+            assert self.host.arrived.acquire(timeout=LIMIT_S), "no push arrived"
+
+    def streams(self) -> list[socket.socket]:
+        """The server's ends of its workers' connections."""
+        return self.call(lambda: [peer._stream for peer in self.listener._peers])
+
+    def untouched(self) -> bool:
+        """Whether nothing was ever applied."""
+        return self.call(lambda: self.server.version) == V1 and not self.settled() and self._unchanged()
+
+    def settled(self) -> int:
+        report = self.call(self.server.report)
+        return sum(int(bitmap.sum()) for bitmap in report.settled.values()) + 90 * report.epochs
+
+    def _unchanged(self) -> bool:
+        return bool(self.published.values.tobytes() == self.weights.tobytes())
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The server does nothing meanwhile."""
+        reading, writing = os.pipe()
+        self._loop.call_soon_threadsafe(os.read, reading, 1)
+        try:
+            yield
+        finally:
+            os.write(writing, b"x")
+            self.call(lambda: None)  # it has read that
+            os.close(reading)
+            os.close(writing)
+
+    def lane(
+        self,
+        kind: Kinds,
+        worker: str = "worker-0",
+        slots: int = 3,
+        address: Address | None = None,
+        timeout_s: float = LIMIT_S,
+    ) -> Crew:
+        segment = Segment(self.num_parameters, slots)
+        lane_class: type[Lane] = ShmLane if kind == "shm" else TcpLane
+        try:
+            lane = lane_class(worker, segment, self.part, self.form, address or self.address, timeout_s)
+        finally:
+            segment.close()
+        self._lanes.append(lane)
+        return Crew(self, worker, segment, lane)
+
+    def forget(self, crew: Crew) -> None:
+        """Its lane is closed."""
+        self._lanes.remove(crew.lane)
+
+    def unconnected(self, kind: Kinds) -> socket.socket:
+        """A socket that is to be connected."""
+        stream = socket.socket(socket.AF_UNIX if kind == "shm" else socket.AF_INET, socket.SOCK_STREAM)
+        self._sockets.append(stream)
+        stream.settimeout(LIMIT_S)
+        return stream
+
+    def connect(self, stream: socket.socket) -> None:
+        of_unix = stream.family == socket.AF_UNIX
+        stream.connect(f"\0{self.listener.path}" if of_unix else ("127.0.0.1", self.listener.port))
+
+    def connected(self, kind: Kinds) -> socket.socket:
+        """A socket on which nothing was said yet."""
+        stream = self.unconnected(kind)
+        self.connect(stream)
+        return stream
+
+    def hello(self, kind: Kinds, **changes: Any) -> Hello:
+        hello = Hello.new(1, self.num_parameters, 2, kind == "shm", "by-hand")
+        return hello._replace(**changes)
+
+    def greeted(self, kind: Kinds, **changes: Any) -> socket.socket:
+        """A socket on which a hello was sent, with these changes."""
+        stream = self.connected(kind)
+        self.greet(stream, kind, **changes)
+        return stream
+
+    def greet(self, stream: socket.socket, kind: Kinds, **changes: Any) -> None:
+        greeting = Greeting.unpack(exactly(stream, GREETING_SIZE))
+        stream.sendall(self.hello(kind, **changes).pack(self.listener.key, greeting))
+
+    def shaken(self, kind: Kinds) -> socket.socket:
+        """A socket on which frames may be sent."""
+        (stream,) = self.all_shaken(kind, 1)
+        return stream
+
+    def all_shaken(self, kind: Kinds, count: int) -> list[socket.socket]:
+        """So many of them, at once."""
+        streams = [self.connected(kind) for _ in range(count)]
+        for stream in streams:
+            self.greet(stream, kind)
+        for stream in streams:
+            self.finish(stream, kind)
+        if kind == "shm":
+            assert [stream.recv(1) for stream in streams] == [b"\0"] * count
+        return streams
+
+    def finish(self, stream: socket.socket, kind: Kinds) -> None:
+        """What follows a hello."""
+        if kind == "tcp":
+            exactly(stream, WELCOME_SIZE)
+            return
+        assert self._segment.file is not None
+        _, (file,), _, _ = socket.recv_fds(stream, WELCOME_SIZE, 1)
+        os.close(file)
+        socket.send_fds(stream, [b"\0"], [self._segment.file])
+
+    def close(self) -> None:
+        """All of it, within the limit; nothing of the loop's may be left."""
+        for lane in self._lanes:
+            lane.close()
+        for stream in self._sockets:
+            stream.close()
+        self.call(self.listener.close)
+        self.wait(self._ended())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(LIMIT_S)
+        assert not self._thread.is_alive()
+        self._loop.close()
+        self.published.close()
+        self._segment.close()
+        logging.getLogger("psgd.lanes").removeHandler(self.log)
+
+    async def _ended(self) -> None:
+        if tasks := self.tasks():
+            _, pending = await asyncio.wait(tasks, timeout=LIMIT_S)
+            assert not pending
+
+    @staticmethod
+    def tasks() -> set[asyncio.Task[Any]]:
+        """Those of the loop that this runs on, but for the present one."""
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+
+class Crew:
+    """A worker's side: its lane, its memory, and gradients made as `Worker` makes them."""
+
+    def __init__(self, stage: Stage, worker: str, segment: Segment, lane: Lane) -> None:
+        self.worker = worker
+        self.segment = segment
+        self.lane = lane
+        self._stage = stage
+        trainable = stage.partition.start + stage.partition.num_trainable
+        parts = [slice(0, stage.part.start), stage.part, slice(stage.part.stop, stage.num_parameters)]
+        self._senders = [Sender(worker, parts, trainable, stage.spec.rules) for _ in segment.slots]
+        self._trainable = trainable
+
+    def weights(self, slot: int) -> FloatArray:
+        """The partition's, as they lie in the slot."""
+        return self.segment.slots[slot].weights[self._stage.part]
+
+    def gradient(self, slot: int, batch: BatchId, read: Version, seed: int = 1) -> Gradient:
+        weights, values = self.segment.slots[slot]
+        values[:] = randoms(seed, len(values))
+        sender, norm = self._senders[slot], gradient_norm(values, self._trainable)
+        _, gradient, _ = sender.gradients(batch, 10, [read] * 3, values, weights, 0.5, norm, 0.01)
+        sender.settle([])
+        return gradient
+
+
+def header(stage: Stage, **changes: Any) -> Frame:
+    """Of a push that is taken, but for the changes."""
+    size = stage.form.limit(shared=False)
+    frame = Frame(Kind.PUSH, 0, 0, False, 1, size, FIRST, 10, V1, 0.5, 1.0, 0.01)
+    return frame._replace(**changes)
+
+
+def closed(stream: socket.socket) -> bool:
+    """Whether the other end hangs up, within the limit; what it still says is not listened to."""
+    with suppress(ConnectionResetError, BrokenPipeError):
+        while stream.recv(2**20):
+            pass
+    return True
+
+
+def batch(position: int) -> BatchId:
+    return GRID.batch(0, position)
+
+
+def works(stage: Stage, position: int = 0, kind: Kinds = "shm") -> None:
+    """A worker comes, and its push is applied."""
+    crew = stage.lane(kind, "worker-7")
+    read = crew.lane.pull(0, LIMIT_S)
+    receipt = crew.lane.push(crew.gradient(0, batch(position), read), 0, wants=True).receipt(LIMIT_S)
+    assert receipt == Receipt("worker-7", batch(position), Outcome.APPLIED, Version(1, read.updates + 1))
+    assert crew.weights(0).tobytes() == stage.published.values.tobytes()
+
+
+def open_files() -> set[tuple[int, int]]:
+    """What this process has open; earlier tests' may yet be closed, but nothing is ever open twice under one number."""
+    found = set()
+    for file in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
+        with suppress(OSError):  # the listing's own
+            status = os.fstat(file)
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
+async def count_tasks() -> int:
+    """The loop's, after it has done what there was to do."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return len(Stage.tasks())

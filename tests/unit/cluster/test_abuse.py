@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from math import nan
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pytest
+
+from psgd.cluster import listener as listener_module
+from psgd_workers import memory
+from psgd_workers.errors import LaneError
+from psgd_workers.frames import HEADER_SIZE, Frame, Kind
+from psgd_workers.handshake import GREETING_SIZE, WELCOME_SIZE
+from psgd_workers.messages import Outcome, Version
+from tests.unit.cluster.stage import (
+    BIG,
+    FIRST,
+    INT8,
+    KINDS,
+    LIMIT_S,
+    PULL,
+    V1,
+    Kinds,
+    Stages,
+    closed,
+    exactly,
+    header,
+    works,
+)
+
+if not memory.has_shared_memory():
+    pytest.skip("needs Linux' nameless shared memory", allow_module_level=True)
+
+
+QUESTION = PULL._replace(kind=Kind.ASK, slot=1, wants=False)
+CROWD = 50
+
+
+def mutated(rng: np.random.Generator, frame: Frame, number: int) -> bytes:
+    """A damaged header; every other one has the right checksum."""
+    data = bytearray(frame.pack())
+    for _ in range(rng.integers(1, 4)):
+        place = int(rng.integers(HEADER_SIZE))
+        data[place] = int(rng.integers(256)) if rng.random() < 0.5 else data[place] ^ 1 << int(rng.integers(8))
+    if number % 2:
+        data[HEADER_SIZE - 4 :] = struct.pack("<I", crc32(data[: HEADER_SIZE - 4]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_frames_change_nothing_and_stop_nobody(stages: Stages, kind: Kinds) -> None:
+    """The undamaged push is refused, as not finite and read elsewhere, so that no damage may have it applied."""
+    stage = stages()
+    push = header(stage, payload=stage.form.limit(kind == "shm"), norm=nan, version=Version(99, 9))
+    rng, streams, dropped = np.random.default_rng(0), stage.all_shaken(kind, CROWD), 0
+    for turn in range(1000 // CROWD):
+        for number, stream in enumerate(streams):
+            frame = (push, PULL, PULL._replace(kind=Kind.ASK, wants=False))[(turn + number) % 3]
+            with suppress(ConnectionResetError, BrokenPipeError):
+                stream.sendall(mutated(rng, frame, number) + bytes(frame.payload))
+                stream.sendall(QUESTION.pack())
+        streams = [stream for stream in streams if is_answered(stream)]
+        dropped += CROWD - len(streams)
+        streams += stage.all_shaken(kind, CROWD - len(streams))
+    assert dropped > 400
+    stage.log.wait("the connection of by-hand was closed", times=dropped)
+    assert stage.untouched()
+    works(stage, kind=kind)
+
+
+def is_answered(stream: socket.socket) -> bool:
+    """Whether a connection still tells the version, after other things that were asked."""
+    with suppress(ConnectionResetError, BrokenPipeError):
+        while answer := exactly(stream, HEADER_SIZE):
+            frame = Frame.unpack(answer)
+            if frame.payload:
+                exactly(stream, frame.payload)
+            if (frame.kind, frame.slot) == (Kind.VERSION, 1):
+                return True
+    stream.close()
+    return False
+
+
+# Workers that die, are slow or too many
+
+
+KILLED = """
+import socket, sys
+stream = socket.socket(fileno=int(sys.argv[1]))
+stream.sendall(bytes.fromhex(sys.argv[2]))
+print("sent", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(("kind", "sections"), [("tcp", {}), ("tcp", INT8), ("shm", INT8)])
+def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
+    stages: Stages, kind: Kinds, sections: Any
+) -> None:
+    stage = stages(sections=sections)
+    stream = stage.shaken(kind)
+    push = header(stage, code=4 if sections else 0, payload=stage.form.limit(kind == "shm"))
+    half = push.pack() + bytes(push.payload // 2)
+    command = [sys.executable, "-c", KILLED, str(stream.fileno()), half.hex()]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, pass_fds=[stream.fileno()], **pipes) as worker:
+        assert worker.stdout is not None
+        stream.close()  # the other process' is the only one now
+        assert select.select([worker.stdout], [], [], 2 * LIMIT_S)[0]
+        assert len(stage.streams()) == 1
+        worker.send_signal(signal.SIGKILL)
+        assert worker.wait(LIMIT_S) == -signal.SIGKILL
+    stage.log.wait("the connection of by-hand was closed: it hung up in the middle of a frame")
+    assert stage.streams() == []
+    assert stage.untouched()
+    works(stage, kind=kind)
+
+
+def test_a_worker_that_does_not_read_its_weights_keeps_nobody_waiting(stages: Stages) -> None:
+    stage = stages(**BIG)
+    slow = stage.shaken("tcp")
+    slow.sendall(PULL.pack())
+    works(stage, 0, "tcp")
+    works(stage, 1, "shm")
+    answer = Frame.unpack(exactly(slow, HEADER_SIZE))
+    assert (answer.kind, answer.version, answer.payload) == (Kind.WEIGHTS, V1, 4 * stage.size)
+    assert exactly(slow, answer.payload) == stage.weights.tobytes(), "as they were when it asked"
+
+
+def test_a_worker_that_asks_and_never_reads_is_dropped(stages: Stages) -> None:
+    stage = stages(**BIG)
+    greedy, other = stage.shaken("tcp"), stage.lane("tcp")
+    with suppress(ConnectionResetError, BrokenPipeError):
+        for _ in range(100):
+            greedy.sendall(PULL.pack())
+    stage.log.wait("by-hand was closed: it asks for more and does not read what it is answered")
+    assert other.lane.pull(0, LIMIT_S) == V1
+
+
+def test_a_worker_that_reads_late_but_all_may_have_all_its_slots_answered(stages: Stages) -> None:
+    stage = stages(**BIG)
+    late = stage.shaken("tcp")
+    for slot in (0, 1):
+        late.sendall(PULL._replace(slot=slot).pack())
+    late.sendall(QUESTION.pack())
+    assert is_answered(late)
+
+
+def test_silent_peers_in_the_network_do_not_keep_workers_of_this_machine_out(
+    monkeypatch: pytest.MonkeyPatch, stages: Stages
+) -> None:
+    monkeypatch.setattr(listener_module, "HANDSHAKES", 3)
+    monkeypatch.setattr(listener_module, "HANDSHAKE_S", 10 * LIMIT_S)
+    stage = stages()
+    silent = [stage.connected("tcp") for _ in range(8)]
+    for stream in silent[:3]:
+        exactly(stream, GREETING_SIZE)
+    assert not select.select(silent[3:], [], [], 0)[0]
+    works(stage, 0, "shm")
+    for stream in silent:
+        stream.close()
+    works(stage, 1, "tcp")
+
+
+def test_a_crowd_of_silent_peers_is_dropped_and_workers_get_in(monkeypatch: pytest.MonkeyPatch, stages: Stages) -> None:
+    monkeypatch.setattr(listener_module, "HANDSHAKES", 20)
+    monkeypatch.setattr(listener_module, "HANDSHAKE_S", 0.1)
+    stage = stages()
+    silent = [stage.connected("tcp") for _ in range(60)]
+    stage.log.wait("did not finish its handshake within 0.1 s", times=50)
+    monkeypatch.setattr(listener_module, "HANDSHAKE_S", LIMIT_S)  # the worker is not hurried
+    works(stage, 0, "tcp")
+    assert all(map(closed, silent[:50]))
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """This process can open nothing meanwhile."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    gc.collect()  # what earlier tests have left is not to be closed meanwhile
+    gc.disable()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, limits[1]))  # noqa: PTH208
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for file in taken:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_without_descriptors_goes_on_and_takes_workers_when_it_has_some(
+    monkeypatch: pytest.MonkeyPatch, stages: Stages, kind: Kinds
+) -> None:
+    monkeypatch.setattr(listener_module, "RETRY_S", 0.05)
+    stage = stages()
+    crew, waiting = stage.lane(kind), stage.unconnected(kind)
+    with no_more_files():
+        stage.connect(waiting)
+        stage.log.wait("cannot accept a worker: .*Too many open files", times=2)
+        read = crew.lane.pull(0, LIMIT_S)
+        receipt = crew.lane.push(crew.gradient(0, FIRST, read), 0, wants=True).receipt(LIMIT_S)
+        assert receipt.outcome is Outcome.APPLIED
+        with pytest.raises(LaneError, match=r"cannot reach the server at .*Too many open files"):
+            stage.lane("tcp")
+        with pytest.raises(LaneError, match=r"no memory can be shared: .*Too many open files"):
+            stage.lane("shm")
+    assert len(exactly(waiting, GREETING_SIZE)) == GREETING_SIZE
+
+
+def test_a_server_that_cannot_take_a_workers_memory_drops_it(stages: Stages) -> None:
+    stage = stages()
+    stream = stage.greeted("shm")
+    _, (file,), _, _ = socket.recv_fds(stream, WELCOME_SIZE, 1)
+    with no_more_files():
+        socket.send_fds(stream, [b"\0"], [file])
+        assert closed(stream)
+    stage.log.wait("it passed 0 descriptors of its memory")
+    os.close(file)
+    works(stage)
+
+
+def test_a_worker_in_the_network_that_vanishes_is_found_out(stages: Stages) -> None:
+    stage = stages()
+    stage.lane("tcp")
+    (served,) = stage.streams()
+    assert served.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    silence = served.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+    assert 10 <= silence <= 120

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from psgd.cluster import host as host_module
+from psgd.cluster.host import ServerHost
+from psgd.core.journal import Kind
+from psgd.core.server import ParameterServer, Partition
+from psgd.errors import StorageError
+from psgd_workers.errors import LaneError
+from psgd_workers.messages import BatchId, Gradient, Outcome, Receipt, Version
+from tests.unit.core.jobs import GRID, START, job, push
+
+LIMIT_S = 10.0
+V0 = Version(1, 0)
+FIRST, SECOND = BatchId(0, 0, 0), BatchId(0, 0, 1)
+
+
+def hosting(test: Callable[[ServerHost], Coroutine[Any, Any, None]], mode: str = "async") -> None:
+    """Run that with a server; in lock-step, of two workers that have leases."""
+
+    async def run() -> None:
+        spec, whole = job(mode, 2), Partition(0, 0, len(START), len(START))
+        host = ServerHost(ParameterServer(spec, whole, START, GRID, V0))
+        for worker in ("worker-0", "worker-1"):
+            host.join(worker)
+        await asyncio.wait_for(test(host), LIMIT_S)
+
+    asyncio.run(run())
+
+
+def ignore(receipt: Receipt) -> None:
+    """Nobody waits."""
+
+
+def fill_epoch(host: ServerHost) -> None:
+    for position in range(GRID.num_batches):
+        host.push(push(GRID.batch(0, position), host.server.version), ignore)
+
+
+# Reports
+
+
+def test_a_waiting_report_is_given_when_an_epoch_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "REPORT_S", 10 * LIMIT_S)
+
+    async def test(host: ServerHost) -> None:
+        waiting = asyncio.create_task(host.report(wait=True))
+        await asyncio.sleep(0)
+        host.push(push(FIRST, V0), ignore)
+        assert (await host.report(wait=False)).epochs == 0
+        assert not waiting.done()
+        for position in range(1, GRID.num_batches):
+            host.push(push(GRID.batch(0, position), host.server.version), ignore)
+        assert (await waiting).epochs == 1
+
+    hosting(test)
+
+
+def test_an_epochs_end_between_two_reports_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "REPORT_S", 10 * LIMIT_S)
+
+    async def test(host: ServerHost) -> None:
+        fill_epoch(host)
+        assert (await host.report(wait=True)).epochs == 1
+
+    hosting(test)
+
+
+def test_a_waiting_report_is_given_after_a_moment_if_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "REPORT_S", 0.01)
+
+    async def test(host: ServerHost) -> None:
+        assert (await host.report(wait=True)).version == V0
+
+    hosting(test)
+
+
+# Receipts
+
+
+def test_a_receipt_goes_to_who_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[str, Receipt]] = []
+
+    async def test(host: ServerHost) -> None:
+        for worker in ("worker-0", "worker-1"):
+            batch = BatchId(0, 0, int(worker[-1]))
+            host.push(push(batch, V0, worker=worker), lambda receipt, worker=worker: given.append((worker, receipt)))  # type: ignore[misc]
+            assert len(given) == (0 if worker == "worker-0" else 2)
+
+    hosting(test, "bsp")
+    assert [worker for worker, _ in given] == ["worker-0", "worker-1"]
+    assert all(worker == receipt.worker for worker, receipt in given)
+    assert {receipt.version for _, receipt in given} == {Version(1, 1)}
+
+
+def test_a_batch_pushed_twice_by_one_worker_while_it_waits_is_answered_in_order() -> None:
+    given: list[tuple[int, Outcome]] = []
+
+    async def test(host: ServerHost) -> None:
+        for number in range(3):
+            host.push(push(FIRST, V0), lambda receipt, number=number: given.append((number, receipt.outcome)))  # type: ignore[misc]
+        assert given == []
+        host.push(push(SECOND, V0, worker="worker-1"), lambda receipt: given.append((3, receipt.outcome)))
+
+    hosting(test, "bsp")
+    assert given == [(0, Outcome.APPLIED), (1, Outcome.DUPLICATE), (2, Outcome.DUPLICATE), (3, Outcome.APPLIED)]
+
+
+def test_who_waits_for_a_worker_that_leaves_is_answered() -> None:
+    given: list[Receipt] = []
+
+    async def test(host: ServerHost) -> None:
+        host.push(push(FIRST, V0), given.append)
+        host.leave("worker-1")
+
+    hosting(test, "bsp")
+    assert given == [Receipt("worker-0", FIRST, Outcome.APPLIED, Version(1, 1))]
+
+
+def test_who_waits_when_the_settings_change_is_answered() -> None:
+    given: list[Receipt] = []
+
+    async def test(host: ServerHost) -> None:
+        host.push(push(FIRST, V0), given.append)
+        host.change(job("async", 2).settings)
+
+    hosting(test, "bsp")
+    assert given == [Receipt("worker-0", FIRST, Outcome.APPLIED, Version(1, 1))]
+
+
+def refused(host: ServerHost, patch: pytest.MonkeyPatch) -> Gradient:
+    return push(FIRST, V0, values=np.ones(len(START) + 1, np.float32))
+
+
+def raises(host: ServerHost, patch: pytest.MonkeyPatch) -> Gradient:
+    def push_and_raise(gradient: Gradient, now: float) -> tuple[Receipt, ...]:
+        patch.undo()
+        raise LaneError("out of order")
+
+    patch.setattr(host.server, "push", push_and_raise)
+    return push(FIRST, V0)
+
+
+@pytest.mark.parametrize("bad", [refused, raises])
+def test_a_push_that_fails_takes_nobodys_receipt(
+    monkeypatch: pytest.MonkeyPatch, bad: Callable[[ServerHost, pytest.MonkeyPatch], Gradient]
+) -> None:
+    never: list[Receipt] = []
+    given: list[Receipt] = []
+
+    async def test(host: ServerHost) -> None:
+        with pytest.raises(LaneError):
+            host.push(bad(host, monkeypatch), never.append)
+        host.push(push(FIRST, V0), given.append)
+
+    hosting(test)
+    assert never == []
+    assert given == [Receipt("worker-0", FIRST, Outcome.APPLIED, Version(1, 1))]
+
+
+# Snapshots
+
+
+def test_a_snapshot_is_taken_at_once_between_rounds() -> None:
+    async def test(host: ServerHost) -> None:
+        state, records = await host.snapshot(LIMIT_S)
+        assert state.facts["version"] == [1, 0]
+        assert records["kind"].tolist() == [Kind.JOIN, Kind.JOIN]
+
+    hosting(test, "bsp")
+
+
+def test_a_snapshot_waits_until_the_round_closes() -> None:
+    async def test(host: ServerHost) -> None:
+        host.push(push(FIRST, V0), ignore)
+        snapshot = asyncio.create_task(host.snapshot(LIMIT_S))
+        await asyncio.sleep(0)
+        assert not snapshot.done()
+        host.push(push(SECOND, V0, worker="worker-1"), ignore)
+        host.push(push(BatchId(0, 0, 2), Version(1, 1)), ignore)  # the next round is open before anybody looks
+        state, records = await snapshot
+        assert state.facts["version"] == [1, 1]
+        assert state.arrays["weights"].tolist() == pytest.approx((START - np.float32(0.1)).tolist())
+        assert records["kind"].tolist() == [Kind.JOIN, Kind.JOIN, Kind.PUSH, Kind.PUSH]
+
+    hosting(test, "bsp")
+
+
+def test_a_snapshot_of_a_round_that_does_not_close_is_given_up_and_the_journal_goes_on() -> None:
+    async def test(host: ServerHost) -> None:
+        host.push(push(FIRST, V0), ignore)
+        with pytest.raises(StorageError, match=r"no round closed within 0\.01 s, and half a round is no state"):
+            await host.snapshot(0.01)
+        host.push(push(SECOND, V0, worker="worker-1"), ignore)
+        _, records = await host.snapshot(LIMIT_S)
+        assert records["kind"].tolist() == [Kind.JOIN, Kind.JOIN, Kind.PUSH, Kind.PUSH]
+
+    hosting(test, "bsp")
+
+
+@pytest.mark.parametrize("hops", range(6))
+def test_a_round_that_closes_as_time_runs_out_is_in_one_journal_or_the_next(hops: int) -> None:
+    """The loop comes round that often between the time limit and the push that closes the round."""
+    given: list[Receipt] = []
+
+    async def test(host: ServerHost) -> None:
+        loop = asyncio.get_running_loop()
+        host.push(push(FIRST, V0), given.append)
+        pushed = loop.create_future()
+
+        def close_round(left: int) -> None:
+            if left:
+                loop.call_soon(close_round, left - 1)
+                return
+            host.push(push(SECOND, V0, worker="worker-1"), given.append)
+            pushed.set_result(None)
+
+        snapshot = asyncio.create_task(host.snapshot(0.01))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        loop.call_at(loop.time() + 0.01, close_round, hops)  # just after the snapshot's own limit
+        taken, _ = await asyncio.gather(snapshot, pushed, return_exceptions=True)
+        records = host.server.journal.take() if isinstance(taken, StorageError) else taken[1]  # type: ignore[index]
+        assert records["kind"].tolist() == [Kind.JOIN, Kind.JOIN, Kind.PUSH, Kind.PUSH]
+
+    hosting(test, "bsp")
+    assert len(given) == 2
+
+
+def test_a_snapshot_that_is_cancelled_takes_nothing_from_the_journal() -> None:
+    async def test(host: ServerHost) -> None:
+        host.push(push(FIRST, V0), ignore)
+        snapshot = asyncio.create_task(host.snapshot(LIMIT_S))
+        await asyncio.sleep(0)
+        snapshot.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await snapshot
+        host.push(push(SECOND, V0, worker="worker-1"), ignore)
+        _, records = await host.snapshot(LIMIT_S)
+        assert len(records) == 4
+
+    hosting(test, "bsp")

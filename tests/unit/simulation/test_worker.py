@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from math import hypot
+from typing import Any
+
+import numpy as np
+import pytest
+
+from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.problem import Problem, Timing
+from psgd_workers.compression import ErrorFeedback, TopK, decode
+from psgd_workers.messages import BatchId, EpochGrid, FloatArray
+from tests.unit.core.jobs import START, job, quadratic
+
+BATCHES = 14  # in one lease
+GRID = EpochGrid((BATCHES,), BATCHES)
+LR = np.float32(0.1)
+
+
+def run(link_s: float = 0.0, weights: FloatArray = START, compute_s: float = 1.0, **sections: Any) -> VirtualCluster:
+    problem = Problem(GRID, weights, quadratic)
+    return VirtualCluster(job(**sections), problem, lambda worker, batch: compute_s, timing=Timing(link_s=link_s)).run()
+
+
+def train_s(host: VirtualCluster) -> float:
+    """Virtual seconds from the beginning of training to the last step, without the first lease's call."""
+    last = host.servers[0].report().last
+    assert last
+    assert host.coordinator.began is not None
+    return last.now - host.coordinator.began - host.timing.call_s
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("pipeline", [0, 1, 2])
+def test_one_worker_is_a_loop_whose_gradients_are_as_many_steps_old_as_it_is_ahead(pipeline: int, servers: int) -> None:
+    weights, slots, gradient = START.copy(), [START.copy()] * (pipeline + 1), np.empty_like(START)
+    for number in range(BATCHES):
+        slot = number % (pipeline + 1)
+        quadratic(BatchId(0, 0, number), weights if number <= pipeline else slots[slot], gradient)
+        weights -= LR * gradient
+        slots[slot] = weights.copy()
+    host = run(scaling={"pipeline": pipeline, "servers": servers})
+    np.testing.assert_array_equal(host.weights, weights)
+    first = {0: pipeline + 1} if pipeline else {}
+    for server in host.servers.values():
+        assert server.report().staleness == first | {pipeline: BATCHES - (pipeline + 1 if pipeline else 0)}
+
+
+def test_what_compression_leaves_out_stays_in_its_slot() -> None:
+    weights, slots, gradient, out = START.copy(), [START, START], np.empty_like(START), np.empty_like(START)
+    memories = [ErrorFeedback(TopK(0.3), len(START)) for _ in slots]
+    for number in range(BATCHES):
+        slot = number % 2
+        quadratic(BatchId(0, 0, number), weights if number < 2 else slots[slot], gradient)
+        decode(memories[slot].encode(gradient), out)
+        memories[slot].taken()
+        weights -= LR * out
+        slots[slot] = weights.copy()
+    host = run(scaling={"pipeline": 1}, compression={"name": "top_k", "ratio": 0.3})
+    np.testing.assert_array_equal(host.weights, weights)
+    expected = hypot(*(memory.norm for memory in memories))
+    assert host.coordinator.roster.residual_norm == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "link_s", "expected_s"),
+    [
+        (0, 0.5, BATCHES * 2.0),
+        (1, 0.5, BATCHES * 1.0 + 1.0),  # the way is hidden behind the other batch
+        (1, 1.5, BATCHES / 2 * 4.0 + 1.0),  # two batches in four seconds, as half the way is not
+        (2, 1.0, BATCHES * 1.0 + 2.0),
+    ],
+)
+def test_a_pipeline_hides_the_way_of_a_push(pipeline: int, link_s: float, expected_s: float) -> None:
+    assert train_s(run(link_s, scaling={"pipeline": pipeline})) == pytest.approx(expected_s, abs=2 * link_s)
+
+
+def test_a_lease_ends_when_every_push_is_answered() -> None:
+    ended: list[int] = []
+
+    class Watched(VirtualCluster):
+        def tell_soon(self, event: Any, delay_s: float | None = None) -> None:
+            if type(event).__name__ == "LeaseClosed":
+                ended.append(self.servers[0].version.updates)
+            super().tell_soon(event, delay_s)
+
+    spec = job(scaling={"pipeline": 2})
+    timing = Timing(link_s=5.0)
+    Watched(spec, Problem(GRID, START, quadratic), lambda worker, batch: 1.0, timing=timing).run()
+    assert ended == [BATCHES]
+
+
+def test_servers_are_refused_that_would_hold_nothing() -> None:
+    with pytest.raises(ValueError, match="servers is 7, but the model has 6 parameters"):
+        run(scaling={"servers": 7})
