@@ -24,7 +24,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from psgd.core.server import ServerState
+from psgd.core.repartition import disagreement, repartition
+from psgd.core.server import Partition, ServerState
 from psgd.errors import CheckpointError, StorageError
 from psgd.spec import Settings
 from psgd.storage import Storage
@@ -145,14 +146,30 @@ class Checkpoint:
             raise CheckpointError(f"part {partition} of checkpoint {self.manifest.name}: {error}") from error
         return ServerState(arrays, facts)
 
+    def states(self) -> list[ServerState]:
+        """What every server wrote."""
+        return [self.state(number) for number in range(self.manifest.partitions)]
+
+    def cut(self, partition: Partition, servers: int) -> ServerState:
+        """What one of so many servers needs to go on; the checkpoint may be of another number.
+
+        Raises:
+            CheckpointError: a part is not what a server wrote, or the parts do not agree.
+        """
+        if servers == self.manifest.partitions:
+            return self.state(partition.number)
+        states = self.states()
+        if reason := disagreement(states):
+            raise CheckpointError(f"checkpoint {self.manifest.name} cannot be cut for {servers} servers: {reason}")
+        return repartition(states, partition)
+
     def weights(self, averaged: bool = False) -> FloatArray:
         """The flat weights of all partitions; or, of what is trained, their moving average.
 
         Raises:
             CheckpointError: the job keeps no average.
         """
-        states = [self.state(partition) for partition in range(self.manifest.partitions)]
-        states.sort(key=lambda state: int(state.facts["partition"][1]))
+        states = sorted(self.states(), key=lambda state: int(state.facts["partition"][1]))
         if averaged:
             for state in states:
                 if "average" not in state.arrays:
@@ -175,11 +192,16 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """Oldest first, committed or not."""
-        return [name for name in self._run.names("checkpoints") if NAME.fullmatch(name)]
+        return sorted((name for name in self._run.names("checkpoints") if NAME.fullmatch(name)), key=_order)
 
     def committed(self) -> list[str]:
-        """Oldest first."""
-        return [name for name in self.names() if self._run.exists(f"checkpoints/{name}/COMMITTED")]
+        """Oldest first; one whose COMMITTED is cut short was never committed."""
+        return [name for name in self.names() if _is_whole(self._committed_text(name))]
+
+    def _committed_text(self, name: str) -> bytes:
+        """What COMMITTED says; nothing, if it is not there."""
+        path = f"checkpoints/{name}/COMMITTED"
+        return self._run.read(path) if self._run.exists(path) else b""
 
     def next_number(self) -> int:
         """One more than any directory has, whole or not."""
@@ -189,23 +211,38 @@ class Checkpoints:
         """Make a checkpoint whole."""
         self._run.write(f"checkpoints/{manifest.name}/COMMITTED", manifest.model_dump_json(indent=2).encode())
 
-    def newest(self, refused: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole.
+    def newest(
+        self, refused: Callable[[str], None], fits: Callable[[Checkpoint], str | None] | None = None
+    ) -> Checkpoint | None:
+        """The newest checkpoint that is whole, and of use.
 
         Args:
-            refused: told about every newer one that was committed and is damaged.
+            refused: told about every newer one that was committed, and is damaged or of no use.
+            fits: tells why one that is whole is of no use; None: it is. Default: each is.
+
+        Returns:
+            None: no whole one is of use.
 
         Raises:
             CheckpointError: there are committed ones, and all are damaged.
         """
-        faults = []
-        for name in reversed(self.committed()):
+        faults, whole = [], False
+        for name in reversed(self.names()):
             try:
-                return self.open(name)
+                if (text := self._committed_text(name)) and not _is_whole(text):
+                    refused(f"checkpoint {name} was not committed: its COMMITTED is cut short")
+                if not _is_whole(text):
+                    continue
+                checkpoint = self.open(name)
             except (CheckpointError, StorageError) as error:
                 faults.append(str(error))
                 refused(f"{error}; the one before it is tried")
-        if faults:
+                continue
+            whole = True
+            if (reason := fits(checkpoint) if fits else None) is None:
+                return checkpoint
+            refused(f"checkpoint {name} {reason}; the one before it is tried")
+        if faults and not whole:
             raise CheckpointError(f"every checkpoint in {self._run.url} is damaged: {'; '.join(faults)}")
         return None
 
@@ -227,18 +264,41 @@ class Checkpoints:
         Raises:
             CheckpointError: nothing was, or it is of another format.
         """
-        folder = self._run.folder(f"checkpoints/{name}")
-        if not folder.exists("COMMITTED"):
+        text = self._committed_text(name)
+        if not _is_whole(text):
             raise CheckpointError(f"checkpoint {name} in {self._run.url} was never committed")
-        return _parse_manifest(name, folder.read("COMMITTED"))
+        return _parse_manifest(name, text)
 
     def prune(self, keep: int) -> list[str]:
-        """Delete all but the newest `keep` committed ones; returns the names of the deleted."""
-        doomed = self.committed()[:-keep]
+        """Delete all but the newest `keep` committed ones, and what older ones a crash left unfinished.
+
+        Returns:
+            The names of the committed ones that were deleted.
+        """
+        committed = self.committed()
+        doomed = committed[:-keep]
         for name in doomed:
             self._run.delete(f"checkpoints/{name}/COMMITTED")  # first: half a directory must not look whole
-            self._run.delete(f"checkpoints/{name}")
+        newest = _order(committed[-1]) if committed else ()
+        for name in self.names():
+            if name in doomed or (name not in committed and _order(name) < newest):
+                self._run.delete(f"checkpoints/{name}")
         return doomed
+
+
+def _order(name: str) -> tuple[int, ...]:
+    return tuple(map(int, name.split("-")))
+
+
+def _is_whole(text: bytes) -> bool:
+    """Whether a COMMITTED was written to its end: where files appear byte by byte, a crash may leave half of it."""
+    if not text.startswith(b"{"):
+        return bool(text)  # it is no manifest, and never was
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parse_manifest(name: str, text: bytes) -> Manifest:

@@ -81,7 +81,7 @@ def train(
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
     _summarise(result)
-    code = {"failed": FAILED, "interrupted": INTERRUPTED}.get(result.status, 0)
+    code = {"failed": FAILED, "unsaved": FAILED, "interrupted": INTERRUPTED}.get(result.status, 0)
     raise typer.Exit(code)
 
 
@@ -108,7 +108,7 @@ def _summarise(result: Any) -> None:
         "staleness, mean": ("async/staleness_mean", "{:.2f}"),
     }
     console = Console(stderr=True, highlight=False)
-    colour = {"failed": "red", "interrupted": "yellow"}.get(result.status, "green")
+    colour = {"failed": "red", "unsaved": "red", "interrupted": "yellow"}.get(result.status, "green")
     took = f"{result.epochs} epochs, {result.updates} updates in {result.duration_s:.1f} s"
     console.print(f"[bold {colour}]{result.status}[/] {result.name}: {took}")
     for title, (metric, form) in shown.items():
@@ -209,6 +209,20 @@ def stop(run: RunName, storage: StorageOption = None, address: Dashboard = None)
     else:
         _directory(run, storage).command("stop")
     typer.echo(f"asked {run} to stop; `psgd status` tells when it has")
+
+
+@app.command()
+def scale(
+    run: RunName,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="How many from now on.")],
+    storage: StorageOption = None,
+) -> None:
+    """Change how many workers a running job has.
+
+    New ones join as soon as the cluster has room; those that leave finish the batch in hand first.
+    """
+    _directory(run, storage).command("scale", [str(workers)])
+    typer.echo(f"asked {run} for {workers} workers; `psgd logs` tells who came and went, or why not")
 
 
 @app.command()

@@ -9,7 +9,7 @@
     │   ├── StorageError              the storage cannot be read or written
     │   ├── RunExistsError            a run of this name is there already
     │   ├── RunNotFoundError          no run of this name is there
-    │   ├── ResumeError               the run there is of another job
+    │   ├── ResumeError               the run there is of another job, or cannot go on as asked
     │   ├── JournalError              a run's journal is not whole, or not that run's
     │   └── ClusterError              the cluster cannot be reached, or cannot hold the job
     ├── CheckpointError (ValueError)  a checkpoint is damaged or incomplete
@@ -84,7 +84,7 @@ class RunNotFoundError(InputError):
 
 
 class ResumeError(InputError):
-    """The run there is of another job."""
+    """The run there is of another job, or cannot go on as asked."""
 
 
 class JournalError(InputError):
@@ -108,7 +108,7 @@ class ReplayError(RunError):
 
 
 class RunFailedError(RunError):
-    """A run that ended `failed`; `result` says how far it came."""
+    """A run that ended `failed` or `unsaved`; `result` says how far it came."""
 
     def __init__(self, message: str, result: Result) -> None:
         super().__init__(message)

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from psgd.errors import SpecError
 from psgd.spec import JobSpec
 
-__all__ = ["change_settings", "load_spec", "override_spec", "parse_spec", "parse_value"]
+__all__ = ["change_settings", "change_workers", "load_spec", "override_spec", "parse_spec", "parse_value"]
 
+RANGE_TAGS = ("number", "range")  # what `scaling.workers` may be, which no user writes
 # YAML 1.1, which PyYAML reads, wants a dot and a sign in "1.0e-3" and takes "1e-3" for a string.
 FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 
@@ -118,6 +119,19 @@ def _changed(before: JobSpec, after: JobSpec) -> Iterator[str]:
         yield from (f"{section}.{name}" for name in type(old).model_fields if getattr(old, name) != getattr(new, name))
 
 
+def change_workers(spec: JobSpec, workers: str) -> JobSpec:
+    """The job with another number of workers.
+
+    Raises:
+        SpecError: it is no number, or the job cannot be run by so many.
+    """
+    if not workers.isdigit():
+        raise SpecError(f"{workers!r} workers: expected a number")
+    tree = spec.model_dump(mode="json")
+    tree["scaling"]["workers"] = int(workers)
+    return parse_spec(tree, f"the job with {workers} workers")
+
+
 def parse_spec(tree: dict[str, Any], source: str) -> JobSpec:
     """Turn plain values into a JobSpec; faults become one SpecError that lists them all."""
     try:
@@ -185,6 +199,8 @@ def _walk(loc: Sequence[str | int]) -> tuple[list[str], list[type[BaseModel]]]:
         tagged = [model for model in inside if step in _tags(model)]
         if not fields and tagged and step != loc[-1]:
             inside = tagged
+            continue
+        if step in RANGE_TAGS and names and names[-1] == "workers":
             continue
         names.append(str(step))
         owners = inside

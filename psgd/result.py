@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 __all__ = ["LedgerCounts", "Result", "Status"]
 
-Status = Literal["finished", "stopped", "interrupted", "failed"]
+Status = Literal["finished", "stopped", "interrupted", "failed", "unsaved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,8 @@ class LedgerCounts:
 class Result:
     """How a run ended.
 
+    `unsaved`: as far as it was to go, but what it came to could not be written; `error` says what is saved.
+
     `metrics` has `train/loss`, `val/loss`, `val/accuracy`, `perf/updates_per_s`, `perf/samples_per_s`,
     `perf/bytes_per_push`, `compression/residual_norm` and `async/staleness_{mean,p50,p95,max}`; a metric that was not
     measured is None. `perf/*_per_s` are rates from the first applied gradient of this process to the last.
@@ -39,6 +41,8 @@ class Result:
     duration_s: float  # of this process's training, start-up left out
     metrics: dict[str, float | None]
     ledger: LedgerCounts
+    failures: dict[str, int]  # of this process, by kind: worker_lost, worker_silent, server_lost, preempted, ...
+    goodput: float | None  # batches that came into the weights, over batches computed, of this process
     checkpoint: str | None  # the newest committed one
     error: str | None
 

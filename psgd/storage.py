@@ -1,9 +1,14 @@
-"""A folder anywhere fsspec reaches, with errors that name it."""
+"""A folder anywhere fsspec reaches, with errors that name it, and a limit to every wait."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from posixpath import join
+from threading import Thread
+from typing import TypeVar
 from uuid import uuid4
 
 import fsspec
@@ -11,7 +16,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from psgd.errors import StorageError
 
-__all__ = ["Storage"]
+__all__ = ["PATIENCE_S", "Storage"]
+
+PATIENCE_S = 60.0
+SLOWEST = 1e6  # bytes per second: a file may take so much longer
+
+T = TypeVar("T")
 
 
 class Storage:
@@ -19,13 +29,16 @@ class Storage:
 
     Args:
         url: a local path, or a URL such as `s3://bucket/runs` whose fsspec filesystem is installed.
+        patience_s: seconds that the filesystem may take to answer, a second more for each MB of a file. Higher: slow
+            storage is put up with. Lower: storage that hangs is found out sooner.
 
     Raises:
         StorageError: no filesystem is installed for the URL.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
         self.url = url if "://" in url else str(Path(url).expanduser().absolute())
+        self.patience_s = patience_s
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError, OSError) as error:
@@ -33,7 +46,7 @@ class Storage:
 
     def folder(self, name: str) -> Storage:
         """The folder of that name inside this one; it need not exist."""
-        return Storage(join(self.url, name))
+        return Storage(join(self.url, name), self.patience_s)
 
     def probe(self) -> None:
         """Write, read and delete a small file.
@@ -49,63 +62,108 @@ class Storage:
 
     def read(self, name: str) -> bytes:
         """A file's content."""
-        try:
-            data: bytes = self._fs.cat_file(join(self._root, name))
-        except (OSError, ValueError) as error:
-            raise StorageError(f"cannot read {name!r} in {self.url}: {_reason(error)}") from error
+        path = join(self._root, name)
+        size = self._ask(f"read {name!r}", lambda: self._fs.size(path))
+        data: bytes = self._ask(f"read {name!r}", lambda: self._fs.cat_file(path), size or 0)
         return data
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a whole file, and the folders it lies in; a reader finds the old one or all of the new one."""
-        if not isinstance(self._fs, LocalFileSystem):  # an object store shows nothing by halves
-            self._put(name, data, "wb")
+        """Write a whole file, and the folders it lies in; a reader finds the old one or all of the new one.
+
+        That holds on a disk and on an object store. On other filesystems a reader may find the new one cut short.
+        """
+        doing, path = f"write {name!r}", join(self._root, name)
+        if not isinstance(self._fs, LocalFileSystem):
+            self._ask(doing, lambda: self._put(path, data), len(data))
             return
-        folder, _, file = name.rpartition("/")
+        folder, _, file = path.rpartition("/")
         unfinished = join(folder, f".{file}-{uuid4().hex}")
-        self._put(unfinished, data, "wb")
-        try:
-            Path(self._root, unfinished).replace(Path(self._root, name))
-        except OSError as error:
-            raise StorageError(f"cannot write {name!r} in {self.url}: {_reason(error)}") from error
+        self._ask(doing, lambda: self._put_unfinished(unfinished, data), len(data))
+        self._ask(doing, lambda: _rename(unfinished, path))  # not if writing took too long, and ends some time later
 
     def append(self, name: str, data: bytes) -> None:
         """Add to a file's end; it is created if need be."""
-        self._put(name, data, "ab")
-
-    def _put(self, name: str, data: bytes, mode: str) -> None:
         path = join(self._root, name)
-        try:
-            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            with self._fs.open(path, mode) as file:
-                file.write(data)
-        except (OSError, ValueError) as error:
-            raise StorageError(f"cannot write {name!r} in {self.url}: {_reason(error)}") from error
+        self._ask(f"write {name!r}", lambda: self._append(path, data), len(data))
 
     def exists(self, name: str) -> bool:
         """Whether there is a file or folder of that name."""
-        try:
-            return bool(self._fs.exists(join(self._root, name)))
-        except (OSError, ValueError) as error:
-            raise StorageError(f"cannot look for {name!r} in {self.url}: {_reason(error)}") from error
+        return bool(self._ask(f"look for {name!r}", lambda: self._fs.exists(join(self._root, name))))
 
     def names(self, folder: str) -> list[str]:
         """What lies directly in a folder, sorted; nothing if the folder does not exist."""
-        try:
-            self._fs.invalidate_cache()
-            paths = self._fs.ls(join(self._root, folder), detail=False)
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError) as error:
-            raise StorageError(f"cannot list {folder!r} in {self.url}: {_reason(error)}") from error
+        paths = self._ask(f"list {folder!r}", lambda: self._list(join(self._root, folder)))
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all that it holds."""
+        self._ask(f"delete {name!r}", lambda: self._fs.rm(join(self._root, name), recursive=True))
+
+    # In the filesystem
+
+    def _list(self, path: str) -> list[str]:
+        self._fs.invalidate_cache()
         try:
-            self._fs.rm(join(self._root, name), recursive=True)
-        except (OSError, ValueError) as error:
-            raise StorageError(f"cannot delete {name!r} in {self.url}: {_reason(error)}") from error
+            return list(self._fs.ls(path, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def _put(self, path: str, data: bytes) -> None:
+        """In one request, where there are requests: closing a file after a fault would leave half of it."""
+        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self._fs.pipe_file(path, data)
+        _check_size(self._fs.size(path), data)
+
+    def _put_unfinished(self, path: str, data: bytes) -> None:
+        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        try:
+            with self._fs.open(path, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            _check_size(self._fs.size(path), data)
+        except BaseException:
+            Path(path).unlink(missing_ok=True)
+            raise
+
+    def _append(self, path: str, data: bytes) -> None:
+        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        with self._fs.open(path, "ab") as file:
+            file.write(data)
+
+    def _ask(self, doing: str, call: Callable[[], T], size: int = 0) -> T:
+        """Every call of a filesystem is made here, in a thread of its own: one that hangs is left behind.
+
+        Raises:
+            StorageError: it failed, whatever filesystems raise; or took longer than `patience_s` and its size allow.
+        """
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(call())
+            except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
+                answer.set_exception(error)
+
+        Thread(target=run, name="psgd-storage", daemon=True).start()
+        limit_s = self.patience_s + size / SLOWEST
+        try:
+            return answer.result(limit_s)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}" if answer.done() else f"no answer within {limit_s:.1f} s"
+            raise StorageError(f"cannot {doing} in {self.url}: {reason}") from error
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _check_size(size: int | None, data: bytes) -> None:
+    if size is not None and size != len(data):
+        raise OSError(f"of {len(data)} bytes that were written, {size} are there")
+
+
+def _rename(before: str, after: str) -> None:
+    """It stands after a power failure, too."""
+    Path(before).replace(after)
+    folder = os.open(Path(after).parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

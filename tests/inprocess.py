@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
-from psgd.core.events import Action, Commit, LaneFailed, Save, SaveFailed, WorkerLost
+from psgd.core.events import Action, Commit, Save, SaveFailed, WorkerLost
 from psgd.simulation.cluster import Checkpoint, VirtualCluster
 from psgd.simulation.problem import Problem, Timing
 from psgd.simulation.worker import Slot, VirtualWorker
@@ -120,10 +120,10 @@ class InProcess(VirtualCluster):
         if isinstance(action, Commit) and self.checkpoint:
             self.checkpoints.append(self.checkpoint)
 
-    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> None:
+    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> bool:
         if first == 0:
             self._reads[gradients[0].worker, gradients[0].batch] = gradients[0].read
-        super().arrive(gradients, first)
+        return super().arrive(gradients, first)
 
     def _deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
         for receipt in receipts:
@@ -141,23 +141,14 @@ class InProcess(VirtualCluster):
             worker.lease = None
             return
         if fault == "lane":
-            self._lose_lane(worker)
+            worker.lose_lane("no receipt came")
         else:
             worker.alive = False
             self.tell_soon(WorkerLost(worker.name, fault), TIMING.death_s)
         if fault == "late":
-            self.after(LATE_S, self.arrive, gradients)
+            self.after(LATE_S, self._arrive_late, gradients)
         elif fault != "before":
             self.arrive(gradients[:1] if fault == "torn" else gradients)
 
-    def _lose_lane(self, worker: VirtualWorker) -> None:
-        """No receipt of what is under way ever comes; the lease ends there, and the worker takes the next one."""
-        assert worker.lease is not None
-        for slot in worker.slots:
-            if slot.batch is not None:
-                slot.sender.settle([])
-                slot.batch = None
-            slot.clear()
-        self.tell_soon(LaneFailed(worker.name, worker.lease, "no receipt came"))
-        worker.lease = None
-        worker.next_task()
+    def _arrive_late(self, gradients: Sequence[Gradient]) -> None:
+        self.arrive(gradients)

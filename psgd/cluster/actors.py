@@ -9,7 +9,9 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,17 @@ from psgd_workers.handshake import Address
 from psgd_workers.lanes import LaneKind
 from psgd_workers.layout import Layout
 from psgd_workers.memory import PublishedVector, has_shared_memory
-from psgd_workers.messages import EpochGrid, Evaluation, FloatArray, Gradient, Lease, LeaseEnd, Receipt, Version
+from psgd_workers.messages import (
+    BatchId,
+    EpochGrid,
+    Evaluation,
+    FloatArray,
+    Gradient,
+    Lease,
+    LeaseEnd,
+    Receipt,
+    Version,
+)
 
 __all__ = ["RunFacts", "server_failure", "start_server", "start_worker", "worker_failure"]
 
@@ -50,7 +62,6 @@ class RunFacts:
     layout: Layout
     grid: EpochGrid
     partitions: tuple[Partition, ...]
-    incarnation: int
     driver: str  # id of the run's owner
     storage: str  # URL of the run directory
 
@@ -61,28 +72,27 @@ class ServerActor:
     Args:
         facts: of the run.
         number: which partition.
-        weights: `[num_parameters]`, of all partitions; None to restore a checkpoint.
-        checkpoint: what to restore.
+        incarnation: of this server.
+        origin: `[num_parameters]`, the initial weights of all partitions; or the checkpoint to restore.
     """
 
-    def __init__(self, facts: RunFacts, number: int, weights: FloatArray | None, checkpoint: Checkpoint | None) -> None:
-        self._run = Storage(facts.storage)
+    def __init__(self, facts: RunFacts, number: int, incarnation: int, origin: FloatArray | Checkpoint) -> None:
+        self._run = Storage(facts.storage, facts.spec.failure.timeout_s)
         self._check_storage(facts.driver)
         self._facts = facts
         self._partition = partition = facts.partitions[number]
         self._published = published = _shared_vector(facts.spec, partition.stop - partition.start)
-        if checkpoint is not None:
-            state = checkpoint.state(number)
+        if isinstance(origin, Checkpoint):
+            state = origin.cut(partition, len(facts.partitions))
             now = time.monotonic()
-            server = ParameterServer.restore(facts.spec, facts.grid, state, facts.incarnation, now, published)
+            server = ParameterServer.restore(facts.spec, facts.grid, state, incarnation, now, published)
         else:
-            assert weights is not None
-            part = weights[partition.start : partition.stop]
-            version = Version(facts.incarnation, 0)
-            server = ParameterServer(facts.spec, partition, part, facts.grid, version, published)
+            part = origin[partition.start : partition.stop]
+            server = ParameterServer(facts.spec, partition, part, facts.grid, Version(incarnation, 0), published)
         self._server = server
         self._host = ServerHost(server)
         self._unwritten = np.zeros(0, RECORD)  # of the journal, taken for a checkpoint that could not be written
+        self._writing: asyncio.Task[Part] | None = None  # a part of a checkpoint
         self._timeout_s = facts.spec.failure.timeout_s
         self._listener: Listener | None = None
 
@@ -152,6 +162,10 @@ class ServerActor:
         self._host.change(settings)
         return self._server.version
 
+    async def skip(self, batch: BatchId, examples: int) -> None:
+        """Do without a batch."""
+        self._host.skip(batch, examples)
+
     async def report(self, wait: bool) -> Report:
         """At once, or when an epoch completes, or after a moment."""
         return await self._host.report(wait)
@@ -161,12 +175,26 @@ class ServerActor:
         return self._server.epoch_weights(epochs)
 
     async def save(self, checkpoint: str) -> Part:
-        """Write this partition's part of a checkpoint, between two rounds, while training goes on."""
-        state, records = await self._host.snapshot(self._timeout_s)
-        journal = self._unwritten = np.concatenate([self._unwritten, records])
-        part = await asyncio.to_thread(write_part, self._run, checkpoint, state, journal)
-        self._unwritten = journal[:0]
-        return part
+        """Write this partition's part of a checkpoint, between two rounds, while training goes on.
+
+        One at a time: what was given up because another server died may still be being written.
+        """
+        if self._writing is not None:
+            await asyncio.wait([self._writing], timeout=self._timeout_s)
+        if self._writing is not None:
+            raise StorageError(f"an earlier checkpoint was still being written after {self._timeout_s} s")
+        self._writing = asyncio.create_task(self._write(checkpoint))
+        return await self._writing
+
+    async def _write(self, checkpoint: str) -> Part:
+        try:
+            state, records = await self._host.snapshot(self._timeout_s)
+            journal = self._unwritten = np.concatenate([self._unwritten, records])
+            part = await asyncio.to_thread(write_part, self._run, checkpoint, state, journal)
+            self._unwritten = journal[:0]
+            return part
+        finally:
+            self._writing = None
 
 
 def _shared_vector(spec: JobSpec, size: int) -> PublishedVector | None:
@@ -192,22 +220,29 @@ class WorkerActor:
 
     def __init__(self, facts: RunFacts, name: str, dataset: Dataset, servers: Sequence[ActorHandle[Any]]) -> None:
         self._validation = dataset.validation
-        self._cancelled = False
+        self._cancelled = -1  # leases up to this one are
+        self._servers = list(servers)
         node = ray.get_runtime_context().get_node_id()
         routes = [
-            route(facts.spec, name, partition, server, node)
-            for partition, server in zip(facts.partitions, servers, strict=True)
+            route(facts.spec, name, partition, partial(self._servers.__getitem__, partition.number), node)
+            for partition in facts.partitions
         ]
         self._worker = build_worker(facts.spec, name, dataset, facts.layout, routes)
 
     def ready(self) -> tuple[str, tuple[LaneKind, ...]]:
-        """Its `host:pid` and its lanes, once the worker is built and has reached its servers."""
-        self._worker.connect()
+        """Its `host:pid` and its lanes, once it is built; no lanes if a server cannot be reached just now."""
+        with suppress(LaneError):  # it may be on its way back; the first lease tells
+            self._worker.connect()
         return f"{socket.gethostname()}:{os.getpid()}", self._worker.lanes
 
     def work(self, lease: Lease) -> LeaseEnd:
         """Work through a lease."""
-        return self._worker.work(lease, lambda: self._cancelled)
+        return self._worker.work(lease, lambda: lease.id <= self._cancelled)
+
+    def reroute(self, partition: int, server: ActorHandle[Any]) -> None:
+        """A partition has another server from now on."""
+        self._servers[partition] = server
+        self._worker.disconnect()
 
     def evaluate(self, *parts: FloatArray) -> Evaluation:
         """Validate the weights whose partitions these are."""
@@ -215,23 +250,23 @@ class WorkerActor:
         return self._worker.evaluate(np.concatenate(parts), self._validation)
 
     @ray.method(concurrency_group="control")
-    def cancel(self) -> None:
-        """End the present lease after the batch in hand, and every later one at once."""
-        self._cancelled = True
+    def cancel(self, lease: int) -> None:
+        """End leases up to this one after the batch in hand."""
+        self._cancelled = max(self._cancelled, lease)
 
 
 def start_server(
-    facts: RunFacts, number: int, weights: ray.ObjectRef[Any] | None, checkpoint: Checkpoint | None
+    facts: RunFacts, number: int, incarnation: int, origin: ray.ObjectRef[Any] | Checkpoint
 ) -> ActorHandle[Any]:
     """Start a server's process; it asks Ray for no CPU, as it computes only when somebody pushes.
 
     Several servers are spread over the nodes, so that each has a link of its own.
     """
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4 * facts.spec.scaling.workers + 16}
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4 * facts.spec.scaling.most_workers + 16}
     if facts.spec.scaling.servers > 1:
         options["scheduling_strategy"] = "SPREAD"
     actor: Any = ray.remote(ServerActor)
-    handle: ActorHandle[Any] = actor.options(**options).remote(facts, number, weights, checkpoint)
+    handle: ActorHandle[Any] = actor.options(**options).remote(facts, number, incarnation, origin)
     return handle
 
 

@@ -56,6 +56,10 @@ class ServerHost:
         """The worker has no lease any more."""
         self._deliver(self.server.leave(worker, time.monotonic()))
 
+    def skip(self, batch: BatchId, examples: int) -> None:
+        """Do without a batch."""
+        self._deliver(self.server.skip(batch, examples, time.monotonic()))
+
     def change(self, settings: Settings) -> None:
         """Go on by other settings."""
         self._deliver(self.server.change(settings, time.monotonic()))

@@ -7,6 +7,7 @@ wherever Ray does; every message is copied through Ray's object store, so a push
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -95,21 +96,21 @@ def push_form(spec: JobSpec, partition: Partition) -> PushForm:
     return PushForm(size, partition.num_trainable, encoding, spec.rules.sends_weights)
 
 
-def route(spec: JobSpec, worker: str, partition: Partition, server: ActorHandle[Any], node: str) -> Route:
+def route(spec: JobSpec, worker: str, partition: Partition, find: Callable[[], Any], node: str) -> Route:
     """A worker's way to a server, by the lane that the job asks for or, with `auto`, the fastest that works.
 
     Args:
         spec: the job.
         worker: the worker's name.
         partition: which one.
-        server: its actor.
+        find: its server's actor at present.
         node: Ray's id of the worker's node.
     """
     part = slice(partition.start, partition.stop)
     form = push_form(spec, partition)
 
     def by_ray(segment: Segment) -> Lane:
-        return RayLane(server, segment, part)
+        return RayLane(find(), segment, part)
 
     def by_socket(kind: LaneKind, address: Address) -> Connect:
         limit_s = min(CONNECT_S, spec.failure.timeout_s)
@@ -118,8 +119,7 @@ def route(spec: JobSpec, worker: str, partition: Partition, server: ActorHandle[
     def connect(segment: Segment) -> Lane:
         if spec.scaling.lane == "ray":
             return by_ray(segment)
-        server_: Any = server
-        address: Address = _get(server_.address.remote(), spec.failure.timeout_s, "an address")
+        address: Address = _get(find().address.remote(), spec.failure.timeout_s, "an address")
         if spec.scaling.lane != "auto":
             return by_socket(spec.scaling.lane, address)(segment)
         kinds: list[LaneKind] = ["shm", "tcp"] if address.node == node else ["tcp"]

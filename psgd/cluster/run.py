@@ -14,21 +14,17 @@ import ray
 from rich.console import Console
 from rich.markup import escape
 
-from psgd.checkpoints import Checkpoint, Checkpoints, Manifest
+from psgd.checkpoints import Checkpoint, Checkpoints
 from psgd.cluster.actors import RunFacts
+from psgd.cluster.resuming import check_checkpoint, find_checkpoint, with_settings
 from psgd.cluster.session import check_address, check_room, session
 from psgd.cluster.supervisor import Inputs, Supervisor
 from psgd.core.coordinator import Coordinator
 from psgd.core.events import Finish, Stop
 from psgd.core.partitions import split
+from psgd.core.saving import Saving
 from psgd.core.server import Partition
-from psgd.errors import (
-    OwnershipError,
-    ResumeError,
-    RunExistsError,
-    RunFailedError,
-    StorageError,
-)
+from psgd.errors import CheckpointError, OwnershipError, RunExistsError, RunFailedError, StorageError
 from psgd.job import OpenJob
 from psgd.jobfile import parse_spec
 from psgd.monitoring.metrics import run_metrics
@@ -41,6 +37,7 @@ from psgd.storage import Storage
 __all__ = ["run_job", "train"]
 
 METRICS_S = 1.0  # between two lines of metrics.jsonl
+_ENDED = {"failed": "failed", "unsaved": "is not saved"}
 
 
 def train(
@@ -68,7 +65,7 @@ def train(
 
     Raises:
         InputError: something given cannot be used; nothing was started.
-        RunFailedError: the run failed; its `result` says how far it came.
+        RunFailedError: the run failed, or could not save what it came to; its `result` says how far it came.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state was saved, and `resume=True` goes on from there.
 
     Example:
@@ -81,8 +78,8 @@ def train(
         >>> result.metrics["val/accuracy"]
     """
     result = run_job(spec, name=name, storage=storage, address=address, resume=resume, progress=progress)
-    if result.status == "failed":
-        raise RunFailedError(f"run {result.name} failed: {result.error}", result)
+    if result.status in ("failed", "unsaved"):
+        raise RunFailedError(f"run {result.name} {_ENDED[result.status]}: {result.error}", result)
     if result.status == "interrupted":
         raise KeyboardInterrupt(f"run {result.name} was interrupted; resume=True continues it")
     return result
@@ -95,13 +92,13 @@ def run_job(
     name = name or spec.name or f"psgd-{time.strftime('%Y%m%d-%H%M%S')}"
     spec = _named(spec, name, storage)
     check_address(address)
-    run = RunDirectory(Storage(spec.run.storage).folder(name))
+    run = RunDirectory(Storage(spec.run.storage, spec.failure.timeout_s).folder(name))
     checkpoint = _check_run(run, spec, resume)
     job = OpenJob.open(spec)
     partitions = split(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
     if checkpoint:
-        _check_checkpoint(checkpoint.manifest, job, name)
-        spec = _resumed(spec, checkpoint.manifest)
+        check_checkpoint(checkpoint.manifest, job, name)
+        spec = with_settings(spec, checkpoint.manifest)
     for warning in spec.warnings():
         _caution(warning)
     with session(spec, address):
@@ -118,7 +115,7 @@ def _named(spec: JobSpec, name: str, storage: str | None) -> JobSpec:
 
 def _check_run(run: RunDirectory, spec: JobSpec, resume: bool) -> Checkpoint | None:
     """Probe the storage, and find what to resume from."""
-    Storage(spec.run.storage).probe()
+    Storage(spec.run.storage, spec.failure.timeout_s).probe()
     if not run.exists:
         return None
     if not resume:
@@ -126,29 +123,7 @@ def _check_run(run: RunDirectory, spec: JobSpec, resume: bool) -> Checkpoint | N
             f"there is a run in {run.storage.url} already: --resume continues it, another --name starts a new one"
         )
     run.check_identity(spec)
-    return Checkpoints(run.storage).newest(refused=partial(_warn, run))
-
-
-def _check_checkpoint(manifest: Manifest, job: OpenJob, name: str) -> None:
-    """Refuse what the job cannot go on from."""
-    if manifest.data_fingerprint != job.dataset.fingerprint:
-        raise ResumeError(
-            f"the data of {name} is not what it was trained on: its fingerprint is {job.dataset.fingerprint}, "
-            f"and the checkpoint's {manifest.data_fingerprint}. Restore the data, or start a new --name"
-        )
-    if manifest.partitions != job.spec.scaling.servers:
-        raise ResumeError(
-            f"checkpoint {manifest.name} of {name} is of {manifest.partitions} servers, and scaling.servers is "
-            f"{job.spec.scaling.servers}: set it to {manifest.partitions}, or start a new --name"
-        )
-
-
-def _resumed(spec: JobSpec, manifest: Manifest) -> JobSpec:
-    """The job with the settings that `psgd set` gave it while it ran before; they must go with its scaling."""
-    if manifest.settings == spec.settings:
-        return spec
-    tree = spec.model_dump(mode="json") | manifest.settings.model_dump(mode="json")
-    return parse_spec(tree, f"the job with the settings of checkpoint {manifest.name}")
+    return find_checkpoint(run, spec, refused=partial(_warn, run))
 
 
 def _warn(run: RunDirectory, fault: str) -> None:
@@ -176,20 +151,28 @@ def _supervise(
         "started",
         incarnation=owner.incarnation,
         resumed=manifest.name if manifest else None,
-        workers=spec.scaling.workers,  # which may differ from the first description's,
-        pipeline=spec.scaling.pipeline,  # as may this
+        workers=spec.scaling.model_dump()["workers"],  # which may differ from the first description's,
+        pipeline=spec.scaling.pipeline,  # as may these
+        servers=len(partitions),
     )
+    run.bear_faults(_caution)  # from here on it is not stopped by its own log
     facts = RunFacts(
         spec,
         job.layout,
         job.shards.grid,
         partitions,
-        owner.incarnation,
         owner.driver,
         run.storage.url,
     )
-    weights = None if checkpoint else ray.put(job.weights)
-    inputs = Inputs(facts, ray.put(job.dataset), weights, checkpoint, job.dataset.fingerprint)
+    inputs = Inputs(
+        facts,
+        ray.put(job.dataset),
+        ray.put(job.weights),
+        checkpoint,
+        lambda batch: len(job.shards.examples(batch)),
+        job.dataset.fingerprint,
+        job.spec.identity_hash(),
+    )
     coordinator = Coordinator(
         spec,
         job.shards.grid,
@@ -199,14 +182,18 @@ def _supervise(
         saved_epochs=manifest.epochs if manifest else 0,
         requeued=manifest.requeued if manifest else 0,
     )
-    finish = _train(job, run, coordinator, inputs, progress)
-    result = _result(run, coordinator, finish)
-    run.event("finished", status=finish.status, error=finish.error)
-    run.finish(result)
+    finish, checkpoint_name = _train(job, run, coordinator, inputs, progress)
+    result = _result(run, coordinator, finish, checkpoint_name)
+    if run.is_ours:
+        run.event("finished", status=finish.status, error=finish.error)
+        run.finish(result)
     return result
 
 
-def _train(job: OpenJob, run: RunDirectory, coordinator: Coordinator, inputs: Inputs, progress: bool) -> Finish:
+def _train(
+    job: OpenJob, run: RunDirectory, coordinator: Coordinator, inputs: Inputs, progress: bool
+) -> tuple[Finish, str | None]:
+    """How it ended, and the newest checkpoint it committed or went on from."""
     console = Console(stderr=True, quiet=not progress)
     with Display(job.spec, job.shards.grid.num_batches, console) as display:
         observer = _Observer(run, display)
@@ -214,10 +201,11 @@ def _train(job: OpenJob, run: RunDirectory, coordinator: Coordinator, inputs: In
         try:
             with _signals(supervisor):
                 finish = supervisor.train()
-        except (StorageError, OwnershipError) as error:  # no input any more: it worked when the run started
-            finish = Finish("failed", str(error))
-        observer.write(coordinator)
-    return finish
+        except (StorageError, CheckpointError, OwnershipError) as error:  # no input any more: it worked at the start
+            finish = Finish("failed", f"{error}; {coordinator.saving.told}")
+        if run.is_ours:
+            observer.write(coordinator)
+    return finish, supervisor.committed[-1] if supervisor.committed else None
 
 
 class _Observer:
@@ -227,12 +215,20 @@ class _Observer:
         self._run = run
         self._display = display
         self._written_at = time.monotonic()
+        self._unsaved = False  # whether it was told that the newest checkpoint could not be written
 
     def __call__(self, coordinator: Coordinator, now: float) -> None:
         self._display.show(coordinator, now)
+        self._watch_saving(coordinator.saving)
         if now - self._written_at >= METRICS_S and coordinator.reports:
             self._written_at = now
             self.write(coordinator)
+
+    def _watch_saving(self, saving: Saving) -> None:
+        """Tell once that checkpoints cannot be written, until one can."""
+        if saving.fault and not self._unsaved and not saving.last:
+            _caution(f"a checkpoint could not be written: {saving.fault}. Training goes on; {saving.told}")
+        self._unsaved = saving.fault is not None
 
     def write(self, coordinator: Coordinator) -> None:
         """One line of metrics."""
@@ -240,11 +236,8 @@ class _Observer:
         self._run.metrics(position | run_metrics(coordinator))
 
 
-def _result(run: RunDirectory, coordinator: Coordinator, finish: Finish) -> Result:
+def _result(run: RunDirectory, coordinator: Coordinator, finish: Finish, checkpoint: str | None) -> Result:
     reports = coordinator.reports.values()
-    committed = [
-        name for name in Checkpoints(run.storage).names() if run.storage.exists(f"checkpoints/{name}/COMMITTED")
-    ]
     return Result(
         status=finish.status,
         name=run.storage.url.rpartition("/")[2],
@@ -255,7 +248,9 @@ def _result(run: RunDirectory, coordinator: Coordinator, finish: Finish) -> Resu
         duration_s=time.monotonic() - coordinator.began if coordinator.began is not None else 0.0,
         metrics=run_metrics(coordinator),
         ledger=coordinator.counts(),
-        checkpoint=committed[-1] if committed else None,
+        failures=dict(coordinator.incidents.failures),
+        goodput=coordinator.goodput,
+        checkpoint=checkpoint,
         error=finish.error,
     )
 

@@ -88,7 +88,7 @@ def session(spec: JobSpec, address: str | None) -> Iterator[None]:
 
 
 def _local(spec: JobSpec) -> dict[str, Any]:
-    cpus = spec.scaling.workers * spec.scaling.cpus_per_worker
+    cpus = spec.scaling.most_workers * spec.scaling.cpus_per_worker
     return {"address": "local", "num_cpus": cpus, "include_dashboard": False, "logging_level": logging.ERROR}
 
 
@@ -115,11 +115,11 @@ def _check_memory(spec: JobSpec, num_parameters: int) -> None:
     worker = 2 * (scaling.pipeline + 1) * vector
     members: Any = ray.nodes  # its stub is untyped
     nodes = [int(node["Resources"].get("memory", 0)) for node in members() if node["Alive"]]
-    total = scaling.servers * server + scaling.workers * worker
+    total = scaling.servers * server + scaling.least_workers * worker
     if max(server, worker) > max(nodes) or total > sum(nodes):
         raise ClusterError(
             f"weights of {num_parameters:,} values take {_gib(server)} in each of {scaling.servers} servers and "
-            f"{_gib(worker)} in each of {scaling.workers} workers, {_gib(total)} in all; the cluster's nodes have "
+            f"{_gib(worker)} in each of {scaling.least_workers} workers, {_gib(total)} in all; the nodes have "
             f"{', '.join(map(_gib, nodes))}. Raise scaling.servers, lower workers or pipeline, or add memory"
         )
 
@@ -143,12 +143,12 @@ def _check_processors(spec: JobSpec) -> None:
     members: Any = ray.nodes  # its stub is untyped
     nodes = [node["Resources"] for node in members() if node["Alive"]]
     room = sum(int(min(node.get(kind, 0.0) // amount for kind, amount in need.items())) for node in nodes)
-    if room >= scaling.workers or (patience > 0 and _grows(need, scaling.workers, patience)):
+    if room >= scaling.least_workers or (patience > 0 and _grows(need, scaling.least_workers, patience)):
         return
-    asked = " and ".join(f"{scaling.workers * amount:g} {kind}s" for kind, amount in need.items())
+    asked = " and ".join(f"{scaling.least_workers * amount:g} {kind}s" for kind, amount in need.items())
     there = " and ".join(f"{sum(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in need)
     raise ClusterError(
-        f"the job needs {asked} ({scaling.workers} workers), the cluster has {there}, room for {room} workers. "
+        f"the job needs {asked} ({scaling.least_workers} workers), the cluster has {there}, room for {room} workers. "
         "Lower scaling.workers or cpus_per_worker, or let it wait for a cluster that grows: failure.start_timeout_s"
     )
 

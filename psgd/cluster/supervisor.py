@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from psgd.core.events import (
     Committed,
     Evaluate,
     Evaluated,
+    EvaluationLost,
     Event,
     Finish,
     Grant,
@@ -36,11 +37,14 @@ from psgd.core.events import (
     LaneFailed,
     LeaseClosed,
     Leave,
+    Note,
     Reported,
     Save,
     Saved,
     SaveFailed,
+    Scale,
     ServerLost,
+    Skip,
     Started,
     StartServer,
     StartWorker,
@@ -52,15 +56,18 @@ from psgd.core.events import (
     WorkerUp,
 )
 from psgd.errors import SpecError, StorageError
-from psgd.jobfile import change_settings
+from psgd.jobfile import change_settings, change_workers
 from psgd.monitoring.rundir import RunDirectory
 from psgd.spec import Settings
-from psgd_workers.messages import Version
+from psgd_workers.messages import BatchId, FloatArray, Version
 
 __all__ = ["Inputs", "Supervisor"]
 
 COMMANDS_S = 0.5  # between two looks for commands
-RECORDED = (WorkerUp, WorkerLost, WorkerFailed, LaneFailed, ServerLost, SaveFailed, Evaluated, Stop)
+RECORDED = (
+    *(WorkerUp, WorkerLost, WorkerFailed, LaneFailed, ServerLost),
+    *(SaveFailed, Evaluated, EvaluationLost, Stop, Scale),
+)
 Observer = Callable[[Coordinator, float], None]
 
 
@@ -70,9 +77,11 @@ class Inputs:
 
     facts: RunFacts
     dataset: ray.ObjectRef[Any]
-    weights: ray.ObjectRef[Any] | None  # for a new run
-    checkpoint: Checkpoint | None  # for a resumed one
+    weights: ray.ObjectRef[Any]  # initial
+    checkpoint: Checkpoint | None  # of a resumed run
+    examples: Callable[[BatchId], int]  # in a batch
     data_fingerprint: str
+    identity_hash: str  # of the job as it was given
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +91,7 @@ class _Call:
     answered: Callable[[Any], Event | None]
     failed: Callable[[RayError], Event | None]
     deadline: float
-    worker: str | None = None  # whose calls are forgotten when it is stopped
+    actor: Any  # whose calls are forgotten when it is ended
 
 
 class Supervisor:
@@ -93,6 +102,9 @@ class Supervisor:
         inputs: for the actors.
         run: the run directory, owned.
         observe: shown the coordinator and the time after every event.
+
+    Attributes:
+        committed: names of the checkpoints that this run's state descends from, as far as this process knows.
     """
 
     def __init__(self, coordinator: Coordinator, inputs: Inputs, run: RunDirectory, observe: Observer) -> None:
@@ -107,6 +119,10 @@ class Supervisor:
         self._calls: dict[ray.ObjectRef[Any], _Call] = {}
         self._events: list[Event] = []
         self._parts: dict[int, Part] = {}
+        self.committed = [inputs.checkpoint.manifest.name] if inputs.checkpoint else []
+        self._restoring = inputs.checkpoint  # what servers are started from; None: from the initial weights
+        self._saving = ""  # name of the checkpoint under way
+        self._gathered: dict[tuple[str, int | None], dict[int, Any]] = {}  # weights that a worker is to evaluate
         self._commands_at = 0.0
         self._finish: Finish | None = None
 
@@ -163,7 +179,7 @@ class Supervisor:
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         for ref in ready:
             call = self._calls.pop(ref, None)
-            if call is not None:  # else its worker was found dead a moment ago
+            if call is not None:  # else its actor was found dead a moment ago
                 self._note(self._answer(call, ref))
 
     def _answer(self, call: _Call, ref: ray.ObjectRef[Any]) -> Event | None:
@@ -193,15 +209,18 @@ class Supervisor:
             except SpecError as error:
                 self._run.event("command", **command, accepted=False, reason=str(error))
 
-    def _understood(self, command: dict[str, Any]) -> Stop | Change:
+    def _understood(self, command: dict[str, Any]) -> Stop | Change | Scale:
         match command["command"]:
             case "stop":
                 return Stop("stopped")
+            case "scale":
+                workers = change_workers(self._spec, *command["settings"][:1] or [""]).scaling.most_workers
+                return Scale(workers)
             case "set":
                 self._spec = change_settings(self._spec, command["settings"])
                 return Change(self._spec.settings)
             case unknown:
-                raise SpecError(f"{unknown!r} is no command; there are stop and set")
+                raise SpecError(f"{unknown!r} is no command; there are stop, set and scale")
 
     # Acting
 
@@ -209,16 +228,18 @@ class Supervisor:
         match action:
             case StartServer() | StartWorker() | StopWorker():
                 self._start_or_stop(action)
-            case Join() | Leave():
+            case Join() | Leave() | Skip() | ChangeServer():
                 self._tell_servers(action)
-            case ChangeServer(partition, settings):
-                self._change(partition, settings)
             case AskReport(partition, asked, wait):
-                self._ask(partition, asked, wait)
+                self._call_server(
+                    partition, self._servers[partition].report.remote(wait), lambda report: Reported(report, asked)
+                )
             case Save(checkpoint):
                 self._save(checkpoint)
             case Commit():
                 self._commit(action)
+            case Note(event, facts):
+                self._run.event(event, **facts)
             case Finish():
                 self._finish = action
             case Grant() | Cancel() | Evaluate():
@@ -228,7 +249,7 @@ class Supervisor:
         inputs = self._inputs
         match action:
             case StartServer(partition):
-                self._servers[partition] = start_server(inputs.facts, partition, inputs.weights, inputs.checkpoint)
+                self._start_server(partition)
             case StartWorker(name):
                 servers = [self._servers[partition] for partition in sorted(self._servers)]
                 self._workers[name] = start_worker(inputs.facts, name, inputs.dataset, servers)
@@ -237,28 +258,54 @@ class Supervisor:
                 self._call_worker(name, ready, lambda up: WorkerUp(name, *up), lease=None)
             case StopWorker(name, cause):
                 self._run.event("worker_stopped", worker=name, cause=cause)
-                self._forget(name)
+                self._end(self._workers.pop(name))
 
-    def _forget(self, name: str) -> None:
-        """End a worker's process and hear no more of it."""
-        self._calls = {ref: call for ref, call in self._calls.items() if call.worker != name}
-        ray.kill(self._workers.pop(name))
+    def _start_server(self, partition: int) -> None:
+        """The first of a partition, or the next: of the newest checkpoint, known to every worker before it can work."""
+        restarted = partition in self._servers
+        if restarted:
+            self._end(self._servers[partition])
+            self._restoring = self._checkpoints.newest(self._refused, self._misfit) or self._restoring
+        incarnation = self._run.next_incarnation() if restarted else self._run.incarnation
+        origin = self._restoring or self._inputs.weights
+        server = self._servers[partition] = start_server(self._inputs.facts, partition, incarnation, origin)
+        checkpoint = self._restoring.manifest.name if self._restoring else None
+        self._run.event("server_started", partition=partition, incarnation=incarnation, checkpoint=checkpoint)
+        if restarted:
+            for name, worker in self._workers.items():
+                self._call_worker(name, worker.reroute.remote(partition, server), lambda _: None, lease=None)
 
-    def _tell_servers(self, action: Join | Leave) -> None:
-        method = "join" if isinstance(action, Join) else "leave"
-        told = [(p, getattr(server, method).remote(action.worker)) for p, server in self._servers.items()]
-        for partition, ref in told:
-            if isinstance(action, Leave):
-                self._call(ref, lambda _: None, partial(server_failure, partition))
-                continue
-            try:
-                ray.get(ref, timeout=self._spec.failure.timeout_s)
-            except RayError as error:
-                self._events.append(server_failure(partition, error))
+    def _misfit(self, checkpoint: Checkpoint) -> str | None:
+        """A newer one than the run was resumed from is of a branch that was given up."""
+        return None if checkpoint.manifest.name in self.committed else "is none that this run goes on from"
 
-    def _change(self, partition: int, settings: Settings) -> None:
-        ref = self._servers[partition].change.remote(settings)
-        self._call(ref, partial(self._changed, partition, settings), partial(server_failure, partition))
+    def _refused(self, fault: str) -> None:
+        self._run.event("checkpoint_refused", fault=fault)
+
+    def _end(self, actor: Any) -> None:
+        """End an actor's process and hear no more of it."""
+        self._calls = {ref: call for ref, call in self._calls.items() if call.actor is not actor}
+        ray.kill(actor)
+
+    def _tell_servers(self, action: Join | Leave | Skip | ChangeServer) -> None:
+        for partition, server in self._servers.items():
+            match action:
+                case Join(worker):
+                    self._await_server(partition, server.join.remote(worker))
+                case Leave(worker):
+                    self._call_server(partition, server.leave.remote(worker), lambda _: None)
+                case Skip(batch):
+                    examples = self._inputs.examples(batch)
+                    self._call_server(partition, server.skip.remote(batch, examples), lambda _: None)
+                case ChangeServer(number, settings) if number == partition:
+                    changed = partial(self._changed, partition, settings)
+                    self._call_server(partition, server.change.remote(settings), changed)
+
+    def _await_server(self, partition: int, ref: ray.ObjectRef[Any]) -> None:
+        try:
+            ray.get(ref, timeout=self._spec.failure.timeout_s)
+        except RayError as error:
+            self._note(self._server_error(partition, self._servers[partition], error))
 
     def _changed(self, partition: int, settings: Settings, version: Version) -> None:
         self._run.event("changed", partition=partition, version=version, settings=settings.model_dump(mode="json"))
@@ -272,80 +319,112 @@ class Supervisor:
                 ref = worker.work.remote(lease)
                 self._call_worker(name, ref, lambda end: LeaseClosed(name, lease.id, end.residual_norm), lease.id)
             case Evaluate(name, epochs):
-                parts = [self._servers[p].epoch_weights.remote(epochs) for p in sorted(self._servers)]
-                ref = worker.evaluate.remote(*parts)
-                self._call_worker(name, ref, lambda evaluation: Evaluated(name, epochs, evaluation), lease=None)
-            case Cancel(name):
-                self._call_worker(name, worker.cancel.remote(), lambda _: None, lease=None)
+                self._gathered[name, epochs] = {}
+                for partition, server in self._servers.items():
+                    gathered = partial(self._evaluate, name, epochs, partition)
+                    lost = EvaluationLost(name, epochs)
+                    self._call_server(partition, server.epoch_weights.remote(epochs), gathered, lost)
+            case Cancel(name, newest):
+                self._call_worker(name, worker.cancel.remote(newest), lambda _: None, lease=None)
 
-    def _ask(self, partition: int, asked: int, wait: bool) -> None:
-        ref = self._servers[partition].report.remote(wait)
-        self._call(ref, lambda report: Reported(report, asked), partial(server_failure, partition))
+    def _evaluate(self, worker: str, epochs: int | None, partition: int, part: FloatArray) -> None:
+        """Let a worker evaluate once every partition's weights are there."""
+        parts = self._gathered.get((worker, epochs), {})
+        parts[partition] = part
+        if len(parts) == len(self._servers) and worker in self._workers:
+            del self._gathered[worker, epochs]
+            ref = self._workers[worker].evaluate.remote(*(parts[number] for number in sorted(parts)))
+            self._call_worker(worker, ref, lambda result: Evaluated(worker, epochs, result), lease=None)
 
     def _call_worker(
         self, name: str, ref: ray.ObjectRef[Any], answered: Callable[[Any], Event | None], lease: int | None
     ) -> None:
         # How long a worker may be silent is the coordinator's to judge: it hears of its pushes from the servers.
-        self._calls[ref] = _Call(answered, partial(self._worker_error, name, lease), float("inf"), name)
+        failed = partial(self._worker_error, name, lease)
+        self._calls[ref] = _Call(answered, failed, float("inf"), self._workers[name])
 
     def _worker_error(self, name: str, lease: int | None, error: RayError) -> Event | None:
         event = worker_failure(name, lease, error)
         if not isinstance(error, RayTaskError) and name in self._workers:
-            self._forget(name)
+            self._end(self._workers.pop(name))
         return event
 
-    def _call(
+    def _call_server(
         self,
+        partition: int,
         ref: ray.ObjectRef[Any],
         answered: Callable[[Any], Event | None],
-        failed: Callable[[RayError], Event | None],
+        refused: Event | None = None,
     ) -> None:
-        limits = self._spec.failure
+        """Call a server; an answer that is an error means that it is lost, unless `refused` is what it means."""
+        limits, server = self._spec.failure, self._servers[partition]
         patience = limits.timeout_s + (0 if self._coordinator.reports else limits.start_timeout_s)
-        self._calls[ref] = _Call(answered, failed, time.monotonic() + patience)
+        failed = partial(self._server_error, partition, server, refused=refused)
+        self._calls[ref] = _Call(answered, failed, time.monotonic() + patience, server)
+
+    def _server_error(self, partition: int, server: Any, error: RayError, refused: Event | None = None) -> Event | None:
+        if isinstance(error, RayTaskError) and refused is not None:
+            return refused
+        if self._servers.get(partition) is not server:
+            return None  # it has a successor already
+        for (worker, epochs), parts in list(self._gathered.items()):
+            if partition not in parts:
+                del self._gathered[worker, epochs]
+                self._note(EvaluationLost(worker, epochs))
+        self._calls = {ref: call for ref, call in self._calls.items() if call.actor is not server}
+        return server_failure(partition, error)
 
     # Checkpoints
 
     def _save(self, number: int) -> None:
         self._parts = {}
-        name = f"{number:06d}-{self._inputs.facts.incarnation}"
+        self._saving = f"{number:06d}-{self._run.incarnation}"
         for partition, server in self._servers.items():
-            self._call(
-                server.save.remote(name),
-                lambda part: self._saved(part, number),
-                partial(self._save_failed, partition, number),
-            )
+            ref = server.save.remote(self._saving)
+            self._call_server(partition, ref, partial(self._saved, number))
+            failed = partial(self._save_failed, partition, server, number)
+            # How long writing may take is the storage's to say; that the server lives is seen by its reports.
+            self._calls[ref] = replace(self._calls[ref], failed=failed, deadline=float("inf"))
 
-    def _saved(self, part: Part, number: int) -> Event:
+    def _saved(self, number: int, part: Part) -> Event:
         self._parts[part.partition] = part
         return Saved(part.partition, number, part.updates, part.epochs)
 
-    def _save_failed(self, partition: int, number: int, error: RayError) -> Event:
+    def _save_failed(self, partition: int, server: Any, number: int, error: RayError) -> Event | None:
         cause = error.cause if isinstance(error, RayTaskError) else None
-        return SaveFailed(number, str(cause)) if cause else server_failure(partition, error)
+        return SaveFailed(number, str(cause)) if cause else self._server_error(partition, server, error)
 
     def _commit(self, commit: Commit) -> None:
-        self._run.check_owner()
         manifest = self._manifest(commit)
         try:
+            self._run.check_owner()
             self._checkpoints.commit(manifest)
-            deleted = self._checkpoints.prune(self._spec.checkpoint.keep)
         except StorageError as error:
             self._events.append(SaveFailed(commit.checkpoint, str(error)))
             return
+        self.committed.append(manifest.name)
+        deleted = self._prune()
         self._run.event("checkpoint", name=manifest.name, updates=commit.updates, epochs=commit.epochs, deleted=deleted)
         self._events.append(Committed(commit.checkpoint))
+
+    def _prune(self) -> list[str]:
+        """What cannot be deleted now is deleted later: the checkpoint stands."""
+        try:
+            return self._checkpoints.prune(self._spec.checkpoint.keep)
+        except StorageError as error:
+            self._run.event("not_deleted", fault=str(error))
+            return []
 
     def _manifest(self, commit: Commit) -> Manifest:
         facts = self._inputs.facts
         return Manifest(
             format=1,
-            name=f"{commit.checkpoint:06d}-{facts.incarnation}",
-            incarnation=facts.incarnation,
+            name=self._saving,
+            incarnation=self._run.incarnation,
             updates=commit.updates,
             epochs=commit.epochs,
             seed=self._spec.seed,
-            spec_hash=self._inputs.facts.spec.identity_hash(),
+            spec_hash=self._inputs.identity_hash,
             settings=next(iter(self._parts.values())).settings,  # the saved ones: newer ones may be on their way
             data_fingerprint=self._inputs.data_fingerprint,
             names=facts.layout.names,

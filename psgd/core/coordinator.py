@@ -6,32 +6,31 @@ doubts settled, the state saved and committed, the last weights evaluated.
 
 from __future__ import annotations
 
-from math import ceil
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from psgd.core.consistency import build_consistency
 from psgd.core.evaluations import Evaluations
 from psgd.core.events import (
     Action,
-    AskReport,
-    Cancel,
     Change,
     ChangeServer,
     Committed,
     Evaluated,
+    EvaluationLost,
     Event,
     Finish,
-    Grant,
     Join,
     LaneFailed,
     LeaseClosed,
     Leave,
+    Note,
     Reported,
     Saved,
     SaveFailed,
+    Scale,
     ServerLost,
+    Skip,
     Started,
-    StartServer,
     StartWorker,
     Stop,
     StopWorker,
@@ -40,20 +39,27 @@ from psgd.core.events import (
     WorkerLost,
     WorkerUp,
 )
+from psgd.core.incidents import Incidents
+from psgd.core.leasing import Leasing
 from psgd.core.ledger import Ledger
 from psgd.core.limits import Limits
 from psgd.core.report import Report
-from psgd.core.roster import AHEAD, LEASE_S, Roster, WorkerRecord
+from psgd.core.roster import LEASE_S, LEAST_PATIENCE_S, Roster, WorkerRecord
 from psgd.core.saving import Saving
+from psgd.core.servers import Servers
+from psgd.core.suspects import Suspects
 from psgd.result import LedgerCounts, Status
 from psgd.spec import JobSpec, Settings
-from psgd_workers.messages import EpochGrid, Lease
+from psgd_workers.messages import BatchId, EpochGrid
 
 __all__ = ["Coordinator"]
 
 INTERRUPT_S = 1.0  # for batches in hand after a signal: Ray's job manager kills 3 s after it
 EVALUATION_FACTOR = 10  # an evaluation may take this many times `failure.timeout_s`
 EVALUATIONS_BEHIND = 2  # open evaluations at which the next epoch waits: servers keep copies of so many epochs
+LANE_TRIES = 3  # leases in a row in which a worker may not reach a server that the driver reaches
+
+WorkerEvent = WorkerUp | LeaseClosed | LaneFailed | WorkerLost | WorkerFailed | Evaluated | EvaluationLost
 
 
 class Coordinator:
@@ -86,22 +92,22 @@ class Coordinator:
         self._grid = grid
         self._partitions = partitions = spec.scaling.servers
         self._limits = Limits(spec.run)
-        self._mode = build_consistency(spec.consistency)
         self.phase: Literal["starting", "training", "ending"] = "starting"
         self.ledger = Ledger(grid, partitions)
         self.ledger.requeued = requeued
-        self.roster = Roster(spec.scaling.workers, lease_s)
+        self.servers = Servers(partitions, self.ledger.ask)
+        self.roster = Roster(spec.scaling.most_workers, spec.scaling.least_workers, lease_s)
         self.evaluations = Evaluations(self.roster, validates)
         self.saving = Saving(spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs)
-        self.reports: dict[int, Report] = {}
-        self.failures = 0
+        self._leasing = Leasing(spec, self.ledger, self.roster, self.servers, self._limits)
+        self.incidents = Incidents()
+        self._suspects = Suspects(spec.failure.poison_tries)
         self.began: float | None = None
-        self._asked: dict[int, int] = dict.fromkeys(range(partitions), 0)  # partition -> newest stamp asked
-        self._asking: dict[int, int] = dict.fromkeys(range(partitions), 0)  # partition -> stamp of one in flight
-        self._polls: dict[int, int] = {}  # partition -> stamp of the report that waits for news
+        self._started: float | None = None
         self._rejected_before: int | None = None
         self._end_status: Status = "finished"
         self._end_deadline = float("inf")
+        self._settings: Settings | None = None  # that the run was changed to
         self._look_at = 0.0  # when the next worker may have to be given up
         self._actions: list[Action] = []
         self._finish: Finish | None = None
@@ -123,13 +129,13 @@ class Coordinator:
         if not self._finish:
             self._decide(now)
         if not self._finish and (self.phase == "ending" or isinstance(event, Reported)):
-            self._leave_idle()
+            self._actions += self._leasing.leave_idle()
         return (self._finish,) if self._finish else tuple(self._actions)
 
     def next_deadline(self) -> float | None:
         """When the host must send a `Tick`, if nothing happens before; None: never."""
         deadlines = [self._end_deadline, self._look_at]
-        if self.phase == "training":
+        if self.phase == "training" and self.servers.ready:  # while one is restored, its report is waited for
             deadlines += [self._limits.deadline(self.began), self.saving.deadline(self.updates)]
         soonest = min(deadlines)
         return None if soonest == float("inf") else soonest
@@ -146,30 +152,48 @@ class Coordinator:
         )
 
     @property
+    def reports(self) -> Mapping[int, Report]:
+        """The newest of each partition."""
+        return self.servers.reports
+
+    @property
     def epochs(self) -> int:
         """Epochs that every partition contains."""
-        return min((report.epochs for report in self.reports.values()), default=0)
+        return self.servers.epochs
 
     @property
     def updates(self) -> int:
         """Steps taken, by the partition that is least far."""
-        return min((report.version.updates for report in self.reports.values()), default=0)
+        return self.servers.updates
+
+    @property
+    def failures(self) -> int:
+        """Those that count against `failure.max_failures`."""
+        return self.incidents.charged
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of the computed batches of this process that no failure wasted; None: none was computed."""
+        return self.incidents.goodput(self.servers.pushes)
 
     # Events: what they change
 
     def _take(self, event: Event, now: float) -> None:
         match event:
             case Started():
+                self._started = now
                 for partition in range(self._partitions):
-                    self._actions += [StartServer(partition), AskReport(partition, self._stamp(partition), wait=False)]
+                    self._actions += self.servers.start(partition)
             case Reported():
                 self._on_report(event, now)
             case Stop(status):
                 self._end(status, now)
             case Change(settings):
                 self._change(settings)
+            case Scale(workers):
+                self.roster.target = workers
             case ServerLost(partition, cause):
-                self._fail(f"server {partition} was lost: {cause}. --resume continues from the newest checkpoint")
+                self._on_server_lost(partition, cause, now)
             case Saved() | SaveFailed() | Committed():
                 self._on_save(event, now)
             case Tick():
@@ -177,9 +201,7 @@ class Coordinator:
             case _:
                 self._take_from_worker(event, now)
 
-    def _take_from_worker(
-        self, event: WorkerUp | LeaseClosed | LaneFailed | WorkerLost | WorkerFailed | Evaluated, now: float
-    ) -> None:
+    def _take_from_worker(self, event: WorkerEvent, now: float) -> None:
         if event.worker not in self.roster:
             return  # it was given up before its answer came
         worker = self.roster[event.worker]
@@ -187,37 +209,108 @@ class Coordinator:
             case WorkerUp():
                 self.roster.rise(worker.name, now)
             case LeaseClosed(_, lease, residual_norm):
-                worker.residual_norm = residual_norm
-                self._close(worker, lease, now)
+                worker.residual_norm, worker.lane_failures = residual_norm, 0
+                self._close(worker, lease, now, whole=lease > worker.called_off and lease not in self.ledger.overtaken)
             case LaneFailed(_, lease, cause):
-                self._close(worker, lease, now)
-                self._charge(f"{worker.name} could not reach its server: {cause}")
+                self._on_lane_failed(worker, lease, cause, now)
             case WorkerLost(_, cause, preempted):
-                self._lose(worker, now)
-                if not preempted:
-                    self._charge(f"{worker.name} was lost: {cause}")
+                self._lose(worker, now, suspicious=not preempted)
+                if preempted:
+                    self.incidents.count("preempted")
+                else:
+                    self._charge("worker_lost", f"{worker.name} was lost: {cause}")
             case WorkerFailed(_, cause):
                 self._fail(f"{worker.name}: {cause}")
             case Evaluated(_, epochs, evaluation):
                 self.evaluations.done(worker, epochs, evaluation, now)
+            case EvaluationLost(_, epochs):
+                self.evaluations.cancelled(worker, epochs, now)
+
+    def _on_lane_failed(self, worker: WorkerRecord, lease: int, cause: str, now: float) -> None:
+        """Its server is gone, of which we hear soon; or only this worker cannot reach it."""
+        worker.failed_lease = lease
+        worker.lane_failures += 1
+        self._close(worker, lease, now)
+        if worker.lane_failures == LANE_TRIES:
+            self._actions.append(StopWorker(worker.name, cause))
+            self._lose(worker, now)
+            self._charge("lane_failed", f"{worker.name} could not reach its server: {cause}")
+
+    def _on_server_lost(self, partition: int, cause: str, now: float) -> None:
+        if partition not in self.reports:
+            self._fail(f"server {partition} could not be started: {cause}")
+            return
+        self.servers.lost(partition, now)
+        self.saving.abandon(now)
+        if self.phase == "ending":
+            self.evaluations.forget(self.epochs)
+        if self.phase == "ending" and self._end_status == "finished":
+            self.phase, self._end_deadline = "training", float("inf")  # what it lacks has to be done again
+        self._actions += self.servers.start(partition)
+        self._charge("server_lost", f"server {partition} was lost: {cause}")
 
     def _on_report(self, event: Reported, now: float) -> None:
-        report = event.report
-        if self._polls.get(report.partition) == event.asked:
-            del self._polls[report.partition]
-        if self._asking[report.partition] == event.asked:
-            self._asking[report.partition] = 0
-        known = self.reports.get(report.partition)
-        if known and known.moment > report.moment:
-            report = known  # overtaken on its way; what was known at its asking is still known
-        self.reports[report.partition] = report
-        self.ledger.reported(report, event.asked)
+        partition = event.report.partition
+        before = self.reports.get(partition)
+        taken = self.servers.take(event, now)
+        if taken is None:
+            return
+        report, absent_s = taken
+        for lease, lost in self.ledger.reported(report, event.asked):
+            self._on_settled(lease, lost.tolist(), now)
+        self.incidents.progressed(self.ledger.epoch * self._grid.num_batches + self.ledger.done)
         self.roster.heard(report, now)
+        if absent_s is not None and before is not None:
+            again = max(0, before.contained(self._grid) - report.contained(self._grid))  # as far as it had reported
+            self._on_restored(partition, absent_s, again, now)
         self._watch_divergence()
+        for batch in self._suspects.rejected(report.rejected.items()):
+            self._on_poison(batch)
+
+    def _on_restored(self, partition: int, absent_s: float, again: int, now: float) -> None:
+        """It knows no workers and nothing decided since its checkpoint; and nobody is given up for its absence."""
+        self._note("server_restored", partition=partition, seconds=absent_s, batches_lost=again)
+        for worker in self.roster:
+            worker.alive_at, worker.lane_failures = now, 0
+        if self._settings:
+            self._actions.append(ChangeServer(partition, self._settings))
+        self._actions += [Join(worker.name) for worker in self.roster if worker.joined]
+        self._skip_poison()
+
+    def _on_settled(self, lease: int, lost: list[int], now: float) -> None:
+        """What a dead worker's lease left undone is known."""
+        incident = self.incidents.settled(lease)
+        if incident is None:
+            return
+        self._note("worker_recovered", worker=incident.worker, seconds=now - incident.at, batches_again=len(lost))
+        if not lost or not incident.suspicious:
+            return
+        batch = self._grid.batch(self.ledger.epoch, lost[0])  # what it was at, or about to be
+        if self._suspects.died(batch):
+            self._on_poison(batch)
+        else:
+            self.ledger.isolate(lost[0])
+
+    def _on_poison(self, batch: BatchId) -> None:
+        self.incidents.count("poison")
+        tries = self._suspects.tries(batch)
+        said = f"{batch} was tried {tries} times, and each time its worker died or its gradient was not finite"
+        if self._spec.failure.poison == "fail":
+            self._fail(f"{said}. Look at its examples, or set failure.poison to skip")
+            return
+        self._note("poison_skipped", batch=batch, tries=tries)
+        self._skip_poison()
+
+    def _skip_poison(self) -> None:
+        """Every partition is to do without it; one that was restored may not know."""
+        for batch in sorted(self._suspects.poison):
+            if batch.epoch == self.ledger.epoch:
+                self.ledger.withhold(self._grid.position(batch))
+                self._actions.append(Skip(batch))
 
     def _watch_divergence(self) -> None:
         """Count the gradients that were not finite; those before a resumption are past."""
-        if len(self.reports) < self._partitions:
+        if not self.servers.ready:
             return
         rejected = max(report.pushes["rejected"] for report in self.reports.values())
         if self._rejected_before is None:
@@ -229,21 +322,35 @@ class Coordinator:
             )
 
     def _on_save(self, event: Saved | SaveFailed | Committed, now: float) -> None:
+        if not self.saving.concerns(event):
+            return
         commit = self.saving.take(event, now)
         if commit:
             self._actions.append(commit)
-        if isinstance(event, SaveFailed) and self.phase == "ending":
-            self._fail(f"the last checkpoint could not be written: {event.cause}. The one before it stands")
+        if isinstance(event, SaveFailed):
+            self.incidents.count("save_failed")
+            if self.saving.last:
+                self._finish_unsaved(event.cause)
+
+    def _finish_unsaved(self, cause: str) -> None:
+        self._finish = self._finish or Finish(
+            "unsaved",
+            f"training came to {self.updates} updates and {self.epochs} complete epochs, but the last checkpoint could "
+            f"not be written: {cause}; {self.saving.told}. Mend the storage, and --resume continues from there",
+        )
 
     def _change(self, settings: Settings) -> None:
-        self._mode = build_consistency(settings.consistency)
+        self._settings = settings
+        self._leasing.change(settings.consistency)
         self._actions += [ChangeServer(partition, settings) for partition in range(self._partitions)]
 
-    def _close(self, worker: WorkerRecord, lease: int, now: float) -> None:
-        self.roster.closed(worker, lease, now)
+    def _close(self, worker: WorkerRecord, lease: int, now: float, whole: bool = False) -> None:
+        self.roster.closed(worker, lease, now, whole)
         self.ledger.close(lease)
 
-    def _lose(self, worker: WorkerRecord, now: float) -> None:
+    def _lose(self, worker: WorkerRecord, now: float, suspicious: bool = False) -> None:
+        if worker.leases:
+            self.incidents.died(next(iter(worker.leases)), worker.name, now, suspicious)
         for lease in list(worker.leases):
             self._close(worker, lease, now)
         self.evaluations.lost(worker)
@@ -251,11 +358,17 @@ class Coordinator:
             self._actions.append(Leave(worker.name))
         self.roster.remove(worker.name)
 
-    def _charge(self, cause: str) -> None:
-        self.failures += 1
+    def _charge(self, kind: str, cause: str) -> None:
+        self.incidents.count(kind)
         allowed = self._spec.failure.max_failures
-        if 0 <= allowed < self.failures:
-            self._fail(f"{cause}. That is failure {self.failures}, and failure.max_failures is {allowed}")
+        if 0 <= allowed < self.incidents.charged:
+            self._fail(
+                f"{cause}. That is failure {self.incidents.charged}, and failure.max_failures is {allowed}; "
+                "--resume continues from the newest checkpoint"
+            )
+
+    def _note(self, event: str, **facts: Any) -> None:
+        self._actions.append(Note(event, facts))
 
     def _fail(self, cause: str) -> None:
         self._finish = self._finish or Finish("failed", cause)
@@ -264,29 +377,35 @@ class Coordinator:
 
     def _decide(self, now: float) -> None:
         self._give_up_silent(now)
-        self._hire(now)
+        self._staff(now)
         if self.phase == "starting":
             self._begin(now)
-        if self.phase == "training":
+        if self.phase == "training" and self.servers.ready:
+            self._actions += self._leasing.call_off()
             self._turn_epoch()
             self._end_if_due(now)
-        if self.phase == "training":
-            self._lease(now)
+        if self.phase == "training" and self.servers.ready:
+            self._actions += self._leasing.lease(now)
             if self.saving.due(self.updates, now):
                 self._actions.append(self.saving.begin(self.updates))
         if self.phase == "ending":
             self._finish_if_done(now)
-        self._actions += self.evaluations.assign(now)
-        self._ask()
+        if self.servers.ready:
+            self._actions += self.evaluations.assign(now)
+        hurry = self.phase == "ending" or not self.ledger.pending or self._leasing.holds
+        self._actions += self.servers.ask(self.ledger.newest_doubt, hurry)
 
     def _patience(self, worker: WorkerRecord) -> float:
-        """When a worker that shows no life is given up."""
+        """When a worker that shows no life is given up. While a server is restored, nobody is."""
         limits = self._spec.failure
-        if not worker.up:
-            return worker.alive_at + limits.start_timeout_s + limits.timeout_s
+        if not worker.up:  # one beyond those there must be may wait for a node for ever
+            optional = self.roster.complete and self.roster.least < self.roster.target
+            return float("inf") if optional else worker.alive_at + limits.start_timeout_s + limits.timeout_s
         if worker.evaluations:
             return worker.alive_at + EVALUATION_FACTOR * limits.timeout_s
-        return worker.alive_at + limits.timeout_s if worker.leases else float("inf")
+        if not worker.leases or not self.servers.ready:
+            return float("inf")
+        return worker.alive_at + self.roster.patience_s(worker, limits.timeout_s)
 
     def _give_up_silent(self, now: float) -> None:
         if now < self._look_at:
@@ -295,125 +414,61 @@ class Coordinator:
             if now >= self._patience(worker):
                 cause = f"no sign of life for {now - worker.alive_at:.1f} s (see failure.timeout_s)"
                 self._actions.append(StopWorker(worker.name, cause))
-                self._lose(worker, now)
-                self._charge(f"{worker.name}: {cause}")
+                self._lose(worker, now, suspicious=worker.up)
+                self._charge("worker_silent", f"{worker.name}: {cause}")
         # Whoever is granted something from now on is given at least so much patience.
-        later = now + self._spec.failure.timeout_s
+        later = now + min(LEAST_PATIENCE_S, self._spec.failure.timeout_s)
         self._look_at = min(later, min((self._patience(worker) for worker in self.roster), default=later))
 
-    def _hire(self, now: float) -> None:
-        wanted = self._spec.scaling.workers
+    def _staff(self, now: float) -> None:
+        """As many workers as there should be."""
+        wanted = self.roster.target
         if self.phase == "ending":
             wanted = 1 if self.evaluations.waiting and self._end_status != "interrupted" else 0
+        else:
+            for worker in self.roster.surplus():
+                self._actions.append(self._leasing.cancel(worker))
+            for worker in [worker for worker in self.roster if worker.draining and not worker.busy]:
+                self._actions.append(StopWorker(worker.name, "there are to be fewer workers"))
+                self._lose(worker, now)
         self._actions += [StartWorker(worker.name) for worker in self.roster.hire(wanted, now)]
 
     def _begin(self, now: float) -> None:
         """Train once the servers have reported and a worker is up; lock-step modes wait for all of them."""
-        ready = self.roster.complete if self._in_lockstep else bool(self.roster.up)
-        if len(self.reports) == self._partitions and ready:
+        enough = self._leasing.in_lockstep or self.roster.least < self.roster.target
+        ready = self.roster.complete if enough else bool(self.roster.up)
+        if self.servers.ready and ready:
             self.phase = "training"
             self.began = self.saving.closed_at = now
             self._start_epoch()
+            self.incidents.begin(self.ledger.epoch * self._grid.num_batches + self.ledger.done)
 
     def _start_epoch(self) -> None:
         self.ledger.advance(self.epochs)
         for report in self.reports.values():
             self.ledger.reported(report, asked=0)
+        self._skip_poison()
 
     def _turn_epoch(self) -> None:
-        """Lease the next epoch once this one is complete in every partition."""
+        """Lease the next epoch once this one is complete in every partition; or one again that is not any more."""
+        epochs = self.epochs
+        if epochs < self.ledger.epoch:
+            self._note("epoch_reopened", epoch=epochs)
+            self.evaluations.forget(epochs)
+            self._start_epoch()
+            return
         if not self.ledger.complete:
             return
-        self.evaluations.want(self.epochs)
-        if self.evaluations.open < EVALUATIONS_BEHIND or self._limits.reached(self.epochs, self.updates):
+        self.evaluations.want(epochs)
+        if self.evaluations.open < EVALUATIONS_BEHIND or self._limits.reached(epochs, self.updates):
             self._start_epoch()
 
     def _end_if_due(self, now: float) -> None:
-        target = self._limits.target_reached(self.epochs, self.reports.values(), self.evaluations.results.values())
+        epochs, updates, reports = self.epochs, self.updates, self.reports.values()
+        target = self._limits.target_reached(epochs, reports, self.evaluations.results.values())
         out_of_time = now >= self._limits.deadline(self.began)
-        if target or out_of_time or self._limits.reached(self.epochs, self.updates):
+        if target or out_of_time or self._limits.reached(epochs, updates):
             self._end("finished", now)
-
-    # Leases
-
-    @property
-    def _in_lockstep(self) -> bool:
-        return self._mode.in_lockstep(self._spec.scaling.workers)
-
-    def _lease(self, now: float) -> None:
-        if self._in_lockstep:
-            self._lease_rounds(now)
-            return
-        for ahead in range(AHEAD):  # nobody idles before another has a lease queued
-            for worker in [worker for worker in self.roster.hungry.values() if len(worker.leases) == ahead]:
-                if not (share := self._fair_share()):
-                    return
-                size = min(self.roster.lease_size(worker), share)
-                self._grant(worker, self.ledger.grant(size, self.roster.home(worker)), now)
-
-    def _fair_share(self) -> int:
-        """Half an even share of what is left: leases shrink towards an end, so that workers end together."""
-        workers = len(self.roster.up)
-        left = min(self.ledger.pending, self._batches_allowed())
-        return left if workers == 1 else ceil(left / (2 * workers))
-
-    def _batches_allowed(self) -> int:
-        """How many more batches `max_updates` leaves to be leased."""
-        left = self._limits.updates_left(self.updates)
-        if left is None:
-            return self.ledger.pending
-        per_update = self._mode.batches_per_update(len(self.roster.up))
-        buffered = max(report.pushes["buffered"] for report in self.reports.values())  # contained, but in no update yet
-        return max(0, left * per_update - self.ledger.outstanding - buffered)
-
-    def _lease_rounds(self, now: float) -> None:
-        """Whole blocks of rounds, to all workers at once, as soon as nobody has a block ahead of its present one."""
-        workers = self.roster.up
-        if not workers or any(len(worker.leases) > 1 for worker in workers):
-            return
-        size = min(self.roster.lease_size(worker) for worker in workers)
-        rounds = min(size, ceil(self._batches_allowed() / len(workers)))
-        leases = self.ledger.grant_striped(len(workers), rounds)
-        granted = list(zip(workers, leases, strict=False))  # an epoch's last block may leave some without
-        for worker, _ in granted:
-            self._join(worker)  # all of them, before the first can push
-        for worker, lease in granted:
-            self._grant(worker, lease, now)
-
-    def _join(self, worker: WorkerRecord) -> None:
-        if not worker.joined:
-            worker.joined, worker.heard = True, {}
-            self._actions.append(Join(worker.name))
-
-    def _grant(self, worker: WorkerRecord, lease: Lease | None, now: float) -> None:
-        if lease is not None:
-            self._join(worker)
-            self.roster.granted(worker, lease.id, len(lease), now)
-            self._actions.append(Grant(worker.name, lease))
-
-    def _leave_idle(self) -> None:
-        """A worker without a lease is not live: no round may wait for it."""
-        for worker in self.roster:
-            if worker.joined and not worker.leases:
-                worker.joined = False
-                self._actions.append(Leave(worker.name))
-
-    # Reports
-
-    def _ask(self) -> None:
-        """Keep one report waiting for news; and when only doubts are left, ask at once, one question at a time."""
-        hurry = self.phase == "ending" or not self.ledger.pending
-        for partition in self.reports:
-            if hurry and not self._asking[partition] and self.ledger.newest_doubt > self._asked[partition]:
-                self._asking[partition] = self._stamp(partition)
-                self._actions.append(AskReport(partition, self._asking[partition], wait=False))
-            if partition not in self._polls:
-                self._polls[partition] = self._stamp(partition)
-                self._actions.append(AskReport(partition, self._polls[partition], wait=True))
-
-    def _stamp(self, partition: int) -> int:
-        self._asked[partition] = self.ledger.ask()
-        return self._asked[partition]
 
     # The end
 
@@ -424,16 +479,20 @@ class Coordinator:
         if self.phase != "ending" or status == "interrupted":
             self._end_status = status
         if self.phase != "ending":
-            self._actions += [Cancel(worker.name) for worker in self.roster if worker.leases]
+            self._actions += [self._leasing.cancel(worker) for worker in self.roster if worker.leases]
         self.phase = "ending"
 
     def _finish_if_done(self, now: float) -> None:
         if now >= self._end_deadline:
             self._abandon_leases(now)
-        if not self.ledger.settled or self.saving.busy:
+            if self._end_status == "interrupted" and not self.servers.ready and self.reports:
+                self._finish = Finish(self._end_status)  # without what the lost server had
+                return
+        if not self.ledger.settled or self.saving.busy or (self.reports and not self.servers.ready):
             return
-        if self.reports and (self.saving.lacks(self.updates) or self.saving.saved_epochs < self.epochs):
-            self._actions.append(self.saving.begin(self.updates))
+        updates, epochs = self.updates, self.epochs
+        if self.reports and (self.saving.lacks(updates) or self.saving.saved_epochs < epochs):
+            self._actions.append(self.saving.begin(updates, last=True))
             return
         if self._end_status == "interrupted":
             self._finish = Finish(self._end_status)
@@ -450,5 +509,6 @@ class Coordinator:
 
     def _final_weights(self) -> int | None:
         """The name of the weights that the run ends with: an epoch's last ones, if it ends there."""
-        at_an_end = self.epochs > 0 and self.ledger.done == 0
-        return self.epochs if at_an_end else None
+        epochs = self.epochs
+        at_an_end = epochs > 0 and all(r.epochs == epochs and not r.settled for r in self.reports.values())
+        return epochs if at_an_end else None

@@ -320,7 +320,7 @@ def _dc_asgd(correction: DcAsgdCorrection, spec: JobSpec, size: int) -> DcAsgd:
 _BUILDERS: Mapping[type[CorrectionSpec], Callable[[Any, JobSpec, int], Correction]] = {
     NoCorrection: lambda correction, spec, size: Plain(),
     StalenessLrCorrection: lambda correction, spec, size: StalenessLr(),
-    DelayAdaptiveCorrection: lambda correction, spec, size: DelayAdaptive(spec.scaling.workers),
+    DelayAdaptiveCorrection: lambda correction, spec, size: DelayAdaptive(spec.scaling.most_workers),
     DcAsgdCorrection: _dc_asgd,
     GapAwareCorrection: lambda correction, spec, size: GapAware(size),
     DanaCorrection: lambda correction, spec, size: Dana(size, correction.momentum),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from psgd.core.report import Report
 from psgd.result import Status
 from psgd.spec import Settings
-from psgd_workers.messages import Evaluation, Lease
+from psgd_workers.messages import BatchId, Evaluation, Lease
 
 __all__ = [
     "Action",
@@ -19,6 +21,7 @@ __all__ = [
     "Committed",
     "Evaluate",
     "Evaluated",
+    "EvaluationLost",
     "Event",
     "Finish",
     "Grant",
@@ -26,11 +29,14 @@ __all__ = [
     "LaneFailed",
     "LeaseClosed",
     "Leave",
+    "Note",
     "Reported",
     "Save",
     "SaveFailed",
     "Saved",
+    "Scale",
     "ServerLost",
+    "Skip",
     "StartServer",
     "StartWorker",
     "Started",
@@ -146,6 +152,14 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationLost:
+    """An evaluation did not begin: the weights were lost with their server."""
+
+    worker: str
+    epochs: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Somebody wants the run to end here: `stopped` by command, `interrupted` by a signal."""
 
@@ -157,6 +171,13 @@ class Change:
     """Somebody wants the run to go on by other settings, which were checked."""
 
     settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Somebody wants so many workers from now on; checked against the job."""
+
+    workers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +198,10 @@ Event = (
     | SaveFailed
     | Committed
     | Evaluated
+    | EvaluationLost
     | Stop
     | Change
+    | Scale
     | Tick
 )
 
@@ -188,6 +211,8 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class StartServer:
+    """Of the newest checkpoint, if there is one; as a new incarnation. Whoever served the partition is ended."""
+
     partition: int
 
 
@@ -206,9 +231,10 @@ class StopWorker:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Ask a worker to end its leases after the batch in hand."""
+    """Ask a worker to end its leases up to this one after the batch in hand."""
 
     worker: str
+    lease: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +257,21 @@ class ChangeServer:
 
     partition: int
     settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Every partition is to do without a batch."""
+
+    batch: BatchId
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something to be written into the run's record of events."""
+
+    event: str
+    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +325,8 @@ Action = (
     | ChangeServer
     | Join
     | Leave
+    | Skip
+    | Note
     | Grant
     | AskReport
     | Save

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.spec import Settings
-from psgd_workers.messages import Gradient, Outcome, Version
+from psgd_workers.messages import BatchId, Gradient, Outcome, Version
 
 __all__ = ["RECORD", "Journal", "Kind"]
 
@@ -47,6 +47,7 @@ class Kind(IntEnum):
     LEAVE = 2
     PUSH = 3
     CHANGE = 4  # `index` is the number of the settings, among those of the journal
+    SKIP = 5  # a batch that the partition does without
 
 
 class Journal:
@@ -76,6 +77,10 @@ class Journal:
         """The server goes on by other settings."""
         self._append((Kind.CHANGE, 0, b"", now, 0, 0, len(self.settings), 0, 0, 0, *version, 0.0, 0.0))
         self.settings.append(settings)
+
+    def skip(self, now: float, batch: BatchId, examples: int, version: Version) -> None:
+        """The partition does without a batch."""
+        self._append((Kind.SKIP, 0, b"", now, *batch, examples, 0, 0, *version, 0.0, 0.0))
 
     def push(self, now: float, gradient: Gradient, outcome: Outcome, version: Version) -> None:
         """A gradient arrived; `outcome` and `version` are those after it."""

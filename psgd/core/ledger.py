@@ -6,12 +6,16 @@ they contain already, so leasing a batch twice costs time and nothing else.
 
 An order of asking and closing is kept as a *stamp*, a counter: a report settles the leases whose closing came before
 its asking.
+
+A partition that was restored contains less than before, perhaps not even the whole of the epoch before: then that epoch
+is turned to again. What the other partitions contain stays; they refuse what comes twice.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +24,7 @@ from psgd.core.applied import Bitmap
 from psgd.core.report import Report
 from psgd_workers.messages import BatchRange, EpochGrid, Lease
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "Settled"]
 
 Positions = NDArray[np.int64]
 
@@ -34,6 +38,13 @@ class _Closed:
     positions: Positions
     closed: int  # stamp
     lacking: frozenset[int]  # partitions that have not reported since
+
+
+class Settled(NamedTuple):
+    """A closed lease whose batches are in doubt no more."""
+
+    lease: int
+    lost: Positions  # those that some partition lacks, in the order of work; they are leased again
 
 
 class Ledger:
@@ -59,11 +70,15 @@ class Ledger:
         self._contains = np.zeros((self._partitions, self._grid.num_batches), np.bool_)
         self._done = np.zeros(self._grid.num_batches, np.bool_)
         self._pending = np.ones(self._grid.num_batches, np.bool_)  # neither done nor leased
+        self._taken_over = np.zeros(self._grid.num_batches, np.bool_)  # out on a second lease
+        self.overtaken: set[int] = set()  # leases whose last batches others were given too
+        self._alone: list[int] = []  # suspects, each to be leased by itself; not pending
+        self._withheld: set[int] = set()  # to be done without; never pending
         self._count()
 
     def _count(self) -> None:
         self.done = int(np.count_nonzero(self._done))
-        self.pending = int(np.count_nonzero(self._pending))
+        self.pending = int(np.count_nonzero(self._pending)) + len(self._alone)
 
     @property
     def outstanding(self) -> int:
@@ -76,14 +91,16 @@ class Ledger:
         return self.done == self._grid.num_batches
 
     def advance(self, epoch: int) -> None:
-        """Turn to another epoch, the present one being complete."""
-        # All is done; only the calls themselves have yet to return.
+        """Turn to another epoch: the next one, or back to one that a restored partition does not contain."""
+        # What of the present epoch is out or in doubt and not done will be leased again when its turn comes back.
         self._out = {lease: np.empty(0, np.int64) for lease in self._out}
         self._closed = {}
         self._begin(epoch)
 
     def grant(self, batches: int, home: Fraction = Fraction(0)) -> Lease | None:
         """Lease up to `batches` pending batches, in order, beginning with the worker's own part of the data.
+
+        A suspect is leased first, and by itself.
 
         Args:
             batches: at most so many.
@@ -92,6 +109,8 @@ class Ledger:
         Returns:
             The lease, or None if nothing is pending.
         """
+        if self._alone and batches:
+            return self._lease(np.array([self._alone.pop(0)], np.int64))
         shards = self._grid.batches_per_shard
         start = self._grid.shard_start(int(home * len(shards)))
         own = self._first(start, self._grid.num_batches, batches)
@@ -125,10 +144,31 @@ class Ledger:
         if not len(positions):
             return None
         self._pending[positions] = False
-        self.pending -= len(positions)
+        self._count()
         self._out[self._next_lease] = positions
         self._next_lease += 1
         return Lease(self._next_lease - 1, _ranges(self.epoch, positions))
+
+    def left(self, lease: int) -> int:
+        """Batches of a lease at work that are not done and not taken over, as far as reported."""
+        positions = self._out[lease]
+        return int(np.count_nonzero(~self._done[positions] & ~self._taken_over[positions]))
+
+    def is_done(self, lease: int) -> bool:
+        """Whether all batches of a lease at work are done, by whomever."""
+        return bool(self._done[self._out[lease]].all())
+
+    def take_over(self, lease: int, batches: int) -> Lease | None:
+        """Lease the last `batches` of what is left of another lease a second time.
+
+        Its worker goes on from the front; the servers refuse whichever push of a batch comes second.
+        """
+        positions = self._out[lease]
+        left = positions[~self._done[positions] & ~self._taken_over[positions]]
+        taken = left[len(left) - batches :] if batches else left[:0]
+        self._taken_over[taken] = True
+        self.overtaken.add(lease)
+        return self._lease(taken)
 
     def close(self, lease: int) -> None:
         """A lease returned, failed, or its worker is gone: its batches are in doubt."""
@@ -136,31 +176,80 @@ class Ledger:
         self._stamp += 1
         self._closed[lease] = _Closed(self._out.pop(lease), self._stamp, frozenset(range(self._partitions)))
 
+    def in_doubt(self, lease: int) -> bool:
+        """Whether a lease is closed and not settled."""
+        return lease in self._closed
+
+    def withhold(self, position: int) -> None:
+        """Never lease a batch again in this epoch."""
+        self._withheld.add(position)
+        self._pending[position] = False
+        self._alone = [other for other in self._alone if other != position]
+        self._count()
+
+    def isolate(self, position: int) -> None:
+        """Lease a batch by itself from now on, if it has to be leased."""
+        if self._pending[position]:
+            self._pending[position] = False
+            self._alone.append(position)
+            self._count()
+
     def ask(self) -> int:
         """The stamp of a report that is asked for now."""
         self._stamp += 1
         return self._stamp
 
-    def reported(self, report: Report, asked: int) -> None:
+    def reported(self, report: Report, asked: int) -> list[Settled]:
         """Take in what a partition contains, and settle what was closed before it was `asked`."""
         self._contains[report.partition] = self._bitmap(report)
-        done = self._done = self._contains[0] if self._partitions == 1 else np.logical_and.reduce(self._contains)
-        self._pending &= ~done
-        for lease, out in list(self._closed.items()):
-            if out.closed > asked:
-                continue
-            out.lacking -= {report.partition}
-            if not out.lacking:
-                del self._closed[lease]
-                lost = out.positions[~done[out.positions]]
-                self._pending[lost] = True
-                self.requeued += len(lost)
+        before = self._done
+        self._done = self._contains[0].copy() if self._partitions == 1 else np.logical_and.reduce(self._contains)
+        self._pending &= ~self._done
+        self._alone = [position for position in self._alone if not self._done[position]]
+        settled = [self._settle(lease) for lease in self._settled_by(report.partition, asked)]
+        if (undone := before & ~self._done).any():  # the partition was restored
+            self._recall(np.flatnonzero(undone))
         self._count()
+        return settled
+
+    def _settled_by(self, partition: int, asked: int) -> list[int]:
+        """The leases that no report is missing of after this one."""
+        for out in self._closed.values():
+            if out.closed <= asked:
+                out.lacking -= {partition}
+        return [lease for lease, out in self._closed.items() if not out.lacking]
+
+    def _settle(self, lease: int) -> Settled:
+        positions = self._closed.pop(lease).positions
+        lost = positions[~self._done[positions]]
+        self._recall(lost)
+        return Settled(lease, lost)
+
+    def _recall(self, positions: Positions) -> None:
+        """Lease again what is not done, unless another lease has it still."""
+        others = [*self._out.values(), *(out.positions for out in self._closed.values())]
+        if others and len(positions):
+            positions = positions[~np.isin(positions, np.concatenate(others))]
+        self._taken_over[positions] = False
+        if self._withheld:
+            positions = np.array([position for position in positions if position not in self._withheld], np.int64)
+        self._pending[positions] = True
+        self.requeued += len(positions)
 
     def _bitmap(self, report: Report) -> Bitmap:
         if report.epochs > self.epoch:
             return np.ones(self._grid.num_batches, np.bool_)
         return report.settled.get(self.epoch, np.zeros(self._grid.num_batches, np.bool_))
+
+    @property
+    def suspects(self) -> int:
+        """Batches that are to be leased by themselves."""
+        return len(self._alone)
+
+    @property
+    def newest_lease(self) -> int:
+        """The highest id of a lease so far; -1: there was none."""
+        return self._next_lease - 1
 
     @property
     def settled(self) -> bool:

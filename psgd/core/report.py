@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from psgd.core.applied import Bitmap
-from psgd_workers.messages import Version
+from psgd_workers.messages import BatchId, EpochGrid, Version
 
 __all__ = ["EpochLoss", "Mark", "Report", "staleness_summary"]
 
@@ -48,11 +48,18 @@ class Report:
     bytes_pushed: int  # of the vectors of all pushes
     first: Mark | None  # this incarnation's first step
     last: Mark | None  # ... and newest
+    longest_s: float  # that a batch has taken to compute, since this server started
+    rejected: Mapping[BatchId, int]  # batches of open epochs -> how often their gradient was not finite
 
     @property
-    def moment(self) -> tuple[int, int, int]:
+    def moment(self) -> tuple[int, ...]:
         """Never less than that of an earlier report of the partition: answers may overtake each other on their way."""
-        return self.version.incarnation, sum(self.pushes.values()), self.version.updates
+        settled = sum(int(bitmap.sum()) for bitmap in self.settled.values())
+        return self.version.incarnation, sum(self.pushes.values()), self.version.updates, self.epochs, settled
+
+    def contained(self, grid: EpochGrid) -> int:
+        """Batches settled, over the whole run."""
+        return self.epochs * grid.num_batches + sum(int(bitmap.sum()) for bitmap in self.settled.values())
 
     def rate(self, count: str) -> float | None:
         """Updates or samples per second from the first step to the newest, the first left out."""

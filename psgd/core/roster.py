@@ -14,6 +14,9 @@ __all__ = ["Roster", "WorkerRecord"]
 LEASE_S = 2.0  # seconds of work in a lease: long against a call (1 ms), short against a death
 FIRST_LEASE = 16  # batches, while nothing was measured
 AHEAD = 2  # leases that a worker has at most: the one at work and one queued
+PATIENCE = 20  # batches' times without a sign of life before a worker is given up ...
+LEAST_BATCH_S = 1e-6  # a clock may stand still
+LEAST_PATIENCE_S = 5.0  # ... but never sooner: reports tell of pushes a few times a second
 
 
 @dataclass(slots=True)
@@ -31,6 +34,10 @@ class WorkerRecord:
     batch_s: float | None = None  # smoothed seconds per batch
     heard: dict[int, int] = field(default_factory=dict)  # partition -> pushes, when it last reported: they may differ
     residual_norm: float = 0.0  # of what compression has left out of its pushes, when last told
+    failed_lease: int | None = None  # that a server did not answer in; nothing is granted until it is settled
+    lane_failures: int = 0  # since its last lease that went well
+    called_off: int = -1  # leases up to this one end before all their batches are done
+    draining: bool = False  # to be stopped once it has no lease
 
     @property
     def busy(self) -> bool:
@@ -41,19 +48,24 @@ class Roster:
     """All workers of a run.
 
     Args:
-        slots: how many workers there should be.
+        slots: how many workers there may be.
+        least: how many there must be to begin.
         lease_s: seconds of work in a lease.
 
     Attributes:
+        target: how many workers there should be.
+        least: how many there must be to begin.
         up: the workers that are up, in the order of their slots.
         hungry: likewise, those of them that have less than two leases: the one at work and one queued.
     """
 
-    def __init__(self, slots: int, lease_s: float = LEASE_S) -> None:
-        self._slots = slots
+    def __init__(self, slots: int, least: int | None = None, lease_s: float = LEASE_S) -> None:
+        self._slots = self.target = slots
+        self.least = slots if least is None else least
         self._lease_s = lease_s
         self._named = 0
         self._workers: dict[str, WorkerRecord] = {}  # in the order of their slots
+        self._longest_s = 0.0  # that a batch has taken
         self._lost_residual = 0.0  # squared norm, of those that are gone
         self.up: list[WorkerRecord] = []
         self.hungry: dict[str, WorkerRecord] = {}
@@ -70,15 +82,15 @@ class Roster:
 
     @property
     def complete(self) -> bool:
-        """Whether every slot has a worker that is up."""
-        return len(self.up) == self._slots
+        """Whether as many workers are up as there must be."""
+        return len(self.up) >= self.least
 
     def hire(self, wanted: int, now: float) -> list[WorkerRecord]:
         """New records for the slots below `wanted` that have none."""
-        if len(self._workers) == self._slots:
+        if len(self._workers) >= wanted:
             return []
         taken = {worker.slot for worker in self._workers.values()}
-        free = [slot for slot in range(min(wanted, self._slots)) if slot not in taken]
+        free = [slot for slot in range(wanted) if slot not in taken][: wanted - len(taken)]
         hired = [WorkerRecord(f"worker-{self._named + i}", slot, now) for i, slot in enumerate(free)]
         self._named += len(hired)
         everybody = sorted([*self._workers.values(), *hired], key=lambda worker: worker.slot)
@@ -99,7 +111,23 @@ class Roster:
 
     def _count(self) -> None:
         self.up = [worker for worker in self._workers.values() if worker.up]
-        self.hungry = {worker.name: worker for worker in self.up if len(worker.leases) < AHEAD}
+        self.hungry = {worker.name: worker for worker in self.up if self._takes_more(worker)}
+
+    @staticmethod
+    def _takes_more(worker: WorkerRecord) -> bool:
+        return worker.up and not worker.draining and len(worker.leases) < AHEAD
+
+    def surplus(self) -> list[WorkerRecord]:
+        """Workers beyond the target, which are given no more leases: those that are not up, then the highest slots."""
+        staying = [worker for worker in self._workers.values() if not worker.draining]
+        if len(staying) <= self.target:
+            return []
+        staying.sort(key=lambda worker: (worker.up, -worker.slot))
+        leaving = staying[: len(staying) - self.target]
+        for worker in leaving:
+            worker.draining = True
+        self._count()
+        return leaving
 
     def granted(self, worker: WorkerRecord, lease: int, batches: int, now: float) -> None:
         """A worker got a lease."""
@@ -109,14 +137,24 @@ class Roster:
         if len(worker.leases) >= AHEAD:
             self.hungry.pop(worker.name, None)
 
-    def closed(self, worker: WorkerRecord, lease: int, now: float) -> None:
-        """A lease ended; what it took per batch is learned."""
+    def closed(self, worker: WorkerRecord, lease: int, now: float, whole: bool = True) -> None:
+        """A lease ended; what it took per batch is learned, if the worker did the `whole` of it."""
         batches = worker.leases.pop(lease)
-        measured = (now - worker.lease_began) / batches
-        worker.batch_s = measured if worker.batch_s is None else 0.5 * (worker.batch_s + measured)
+        if whole:
+            measured = max(LEAST_BATCH_S, (now - worker.lease_began) / batches)
+            worker.batch_s = measured if worker.batch_s is None else 0.5 * (worker.batch_s + measured)
         worker.lease_began = worker.alive_at = now
-        if worker.up:
+        if self._takes_more(worker):
             self.hungry[worker.name] = worker
+
+    def patience_s(self, worker: WorkerRecord, at_most: float) -> float:
+        """How long a worker at a lease may show no life: so many times the longest batch of anybody's until now.
+
+        Before the worker's own first push, and in any case, `at_most`.
+        """
+        if not any(worker.heard.values()):
+            return at_most
+        return min(at_most, max(LEAST_PATIENCE_S, PATIENCE * self._longest_s))
 
     def lease_size(self, worker: WorkerRecord) -> int:
         """Batches that take about as long as a lease should."""
@@ -124,7 +162,7 @@ class Roster:
 
     def home(self, worker: WorkerRecord) -> Fraction:
         """Where the worker's own part of the shards begins, as a share of all."""
-        return Fraction(worker.slot, self._slots)
+        return Fraction(worker.slot % self._slots, self._slots)
 
     @property
     def residual_norm(self) -> float:
@@ -133,6 +171,7 @@ class Roster:
 
     def heard(self, report: Report, now: float) -> None:
         """Note who pushed since the last report, and who waits for a receipt: both are alive."""
+        self._longest_s = max(self._longest_s, report.longest_s)
         for name, pushes in report.heard.items():
             worker = self._workers.get(name)
             if worker and (pushes != worker.heard.get(report.partition, 0) or name in report.parked):

@@ -34,6 +34,8 @@ class Saving:
         self._begun_updates = saved_updates or 0  # also of one that failed: it is not tried again at once
         self.saved_updates = saved_updates
         self.saved_epochs = saved_epochs  # an epoch may be completed by what is done without, and no update
+        self.fault: str | None = None  # why the newest one could not be written
+        self.last = False  # whether the newest is the one the run ends with
         self.closed_at = 0.0  # when the last one ended, or training began
 
     @property
@@ -58,14 +60,18 @@ class Saving:
             return float("inf")
         return self.closed_at + self._config.every_s
 
-    def begin(self, updates: int) -> Save:
-        self._parts = {}
+    def begin(self, updates: int, last: bool = False) -> Save:
+        self._parts, self.last = {}, last
         self._begun_updates = updates
         return Save(self._number)
 
+    def concerns(self, event: Saved | SaveFailed | Committed) -> bool:
+        """Whether it is about the checkpoint under way."""
+        return self._parts is not None and event.checkpoint == self._number
+
     def take(self, event: Saved | SaveFailed | Committed, now: float) -> Commit | None:
         """Note how a part or the whole fared; once every part is written, the checkpoint can be committed."""
-        if self._parts is None or event.checkpoint != self._number:
+        if self._parts is None or not self.concerns(event):
             return None
         match event:
             case Saved():
@@ -73,12 +79,27 @@ class Saving:
                 if len(self._parts) == self._partitions:
                     return Commit(self._number, self._updates(), min(part.epochs for part in self._parts.values()))
             case Committed():
+                self.fault = None
                 self.saved_updates = self._updates()
                 self.saved_epochs = min(part.epochs for part in self._parts.values())
                 self._close(now)
             case SaveFailed():
+                self.fault = event.cause
                 self._close(now)
         return None
+
+    @property
+    def told(self) -> str:
+        """What storage holds, for people."""
+        if self.saved_updates is None:
+            return "nothing is saved"
+        return f"saved is what was done up to {self.saved_updates} updates and {self.saved_epochs} complete epochs"
+
+    def abandon(self, now: float) -> None:
+        """A server is gone, and with it its part of the checkpoint under way."""
+        if self.busy:
+            self._begun_updates = self.saved_updates or 0
+            self._close(now)
 
     def _updates(self) -> int:
         assert self._parts

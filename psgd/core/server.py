@@ -124,9 +124,12 @@ class ParameterServer:
         self._refused = -1  # the newest epoch of which a batch was refused: one that has begun, if it is not complete
         self._parked: list[_Parked] = []
         self._pushes = Counter[Outcome]()
+        self._longest_s = 0.0
+        self._rejected = Counter[BatchId]()  # of the newest epochs
         self._staleness = Counter[int]()
         self._losses: dict[int, list[Any]] = {}  # epoch -> what an EpochLoss is made of, added up in place
         self._epoch_weights: dict[int, FloatArray] = {}
+        self._kept = 0  # the newest epoch's end that weights were kept of, or could have been
         self._bytes = 0  # pushed
         self._samples = 0  # examples applied
         self._counted = 0  # ... and skipped: what the schedule goes by
@@ -207,6 +210,8 @@ class ParameterServer:
         else:
             self._pushes[outcome] += 1
             self._refused = max(self._refused, gradient.batch.epoch)
+            if outcome is Outcome.REJECTED:
+                self._rejected[gradient.batch] += 1
             if outcome is Outcome.DISCARDED:
                 self._settled.add(gradient.batch, skip=True)
                 self._counted += gradient.examples
@@ -222,6 +227,15 @@ class ParameterServer:
         if not self._parked and not self._mode.waiting(round_)(gradient.worker):  # the usual case
             return (Receipt(gradient.worker, gradient.batch, outcome, self.version),)
         self._parked.append(parked)
+        return self._due()
+
+    def skip(self, batch: BatchId, examples: int, now: float) -> tuple[Receipt, ...]:
+        """Do without a batch, which is settled from now on as if it had been discarded; nothing, if it is settled."""
+        if batch not in self._settled:
+            self._settled.add(batch, skip=True)
+            self._counted += examples
+            self.journal.skip(now, batch, examples, self.version)
+            self._close_if_due(now)
         return self._due()
 
     # ADMIT
@@ -290,6 +304,7 @@ class ParameterServer:
         self._aggregator.add(Taken(gradient.worker, gradient.batch, member, values, scale, weight))
         self._round.collected += 1
         self._note_loss(gradient)
+        self._longest_s = max(self._longest_s, gradient.compute_s)
 
     def _decode(self, gradient: Gradient) -> FloatArray:
         if not isinstance(gradient.values, Encoded):
@@ -335,10 +350,10 @@ class ParameterServer:
         self._round.outstanding = not self._settled.between_epochs or self._refused >= self._settled.epochs
         while self._mode.closes(self._round):  # an epoch's end may make two steps of what is left
             self._close(now)
+        if self._kept < self._settled.epochs:
+            self._keep_epoch_weights()
         if self._round.outstanding:
             return
-        if self.epochs not in self._epoch_weights:
-            self._keep_epoch_weights()
         live = self._round.live  # everybody is let go at an epoch's end: nobody is ahead at the next one's start
         self._round.live = dict.fromkeys(live, max(live.values(), default=0))
 
@@ -405,7 +420,8 @@ class ParameterServer:
         return tuple(due)
 
     def _keep_epoch_weights(self) -> None:
-        self._epoch_weights[self.epochs] = self._to_evaluate()
+        self._kept = self.epochs
+        self._epoch_weights[self._kept] = self._to_evaluate()
         for old in sorted(self._epoch_weights)[:-LOSS_EPOCHS]:
             del self._epoch_weights[old]
 
@@ -432,6 +448,7 @@ class ParameterServer:
 
     def report(self) -> Report:
         """What the driver may know and believe."""
+        self._rejected = Counter({batch: n for batch, n in self._rejected.items() if batch.epoch >= self.epochs})
         pushes = {outcome.value: self._pushes[outcome] for outcome in Outcome}
         pushes[Outcome.BUFFERED.value] = self._round.collected
         return Report(
@@ -448,6 +465,8 @@ class ParameterServer:
             self._bytes,
             self._first,
             None if self._stepped_at is None else self._mark(self._stepped_at),
+            self._longest_s,
+            dict(self._rejected),
         )
 
     def state(self) -> ServerState:
@@ -514,6 +533,7 @@ class ParameterServer:
         server._pushes.update({Outcome(name): count for name, count in facts["pushes"].items()})
         server._staleness.update({int(value): count for value, count in facts["staleness"]})
         server._losses = {epoch: [total, examples] for epoch, total, examples in facts["losses"]}
+        server._kept = server.epochs
         if server._settled.between_epochs:
             server._keep_epoch_weights()
         server.journal.settings += [Settings.model_validate(settings) for settings in facts["changes"]]

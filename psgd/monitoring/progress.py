@@ -36,7 +36,7 @@ class Display:
 
     def __init__(self, spec: JobSpec, num_batches: int, console: Console) -> None:
         self._epochs = spec.run.epochs
-        self._workers = spec.scaling.workers
+        self._workers = spec.scaling.most_workers
         self._num_batches = num_batches
         self._console = console
         columns = (TextColumn("{task.description}"), BarColumn(20), _Numbers(), TimeElapsedColumn())

@@ -14,15 +14,16 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 from uuid import uuid4
 
 import yaml
 
-from psgd.errors import OwnershipError, ResumeError, RunNotFoundError
+from psgd.errors import OwnershipError, ResumeError, RunNotFoundError, StorageError
+from psgd.monitoring.log import Log
 from psgd.result import Result
 from psgd.spec import JobSpec
 from psgd.storage import Storage
@@ -37,7 +38,7 @@ class Owner:
     """The driver that a run belongs to."""
 
     driver: str  # random
-    incarnation: int  # of the servers it starts: one more than any before
+    incarnation: int  # of the server it started last: one more than any before
     host: str
     pid: int
     started: float  # Unix time, seconds
@@ -53,6 +54,15 @@ class RunDirectory:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._owner: Owner | None = None
+        self.is_ours = True  # as far as we know
+        self._log = Log(storage)
+        self._taken: set[str] = set()  # commands that may still be in the directory
+
+    @property
+    def incarnation(self) -> int:
+        """Of the server that was started last."""
+        assert self._owner is not None
+        return self._owner.incarnation
 
     @property
     def exists(self) -> bool:
@@ -85,7 +95,7 @@ class RunDirectory:
 
     def own(self) -> Owner:
         """Take the run over: whoever owned it before stops at its next commit."""
-        before = json.loads(self.storage.read("owner"))["incarnation"] if self.storage.exists("owner") else 0
+        before = self._read_owner()["incarnation"] if self.storage.exists("owner") else 0
         self._owner = Owner(uuid4().hex, before + 1, socket.gethostname(), os.getpid(), time.time())
         self.storage.write("owner", _json(asdict(self._owner)))
         return self._owner
@@ -95,25 +105,62 @@ class RunDirectory:
 
         Raises:
             OwnershipError: one did.
+            StorageError: nobody knows.
         """
-        found = json.loads(self.storage.read("owner"))
+        found = self._read_owner()
         if self._owner is None or found["driver"] != self._owner.driver:
+            self.is_ours = False
             raise OwnershipError(
                 f"the run in {self.storage.url} was taken over by process {found['pid']} on {found['host']}; "
                 "this driver stops and commits nothing"
             )
+        if found["incarnation"] < self._owner.incarnation:  # it could not be written when it was taken
+            self.storage.write("owner", _json(asdict(self._owner)))
+
+    def _read_owner(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.storage.read("owner"))
+            found["driver"], found["incarnation"], found["pid"], found["host"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise StorageError(
+                f"{self.storage.url}/owner is damaged ({error}): restore it, or start a new --name"
+            ) from error
+        else:
+            return dict(found)
+
+    def next_incarnation(self) -> int:
+        """For one more server of this driver's: one more than any before.
+
+        It is noted before anything is committed, if it cannot be noted now.
+
+        Raises:
+            OwnershipError: another driver took the run over.
+        """
+        assert self._owner is not None
+        self._owner = replace(self._owner, incarnation=self._owner.incarnation + 1)
+        self._log.attempt(self.check_owner, last=True)
+        return self._owner.incarnation
+
+    def bear_faults(self, tell: Callable[[str], None]) -> None:
+        """From now on storage that fails does not stop the run: what it lacks is written later, if it can be.
+
+        Args:
+            tell: is given the first fault.
+        """
+        self._log.bear_faults(tell)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Add a line to `events.jsonl`."""
-        self.storage.append("events.jsonl", _line({"time": time.time(), "event": kind, **facts}))
+        self._log.add("events.jsonl", _line({"time": time.time(), "event": kind, **facts}))
 
     def metrics(self, values: dict[str, float | None]) -> None:
         """Add a line to `metrics.jsonl`."""
-        self.storage.append("metrics.jsonl", _line({"time": time.time(), **values}))
+        self._log.add("metrics.jsonl", _line({"time": time.time(), **values}))
 
     def finish(self, result: Result) -> None:
-        """Write `result.json`."""
-        self.storage.write("result.json", _json(result.to_dict()))
+        """Write `result.json`, and what could not be written before."""
+        self._log.close()
+        self._log.attempt(lambda: self._log.storage.write("result.json", _json(result.to_dict())), last=True)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run; None if it is not there (yet)."""
@@ -121,10 +168,10 @@ class RunDirectory:
         return json.loads(self.storage.read(name)) if self.storage.exists(name) else None
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a JSON-lines file of the run."""
+        """The records of a JSON-lines file of the run; a line that a crash cut short is left out."""
         self.check_exists()
-        text = self.storage.read(name).decode() if self.storage.exists(name) else ""
-        return [json.loads(line) for line in text.splitlines()]
+        text = self.storage.read(name).decode(errors="replace") if self.storage.exists(name) else ""
+        return [record for line in text.splitlines() if (record := _parse_line(line)) is not None]
 
     def check_exists(self) -> None:
         if not self.exists:
@@ -141,12 +188,20 @@ class RunDirectory:
 
     def take_commands(self) -> list[dict[str, Any]]:
         """Commands that came since the last call, oldest first; they are gone from the directory then."""
-        taken = []
-        for name in self.storage.names("commands"):
-            if name.endswith(".json"):  # else it is being written
-                taken.append(_command(name, self.storage.read(f"commands/{name}")))
-                self.storage.delete(f"commands/{name}")
+        taken: list[dict[str, Any]] = []
+        self._log.attempt(lambda: self._take_commands(taken))
         return taken
+
+    def _take_commands(self, taken: list[dict[str, Any]]) -> None:
+        storage = self._log.storage
+        names = [name for name in storage.names("commands") if name.endswith(".json")]  # else it is being written
+        for name in names:
+            if name not in self._taken:
+                taken.append(_command(name, storage.read(f"commands/{name}")))
+                self._taken.add(name)
+        for name in names:
+            storage.delete(f"commands/{name}")
+            self._taken.discard(name)
 
 
 def _command(name: str, text: bytes) -> dict[str, Any]:
@@ -159,6 +214,14 @@ def _command(name: str, text: bytes) -> dict[str, Any]:
     settings = facts.get("settings")
     known = isinstance(settings, list) and all(isinstance(setting, str) for setting in settings)
     return {"id": name.removesuffix(".json"), "command": facts.get("command"), "settings": settings if known else []}
+
+
+def _parse_line(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _json(value: Any) -> bytes:

@@ -21,14 +21,18 @@ from psgd.core.events import (
     Commit,
     Committed,
     Evaluate,
+    EvaluationLost,
     Event,
     Finish,
     Grant,
     Join,
     Leave,
+    Note,
     Reported,
     Save,
     Saved,
+    ServerLost,
+    Skip,
     Started,
     StartServer,
     StartWorker,
@@ -39,8 +43,9 @@ from psgd.core.events import (
     WorkerUp,
 )
 from psgd.core.partitions import split
+from psgd.core.repartition import disagreement, repartition
 from psgd.core.server import ParameterServer, ServerState
-from psgd.errors import RunError
+from psgd.errors import ResumeError, RunError
 from psgd.simulation.clock import VirtualClock, without_collector
 from psgd.simulation.problem import Problem, Timing
 from psgd.simulation.worker import Readers, Slot, Validation, VirtualWorker
@@ -80,11 +85,13 @@ class VirtualCluster(VirtualClock):
     Attributes:
         now: virtual seconds.
         parts: of the weights, by partition.
-        servers: by partition, once they are started.
+        servers: by partition, while there is one.
         workers: those that live, by name.
         checkpoint: the newest committed one.
         finish: how it ended.
     """
+
+    server: type[ParameterServer] = ParameterServer
 
     def __init__(
         self,
@@ -111,7 +118,6 @@ class VirtualCluster(VirtualClock):
         self._observe = observe
         self._partitions = split(len(problem.weights), problem.trainable, spec.scaling.servers)
         self.parts: Sequence[slice] = [slice(part.start, part.stop) for part in self._partitions]
-        assert resume is None or len(resume.states) == len(self.parts), "a checkpoint of another number of servers"
         self.coordinator = Coordinator(
             spec,
             problem.grid,
@@ -127,8 +133,10 @@ class VirtualCluster(VirtualClock):
         self.checkpoint: Checkpoint | None = None
         self.finish: Finish | None = None
         self._deadline = float("inf")
+        self._incarnations: dict[int, int] = {}  # the highest of each partition so far
         self._told_epochs: dict[int, int] = {}
         self._polls: dict[int, AskReport] = {}
+        self._asked: dict[int, list[AskReport]] = {}  # of servers that are not there yet
         self._saving: int | None = None
         self._states: dict[int, ServerState] = {}
         self.readers = None if spec.rules.stop_at is None else Readers(spec.rules.stop_at)
@@ -141,6 +149,11 @@ class VirtualCluster(VirtualClock):
     def weights(self) -> FloatArray:
         """All partitions' weights, `[num_parameters]`."""
         return np.concatenate([self.servers[partition].weights for partition in range(len(self.parts))])
+
+    @property
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest committed one, of this run or the one it resumed."""
+        return self.checkpoint or self._resume
 
     @property
     def in_flight(self) -> list[tuple[Version, ...]]:
@@ -162,8 +175,11 @@ class VirtualCluster(VirtualClock):
             if self.finish:
                 return self
             if not self.advance(self._deadline):
-                self._tell(Tick())
+                self._tell_tick()
         raise RunError(f"no end in {max_events} events, at {self.now:.3f} s in phase {self.coordinator.phase}")
+
+    def _tell_tick(self) -> None:
+        self._tell(Tick())
 
     def stop(self) -> None:
         """End the run in good order."""
@@ -189,16 +205,55 @@ class VirtualCluster(VirtualClock):
         self.finish = action
 
     def _on_start_server(self, action: StartServer) -> None:
-        number = action.partition
-        if self._resume:
-            state = self._resume.states[number]
-            incarnation = state.facts["version"][0] + 1
-            server = ParameterServer.restore(self._spec, self.problem.grid, state, incarnation, self.now)
+        partition = action.partition
+        if partition in self._incarnations:
+            self._end_server(partition)
+            asked = self._asked[partition] = []
+            self.after(self.timing.restore_s, self._restore, partition, asked)
         else:
-            weights = self.problem.weights[self.parts[number]]
-            server = ParameterServer(self._spec, self._partitions[number], weights, self.problem.grid, Version(1, 0))
-        self.servers[number] = server
-        self._told_epochs[number] = server.epochs
+            self.start_server(partition)
+
+    def _restore(self, partition: int, asked: list[AskReport]) -> None:
+        if self._asked.get(partition) is not asked:
+            return  # it was started anew meanwhile
+        del self._asked[partition]
+        self.start_server(partition)
+        for ask in asked:
+            self.act(ask)
+
+    def start_server(self, partition: int) -> None:
+        """A server is there, of the newest checkpoint or, if there is none, of the initial weights."""
+        origin = self.newest_checkpoint
+        state = self._state(origin.states, partition) if origin else None
+        saved = state.facts["version"][0] if state else 0
+        incarnation = self._incarnations[partition] = max(saved, self._incarnations.get(partition, 0)) + 1
+        if state:
+            server = self.server.restore(self._spec, self.problem.grid, state, incarnation, self.now)
+        else:
+            weights, version = self.problem.weights[self.parts[partition]], Version(incarnation, 0)
+            server = self.server(self._spec, self._partitions[partition], weights, self.problem.grid, version)
+        self.servers[partition] = server
+        self._told_epochs[partition] = server.epochs
+
+    def _state(self, states: Sequence[ServerState], partition: int) -> ServerState:
+        if len(states) == len(self.parts):
+            return states[partition]
+        if reason := disagreement(states):
+            raise ResumeError(f"a checkpoint of {len(states)} servers cannot be cut for {len(self.parts)}: {reason}")
+        return repartition(states, self._partitions[partition])
+
+    def kill_server(self, partition: int) -> None:
+        """A server is no more; who waits for its answer learns that at once, the driver a little later."""
+        self._end_server(partition)
+        self.tell_soon(ServerLost(partition, "scripted"), self.timing.death_s)
+
+    def _end_server(self, partition: int) -> None:
+        self.servers.pop(partition, None)
+        self._polls.pop(partition, None)
+        self._asked.pop(partition, None)
+        for worker in list(self.workers.values()):
+            if any(slot.batch is not None and slot.outcomes[partition] is None for slot in worker.slots):
+                worker.lose_lane("its server is gone")
 
     def _on_start_worker(self, action: StartWorker) -> None:
         spec, name = self._spec, action.worker
@@ -219,7 +274,8 @@ class VirtualCluster(VirtualClock):
 
     def kill(self, name: str) -> None:
         """A worker is no more; its push under way is lost."""
-        self.workers.pop(name).alive = False
+        if worker := self.workers.pop(name, None):
+            worker.alive = False
 
     def _crash(self) -> None:
         assert self._crashes
@@ -230,38 +286,55 @@ class VirtualCluster(VirtualClock):
         self.after(self._crashes(), self._crash)
 
     def _on_join(self, action: Join) -> None:
-        for partition, server in self.servers.items():
+        for partition, server in list(self.servers.items()):
             self._deliver(partition, server.join(action.worker, self.now))
 
     def _on_leave(self, action: Leave) -> None:
-        for partition, server in self.servers.items():
+        for partition, server in list(self.servers.items()):
             self._deliver(partition, server.leave(action.worker, self.now))
             self._notice(partition)
 
     def _on_change(self, action: ChangeServer) -> None:
-        self._deliver(action.partition, self.servers[action.partition].change(action.settings, self.now))
-        self._notice(action.partition)
+        if server := self.servers.get(action.partition):
+            self._deliver(action.partition, server.change(action.settings, self.now))
+            self._notice(action.partition)
 
     def _on_grant(self, action: Grant) -> None:
         if worker := self.workers.get(action.worker):  # else it died, and the driver is about to hear of it
             self.after(self.timing.call_s, worker.queue, action.lease)
 
     def _on_evaluate(self, action: Evaluate) -> None:
-        parts = [self.servers[partition].epoch_weights(action.epochs) for partition in range(len(self.parts))]
+        try:
+            parts = [self.servers[partition].epoch_weights(action.epochs) for partition in range(len(self.parts))]
+        except KeyError:  # no server, or none of these weights
+            self.tell_soon(EvaluationLost(action.worker, action.epochs))
+            return
         if worker := self.workers.get(action.worker):
             self.after(self.timing.call_s, worker.queue, Validation(action.epochs, np.concatenate(parts)))
 
     def _on_cancel(self, action: Cancel) -> None:
         if worker := self.workers.get(action.worker):
-            worker.cancelled = True
+            worker.cancelled = max(worker.cancelled, action.lease)
 
     def _on_ask(self, action: AskReport) -> None:
-        if action.wait:
+        if action.partition in self._asked:
+            self._asked[action.partition].append(action)
+        elif action.partition not in self.servers:
+            pass  # it dies with the question
+        elif action.wait:
             self._polls[action.partition] = action
             self.after(self.timing.poll_s, self._answer_poll, action)
             self._notice(action.partition)
         else:
             self.after(self.timing.call_s, self._answer, action)
+
+    def _on_skip(self, action: Skip) -> None:
+        for partition, server in list(self.servers.items()):
+            self._deliver(partition, server.skip(action.batch, self.problem.examples(action.batch), self.now))
+            self._notice(partition)
+
+    def _on_note(self, action: Note) -> None:
+        """Nobody writes it down here."""
 
     def _on_save(self, action: Save) -> None:
         self._saving, self._states = action.checkpoint, {}
@@ -282,7 +355,9 @@ class VirtualCluster(VirtualClock):
             self._answer(ask)
 
     def _answer(self, ask: AskReport) -> None:
-        server = self.servers[ask.partition]
+        server = self.servers.get(ask.partition)
+        if server is None:
+            return
         self._told_epochs[ask.partition] = server.epochs
         self.journal(ask.partition, server.journal.take())
         self.tell_soon(Reported(server.report(), ask.asked))
@@ -292,26 +367,33 @@ class VirtualCluster(VirtualClock):
 
     def _notice(self, partition: int) -> None:
         """Serve who waits for an epoch's end, or for a moment at which the state can be saved."""
-        server = self.servers[partition]
+        server = self.servers.get(partition)
+        if server is None:
+            return
         if server.epochs != self._told_epochs[partition] and partition in self._polls:
             self._answer_poll(self._polls[partition])
         if self._saving is not None and partition not in self._states and server.can_save:
             self._states[partition] = server.state()
             self.tell_soon(Saved(partition, self._saving, server.version.updates, server.epochs))
 
-    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> None:
-        """A push reaches the servers, its i-th part the i-th from the `first` on."""
-        updates = self.servers[0].version.updates
+    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> bool:
+        """A push reaches the servers, its i-th part the i-th from the `first` on; whether all of them are there."""
+        servers = self.servers
+        lead = servers.get(0)
+        updates = lead.version.updates if lead else 0
         for partition, gradient in enumerate(gradients, first):
-            server = self.servers[partition]
+            server = servers.get(partition)
+            if server is None:
+                continue
             self._deliver(partition, server.push(gradient, self.now))
             if self._saving is not None or server.epochs != self._told_epochs[partition]:
                 self._notice(partition)
-        if self.servers[0].version.updates != updates:
+        if lead and lead.version.updates != updates:
             if self.readers:
-                self.readers.call_off(self.servers[0].version.updates)
+                self.readers.call_off(lead.version.updates)
             if self._observe:
                 self._observe(self)
+        return len(servers) == len(self.parts)
 
     def _deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
         for receipt in receipts:
@@ -321,8 +403,11 @@ class VirtualCluster(VirtualClock):
 
     # What surrounds workers
 
-    def pull(self) -> tuple[list[Version], FloatArray]:
+    def pull(self, worker: str) -> tuple[list[Version], FloatArray] | None:
         """Versions, by partition, and the weights shown now; of a single server its own memory."""
+        del worker
+        if len(self.servers) < len(self.parts):
+            return None
         if len(self.servers) == 1:
             return [self.servers[0].version], self.servers[0].published
         servers = [self.servers[partition] for partition in range(len(self.parts))]
@@ -330,8 +415,8 @@ class VirtualCluster(VirtualClock):
 
     def push(self, worker: VirtualWorker, slot: Slot, gradients: Sequence[Gradient]) -> None:
         """A worker's gradient reaches the servers."""
-        del worker, slot
-        self.arrive(gradients)
+        if not self.arrive(gradients) and slot.batch == gradients[0].batch:
+            worker.lose_lane("no receipt came")
 
 
 _ACTIONS: dict[type[Any], Callable[[VirtualCluster, Any], None]] = {
@@ -344,7 +429,9 @@ _ACTIONS: dict[type[Any], Callable[[VirtualCluster, Any], None]] = {
     Grant: VirtualCluster._on_grant,
     Join: VirtualCluster._on_join,
     Leave: VirtualCluster._on_leave,
+    Note: VirtualCluster._on_note,
     Save: VirtualCluster._on_save,
+    Skip: VirtualCluster._on_skip,
     StartServer: VirtualCluster._on_start_server,
     StartWorker: VirtualCluster._on_start_worker,
     StopWorker: VirtualCluster._on_stop_worker,

@@ -48,7 +48,7 @@ def run(spec: JobSpec, asked: Asked) -> list[Simulated]:
     Raises:
         InputError: something asked for makes no sense; nothing was simulated.
     """
-    workers = asked.workers or spec.scaling.workers
+    workers = asked.workers or spec.scaling.most_workers
     target = parse_target(asked.until) if asked.until else None
     delays = parse_delays(asked.delays, read_journal)
     scenario = Scenario(workers, delays, asked.link_s, asked.crash_s, asked.join_s, asked.seed)

@@ -115,6 +115,12 @@ def read_lineage(run: RunDirectory, manifest: Manifest, partition: int) -> tuple
                 f"{run.storage.url}/events.jsonl does not tell how incarnation {incarnation} started, which wrote "
                 f"checkpoint {last}: without that line nobody knows what it went on from. Restore the file"
             )
+        if start.get("servers", manifest.partitions) != manifest.partitions:
+            raise JournalError(
+                f"{run.storage.url} was trained by {start['servers']} servers before it was resumed with "
+                f"{manifest.partitions}: a journal tells what one partition of the weights went through, and there is "
+                "no replay of a run whose weights were cut anew"
+            )
         segments = tuple(names.read(name, incarnation) for name in names.until(number, incarnation))
         stretch = Stretch(incarnation, start.get("workers"), start.get("pipeline", 0), segments)
         last = start["resumed"]

@@ -42,3 +42,4 @@ class Timing:
     poll_s: float = 0.2  # until a waiting report is given at the latest
     death_s: float = 0.05  # until the driver hears of a death
     evaluate_s: float = 0.1
+    restore_s: float = 0.5  # a lost server

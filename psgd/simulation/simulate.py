@@ -238,7 +238,7 @@ def _number(item: tuple[str, int]) -> int:
 def _updates(spec: JobSpec, problem: Problem) -> int:
     """About how many there will be."""
     batches = (spec.run.epochs or 1) * problem.grid.num_batches
-    per_update = build_consistency(spec.consistency).batches_per_update(spec.scaling.workers)
+    per_update = build_consistency(spec.consistency).batches_per_update(spec.scaling.most_workers)
     return min(spec.run.max_updates or batches, batches // per_update)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from psgd.core.events import Evaluated, Event, LeaseClosed, WorkerFailed
+from psgd.core.events import Evaluated, Event, LaneFailed, LeaseClosed, WorkerFailed
 from psgd.errors import WorkerError
 from psgd.simulation.problem import Problem, Timing
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Lease, Receipt, Version
@@ -40,8 +40,11 @@ class Site(Protocol):
     def tell_soon(self, event: Event) -> None:
         """Let the driver hear of something."""
 
-    def pull(self) -> tuple[list[Version], FloatArray]:
-        """Versions, by partition, and the weights shown now: perhaps memory that the next step changes."""
+    def pull(self, worker: str) -> tuple[list[Version], FloatArray] | None:
+        """Versions, by partition, and the weights shown now: perhaps memory that the next step changes.
+
+        None: some server does not answer that worker.
+        """
 
     def push(self, worker: VirtualWorker, slot: Slot, gradients: Sequence[Gradient]) -> None:
         """A worker's gradient reaches the servers."""
@@ -103,7 +106,7 @@ class VirtualWorker:
 
     Attributes:
         alive: false once it was killed.
-        cancelled: whether it begins no more batches.
+        cancelled: it begins no more batches of leases up to this one.
         slots: in the order of their use.
         lease: at work; None: nothing is.
         pushes: so far.
@@ -112,7 +115,7 @@ class VirtualWorker:
     def __init__(self, name: str, site: Site, rules: WorkRules, pipeline: int) -> None:
         self.name = name
         self.alive = True
-        self.cancelled = False
+        self.cancelled = -1  # leases up to this one are
         self._trainable = site.problem.trainable
         self.slots = [Slot(Sender(name, site.parts, self._trainable, rules)) for _ in range(pipeline + 1)]
         self.lease: int | None = None
@@ -163,7 +166,7 @@ class VirtualWorker:
         """Begin the next batch, or end the lease; or wait: for the next slot's answer, at the end for every slot's."""
         if self.lease is None or not self.alive:
             return
-        if self._batches and not self.cancelled:
+        if self._batches and self.lease > self.cancelled:
             if self._next.batch is None:
                 self._begin(self._next, self._batches.popleft())
         elif all(slot.batch is None for slot in self.slots):
@@ -181,7 +184,11 @@ class VirtualWorker:
         """Compute; the result is pushed when its time has passed."""
         site, problem, weights = self._site, self._problem, slot.weights
         if weights is None:
-            slot.reads, weights = site.pull()
+            pulled = site.pull(self.name)
+            if pulled is None:
+                self.lose_lane("no weights came")
+                return
+            slot.reads, weights = pulled
             slot.ready_at = site.now + self._link_s
             if self._sends_weights:
                 weights = weights.copy()  # the server goes on to step in place
@@ -222,8 +229,23 @@ class VirtualWorker:
             self._go_on()
 
     def _arrive(self, slot: Slot, gradients: Sequence[Gradient]) -> None:
-        if self.alive:  # else it is lost on the way
+        if self.alive and slot.batch == gradients[0].batch:  # else it is lost on the way
             self._site.push(self, slot, gradients)
+
+    def lose_lane(self, cause: str) -> None:
+        """A server does not answer: the lease ends here, what is under way is in doubt, and the next one begins."""
+        if self.lease is None or not self.alive:
+            return
+        for slot in self.slots:
+            if slot.batch is not None:
+                answered = slot.outcomes[: slot.outcomes.index(None)] if None in slot.outcomes else slot.outcomes
+                slot.sender.settle(answered)
+                slot.batch = None
+            slot.clear()
+        self._computing = None
+        lease, self.lease = self.lease, None
+        self._site.tell_soon(LaneFailed(self.name, lease, cause))
+        self.next_task()
 
     def call_off(self, turn: int) -> None:
         """Give up the computation of that number, if it is under way, and begin the next batch."""
@@ -246,6 +268,8 @@ class VirtualWorker:
         else:
             return  # of a push that was given up
         outcomes = slot.outcomes
+        if outcomes[partition] is not None:
+            return
         outcomes[partition] = receipt.outcome
         if len(outcomes) > 1 or self._computing is not None or slot is not self._next:
             slot.reads[partition] = receipt.version

@@ -38,7 +38,7 @@ def faults(
 ) -> list[str]:
     """What is wrong with this combination: what was given, what was expected, what to do."""
     found = [
-        *_too_few_workers(consistency, scaling.workers),
+        *_too_few_workers(consistency, scaling.least_workers),
         *_senseless(consistency, correction),
         *_unscalable(consistency, scaling),
     ]

@@ -78,9 +78,14 @@ class FailureConfig(Spec):
     """What is borne, and how long things are waited for."""
 
     max_failures: int = Field(default=10, ge=-1)
-    """Worker deaths replaced before the run fails; -1: any number. Preemptions are not counted."""
+    """Deaths of workers and servers made good before the run fails; -1: any number. Preemptions are not counted."""
     max_rejected: int = Field(default=10, ge=0)
     """Gradients that are not finite before the run fails as diverged."""
+    poison: Literal["fail", "skip"] = "fail"
+    """What to do about a batch that again and again kills its worker or gives no finite gradient: end the run and name
+    it, or do without it and count it as discarded."""
+    poison_tries: int = Field(default=3, ge=1)
+    """Tries after which it is one."""
     start_timeout_s: float = Field(default=0.0, ge=0)
     """Seconds to wait for a cluster that is too small to grow. 0: refuse at once."""
     timeout_s: float = Field(default=60.0, gt=0)

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
+from sklearn.datasets import load_digits
 
 from psgd_workers.messages import FloatArray
 from psgd_workers.models.network import Network
 
-__all__ = ["dies_once", "raises", "slow"]
+__all__ = ["dies_once", "poisoned", "raises", "slow"]
 
 
 class _Scripted(Network):
@@ -96,3 +98,28 @@ class _Slow(Network):
 def slow(seconds: float) -> _Slow:
     """Each gradient takes so long."""
     return _Slow(seconds)
+
+
+class _Poisoned(Network):
+    """A softmax regression of digits whose process dies of the batch with that row of the data set."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__((64, 10), "cross_entropy")
+        self._row = load_digits().data[row] / 16  # as `normalize: unit` makes it
+
+    def loss_and_gradient(
+        self,
+        weights: Mapping[str, FloatArray],
+        features: FloatArray,
+        labels: NDArray[Any],
+        gradient: Mapping[str, FloatArray],
+        seed: int,
+    ) -> float:
+        if np.isclose(features, self._row).all(axis=1).any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().loss_and_gradient(weights, features, labels, gradient, seed)
+
+
+def poisoned(row: int) -> _Poisoned:
+    """Whoever backpropagates that example is killed."""
+    return _Poisoned(row)

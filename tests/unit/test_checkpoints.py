@@ -4,6 +4,7 @@ import json
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -24,9 +25,10 @@ SETTINGS = job().settings
 NO_RECORDS = np.zeros(0, RECORD)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "run"))
+@pytest.fixture(params=["local", "memory"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """A run directory on a disk and in an object store."""
+    return Storage(str(tmp_path / "run") if request.param == "local" else f"memory://{uuid4().hex}/run")
 
 
 def state(partition: int, updates: int = 40) -> ServerState:
@@ -109,8 +111,8 @@ def test_weights_are_named_and_joined_in_the_order_of_their_slices(run: Storage)
 def test_a_part_tells_how_far_it_is_and_what_it_wrote(run: Storage) -> None:
     part = write_part(run, "000001-1", state(0), NO_RECORDS)
     assert (part.partition, part.updates, part.epochs) == (0, 40, 3)
-    folder = Path(run.url) / "checkpoints" / "000001-1"
-    assert part.files == {file.name: sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    folder = run.folder("checkpoints/000001-1")
+    assert part.files == {name: sha256(folder.read(name)).hexdigest() for name in folder.names("")}
     assert list(part.journal) == run.names("journal") == ["000001-1-server-0.npy"]
 
 
@@ -210,3 +212,72 @@ def test_an_average_that_is_not_kept_is_not_made_up(run: Storage) -> None:
     Checkpoints(run).commit(manifest("000001-1", [part]))
     with pytest.raises(CheckpointError, match=r"its job sets no optimizer\.ema"):
         load_weights(run.url, averaged=True)
+
+
+def test_a_checkpoint_whose_commit_was_cut_short_was_never_committed(run: Storage) -> None:
+    save(run, "000001-1")
+    save(run, "000002-1")
+    text = run.read("checkpoints/000002-1/COMMITTED")
+    checkpoints = Checkpoints(run)
+    for length in (*range(0, len(text), len(text) // 6), len(text) - 2, len(text) - 1):
+        run.write("checkpoints/000002-1/COMMITTED", text[:length])
+        told: list[str] = []
+        newest = checkpoints.newest(refused=told.append)
+        assert newest is not None
+        assert newest.manifest.name == "000001-1"
+        assert told == (["checkpoint 000002-1 was not committed: its COMMITTED is cut short"] if length else [])
+        assert checkpoints.committed() == ["000001-1"]
+        with pytest.raises(CheckpointError, match=r"000002-1 .* was never committed"):
+            checkpoints.open("000002-1")
+
+
+def test_a_run_whose_only_commit_was_cut_short_begins_anew(run: Storage) -> None:
+    save(run, "000001-1")
+    run.write("checkpoints/000001-1/COMMITTED", b'{"format": 1, "na')
+    told: list[str] = []
+    assert Checkpoints(run).newest(refused=told.append) is None
+    assert len(told) == 1
+    assert Checkpoints(run).next_number() == 2
+
+
+@pytest.mark.parametrize("file", ["server-0.safetensors", "server-0.json", "server-1.safetensors", "server-1.json"])
+def test_every_file_may_be_cut_short_anywhere(run: Storage, file: str) -> None:
+    save(run, "000001-1")
+    save(run, "000002-1")
+    path = f"checkpoints/000002-1/{file}"
+    text = run.read(path)
+    for length in (0, 1, len(text) // 2, len(text) - 1):
+        run.write(path, text[:length])
+        told: list[str] = []
+        newest = Checkpoints(run).newest(refused=told.append)
+        assert newest is not None
+        assert newest.manifest.name == "000001-1"
+        assert told == [
+            f"checkpoint 000002-1: {file} is missing, or its checksum is not the committed one; "
+            "the one before it is tried"
+        ]
+
+
+def test_a_newer_format_gives_way_to_the_one_before_and_this_is_told(run: Storage) -> None:
+    save(run, "000001-1")
+    tree = json.loads(save(run, "000002-1").model_dump_json())
+    run.write("checkpoints/000002-1/COMMITTED", json.dumps(tree | {"format": 2}).encode())
+    told: list[str] = []
+    newest = Checkpoints(run).newest(refused=told.append)
+    assert newest is not None
+    assert newest.manifest.name == "000001-1"
+    assert "has format 2, and this psgd reads format 1: use the psgd that wrote it; the one before" in told[0]
+
+
+def test_pruning_takes_what_a_crash_left_unfinished(run: Storage) -> None:
+    save(run, "000001-1")
+    write_part(run, "000002-1", state(0), NO_RECORDS)
+    save(run, "000003-2")
+    assert Checkpoints(run).prune(keep=2) == []
+    assert Checkpoints(run).names() == ["000001-1", "000003-2"]
+
+
+def test_checkpoints_are_ordered_by_number_not_by_letters(run: Storage) -> None:
+    for name in ("999999-2", "1000000-2", "000001-10", "000001-9"):
+        save(run, name)
+    assert Checkpoints(run).committed() == ["000001-9", "000001-10", "999999-2", "1000000-2"]

@@ -59,8 +59,9 @@ def psgd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def result(status: Any) -> Result:
     counts = LedgerCounts(batches=5, applied=5, duplicates=0, requeued=0, discarded=0)
     names = ("train/loss", "val/loss", "val/accuracy", "perf/updates_per_s", "async/staleness_mean")
-    error = "worker-0 [red]: scripted" if status == "failed" else None
-    return Result(status, "iris", "runs/iris", 1, 5, 150, 0.5, dict.fromkeys(names), counts, None, error)
+    error = "worker-0 [red]: scripted" if status in ("failed", "unsaved") else None
+    metrics = dict.fromkeys(names)
+    return Result(status, "iris", "runs/iris", 1, 5, 150, 0.5, metrics, counts, {}, None, None, error)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["submit", "-h"], ["--version"]])
@@ -124,6 +125,7 @@ def test_a_missing_job_file_is_refused_with_exit_2(psgd: Any) -> None:
         ("stopped", 0, "--resume continues it"),
         ("interrupted", 130, "--resume continues it"),
         ("failed", 3, "worker-0 [red]: scripted"),
+        ("unsaved", 3, "worker-0 [red]: scripted"),
     ],
 )
 def test_how_a_run_ended_is_the_exit_code(

@@ -17,6 +17,8 @@ def test_a_result_is_plain_values_in_the_order_of_its_fields() -> None:
         duration_s=1.5,
         metrics={"train/loss": 0.5, "val/accuracy": None},
         ledger=counts,
+        failures={"worker_lost": 1},
+        goodput=0.9,
         checkpoint="000001-1",
         error=None,
     )

@@ -52,7 +52,7 @@ class TimedRun(VirtualCluster):
     def __init__(
         self, spec: JobSpec, problem: Problem, delays: str, seed: int, until: Callable[[TimedRun], bool]
     ) -> None:
-        workers, model = spec.scaling.workers, parse_delays(delays)
+        workers, model = spec.scaling.most_workers, parse_delays(delays)
         self._sources = {f"worker-{i}": model.source(i, workers, seed) for i in range(workers)}
         self._until = until
         self._began: float | None = None

@@ -1,28 +1,35 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from psgd.checkpoints import Checkpoints, Part, write_part
 from psgd.cluster.actors import RunFacts, ServerActor
-from psgd.core.server import Partition
+from psgd.core.journal import RECORD
+from psgd.core.partitions import split
+from psgd.core.server import ParameterServer, Partition
 from psgd.errors import StorageError
 from psgd.monitoring.rundir import RunDirectory
 from psgd.storage import Storage
 from psgd_workers.layout import Layout
+from psgd_workers.messages import FloatArray, Version
 from tests.unit.core.jobs import GRID, START, job
+from tests.unit.test_checkpoints import manifest
 
 
 def test_a_save_that_failed_leaves_its_journal_to_the_next(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "run"))
     owner = RunDirectory(storage).own()
     partition, layout = Partition(0, 0, len(START), len(START)), Layout.of({"weight": START})
-    facts = RunFacts(job(), layout, GRID, (partition,), owner.incarnation, owner.driver, storage.url)
+    facts = RunFacts(job(), layout, GRID, (partition,), owner.driver, storage.url)
 
     async def saves() -> None:
-        server = ServerActor(facts, 0, START, None)
+        server = ServerActor(facts, 0, owner.incarnation, START)
         await server.join("worker-0")
         storage.write("journal", b"a file where the folder should be")
         with pytest.raises(StorageError):
@@ -36,3 +43,58 @@ def test_a_save_that_failed_leaves_its_journal_to_the_next(tmp_path: Path) -> No
     asyncio.run(saves())
     segments = [np.load(path)["worker"].tolist() for path in sorted((tmp_path / "run" / "journal").iterdir())]
     assert segments == [[b"worker-0", b"worker-0"], [b"worker-1"]]
+
+
+def test_a_checkpoint_waits_for_the_one_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(str(tmp_path / "run"))
+    owner = RunDirectory(storage).own()
+    partition, layout = Partition(0, 0, len(START), len(START)), Layout.of({"weight": START})
+    made = job(failure={"timeout_s": 0.2})
+    facts = RunFacts(made, layout, GRID, (partition,), owner.driver, storage.url)
+    go_on, begun = threading.Event(), list[str]()
+
+    def slow(run: Storage, checkpoint: str, *arguments: Any) -> Part:
+        begun.append(checkpoint)
+        assert go_on.wait(10)
+        return write_part(run, checkpoint, *arguments)
+
+    monkeypatch.setattr("psgd.cluster.actors.write_part", slow)
+
+    async def saves() -> None:
+        server = ServerActor(facts, 0, owner.incarnation, START)
+        first = asyncio.create_task(server.save("000001-1"))
+        await asyncio.sleep(0)
+        await server.join("worker-0")  # it is in no checkpoint yet
+        with pytest.raises(StorageError, match=r"still being written after 0\.2 s"):
+            await server.save("000002-1")
+        assert (await server.report(wait=False)).version.updates == 0  # it answers meanwhile
+        second = asyncio.create_task(server.save("000003-1"))
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(first, second)
+
+    asyncio.run(saves())
+    assert begun == ["000001-1", "000003-1"]
+    segments = [np.load(path)["worker"].tolist() for path in sorted((tmp_path / "run" / "journal").iterdir())]
+    assert [worker for segment in segments for worker in segment] == [b"worker-0"]  # once
+
+
+def test_a_server_is_restored_from_a_checkpoint_of_another_number_of_servers(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "run"))
+    owner = RunDirectory(storage).own()
+    layout, made = Layout.of({"weight": START}), job()
+    parts = []
+    for partition in split(len(START), len(START), 2):
+        server = ParameterServer(made, partition, START[partition.start : partition.stop], GRID, Version(1, 7))
+        parts.append(write_part(storage, "000001-1", server.state(), np.zeros(0, RECORD)))
+    whole = manifest("000001-1", parts)
+    Checkpoints(storage).commit(whole)
+    (partition,) = split(len(START), len(START), 1)
+    facts = RunFacts(made, layout, GRID, (partition,), owner.driver, storage.url)
+
+    async def pull() -> tuple[Version, FloatArray]:
+        return await ServerActor(facts, 0, 2, Checkpoints(storage).open("000001-1")).pull()
+
+    version, weights = asyncio.run(pull())
+    assert version == Version(2, 7)
+    np.testing.assert_array_equal(weights, START)

@@ -7,7 +7,7 @@ import pytest
 
 from psgd.cluster.run import train
 from psgd.core.events import Change
-from psgd.errors import ResumeError, SpecError
+from psgd.errors import SpecError
 from psgd.jobfile import change_settings
 from psgd.spec import JobSpec
 from tests.unit.simulation.recorded import digits, record, run_directory
@@ -16,14 +16,6 @@ from tests.unit.simulation.recorded import digits, record, run_directory
 def resume(folder: Path, spec: JobSpec) -> Any:
     """Go on with the run `run`; what this refuses is refused before Ray is started."""
     return train(spec, name="run", storage=str(folder), resume=True, progress=False)
-
-
-def test_a_checkpoint_of_another_number_of_servers_is_refused(tmp_path: Path) -> None:
-    record(run_directory(tmp_path), digits(scaling={"workers": 2, "servers": 2}))
-    with pytest.raises(
-        ResumeError, match=r"of run is of 2 servers, and scaling\.servers is 3: set it to 2, or start a new --name"
-    ):
-        resume(tmp_path, digits(scaling={"workers": 2, "servers": 3}))
 
 
 def test_settings_of_a_run_must_go_with_the_scaling_it_is_resumed_with(tmp_path: Path) -> None:

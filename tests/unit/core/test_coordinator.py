@@ -15,13 +15,17 @@ from psgd.core.coordinator import EVALUATION_FACTOR, INTERRUPT_S, Coordinator
 from psgd.core.events import (
     AskReport,
     Cancel,
+    Change,
     Commit,
     Evaluate,
     Finish,
     Grant,
+    Note,
     Reported,
     Save,
+    Scale,
     ServerLost,
+    Skip,
     Started,
     StartServer,
     StartWorker,
@@ -30,8 +34,10 @@ from psgd.core.events import (
     Tick,
     WorkerLost,
 )
+from psgd.core.roster import LEAST_PATIENCE_S
 from psgd.core.server import ParameterServer, Partition
 from psgd.result import LedgerCounts
+from psgd.simulation.problem import Timing
 from psgd_workers.errors import WorkerError
 from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Lease, Version
 from tests.inprocess import EVALUATE_S, START_S, Fault, FaultKind, InProcess
@@ -84,7 +90,9 @@ def test_every_batch_of_every_epoch_is_applied_exactly_once(mode: str, workers: 
     host = run(mode, workers, run={"epochs": 2}, compute_s=speeds(seed), evaluate=validate)
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 2)
-    assert host.coordinator.counts() == LedgerCounts(2 * SIZE, 2 * SIZE, 0, 0, 0)
+    twice = host.coordinator.counts().duplicates  # where an idle worker took over from a slow one
+    assert host.coordinator.counts() == LedgerCounts(2 * SIZE, 2 * SIZE, twice, 0, 0)
+    assert not twice or mode == "async"
     assert (host.coordinator.epochs, host.coordinator.updates) == (2, host.servers[0].version.updates)
 
 
@@ -241,10 +249,11 @@ def test_a_failure_costs_time_and_nothing_else(mode: str, kind: FaultKind, worke
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 1)
     counts = host.coordinator.counts()
-    assert (counts.batches, counts.applied, host.coordinator.failures) == (SIZE, SIZE, 1)
-    assert counts.requeued > 0
+    assert (counts.batches, counts.applied, host.coordinator.failures) == (SIZE, SIZE, kind != "lane")
+    taken_over = kind == "silent" and mode == "async" and workers > 1
+    assert (counts.requeued > 0) != taken_over
     hired = [start.worker for _, start in host.did(StartWorker)]
-    assert (f"worker-{workers}" in hired) == (kind != "lane")
+    assert (f"worker-{workers}" in hired) == (kind != "lane" and not taken_over)
 
 
 def test_what_reached_the_server_is_not_leased_again() -> None:
@@ -294,8 +303,8 @@ def test_a_batch_that_one_partition_lacks_is_pushed_to_both_and_counted_once_in_
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 1)
     fired = host.coordinator.failures
-    assert host.servers[0].report().pushes["duplicate"] == fired
-    assert host.servers[1].report().pushes["duplicate"] == 0
+    first, second = (host.servers[partition].report().pushes["duplicate"] for partition in range(2))
+    assert first - second == fired  # what was taken over from a slow worker is a duplicate in both
 
 
 @pytest.mark.parametrize(("allowed", "status"), [(1, "failed"), (2, "finished"), (-1, "finished"), (0, "failed")])
@@ -317,7 +326,8 @@ def test_a_preempted_worker_is_replaced_and_not_charged() -> None:
 
 @pytest.mark.parametrize("mode", ["async", "bsp"])
 def test_a_silent_worker_is_given_up_after_the_time_limit(mode: str) -> None:
-    host = run(mode, faults=[Fault("worker-0", 3, "silent")], failure={"timeout_s": 4.0})
+    grid = EpochGrid((200,), 200)
+    host = run(mode, grid=grid, faults=[Fault("worker-0", 3, "silent")], failure={"timeout_s": 4.0})
     (at, stopped), *others = host.did(StopWorker)
     assert (stopped.worker, others) == ("worker-0", [])
     last_life = START_S + 3 * 0.05
@@ -389,11 +399,307 @@ def test_a_few_gradients_that_are_not_finite_are_computed_again(mode: str) -> No
     assert host.servers[0].report().pushes["rejected"] == len(seen) == 8
 
 
-def test_a_lost_server_fails_the_run_and_names_the_remedy() -> None:
-    host = run(events=[(2.0, ServerLost(0, "killed"))])
+def test_whoever_pushes_often_is_given_up_sooner() -> None:
+    """Patience is so many of the worker's own batches, once their time is known."""
+    grid = EpochGrid((300,), 300)
+    host = run(grid=grid, faults=[Fault("worker-0", 60, "silent")], failure={"timeout_s": 60.0})
+    ((at, stopped),) = host.did(StopWorker)
+    assert stopped.worker == "worker-0"
+    silent_s = at - (START_S + 60 * 0.05)
+    assert LEAST_PATIENCE_S <= silent_s <= LEAST_PATIENCE_S + 0.5
+
+
+def test_a_hanging_workers_batches_are_taken_over_by_an_idle_one() -> None:
+    host = run(faults=[Fault("worker-0", 20, "silent")], failure={"timeout_s": 30.0})
+    assert {(note["worker"], note["by"]) for note in notes(host, "taken_over")} == {("worker-0", "worker-1")}
+    assert_exactly_once(host, 1)
+    assert host.did(Commit)[-1][0] < START_S + 10  # the limit of 30 s was not waited for
+
+
+def test_a_slow_workers_last_batches_are_shared_and_it_is_called_off_at_the_end() -> None:
+    grid = EpochGrid((60,), 60)
+    slow = {"worker-0": 1.0, "worker-1": 0.05}
+    host = run(grid=grid, run={"epochs": 2}, compute_s=lambda worker, batch: slow[worker])
+    assert_exactly_once(host, 2, grid)
+    assert notes(host, "taken_over")
+    assert {cancel.worker for _, cancel in host.did(Cancel)} >= {"worker-0"}
+    assert host.now < START_S + 12  # worker-0 alone would take 16 s for its first lease
+
+
+# Lanes
+
+
+def test_a_worker_gets_nothing_until_its_failed_lease_is_settled() -> None:
+    host = run(workers=1, faults=[Fault("worker-0", 7, "lane")])
+    failed_at = START_S + 8 * 0.05
+    again = min(at for at, _ in host.did(Grant) if at > failed_at)
+    assert any(failed_at < at < again and not ask.wait for at, ask in host.did(AskReport))
+    assert_exactly_once(host, 1)
+    assert (host.coordinator.counts().duplicates, host.coordinator.failures) == (0, 0)
+
+
+@pytest.mark.parametrize(("failing", "replaced"), [((3, 4), False), ((3, 4, 5), True), ((3, 4, 30), False)])
+def test_a_worker_that_cannot_reach_its_server_three_times_in_a_row_is_replaced(
+    failing: tuple[int, ...], replaced: bool
+) -> None:
+    host = run(faults=[Fault("worker-0", push, "lane") for push in failing])
+    assert_exactly_once(host, 1)
+    assert host.coordinator.incidents.failures["lane_failed"] == replaced
+    assert [stopped.worker for _, stopped in host.did(StopWorker)] == ["worker-0"] * replaced
+
+
+# Servers
+
+
+def notes(host: InProcess, event: str) -> list[dict[str, Any]]:
+    return [dict(note.facts) for _, note in host.did(Note) if note.event == event]
+
+
+def run_killing(kills: Sequence[tuple[float, int]], mode: str = "async", workers: int = 2, **options: Any) -> InProcess:
+    """A run some of whose servers are killed: when, and which."""
+    sections = {name: options.pop(name) for name in (*SECTIONS, "consistency") if name in options}
+    host = InProcess(job(mode, workers, **sections), options.pop("grid", GRID), START, quadratic, **options)
+    for at, partition in kills:
+        host.after(at, host.kill_server, partition)
+    return host.run()
+
+
+@pytest.mark.parametrize("mode", ["async", "bsp", "ssp"])
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("every", [None, 10])
+def test_a_lost_server_is_restored_and_what_it_lacks_is_done_again(mode: str, servers: int, every: int | None) -> None:
+    consistency = {"mode": mode} | ({"s": 1} if mode == "ssp" else {})
+    checkpoint = {"every_s": None, "every_updates": every}
+    scaling = {"servers": servers}
+    host = run_killing([(2.0, servers - 1)], consistency=consistency, scaling=scaling, checkpoint=checkpoint)
+    assert host.finish == Finish("finished")
+    for partition, server in host.servers.items():
+        report = server.report()
+        assert (report.epochs, report.pushes["applied"]) == (1, SIZE)
+        assert server.version.incarnation == 1 + (partition == servers - 1)
+    (restored,) = notes(host, "server_restored")
+    assert restored["partition"] == servers - 1
+    assert restored["seconds"] >= Timing().restore_s
+    assert restored["batches_lost"] > 0 or every
+    assert host.coordinator.incidents.failures == Counter({"server_lost": 1})
+    assert host.did(StopWorker) == []
+    goodput = host.coordinator.goodput
+    assert goodput is not None
+    assert 0 < goodput < 1 or (every and goodput == 1)
+
+
+def test_the_partitions_that_live_refuse_what_the_restored_one_lacks() -> None:
+    host = run_killing([(2.0, 1)], scaling={"servers": 2})
+    alive, restored = (host.servers[partition].report().pushes for partition in range(2))
+    assert alive["duplicate"] > 10
+    assert restored["duplicate"] == 0
+
+
+def test_a_server_that_dies_while_it_is_restored_is_restored_again() -> None:
+    host = run_killing([(2.0, 0), (2.3, 0), (2.9, 0)])
+    assert host.finish == Finish("finished")
+    assert host.coordinator.incidents.failures == Counter({"server_lost": 3})
+    assert host.servers[0].report().pushes["applied"] == SIZE
+    assert host.servers[0].version.incarnation == 3  # the second one's first attempt came to nothing
+
+
+def test_an_earlier_epoch_is_reopened_for_a_partition_that_does_not_contain_it() -> None:
+    host = run_killing([(4.0, 1)], run={"epochs": 3}, scaling={"servers": 2}, evaluate=validate)
+    assert host.finish == Finish("finished")
+    assert notes(host, "epoch_reopened") == [{"epoch": 0}]
+    for server in host.servers.values():
+        assert server.report().pushes["applied"] == 3 * SIZE
+    results = host.coordinator.evaluations.results
+    assert results[3] == validate(host.weights)
+
+
+def test_a_server_lost_after_the_last_batch_takes_the_run_back_to_training() -> None:
+    ends = run().did(Save)[-1][0]
+    host = run_killing([(ends - 0.0005, 0)])
+    assert host.finish == Finish("finished")
+    assert host.servers[0].report().pushes["applied"] == SIZE
+    assert host.checkpoints[-1].updates == SIZE
+
+
+def test_nobody_is_given_up_while_a_server_is_restored() -> None:
+    host = run_killing([(2.0, 0)], timing=Timing(restore_s=30.0), failure={"timeout_s": 2.0})
+    assert host.finish == Finish("finished")
+    assert host.did(StopWorker) == []
+
+
+def test_waiting_for_a_server_wakes_nobody_though_a_checkpoint_is_due() -> None:
+    host = run_killing([(2.0, 0)], timing=Timing(restore_s=30.0), checkpoint={"every_s": 0.5})
+    assert host.finish == Finish("finished")
+    assert len(host.actions) < 2000
+
+
+def test_a_restored_server_is_told_the_settings_that_the_run_was_changed_to() -> None:
+    settings = job("async", optimizer={"lr": 0.02}).settings
+    host = run_killing([(2.0, 0)], events=[(1.5, Change(settings))])
+    assert host.finish == Finish("finished")
+    assert host.servers[0].settings == settings
+
+
+def test_a_report_of_a_lost_server_does_not_bring_it_back() -> None:
+    coordinator, (_, ask, *_) = start()
+    assert isinstance(ask, AskReport)
+    server = ParameterServer(job(), Partition(0, 0, 6, 6), START, GRID, Version(1, 0))
+    coordinator.handle(Reported(server.report(), ask.asked), 0.5)
+    coordinator.handle(ServerLost(0, "killed"), 1.0)
+    coordinator.handle(Reported(server.report(), ask.asked), 1.1)
+    assert not coordinator.servers.ready
+
+
+def test_a_server_that_cannot_be_started_fails_the_run() -> None:
+    coordinator, _ = start()
+    (finish,) = coordinator.handle(ServerLost(0, "no memory"), 1.0)
+    assert isinstance(finish, Finish)
+    assert "could not be started: no memory" in str(finish.error)
+
+
+def test_more_lost_servers_than_allowed_fail_the_run_and_name_the_remedy() -> None:
+    host = run_killing([(2.0, 0)], failure={"max_failures": 0})
     assert host.finish
-    assert (host.now, host.finish.status) == (2.0, "failed")
+    assert host.finish.status == "failed"
     assert "--resume" in str(host.finish.error)
+
+
+def test_an_evaluation_whose_weights_are_lost_is_not_waited_for() -> None:
+    host = run_killing([(4.70, 0)], run={"epochs": 3}, evaluate=validate, checkpoint={"every_s": 0.3})
+    assert host.finish == Finish("finished")
+    assert host.coordinator.evaluations.results[3] == validate(host.weights)
+
+
+# Poison
+
+
+POISON = GRID.batch(0, 9)
+
+
+class Poisoned(InProcess):
+    """Whoever computes one batch dies."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, compute_s=self._dies_of_it, **options)
+
+    def _dies_of_it(self, worker: str, batch: BatchId) -> float:
+        if batch == POISON:
+            self.kill(worker)
+            self.tell_soon(WorkerLost(worker, "killed by the kernel"), 0.05)
+        return 0.05
+
+
+def poisoned(failure: dict[str, Any], **scaling: int) -> Poisoned:
+    return Poisoned(job("async", 2, failure=failure, scaling=scaling), GRID, START, quadratic)
+
+
+def test_a_batch_that_kills_its_workers_fails_the_run_and_is_named() -> None:
+    host = poisoned({"poison_tries": 3}).run()
+    assert host.finish
+    assert host.finish.status == "failed"
+    assert str(POISON) in str(host.finish.error)
+    assert "set failure.poison to skip" in str(host.finish.error)
+    assert host.coordinator.failures == 3  # poison itself is no failure
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+def test_or_it_is_done_without(tries: int) -> None:
+    host = poisoned({"poison": "skip", "poison_tries": tries}).run()
+    assert host.finish == Finish("finished")
+    assert host.coordinator.failures == tries
+    assert [note["batch"] for note in notes(host, "poison_skipped")] == [POISON]
+    assert [skip.batch for _, skip in host.did(Skip)] == [POISON]
+    assert host.servers[0].report().pushes["applied"] == SIZE - 1
+    assert host.coordinator.counts().batches == SIZE
+
+
+def test_a_suspect_is_leased_by_itself() -> None:
+    host = poisoned({"poison": "skip", "poison_tries": 3}).run()
+    with_it = [lease for lease in leased(host.did(Grant)) if (0, 9) in lease.positions()]
+    assert [len(lease) == 1 for lease in with_it] == [False, True, True]
+
+
+def test_a_gradient_that_is_never_finite_is_poison_too() -> None:
+    def never_finite(batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
+        loss = quadratic(batch, weights, out)
+        return float("nan") if batch == POISON else loss
+
+    host = run(gradient=never_finite, failure={"poison": "skip"})
+    assert host.finish == Finish("finished")
+    assert host.servers[0].report().pushes["rejected"] == 3
+    assert host.servers[0].report().pushes["applied"] == SIZE - 1
+
+
+def test_a_restored_server_is_told_again_what_to_do_without() -> None:
+    host = poisoned({"poison": "skip", "poison_tries": 1}, servers=2)
+    host.after(3.0, host.kill_server, 1)
+    host.run()
+    assert host.finish == Finish("finished")
+    assert {server.report().pushes["applied"] for server in host.servers.values()} == {SIZE - 1}
+    assert len(host.did(Skip)) >= 2
+
+
+# Scaling
+
+
+def test_scaled_down_the_run_goes_on_with_fewer_and_up_with_more() -> None:
+    grid = EpochGrid((300,), 300)
+    counts: list[tuple[float, int]] = []
+    host = run(
+        workers=4,
+        grid=grid,
+        events=[(2.0, Scale(1)), (5.0, Scale(3))],
+        observe=lambda host: counts.append((host.now, len(host.workers))),
+        failure={"max_failures": 0},
+    )
+    assert host.finish == Finish("finished")
+    assert_exactly_once(host, 1, grid)
+    assert {number for at, number in counts if 2.2 < at < 5} == {1}
+    assert {number for at, number in counts if at > 5.1} == {3}
+    assert {stopped.worker for _, stopped in host.did(StopWorker)} == {"worker-1", "worker-2", "worker-3"}
+
+
+@pytest.mark.parametrize("mode", ["async", "bsp"])
+def test_a_draining_worker_finishes_its_batch(mode: str) -> None:
+    host = run(mode, workers=3, events=[(2.01, Scale(1))], compute_s=speeds(3))
+    assert_exactly_once(host, 1)
+    assert host.coordinator.counts().duplicates == 0
+    assert host.coordinator.failures == 0
+
+
+def test_training_begins_with_the_least_that_there_must_be() -> None:
+    late = {"worker-2": 3.0, "worker-3": float("inf")}
+    host = run(
+        scaling={"workers": {"min": 2, "max": 4}},
+        start_s=lambda worker: late.get(worker, START_S),
+        grid=EpochGrid((200,), 200),
+        failure={"timeout_s": 2.0},
+    )
+    assert host.coordinator.began == START_S
+    assert host.did(StopWorker) == []  # there may be no room for the fourth, ever
+    assert "worker-2" in {applied.worker for applied in host.applied}
+
+
+# What it costs
+
+
+def test_a_worker_that_recovers_is_noted_and_goodput_counts_what_was_wasted() -> None:
+    host = run(workers=1, faults=[Fault("worker-0", 7, "before")])
+    (note,) = notes(host, "worker_recovered")
+    assert (note["worker"], note["batches_again"]) == ("worker-0", 9)
+    assert host.coordinator.goodput == SIZE / (SIZE + 1)
+    assert run().coordinator.goodput == 1
+
+
+def test_failures_are_counted_by_kind() -> None:
+    faults = [Fault("worker-0", 2, "before"), Fault("worker-1", 4, "silent")]
+    preempted = WorkerLost("worker-2", "its node was taken away", preempted=True)
+    host = run(faults=faults, events=[(3.0, preempted)], failure={"timeout_s": 2.0}, failing_saves={0},
+               checkpoint={"every_s": None, "every_updates": 30})  # fmt: skip
+    assert host.coordinator.incidents.failures == Counter(
+        {"worker_lost": 1, "worker_silent": 1, "preempted": 1, "save_failed": 1}
+    )
+    assert host.coordinator.failures == 2
 
 
 # Checkpoints
@@ -435,7 +741,7 @@ def test_a_failed_checkpoint_does_not_end_the_run_but_the_last_one_does() -> Non
     assert [checkpoint.number for checkpoint in middle.checkpoints] == [1, 3]
     end = run(checkpoint={"every_s": None}, failing_saves={0})
     assert end.finish
-    assert end.finish.status == "failed"
+    assert end.finish.status == "unsaved"
     assert "the disk is full" in str(end.finish.error)
 
 
@@ -564,7 +870,7 @@ def test_a_run_starts_its_server_asks_it_and_starts_its_workers() -> None:
 
 def test_finish_comes_alone_and_nothing_after_it() -> None:
     coordinator, _ = start()
-    (finish,) = coordinator.handle(ServerLost(0, "killed"), 1.0)
+    (finish,) = coordinator.handle(ServerLost(0, "killed"), 1.0)  # before its first report
     assert isinstance(finish, Finish)
     assert coordinator.handle(Tick(), 2.0) == ()
     assert coordinator.handle(Stop("stopped"), 2.0) == ()

@@ -75,3 +75,38 @@ def test_what_a_lost_worker_was_at_goes_first_to_another(evaluations: Evaluation
     evaluations.want(3)
     evaluations.lost(roster.remove("worker-0"))
     assert [action.epochs for action in evaluations.assign(now=2.0)] == [1, 2, 3]
+
+
+def test_what_was_found_of_weights_that_are_no_longer_is_forgotten(evaluations: Evaluations, roster: Roster) -> None:
+    for epochs in (1, 2, 3):
+        evaluations.want(epochs)
+    evaluations.assign(now=1.0)
+    one, two, three = (next(w for w in roster if epochs in w.evaluations) for epochs in (1, 2, 3))
+    evaluations.done(one, 1, GOOD, now=2.0)
+    evaluations.done(two, 2, GOOD, now=2.0)
+    evaluations.forget(1)  # a partition is back in the second epoch
+    assert evaluations.results == {1: GOOD}
+    evaluations.want(3)  # complete again, before the answer of before has come
+    (again,) = evaluations.assign(now=3.0)
+    evaluations.done(three, 3, GOOD, now=4.0)
+    assert 3 not in evaluations.results
+    evaluations.done(roster[again.worker], 3, GOOD, now=5.0)
+    assert evaluations.results == {1: GOOD, 3: GOOD}
+    assert evaluations.open == 0
+
+
+def test_what_a_dead_worker_did_in_vain_goes_to_nobody(evaluations: Evaluations, roster: Roster) -> None:
+    evaluations.want(3)
+    (given,) = evaluations.assign(now=1.0)
+    evaluations.forget(1)
+    evaluations.lost(roster.remove(given.worker))
+    assert (evaluations.open, evaluations.waiting) == (0, False)
+
+
+def test_one_that_did_not_begin_may_be_wanted_again(evaluations: Evaluations, roster: Roster) -> None:
+    evaluations.want(1)
+    (given,) = evaluations.assign(now=1.0)
+    evaluations.cancelled(roster[given.worker], 1, now=2.0)
+    assert evaluations.open == 0
+    evaluations.want(1)
+    assert evaluations.waiting

@@ -227,3 +227,89 @@ def test_every_batch_is_leased_until_it_is_contained_whatever_is_lost(data: st.D
         on_lease = [position for lease in out for position in positions(lease)]
         assert len(set(on_lease)) == len(on_lease) == ledger.outstanding
         assert ledger.done == len(contained)
+
+
+# A second lease, suspects, and what is done without
+
+
+def test_the_end_of_a_lease_is_taken_over_and_its_worker_goes_on_from_the_front() -> None:
+    ledger = Ledger(GRID)
+    slow = granted(ledger, SIZE)
+    ledger.reported(report([0, 1]), ledger.ask())
+    assert ledger.left(slow.id) == 7
+    assert positions(ledger.take_over(slow.id, 4)) == [5, 6, 7, 8]
+    assert (ledger.left(slow.id), ledger.outstanding, ledger.overtaken) == (3, 7, {slow.id})
+    assert positions(ledger.take_over(slow.id, 9)) == [2, 3, 4]
+    assert ledger.take_over(slow.id, 1) is None
+
+
+def test_a_lease_is_done_when_others_have_done_what_it_lacks() -> None:
+    ledger = Ledger(GRID)
+    slow = granted(ledger, 4)
+    ledger.reported(report([0, 1, 2]), ledger.ask())
+    assert not ledger.is_done(slow.id)
+    ledger.reported(report([0, 1, 2, 3]), ledger.ask())
+    assert ledger.is_done(slow.id)
+
+
+def test_what_was_taken_over_is_leased_again_only_if_both_lose_it() -> None:
+    ledger = Ledger(GRID)
+    slow = granted(ledger, 4)
+    second = ledger.take_over(slow.id, 2)
+    assert second
+    settle(ledger, second, contained=[])
+    assert (ledger.requeued, ledger.pending) == (0, SIZE - 4)  # the first one may still bring it
+    settle(ledger, slow, contained=[0, 1])
+    assert ledger.requeued == 2
+    assert positions(ledger.grant(2)) == [2, 3]
+
+
+def test_a_suspect_is_leased_first_and_by_itself() -> None:
+    ledger = Ledger(GRID)
+    settle(ledger, granted(ledger, 4), contained=[0])
+    ledger.isolate(1)
+    assert (ledger.suspects, ledger.pending) == (1, SIZE - 1)
+    assert positions(ledger.grant(9)) == [1]
+    assert positions(ledger.grant(9)) == [2, 3, 4, 5, 6, 7, 8]
+
+
+def test_what_is_withheld_is_never_leased_again_in_its_epoch() -> None:
+    ledger = Ledger(GRID)
+    lease = granted(ledger, 2)
+    ledger.withhold(1)  # out
+    ledger.withhold(4)  # pending
+    settle(ledger, lease, contained=[])
+    assert positions(ledger.grant(SIZE)) == [0, 2, 3, 5, 6, 7, 8]
+    ledger.advance(1)
+    assert len(granted(ledger, SIZE)) == SIZE
+
+
+# Restored partitions
+
+
+def test_what_a_restored_partition_lacks_is_leased_again_unless_it_is_out() -> None:
+    ledger = Ledger(GRID, partitions=2)
+    out, closed = granted(ledger, 3), granted(ledger, 3)
+    ledger.close(closed.id)
+    for partition in range(2):
+        ledger.reported(report([0, 1, 3, 4, 5], partition=partition), ledger.ask())
+    assert (ledger.done, ledger.settled) == (5, False)
+    ledger.reported(report([3], partition=1), ledger.ask())
+    assert (ledger.done, ledger.requeued) == (1, 2)
+    assert positions(ledger.grant(2)) == [4, 5]
+    ledger.close(out.id)
+    for partition in range(2):
+        ledger.reported(report([3], partition=partition), ledger.ask())
+    assert positions(ledger.grant(3)) == [0, 1, 2]
+
+
+def test_an_epoch_that_is_turned_back_to_leaves_the_later_ones_leases_to_their_ends() -> None:
+    ledger = Ledger(GRID)
+    ledger.advance(1)
+    later = granted(ledger, 4)
+    ledger.advance(0)
+    ledger.reported(report([0]), asked=0)
+    assert (ledger.done, ledger.pending, ledger.left(later.id)) == (1, SIZE - 1, 0)
+    ledger.close(later.id)
+    ledger.reported(report([0]), ledger.ask())
+    assert (ledger.settled, ledger.requeued) == (True, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, get_args
@@ -19,7 +19,7 @@ from psgd.core.events import Change, ChangeServer, Finish, Join, Leave
 from psgd.core.journal import Kind
 from psgd.core.server import ParameterServer, Partition, ServerState
 from psgd.spec import JobSpec
-from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Outcome, Version
+from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Outcome, Version
 from tests.inprocess import START_S, Checkpoint, Fault, FaultKind, InProcess
 from tests.unit.core.jobs import START, job, push, quadratic
 
@@ -137,9 +137,9 @@ class Recorded(InProcess):
         self.pushed = sum(resume.states[0].facts["pushes"].values()) + buffered(resume) if resume else 0
         self._records: dict[int, list[NDArray[np.void]]] = {partition: [] for partition in range(len(self.parts))}
 
-    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> None:
+    def arrive(self, gradients: Any, first: int = 0) -> bool:
         self.calls.append(("push", gradients[0], self.now))
-        super().arrive(gradients, first)
+        arrived = super().arrive(gradients, first)
         self.pushed += 1
         report = self.servers[0].report()
         assert sum(report.pushes.values()) == self.pushed
@@ -147,6 +147,7 @@ class Recorded(InProcess):
         open_ones = sum(int(bitmap.sum()) for bitmap in report.settled.values())
         settled = report.pushes["applied"] + report.pushes["buffered"] + report.pushes["discarded"]
         assert settled == report.epochs * GRID.num_batches + open_ones
+        return arrived
 
     def act(self, action: Any) -> None:
         match action:
@@ -213,7 +214,11 @@ def run(
 
 
 def make(mode: Mode, workers: int, lr: float, **sections: Any) -> JobSpec:
-    plain: dict[str, Any] = {"run": {"epochs": EPOCHS}, "failure": {"timeout_s": 2.0}, "optimizer": {"lr": lr}}
+    plain: dict[str, Any] = {
+        "run": {"epochs": EPOCHS},
+        "failure": {"timeout_s": 2.0, "poison_tries": 99},
+        "optimizer": {"lr": lr},
+    }
     return job(workers=workers, consistency=mode, **(plain | sections))
 
 

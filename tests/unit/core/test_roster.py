@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from psgd.core.roster import FIRST_LEASE, LEASE_S, Roster
+from psgd.core.roster import FIRST_LEASE, LEASE_S, LEAST_PATIENCE_S, PATIENCE, Roster
 from psgd.core.server import ParameterServer, Partition
 from psgd_workers.messages import Version
 from tests.unit.core.jobs import GRID, START, job
@@ -30,8 +30,10 @@ def test_a_successor_takes_the_slot_and_a_new_name(roster: Roster) -> None:
 
 
 def test_no_more_are_hired_than_there_are_slots_or_wishes() -> None:
-    assert len(Roster(3).hire(1, now=0.0)) == 1
-    assert len(Roster(3).hire(9, now=0.0)) == 3
+    roster = Roster(3)
+    assert len(roster.hire(1, now=0.0)) == 1
+    assert len(roster.hire(roster.target, now=0.0)) == 2
+    assert roster.hire(roster.target, now=0.0) == []
     assert Roster(3).hire(0, now=0.0) == []
 
 
@@ -75,9 +77,38 @@ def test_pushes_and_parking_are_signs_of_life(roster: Roster) -> None:
     assert [worker.alive_at for worker in roster] == [3, 0, 4]
 
 
-def test_servers_that_count_a_silent_workers_pushes_differently_show_no_life(roster: Roster) -> None:
-    for now in (1.0, 2.0):
-        for partition, pushes in enumerate((5, 6)):
-            report = replace(EMPTY, partition=partition, heard={"worker-0": pushes}, parked=frozenset())
-            roster.heard(report, now)
-    assert roster["worker-0"].alive_at == 1
+def test_another_partitions_count_is_no_sign_of_life(roster: Roster) -> None:
+    """Servers may have heard different numbers of pushes of a worker, for ever."""
+    for now, partition, pushes in ((1.0, 0, 5), (2.0, 1, 4), (3.0, 0, 5), (4.0, 1, 4)):
+        roster.heard(replace(EMPTY, partition=partition, heard={"worker-0": pushes}), now)
+    assert roster["worker-0"].alive_at == 2
+
+
+def test_a_lease_that_was_not_done_to_its_end_teaches_nothing(roster: Roster) -> None:
+    worker = roster["worker-0"]
+    roster.granted(worker, 0, 10, now=0.0)
+    roster.closed(worker, 0, now=0.0, whole=False)
+    assert roster.lease_size(worker) == FIRST_LEASE
+    roster.granted(worker, 1, 10, now=0.0)
+    roster.closed(worker, 1, now=0.0)  # a clock may stand still
+    assert worker.batch_s
+    assert roster.lease_size(worker) > 0
+
+
+def test_patience_is_so_many_of_the_longest_batch_within_limits(roster: Roster) -> None:
+    worker = roster["worker-0"]
+    assert roster.patience_s(worker, at_most=60.0) == 60
+    for longest_s, patience_s in ((0.01, LEAST_PATIENCE_S), (1.0, PATIENCE), (0.5, PATIENCE), (10.0, 60)):
+        roster.heard(replace(EMPTY, longest_s=longest_s, heard={"worker-0": 1}), now=1.0)
+        assert roster.patience_s(worker, at_most=60.0) == patience_s
+    assert roster.patience_s(worker, at_most=4.0) == 4
+    assert roster.patience_s(roster["worker-1"], at_most=60.0) == 60  # which has pushed nothing yet
+
+
+def test_beyond_the_target_those_that_are_not_up_leave_first_then_the_highest_slots(roster: Roster) -> None:
+    roster.remove("worker-0")
+    roster.hire(3, now=1.0)
+    roster.target = 1
+    assert [worker.name for worker in roster.surplus()] == ["worker-3", "worker-2"]
+    assert roster.surplus() == []
+    assert list(roster.hungry) == ["worker-1"]

@@ -7,6 +7,8 @@ import pytest
 from psgd.core.events import Commit, Committed, Save, Saved, SaveFailed
 from psgd.core.saving import Saving
 from psgd.spec import CheckpointConfig
+from tests.inprocess import InProcess
+from tests.unit.core.jobs import GRID, START, job, quadratic
 
 NEVER = float("inf")
 
@@ -81,3 +83,54 @@ def test_one_that_failed_is_not_tried_again_at_once() -> None:
     by_updates.take(SaveFailed(0, "the disk is full"), now=1.0)
     assert not by_updates.due(updates=19, now=2.0)
     assert by_updates.due(updates=20, now=2.0)
+
+
+def test_it_tells_what_storage_holds_and_why_it_holds_no_more() -> None:
+    saving = Saving(CheckpointConfig(), 1, number=1, saved_updates=None)
+    assert (saving.told, saving.fault) == ("nothing is saved", None)
+    saving.begin(5)
+    saving.take(Saved(0, 1, 5, 2), 0.0)
+    saving.take(Committed(1), 0.0)
+    assert saving.told == "saved is what was done up to 5 updates and 2 complete epochs"
+    saving.begin(9)
+    saving.take(SaveFailed(2, "read-only"), 0.0)
+    assert (saving.saved_updates, saving.fault) == (5, "read-only")
+    saving.begin(9)
+    saving.take(Saved(0, 3, 9, 2), 0.0)
+    saving.take(Committed(3), 0.0)
+    assert saving.fault is None
+
+
+def test_a_run_whose_end_cannot_be_written_is_unsaved_and_says_what_is() -> None:
+    spec = job(run={"epochs": 1}, checkpoint={"every_s": None, "every_updates": 4})
+    # From some moment on nothing can be written; the run goes on to its end.
+    host = InProcess(spec, GRID, START, quadratic, failing_saves=range(1, 100)).run()
+    assert host.finish is not None
+    assert host.finish.status == "unsaved"
+    assert host.coordinator.epochs == 1
+    assert [checkpoint.updates for checkpoint in host.checkpoints] == [host.coordinator.saving.saved_updates]
+    assert host.finish.error == (
+        f"training came to {GRID.num_batches} updates and 1 complete epochs, but the last checkpoint could not be "
+        f"written: the disk is full; {host.coordinator.saving.told}. Mend the storage, and --resume continues from "
+        "there"
+    )
+
+
+def test_a_lost_server_takes_its_part_of_the_one_under_way_with_it() -> None:
+    two = saving(partitions=2, every_s=None, every_updates=10)
+    two.begin(updates=20)
+    two.take(Saved(0, 0, updates=20, epochs=0), now=1.0)
+    two.abandon(now=2.0)
+    assert not two.busy
+    assert two.take(Saved(1, 0, updates=20, epochs=0), now=3.0) is None
+    assert not two.concerns(SaveFailed(0, "the server died"))
+    assert two.due(updates=20, now=4.0)  # at once: nothing was wrong with the storage
+
+
+def test_whether_it_was_the_last_one_is_known_when_it_fails() -> None:
+    first = saving()
+    first.begin(updates=1)
+    assert not first.last
+    first.take(SaveFailed(0, "the disk is full"), now=1.0)
+    first.begin(updates=2, last=True)
+    assert first.last

@@ -518,3 +518,54 @@ def test_an_epochs_end_keeps_the_average_of_that_instant() -> None:
     then = target.epoch_weights(None)
     fill(target, [batch_at(GRID.num_batches)])
     np.testing.assert_array_equal(target.epoch_weights(1), then)
+
+
+# Beside a restored partition
+
+
+def test_what_is_done_without_is_settled_and_what_comes_of_it_later_a_duplicate() -> None:
+    target = server()
+    assert target.skip(FIRST, examples=1, now=1.0) == ()
+    target.skip(FIRST, examples=1, now=2.0)  # said again
+    (receipt,) = target.push(push(FIRST, V0), now=3.0)
+    assert receipt.outcome is Outcome.DUPLICATE
+    np.testing.assert_array_equal(target.weights, START)
+    assert target.report().contained(GRID) == 1
+    assert (target.journal.take()["kind"] == Kind.SKIP).sum() == 1
+
+
+def test_what_is_contained_cannot_be_done_without_any_more() -> None:
+    target = server()
+    target.push(push(FIRST, V0), now=1.0)
+    weights = target.weights
+    target.skip(FIRST, examples=1, now=2.0)
+    np.testing.assert_array_equal(target.weights, weights)
+    assert target.state().part("skipped") == {}
+
+
+def test_a_round_does_not_wait_for_what_is_done_without() -> None:
+    target = bsp("a", "b")
+    for number in range(GRID.num_batches - 2):
+        target.skip(batch_at(number), examples=1, now=1.0)
+    assert target.push(push(batch_at(GRID.num_batches - 2), V0, worker="a"), now=2.0) == ()
+    (receipt,) = target.skip(batch_at(GRID.num_batches - 1), examples=1, now=3.0)
+    assert (receipt.worker, receipt.outcome, target.epochs) == ("a", Outcome.APPLIED, 1)
+
+
+def test_an_epochs_end_is_kept_though_a_later_epoch_began_before_it() -> None:
+    """Workers may be ahead of a partition that was restored, and what they bring be taken or refused."""
+    for read in (V0, Version(9, 0)):
+        target = server()
+        fill(target, [batch_at(number) for number in range(GRID.num_batches - 1)])
+        target.push(push(batch_at(GRID.num_batches), read), now=2.0)
+        fill(target, [batch_at(GRID.num_batches - 1)])
+        np.testing.assert_array_equal(target.epoch_weights(1), target.weights)
+
+
+def test_a_partition_restored_within_an_epoch_has_no_weights_of_its_beginning() -> None:
+    half = server()
+    fill(half, [batch_at(number) for number in range(GRID.num_batches + 2)])
+    again = ParameterServer.restore(job(), GRID, half.state(), incarnation=2, now=5.0)
+    again.leave("worker-0", now=6.0)
+    with pytest.raises(KeyError):
+        again.epoch_weights(1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from psgd.errors import OwnershipError, ResumeError, RunNotFoundError
+from psgd.errors import OwnershipError, ResumeError, RunNotFoundError, StorageError
 from psgd.monitoring.rundir import RunDirectory
 from psgd.result import LedgerCounts, Result
 from psgd.spec import JobSpec
@@ -83,7 +83,8 @@ def test_events_and_metrics_are_lines_in_order(run: RunDirectory) -> None:
 def test_a_result_is_read_back_as_it_was(run: RunDirectory) -> None:
     assert run.read_json("result.json") is None
     counts = LedgerCounts(batches=5, applied=5, duplicates=0, requeued=2, discarded=0)
-    result = Result("finished", "run", run.storage.url, 1, 5, 150, 0.5, {"val/loss": None}, counts, "000001-1", None)
+    metrics: dict[str, float | None] = {"val/loss": None}
+    result = Result("finished", "run", run.storage.url, 1, 5, 150, 0.5, metrics, counts, {}, 1.0, "000001-1", None)
     run.finish(result)
     assert run.read_json("result.json") == result.to_dict()
 
@@ -116,3 +117,129 @@ def test_a_command_that_is_being_written_waits(run: RunDirectory) -> None:
     run.storage.write("commands/.1.json-unfinished", b"{")
     assert run.take_commands() == []
     assert run.storage.names("commands") == [".1.json-unfinished"]
+
+
+# Storage that fails
+
+
+class Flaky(Storage):
+    """Takes nothing while it is down."""
+
+    down = False
+
+    def _ask(self, doing: str, call: Any, size: int = 0) -> Any:
+        if Flaky.down and not doing.startswith(("read", "list", "look")):
+            raise StorageError(f"cannot {doing} in {self.url}: OSError: read-only")
+        return super()._ask(doing, call, size)
+
+    def folder(self, name: str) -> Storage:
+        return Flaky(f"{self.url}/{name}")
+
+
+@pytest.fixture
+def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """A run that has begun, on storage that can be turned off."""
+    monkeypatch.setattr(Flaky, "down", False)
+    monkeypatch.setattr("psgd.monitoring.log.Storage", Flaky)
+    monkeypatch.setattr("psgd.monitoring.log.RETRY_S", 0.0)
+    run = RunDirectory(Flaky(str(tmp_path / "run")))
+    run.begin(job())
+    run.own()
+    return run
+
+
+def test_at_the_start_storage_that_fails_refuses_the_run(flaky: RunDirectory) -> None:
+    Flaky.down = True
+    with pytest.raises(StorageError, match=r"cannot write 'events\.jsonl'.*read-only"):
+        flaky.event("started")
+    with pytest.raises(StorageError):
+        flaky.own()
+
+
+def test_while_training_what_cannot_be_written_waits_and_is_told_once(flaky: RunDirectory) -> None:
+    told: list[str] = []
+    flaky.event("started")
+    flaky.bear_faults(told.append)
+    Flaky.down = True
+    for number in range(3):
+        flaky.event("lost", number=number)
+        flaky.metrics({"train/loss": float(number)})
+    (fault,) = told
+    assert "events.jsonl" in fault
+    assert "Training goes on" in fault
+    Flaky.down = False
+    flaky.event("back")
+    events = flaky.read_lines("events.jsonl")
+    assert [event["event"] for event in events] == ["started", "lost", "lost", "lost", "back"]
+    assert [event.get("number") for event in events[1:4]] == [0, 1, 2]
+    assert len(flaky.read_lines("metrics.jsonl")) == 3
+
+
+def test_storage_that_failed_a_moment_ago_is_left_alone(flaky: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psgd.monitoring.log.RETRY_S", 1e9)
+    flaky.bear_faults(lambda fault: None)
+    Flaky.down = True
+    flaky.event("lost")
+    Flaky.down = False
+    flaky.event("later")
+    assert flaky.read_lines("events.jsonl") == []
+    counts = LedgerCounts(batches=5, applied=5, duplicates=0, requeued=2, discarded=0)
+    result = Result("unsaved", "run", flaky.storage.url, 1, 5, 150, 0.5, {}, counts, {}, 1.0, None, "read-only")
+    flaky.finish(result)  # there is no later
+    assert [event["event"] for event in flaky.read_lines("events.jsonl")] == ["lost", "later"]
+    assert flaky.read_json("result.json") == result.to_dict()
+
+
+def test_a_result_that_cannot_be_written_raises_nothing(flaky: RunDirectory) -> None:
+    flaky.bear_faults(lambda fault: None)
+    Flaky.down = True
+    counts = LedgerCounts(batches=0, applied=0, duplicates=0, requeued=0, discarded=0)
+    flaky.finish(Result("unsaved", "run", flaky.storage.url, 0, 0, 0, 0.0, {}, counts, {}, None, None, "read-only"))
+
+
+def test_a_command_that_cannot_be_deleted_is_taken_once(flaky: RunDirectory) -> None:
+    flaky.bear_faults(lambda fault: None)
+    flaky.command("stop")
+    Flaky.down = True
+    assert [command["command"] for command in flaky.take_commands()] == ["stop"]
+    assert flaky.take_commands() == []
+    Flaky.down = False
+    flaky.command("scale")
+    assert [command["command"] for command in flaky.take_commands()] == ["scale"]
+    assert flaky.storage.names("commands") == []
+
+
+def test_an_incarnation_that_could_not_be_noted_is_noted_before_a_commit(flaky: RunDirectory) -> None:
+    flaky.bear_faults(lambda fault: None)
+    Flaky.down = True
+    assert flaky.next_incarnation() == 2
+    assert json.loads(flaky.storage.read("owner"))["incarnation"] == 1
+    with pytest.raises(StorageError):
+        flaky.check_owner()
+    Flaky.down = False
+    flaky.check_owner()
+    assert json.loads(flaky.storage.read("owner"))["incarnation"] == 2
+
+
+def test_a_run_taken_over_is_not_ours_any_more(run: RunDirectory) -> None:
+    run.own()
+    assert run.is_ours
+    RunDirectory(run.storage).own()
+    with pytest.raises(OwnershipError):
+        run.check_owner()
+    assert not run.is_ours
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"driver": "x"}'])
+def test_an_owner_that_is_damaged_is_told(run: RunDirectory, text: bytes) -> None:
+    run.storage.write("owner", text)
+    with pytest.raises(StorageError, match="owner is damaged"):
+        run.own()
+
+
+def test_a_line_that_a_crash_cut_short_is_left_out(run: RunDirectory) -> None:
+    run.event("started")
+    run.storage.append("events.jsonl", b'{"time": 1, "eve')
+    run.storage.append("events.jsonl", b"\n\xff\n")
+    run.event("finished")
+    assert [event["event"] for event in run.read_lines("events.jsonl")] == ["started", "finished"]

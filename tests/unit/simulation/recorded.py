@@ -102,12 +102,15 @@ class Recorded(InProcess):
     def journal(self, partition: int, records: NDArray[np.void]) -> None:
         self._records[partition].append(records)
 
-    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> None:
+    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> bool:
         if not self._skew_s or len(gradients) == 1:
-            super().arrive(gradients, first)
-            return
+            return super().arrive(gradients, first)
         for partition, gradient in enumerate(gradients, first):
-            self.after(self._skew_s * float(self._skews.random()), super().arrive, [gradient], partition)
+            self.after(self._skew_s * float(self._skews.random()), self._part_arrives, gradient, partition)
+        return True
+
+    def _part_arrives(self, gradient: Gradient, partition: int) -> None:
+        super().arrive([gradient], partition)
 
     def _notice(self, partition: int) -> None:
         super()._notice(partition)

@@ -4,10 +4,13 @@ import json
 import sys
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load, load_file, save
 
 import psgd
@@ -239,6 +242,43 @@ def test_a_resumed_run_on_several_servers_is_replayed_across_its_cut(
     first = [read_lineage(run, manifest, partition)[0] for partition in (0, 1)]
     pushed = [{tuple(record.batch) for record in stretch.records() if record.kind == Kind.PUSH} for stretch in first]
     assert pushed[0] != pushed[1] or "consistency" in sections
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.data())
+def test_whatever_befalls_a_run_on_several_servers_its_replay_agrees(data: st.DataObject) -> None:
+    fault = st.builds(
+        Fault,
+        st.integers(0, 5).map("worker-{}".format),
+        st.integers(0, 12),
+        st.sampled_from(("before", "after", "late", "torn", "silent")),
+    )
+    scaling = {"workers": data.draw(st.integers(2, 5)), "servers": data.draw(st.integers(2, 3))}
+    sections: dict[str, Any] = data.draw(
+        st.sampled_from(
+            [
+                {"scaling": scaling | {"pipeline": 2}},
+                {"scaling": scaling | {"pipeline": 1}, "consistency": {"mode": "ringmaster", "r": 3}},
+                {"scaling": scaling, "compression": {"name": "top_k", "ratio": 0.05}},
+                {"scaling": scaling, "consistency": {"mode": "softsync", "s": 1}, "compression": {"name": "int8"}},
+                {"scaling": scaling, "consistency": {"mode": "bsp"}},
+            ]
+        )
+    )
+    limits: dict[str, Any] = {
+        "failure": {"timeout_s": 3.0, "max_failures": -1},
+        "checkpoint": {"every_s": None, "every_updates": 15},
+    }
+    with TemporaryDirectory() as folder:
+        run = run_directory(Path(folder))
+        for epochs in (2, 3):
+            faults = data.draw(st.lists(fault, max_size=3, unique_by=lambda fault: fault[:2]))
+            skew_s = data.draw(st.sampled_from((0.05, 0.2)))
+            record(run, digits(run={"epochs": epochs}, **limits, **sections), faults=faults, skew_s=skew_s)
+            names = Checkpoints(run.storage).committed()
+            if epochs == 2 and len(names) > 1 and data.draw(st.booleans()):
+                run.storage.delete(f"checkpoints/{names[-1]}/server-1.safetensors")
+        assert_agrees(run, incarnations=2)
 
 
 def test_a_replay_stops_where_every_server_made_so_many_updates(run: RunDirectory) -> None:

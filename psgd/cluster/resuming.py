@@ -1,0 +1,88 @@
+"""Resuming: which checkpoint a run goes on from, and whether it may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from psgd.checkpoints import Checkpoint, Checkpoints, Manifest
+from psgd.core.repartition import disagreement
+from psgd.errors import CheckpointError, ResumeError
+from psgd.job import OpenJob
+from psgd.jobfile import parse_spec
+from psgd.monitoring.rundir import RunDirectory
+from psgd.spec import JobSpec
+
+__all__ = ["check_checkpoint", "find_checkpoint", "with_settings"]
+
+
+def find_checkpoint(run: RunDirectory, spec: JobSpec, refused: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that so many servers can go on from.
+
+    One of another number of servers can be cut anew if all of them contain the same batches.
+
+    Args:
+        run: of this job.
+        spec: the job.
+        refused: told about every newer one, and why it is not used.
+
+    Returns:
+        None: nothing was ever committed.
+
+    Raises:
+        ResumeError: the checkpoints are of another job, or none can be cut.
+        CheckpointError: all are damaged.
+    """
+    servers, misfits = spec.scaling.servers, list[Manifest]()
+
+    def fits(checkpoint: Checkpoint) -> str | None:
+        manifest = checkpoint.manifest
+        if manifest.spec_hash != spec.identity_hash():
+            raise ResumeError(
+                f"checkpoint {manifest.name} in {run.storage.url} is of another job: its model, data, seed or settings "
+                "are not those of the run it lies in. Restore the run's own, or start a new --name"
+            )
+        if manifest.partitions == servers:
+            return None
+        try:
+            reason = disagreement(checkpoint.states())
+        except CheckpointError as error:
+            reason = str(error)
+        if reason is None:
+            return None
+        misfits.append(manifest)
+        return f"is of {manifest.partitions} servers and cannot be cut for {servers}, as {reason}"
+
+    checkpoint = Checkpoints(run.storage).newest(refused, fits)
+    if checkpoint is None and misfits:
+        raise ResumeError(
+            f"no checkpoint of {run.storage.url} can be cut for {servers} servers: their partitions do not contain the "
+            f"same batches. Resume with scaling.servers={misfits[0].partitions}, end the run in good order (an epoch's "
+            f"end, or `psgd stop`), and resume with {servers} then"
+        )
+    return checkpoint
+
+
+def check_checkpoint(manifest: Manifest, job: OpenJob, name: str) -> None:
+    """Refuse what the job cannot go on from.
+
+    Raises:
+        ResumeError: the data or the model is another.
+    """
+    if manifest.data_fingerprint != job.dataset.fingerprint:
+        raise ResumeError(
+            f"the data of {name} is not what it was trained on: its fingerprint is {job.dataset.fingerprint}, "
+            f"and the checkpoint's {manifest.data_fingerprint}. Restore the data, or start a new --name"
+        )
+    if manifest.layout != job.layout:
+        raise ResumeError(
+            f"the model of {name} has other tensors than checkpoint {manifest.name}: restore its code, or start a new "
+            "--name"
+        )
+
+
+def with_settings(spec: JobSpec, manifest: Manifest) -> JobSpec:
+    """The job with the settings that `psgd set` gave it while it ran before; they must go with its scaling."""
+    if manifest.settings == spec.settings:
+        return spec
+    tree = spec.model_dump(mode="json") | manifest.settings.model_dump(mode="json")
+    return parse_spec(tree, f"the job with the settings of checkpoint {manifest.name}")

@@ -1,0 +1,170 @@
+"""Leasing: who gets which batches now, how many, and when an idle worker takes over from a slow one."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from math import ceil
+
+from psgd.core.consistency import build_consistency
+from psgd.core.events import Action, Cancel, Grant, Join, Leave, Note
+from psgd.core.ledger import Ledger
+from psgd.core.limits import Limits
+from psgd.core.roster import AHEAD, Roster, WorkerRecord
+from psgd.core.servers import Servers
+from psgd.spec import ConsistencySpec, JobSpec
+from psgd_workers.messages import Lease
+
+__all__ = ["Leasing"]
+
+TAKEOVER_S = 1.0  # a lease that has so long to go is shared with who is idle; less is not seen through reports
+TAKEOVER_FACTOR = 4  # ... and so many batches of the idle worker's
+
+
+class Leasing:
+    """Gives the ledger's batches to the roster's workers.
+
+    Args:
+        spec: the job.
+        ledger: what is left to do.
+        roster: who can do it.
+        servers: how far they are.
+        limits: how far they are to come.
+    """
+
+    def __init__(self, spec: JobSpec, ledger: Ledger, roster: Roster, servers: Servers, limits: Limits) -> None:
+        self._most_workers = spec.scaling.most_workers
+        self._ledger = ledger
+        self._roster = roster
+        self._servers = servers
+        self._limits = limits
+        self._actions: list[Action] = []
+        self.change(spec.consistency)
+
+    def change(self, consistency: ConsistencySpec) -> None:
+        """Go on in another mode."""
+        self._mode = build_consistency(consistency)
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether leases are striped over all workers."""
+        return self._mode.in_lockstep(self._most_workers)
+
+    @property
+    def holds(self) -> bool:
+        """Whether some worker gets nothing until we have heard from every server since a lease of its failed."""
+        return any(worker.failed_lease is not None for worker in self._roster)
+
+    def lease(self, now: float) -> list[Action]:
+        """Give everybody who can take it as much as there is."""
+        self._actions = []
+        if self.in_lockstep:
+            self._lease_rounds(now)
+        else:
+            for ahead in range(AHEAD):  # nobody idles before another has a lease queued
+                for worker in [worker for worker in self._roster.hungry.values() if len(worker.leases) == ahead]:
+                    self._lease_to(worker, now)
+        return self._actions
+
+    def call_off(self) -> list[Action]:
+        """A lease whose last batches others have done by now ends after the batch in hand."""
+        actions: list[Action] = []
+        for worker in self._roster if self._ledger.overtaken else ():
+            done = list(takewhile(self._ledger.is_done, worker.leases))
+            if self._ledger.overtaken.intersection(done) and done[-1] > worker.called_off:
+                worker.called_off = done[-1]
+                actions.append(Cancel(worker.name, done[-1]))
+        return actions
+
+    def cancel(self, worker: WorkerRecord) -> Cancel:
+        """All leases of a worker end after the batch in hand."""
+        worker.called_off = self._ledger.newest_lease
+        return Cancel(worker.name, worker.called_off)
+
+    def leave_idle(self) -> list[Action]:
+        """A worker without a lease is not live: no round may wait for it."""
+        idle = [worker for worker in self._roster if worker.joined and not worker.leases]
+        for worker in idle:
+            worker.joined = False
+        return [Leave(worker.name) for worker in idle]
+
+    def _lease_to(self, worker: WorkerRecord, now: float) -> None:
+        if self._is_held(worker):
+            return
+        if share := self._fair_share():
+            size = min(self._roster.lease_size(worker), share)
+            self._grant(worker, self._ledger.grant(size, self._roster.home(worker)), now)
+        elif not worker.leases:
+            self._take_over(worker, now)
+
+    def _is_held(self, worker: WorkerRecord) -> bool:
+        if worker.failed_lease is not None and not self._ledger.in_doubt(worker.failed_lease):
+            worker.failed_lease = None
+        return worker.failed_lease is not None
+
+    def _take_over(self, idle: WorkerRecord, now: float) -> None:
+        """Share the lease that has longest to go with an idle worker, if that is worth it."""
+        if idle.batch_s is None:
+            return
+        ends = [
+            (self._to_go(worker, lease, now), lease, worker) for worker in self._roster.up for lease in worker.leases
+        ]
+        seconds, lease, slow = max(ends, default=(0.0, 0, idle), key=lambda end: end[0])
+        if seconds < max(TAKEOVER_S, TAKEOVER_FACTOR * idle.batch_s):
+            return
+        left = self._ledger.left(lease)
+        pace = seconds / left
+        share = max(1, round(left * pace / (pace + idle.batch_s)))
+        self._grant(idle, self._ledger.take_over(lease, share), now)
+        self._actions.append(Note("taken_over", {"worker": slow.name, "by": idle.name, "batches": share}))
+
+    def _to_go(self, worker: WorkerRecord, lease: int, now: float) -> float:
+        """Seconds that a lease will take, by its worker's pace until now and by its silence."""
+        left = self._ledger.left(lease)
+        pace = worker.batch_s or (now - worker.lease_began) / max(1, worker.leases[lease] - left)
+        return max(left * pace, now - worker.alive_at) if left else 0.0
+
+    def _fair_share(self) -> int:
+        """Half an even share of what is left: leases shrink towards an end, so that workers end together."""
+        workers = len(self._roster.up)
+        left = min(self._ledger.pending, self._batches_allowed())
+        return left if workers == 1 else ceil(left / (2 * workers))
+
+    def _batches_allowed(self) -> int:
+        """How many more batches `max_updates` leaves to be leased."""
+        left = self._limits.updates_left(self._servers.updates)
+        if left is None:
+            return self._ledger.pending
+        per_update = self._mode.batches_per_update(len(self._roster.up))
+        # Contained, but in no update yet.
+        buffered = max(report.pushes["buffered"] for report in self._servers.reports.values())
+        return max(0, left * per_update - self._ledger.outstanding - buffered)
+
+    def _lease_rounds(self, now: float) -> None:
+        """Whole blocks of rounds, to all workers at once, as soon as nobody has a block ahead of its present one."""
+        workers = [worker for worker in self._roster.up if not worker.draining]
+        if not workers or any(len(worker.leases) > 1 or self._is_held(worker) for worker in workers):
+            return
+        if self._ledger.suspects:
+            if not any(worker.leases for worker in workers):
+                self._grant(workers[0], self._ledger.grant(1), now)
+            return
+        size = min(self._roster.lease_size(worker) for worker in workers)
+        rounds = min(size, ceil(self._batches_allowed() / len(workers)))
+        leases = self._ledger.grant_striped(len(workers), rounds)
+        granted = list(zip(workers, leases, strict=False))  # an epoch's last block may leave some without
+        for worker, _ in granted:
+            self._join(worker)  # all of them, before the first can push
+        for worker, lease in granted:
+            self._grant(worker, lease, now)
+
+    def _join(self, worker: WorkerRecord) -> None:
+        if not worker.joined:
+            worker.joined = True
+            worker.heard.clear()
+            self._actions.append(Join(worker.name))
+
+    def _grant(self, worker: WorkerRecord, lease: Lease | None, now: float) -> None:
+        if lease is not None:
+            self._join(worker)
+            self._roster.granted(worker, lease.id, len(lease), now)
+            self._actions.append(Grant(worker.name, lease))

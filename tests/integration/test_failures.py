@@ -1,0 +1,127 @@
+"""What dies on a real local Ray, and what becomes of the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import psgd
+from psgd.errors import RunFailedError
+from psgd.monitoring.rundir import RunDirectory
+from psgd.storage import Storage
+from tests.integration.commands import LIMIT_S, eventually, recorded
+from tests.integration.killer import Killer, processes
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+BATCHES, EXAMPLES = 45, 1438
+SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
+
+
+def job(tmp_path: Path, epochs: int, **sections: Any) -> psgd.JobSpec:
+    """A job on digits whose gradients take 10 ms."""
+    tree: dict[str, Any] = {
+        "name": "run",
+        "model": {"kind": "python", "path": "tests.integration.faulty:slow", "kwargs": {"seconds": 0.01}},
+        "data": {
+            "format": "sklearn",
+            "dataset": "digits",
+            "batch_size": 32,
+            "normalize": "unit",
+            "validation_fraction": 0.2,
+        },
+        "optimizer": {"lr": 0.2},
+        "scaling": {"workers": 2},
+        "run": {"epochs": epochs, "storage": str(tmp_path)},
+        "checkpoint": {"every_s": 1.0},
+        "failure": {"max_failures": -1},
+    }
+    return psgd.JobSpec.model_validate(tree | sections)
+
+
+@contextmanager
+def training(spec: psgd.JobSpec) -> Iterator[Future[psgd.Result]]:
+    """A run under way."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(psgd.train, spec, progress=False)
+
+
+def assert_exactly_once(result: psgd.Result, epochs: int) -> None:
+    assert (result.status, result.epochs, result.samples) == ("finished", epochs, epochs * EXAMPLES)
+    assert result.ledger.batches == result.ledger.applied == epochs * BATCHES
+
+
+def kill(prefix: str, home: Path) -> None:
+    os.kill(processes(prefix, str(home))[0], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_server_that_dies_is_restored_and_the_run_goes_on(tmp_path: Path, ray_home: Path, servers: int) -> None:
+    run = tmp_path / "run"
+    with training(job(tmp_path, 16, scaling={"workers": 2, "servers": servers})) as under_way:
+        eventually(lambda: recorded(run, "checkpoint"))
+        kill(SERVER, ray_home)
+        result = under_way.result(LIMIT_S)
+    assert_exactly_once(result, 16)
+    assert result.failures == {"server_lost": 1}
+    (restored,) = recorded(run, "server_restored")
+    assert restored["batches_lost"] >= 0
+    assert recorded(run, "server_started")[-1]["checkpoint"] is not None
+
+
+def test_a_server_that_dies_before_the_first_checkpoint_begins_again(tmp_path: Path, ray_home: Path) -> None:
+    run = tmp_path / "run"
+    with training(job(tmp_path, 8, checkpoint={"every_s": None})) as under_way:
+        eventually(lambda: recorded(run, "worker_up"))
+        kill(SERVER, ray_home)
+        result = under_way.result(LIMIT_S)
+    assert_exactly_once(result, 8)
+    assert recorded(run, "server_started")[-1]["checkpoint"] is None
+
+
+def test_a_batch_that_kills_its_workers_is_named_or_done_without(tmp_path: Path) -> None:
+    model = {"kind": "python", "path": "tests.integration.faulty:poisoned", "kwargs": {"row": 100}}
+    with pytest.raises(RunFailedError, match=r"BatchId\(epoch=0, shard=0, index=\d+\) was tried 2 times"):
+        psgd.train(job(tmp_path, 1, model=model, failure={"poison_tries": 2}), name="fails", progress=False)
+    failure = {"poison": "skip", "poison_tries": 2}
+    result = psgd.train(job(tmp_path, 1, model=model, failure=failure), name="skips", progress=False)
+    assert (result.status, result.ledger.batches, result.ledger.applied) == ("finished", BATCHES, BATCHES - 1)
+    (skipped,) = recorded(tmp_path / "skips", "poison_skipped")
+    assert skipped["tries"] == 2
+
+
+def test_a_running_job_is_scaled_up_and_down(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    directory = RunDirectory(Storage(str(run)))
+    with training(job(tmp_path, 40)) as under_way:
+        eventually(lambda: len(recorded(run, "worker_up")) == 2)
+        directory.command("scale", ["3"])
+        eventually(lambda: len(recorded(run, "worker_up")) == 3)
+        directory.command("scale", ["1"])
+        eventually(lambda: len(recorded(run, "worker_stopped")) == 2)
+        directory.command("scale", ["none"])
+        eventually(lambda: len(recorded(run, "command")) == 3)
+        result = under_way.result(LIMIT_S)
+    assert_exactly_once(result, 40)
+    assert result.failures == {}
+    assert (result.ledger.duplicates, result.goodput) == (0, 1.0)
+    assert [command["accepted"] for command in recorded(run, "command")] == [True, True, False]
+
+
+def test_chaos_for_half_a_minute_changes_nothing_but_the_time(tmp_path: Path, ray_home: Path) -> None:
+    killer = Killer(str(ray_home), (SERVER, WORKER, WORKER), (3.0, 6.0), times=5, seed=0)
+    spec = job(tmp_path, 60, scaling={"workers": 2, "servers": 2}, checkpoint={"every_s": 2.0})
+    with training(spec) as under_way, killer.at_work():
+        result = under_way.result(2 * LIMIT_S)
+    assert_exactly_once(result, 60)
+    assert (result.metrics["val/accuracy"] or 0) > 0.9
+    assert len(killer.killed) == 5
+    assert sum(result.failures.values()) > 0
+    eventually(lambda: not processes("ray::ServerActor", str(ray_home)))

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from psgd.checkpoints import Checkpoints, write_part
+from psgd.cluster.resuming import check_checkpoint, find_checkpoint
+from psgd.core.partitions import split
+from psgd.core.server import ParameterServer
+from psgd.errors import JournalError, ResumeError
+from psgd.job import OpenJob
+from psgd.monitoring.rundir import RunDirectory
+from psgd.simulation.replay import replay
+from psgd.spec import JobSpec
+from psgd_workers.messages import Version
+from tests.unit.simulation.recorded import digits, run_directory
+from tests.unit.test_checkpoints import fail, manifest
+
+
+@pytest.fixture(scope="module")
+def job() -> OpenJob:
+    return OpenJob.open(digits())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = run_directory(tmp_path)
+    directory.own()
+    directory.begin(digits())
+    return directory
+
+
+def commit(run: RunDirectory, job: OpenJob, name: str, versions: tuple[int, ...], **facts: Any) -> None:
+    """A checkpoint of as many servers as versions are given, which did nothing."""
+    parts = []
+    partitions = split(job.layout.num_parameters, job.layout.num_trainable, len(versions))
+    for partition, updates in zip(partitions, versions, strict=True):
+        weights = job.weights[partition.start : partition.stop]
+        version = Version(int(name.partition("-")[2]), updates)
+        server = ParameterServer(job.spec, partition, weights, job.shards.grid, version)
+        if version.incarnation > 1:
+            server.journal.fork(0.0, Version(1, updates), version)
+        parts.append(write_part(run.storage, name, server.state(), server.journal.take()))
+    layout = job.layout
+    known = {
+        "spec_hash": job.spec.identity_hash(),
+        "data_fingerprint": job.dataset.fingerprint,
+        "names": layout.names,
+        "shapes": layout.shapes,
+        "num_trainable": layout.num_trainable,
+        "settings": job.spec.settings,
+        "journal": {file: checksum for part in parts for file, checksum in part.journal.items()},
+    }
+    Checkpoints(run.storage).commit(manifest(name, parts).model_copy(update=known | facts))
+
+
+def spec(servers: int) -> JobSpec:
+    return digits(scaling={"workers": 3, "servers": servers})
+
+
+def test_a_run_that_committed_nothing_starts_anew(run: RunDirectory) -> None:
+    assert find_checkpoint(run, spec(1), refused=fail) is None
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3])
+def test_servers_in_step_can_be_cut_anew(run: RunDirectory, job: OpenJob, servers: int) -> None:
+    commit(run, job, "000001-1", (5, 5))
+    found = find_checkpoint(run, spec(servers), refused=fail)
+    assert found is not None
+    for partition in split(job.layout.num_parameters, job.layout.num_trainable, servers):
+        part = found.cut(partition, servers)
+        assert part.facts["partition"] == list(partition)
+        np.testing.assert_array_equal(part.arrays["weights"], job.weights[partition.start : partition.stop])
+
+
+def test_the_newest_that_can_be_cut_is_used_and_this_is_told(run: RunDirectory, job: OpenJob) -> None:
+    commit(run, job, "000001-1", (5, 5))
+    commit(run, job, "000002-1", (8, 9))
+    told: list[str] = []
+    found = find_checkpoint(run, spec(3), refused=told.append)
+    assert found is not None
+    assert found.manifest.name == "000001-1"
+    assert told == [
+        "checkpoint 000002-1 is of 2 servers and cannot be cut for 3, as partitions 0 and 1 made 8 and 9 updates; "
+        "the one before it is tried"
+    ]
+    same = find_checkpoint(run, spec(2), refused=fail)  # as many servers as it has
+    assert same is not None
+    assert same.manifest.name == "000002-1"
+
+
+def test_if_none_can_be_cut_the_way_out_is_told(run: RunDirectory, job: OpenJob) -> None:
+    commit(run, job, "000001-1", (8, 9))
+    with pytest.raises(ResumeError, match=r"can be cut for 3 servers.*Resume with scaling\.servers=2, end the run"):
+        find_checkpoint(run, spec(3), refused=lambda _: None)
+
+
+def test_a_checkpoint_of_another_job_is_refused(run: RunDirectory, job: OpenJob) -> None:
+    commit(run, job, "000001-1", (5,), spec_hash="another")
+    with pytest.raises(ResumeError, match=r"checkpoint 000001-1 .* is of another job"):
+        find_checkpoint(run, spec(1), refused=fail)
+
+
+def test_other_data_or_another_model_is_refused(run: RunDirectory, job: OpenJob) -> None:
+    commit(run, job, "000001-1", (5,))
+    known = Checkpoints(run.storage).manifest("000001-1")
+    check_checkpoint(known, job, "run")
+    with pytest.raises(ResumeError, match="the data of run is not what it was trained on"):
+        check_checkpoint(known.model_copy(update={"data_fingerprint": "x"}), job, "run")
+    with pytest.raises(ResumeError, match="the model of run has other tensors"):
+        check_checkpoint(known.model_copy(update={"num_trainable": 1}), job, "run")
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_a_run_that_was_cut_anew_has_no_replay(run: RunDirectory, job: OpenJob, before: int, after: int) -> None:
+    run.event("started", incarnation=1, resumed=None, workers=3, servers=before)
+    commit(run, job, "000001-1", (5,) * before)
+    run.event("checkpoint", name="000001-1")
+    run.event("started", incarnation=2, resumed="000001-1", workers=3, servers=after)
+    commit(run, job, "000002-2", (5,) * after)
+    run.event("checkpoint", name="000002-2")
+    resolved = json.loads(run.storage.read("resolved.json"))
+    assert resolved["scaling"]["servers"] == 1
+    with pytest.raises(JournalError, match=rf"by {before} servers before it was resumed with {after}.*no replay"):
+        replay(run)

@@ -1,0 +1,91 @@
+"""A process that writes checkpoints is killed at any byte, and what is committed stays right."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import time
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from psgd.checkpoints import Checkpoints, write_part
+from psgd.core.server import ServerState
+from psgd.storage import Storage
+from tests.unit.test_checkpoints import NO_RECORDS, fail, manifest, state
+
+KILLS, AT_MOST_S, KEEP = 300, 10.0, 2
+NUMBER = struct.Struct("<I")
+
+
+def numbered(partition: int, number: int) -> ServerState:
+    """All of it tells which checkpoint it is of."""
+    made = state(partition, updates=number)
+    arrays = {name: np.full_like(array, number) for name, array in made.arrays.items()}
+    return ServerState(arrays, made.facts)
+
+
+def write(run: Storage, number: int, committed: int) -> None:
+    """Write a checkpoint, and tell that it is committed."""
+    name = f"{number:06d}-1"
+    parts = [write_part(run, name, numbered(partition, number), NO_RECORDS) for partition in (0, 1)]
+    Checkpoints(run).commit(manifest(name, parts))
+    os.write(committed, NUMBER.pack(number))
+    Checkpoints(run).prune(KEEP)
+
+
+def write_for_ever(run: Storage, committed: int) -> None:
+    """As fast as possible."""
+    for number in count(Checkpoints(run).next_number()):
+        write(run, number, committed)
+
+
+def kill_a_writer(run: Storage, after_s: float) -> int:
+    """Fork one, kill it; returns the number of the newest checkpoint it told of, 0 if it told of none."""
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            write_for_ever(run, tell)
+        finally:
+            os._exit(1)  # neither pytest nor anything else of the parent's goes on here
+    os.close(tell)
+    time.sleep(after_s)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the writer ended by itself"
+    with os.fdopen(told, "rb") as pipe:
+        numbers = pipe.read()
+    return int(NUMBER.unpack(numbers[-NUMBER.size :])[0]) if numbers else 0
+
+
+def test_whatever_moment_a_writer_is_killed_at_the_newest_checkpoint_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # that is for power failures, and takes time
+    run, random, newest = Storage(str(tmp_path / "run")), np.random.default_rng(7), 1
+    began = time.monotonic()
+    write(run, 1, os.open(os.devnull, os.O_WRONLY))
+    took_s = time.monotonic() - began
+    written, unfinished, kills, ends = 0, 0, 0, time.monotonic() + AT_MOST_S
+    while kills < KILLS and time.monotonic() < ends:
+        told = kill_a_writer(run, random.uniform(0, 2 * took_s))
+        kills, written = kills + 1, written + (told > newest)
+        newest = max(newest, told)
+        checkpoint = Checkpoints(run).newest(refused=fail)
+        unfinished += len(Checkpoints(run).names()) - len(Checkpoints(run).committed())
+        assert checkpoint is not None
+        number = checkpoint.manifest.updates
+        assert newest <= number <= newest + 1  # that it was committed may not have been told
+        newest = number
+        for part in checkpoint.states():
+            assert all((array == np.full_like(array, number)).all() for array in part.arrays.values())
+            assert part.facts["version"][1] == number
+    Checkpoints(run).prune(KEEP)
+    assert len(Checkpoints(run).committed()) == KEEP
+    assert kills > 30
+    assert written > 5, "the writer was always killed before it committed anything"
+    assert unfinished > 5, "the writer was never killed in the middle of a checkpoint"
