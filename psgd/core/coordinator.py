@@ -29,7 +29,6 @@ from psgd.core.events import (
     SaveFailed,
     Scale,
     ServerLost,
-    Skip,
     Started,
     StartWorker,
     Stop,
@@ -55,7 +54,6 @@ from psgd_workers.messages import BatchId, EpochGrid
 __all__ = ["Coordinator"]
 
 INTERRUPT_S = 1.0  # for batches in hand after a signal: Ray's job manager kills 3 s after it
-EVALUATION_FACTOR = 10  # an evaluation may take this many times `failure.timeout_s`
 EVALUATIONS_BEHIND = 2  # open evaluations at which the next epoch waits: servers keep copies of so many epochs
 LANE_TRIES = 3  # leases in a row in which a worker may not reach a server that the driver reaches
 
@@ -101,7 +99,7 @@ class Coordinator:
         self.saving = Saving(spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs)
         self._leasing = Leasing(spec, self.ledger, self.roster, self.servers, self._limits)
         self.incidents = Incidents()
-        self._suspects = Suspects(spec.failure.poison_tries)
+        self._suspects = Suspects(grid, spec.failure.poison_tries)
         self.began: float | None = None
         self._started: float | None = None
         self._rejected_before: int | None = None
@@ -109,6 +107,7 @@ class Coordinator:
         self._end_deadline = float("inf")
         self._settings: Settings | None = None  # that the run was changed to
         self._look_at = 0.0  # when the next worker may have to be given up
+        self._overdue = False  # whether the next report decides that
         self._actions: list[Action] = []
         self._finish: Finish | None = None
 
@@ -137,8 +136,7 @@ class Coordinator:
         deadlines = [self._end_deadline, self._look_at]
         if self.phase == "training" and self.servers.ready:  # while one is restored, its report is waited for
             deadlines += [self._limits.deadline(self.began), self.saving.deadline(self.updates)]
-        soonest = min(deadlines)
-        return None if soonest == float("inf") else soonest
+        return None if (soonest := min(deadlines)) == float("inf") else soonest
 
     def counts(self) -> LedgerCounts:
         """What became of the batches so far."""
@@ -228,7 +226,7 @@ class Coordinator:
 
     def _on_lane_failed(self, worker: WorkerRecord, lease: int, cause: str, now: float) -> None:
         """Its server is gone, of which we hear soon; or only this worker cannot reach it."""
-        worker.failed_lease = lease
+        self._leasing.hold(worker, lease)
         worker.lane_failures += 1
         self._close(worker, lease, now)
         if worker.lane_failures == LANE_TRIES:
@@ -260,12 +258,16 @@ class Coordinator:
             self._on_settled(lease, lost.tolist(), now)
         self.incidents.progressed(self.ledger.epoch * self._grid.num_batches + self.ledger.done)
         self.roster.heard(report, now)
+        if self._overdue:
+            self._look_at = now
         if absent_s is not None and before is not None:
             again = max(0, before.contained(self._grid) - report.contained(self._grid))  # as far as it had reported
             self._on_restored(partition, absent_s, again, now)
         self._watch_divergence()
         for batch in self._suspects.rejected(report.rejected.items()):
             self._on_poison(batch)
+        if self.phase == "training":
+            self._actions += self._leasing.call_off()
 
     def _on_restored(self, partition: int, absent_s: float, again: int, now: float) -> None:
         """It knows no workers and nothing decided since its checkpoint; and nobody is given up for its absence."""
@@ -275,7 +277,7 @@ class Coordinator:
         if self._settings:
             self._actions.append(ChangeServer(partition, self._settings))
         self._actions += [Join(worker.name) for worker in self.roster if worker.joined]
-        self._skip_poison()
+        self._actions += self._suspects.skips(self.ledger)
 
     def _on_settled(self, lease: int, lost: list[int], now: float) -> None:
         """What a dead worker's lease left undone is known."""
@@ -299,14 +301,7 @@ class Coordinator:
             self._fail(f"{said}. Look at its examples, or set failure.poison to skip")
             return
         self._note("poison_skipped", batch=batch, tries=tries)
-        self._skip_poison()
-
-    def _skip_poison(self) -> None:
-        """Every partition is to do without it; one that was restored may not know."""
-        for batch in sorted(self._suspects.poison):
-            if batch.epoch == self.ledger.epoch:
-                self.ledger.withhold(self._grid.position(batch))
-                self._actions.append(Skip(batch))
+        self._actions += self._suspects.skips(self.ledger)
 
     def _watch_divergence(self) -> None:
         """Count the gradients that were not finite; those before a resumption are past."""
@@ -381,7 +376,6 @@ class Coordinator:
         if self.phase == "starting":
             self._begin(now)
         if self.phase == "training" and self.servers.ready:
-            self._actions += self._leasing.call_off()
             self._turn_epoch()
             self._end_if_due(now)
         if self.phase == "training" and self.servers.ready:
@@ -395,30 +389,22 @@ class Coordinator:
         hurry = self.phase == "ending" or not self.ledger.pending or self._leasing.holds
         self._actions += self.servers.ask(self.ledger.newest_doubt, hurry)
 
-    def _patience(self, worker: WorkerRecord) -> float:
-        """When a worker that shows no life is given up. While a server is restored, nobody is."""
-        limits = self._spec.failure
-        if not worker.up:  # one beyond those there must be may wait for a node for ever
-            optional = self.roster.complete and self.roster.least < self.roster.target
-            return float("inf") if optional else worker.alive_at + limits.start_timeout_s + limits.timeout_s
-        if worker.evaluations:
-            return worker.alive_at + EVALUATION_FACTOR * limits.timeout_s
-        if not worker.leases or not self.servers.ready:
-            return float("inf")
-        return worker.alive_at + self.roster.patience_s(worker, limits.timeout_s)
-
     def _give_up_silent(self, now: float) -> None:
         if now < self._look_at:
             return
+        limits, servers = self._spec.failure, self.servers
         for worker in list(self.roster):
-            if now >= self._patience(worker):
+            ends = self.roster.patience_ends(worker, limits, servers.ready)
+            if now >= ends and (not worker.at_work or servers.reported_at >= ends):
                 cause = f"no sign of life for {now - worker.alive_at:.1f} s (see failure.timeout_s)"
                 self._actions.append(StopWorker(worker.name, cause))
                 self._lose(worker, now, suspicious=worker.up)
                 self._charge("worker_silent", f"{worker.name}: {cause}")
         # Whoever is granted something from now on is given at least so much patience.
         later = now + min(LEAST_PATIENCE_S, self._spec.failure.timeout_s)
-        self._look_at = min(later, min((self._patience(worker) for worker in self.roster), default=later))
+        soonest = min((self.roster.patience_ends(w, limits, servers.ready) for w in self.roster), default=later)
+        self._overdue = soonest <= now
+        self._look_at = later if self._overdue else min(later, soonest)
 
     def _staff(self, now: float) -> None:
         """As many workers as there should be."""
@@ -428,7 +414,7 @@ class Coordinator:
         else:
             for worker in self.roster.surplus():
                 self._actions.append(self._leasing.cancel(worker))
-            for worker in [worker for worker in self.roster if worker.draining and not worker.busy]:
+            for worker in [worker for worker in self.roster.draining if not worker.busy]:
                 self._actions.append(StopWorker(worker.name, "there are to be fewer workers"))
                 self._lose(worker, now)
         self._actions += [StartWorker(worker.name) for worker in self.roster.hire(wanted, now)]
@@ -447,7 +433,7 @@ class Coordinator:
         self.ledger.advance(self.epochs)
         for report in self.reports.values():
             self.ledger.reported(report, asked=0)
-        self._skip_poison()
+        self._actions += self._suspects.skips(self.ledger)
 
     def _turn_epoch(self) -> None:
         """Lease the next epoch once this one is complete in every partition; or one again that is not any more."""
@@ -464,10 +450,10 @@ class Coordinator:
             self._start_epoch()
 
     def _end_if_due(self, now: float) -> None:
-        epochs, updates, reports = self.epochs, self.updates, self.reports.values()
-        target = self._limits.target_reached(epochs, reports, self.evaluations.results.values())
+        epochs, results = self.epochs, self.evaluations.results.values()
+        target = self._limits.target_reached(epochs, self.reports.values(), results)
         out_of_time = now >= self._limits.deadline(self.began)
-        if target or out_of_time or self._limits.reached(epochs, updates):
+        if target or out_of_time or self._limits.reached(epochs, self.updates):
             self._end("finished", now)
 
     # The end
@@ -490,9 +476,8 @@ class Coordinator:
                 return
         if not self.ledger.settled or self.saving.busy or (self.reports and not self.servers.ready):
             return
-        updates, epochs = self.updates, self.epochs
-        if self.reports and (self.saving.lacks(updates) or self.saving.saved_epochs < epochs):
-            self._actions.append(self.saving.begin(updates, last=True))
+        if self.reports and (self.saving.lacks(self.updates) or self.saving.saved_epochs < self.epochs):
+            self._actions.append(self.saving.begin(self.updates, last=True))
             return
         if self._end_status == "interrupted":
             self._finish = Finish(self._end_status)

@@ -17,6 +17,7 @@ from psgd_workers.messages import Lease
 __all__ = ["Leasing"]
 
 TAKEOVER_S = 1.0  # a lease that has so long to go is shared with who is idle; less is not seen through reports
+LOOK_S = 0.25  # between two looks for such a lease, which cost a millisecond with a thousand workers
 TAKEOVER_FACTOR = 4  # ... and so many batches of the idle worker's
 
 
@@ -37,6 +38,9 @@ class Leasing:
         self._roster = roster
         self._servers = servers
         self._limits = limits
+        self._held: dict[str, int] = {}  # worker -> its lease that a server did not answer in
+        self._slow: dict[str, WorkerRecord] = {}  # whose leases were shared
+        self._look_at = 0.0  # when it may be worth it to share again
         self._actions: list[Action] = []
         self.change(spec.consistency)
 
@@ -49,30 +53,40 @@ class Leasing:
         """Whether leases are striped over all workers."""
         return self._mode.in_lockstep(self._most_workers)
 
+    def hold(self, worker: WorkerRecord, lease: int) -> None:
+        """A server did not answer in that lease: its worker gets nothing until all of them have reported since."""
+        self._held[worker.name] = lease
+
     @property
     def holds(self) -> bool:
-        """Whether some worker gets nothing until we have heard from every server since a lease of its failed."""
-        return any(worker.failed_lease is not None for worker in self._roster)
+        """Whether some worker is held."""
+        return any(self._ledger.in_doubt(lease) for lease in self._held.values())
 
     def lease(self, now: float) -> list[Action]:
         """Give everybody who can take it as much as there is."""
         self._actions = []
         if self.in_lockstep:
             self._lease_rounds(now)
-        else:
+        elif self._fair_share():
             for ahead in range(AHEAD):  # nobody idles before another has a lease queued
                 for worker in [worker for worker in self._roster.hungry.values() if len(worker.leases) == ahead]:
-                    self._lease_to(worker, now)
+                    if not self._is_held(worker) and (share := self._fair_share()):
+                        size = min(self._roster.lease_size(worker), share)
+                        self._grant(worker, self._ledger.grant(size, self._roster.home(worker)), now)
+        elif now >= self._look_at:
+            self._share(now)
         return self._actions
 
     def call_off(self) -> list[Action]:
         """A lease whose last batches others have done by now ends after the batch in hand."""
         actions: list[Action] = []
-        for worker in self._roster if self._ledger.overtaken else ():
+        for worker in list(self._slow.values()):
             done = list(takewhile(self._ledger.is_done, worker.leases))
             if self._ledger.overtaken.intersection(done) and done[-1] > worker.called_off:
                 worker.called_off = done[-1]
                 actions.append(Cancel(worker.name, done[-1]))
+            if not self._ledger.overtaken.intersection(worker.leases):
+                del self._slow[worker.name]
         return actions
 
     def cancel(self, worker: WorkerRecord) -> Cancel:
@@ -87,47 +101,62 @@ class Leasing:
             worker.joined = False
         return [Leave(worker.name) for worker in idle]
 
-    def _lease_to(self, worker: WorkerRecord, now: float) -> None:
-        if self._is_held(worker):
-            return
-        if share := self._fair_share():
-            size = min(self._roster.lease_size(worker), share)
-            self._grant(worker, self._ledger.grant(size, self._roster.home(worker)), now)
-        elif not worker.leases:
-            self._take_over(worker, now)
-
     def _is_held(self, worker: WorkerRecord) -> bool:
-        if worker.failed_lease is not None and not self._ledger.in_doubt(worker.failed_lease):
-            worker.failed_lease = None
-        return worker.failed_lease is not None
+        if self._held and not self._ledger.in_doubt(self._held.get(worker.name, -1)):
+            self._held.pop(worker.name, None)
+        return worker.name in self._held
 
-    def _take_over(self, idle: WorkerRecord, now: float) -> None:
-        """Share the lease that has longest to go with an idle worker, if that is worth it."""
-        if idle.batch_s is None:
-            return
-        ends = [
-            (self._to_go(worker, lease, now), lease, worker) for worker in self._roster.up for lease in worker.leases
-        ]
-        seconds, lease, slow = max(ends, default=(0.0, 0, idle), key=lambda end: end[0])
-        if seconds < max(TAKEOVER_S, TAKEOVER_FACTOR * idle.batch_s):
-            return
+    def _share(self, now: float) -> None:
+        """Share what takes longest with idle workers, one after the other, as long as that is worth it."""
+        for idle in [worker for worker in self._roster.hungry.values() if not worker.leases]:
+            if idle.batch_s is not None and not self._is_held(idle) and not self._take_over(idle, idle.batch_s, now):
+                self._look_at = now + LOOK_S
+                break
+
+    def _take_over(self, idle: WorkerRecord, batch_s: float, now: float) -> bool:
+        """Share the lease that has longest to go with an idle worker; whether that is worth it."""
+        seconds, lease, slow = self._longest(max(TAKEOVER_S, TAKEOVER_FACTOR * batch_s), idle, now)
+        if slow is idle:
+            return False
         left = self._ledger.left(lease)
         pace = seconds / left
-        share = max(1, round(left * pace / (pace + idle.batch_s)))
+        share = max(1, round(left * pace / (pace + batch_s)))
         self._grant(idle, self._ledger.take_over(lease, share), now)
+        self._slow[slow.name] = slow
         self._actions.append(Note("taken_over", {"worker": slow.name, "by": idle.name, "batches": share}))
+        return True
 
-    def _to_go(self, worker: WorkerRecord, lease: int, now: float) -> float:
-        """Seconds that a lease will take, by its worker's pace until now and by its silence."""
-        left = self._ledger.left(lease)
-        pace = worker.batch_s or (now - worker.lease_began) / max(1, worker.leases[lease] - left)
-        return max(left * pace, now - worker.alive_at) if left else 0.0
+    def _longest(self, least_s: float, nobody: WorkerRecord, now: float) -> tuple[float, int, WorkerRecord]:
+        """The lease that has longest to go, at least so long, and whose it is; or nobody's.
+
+        That is by its worker's pace until now, and by its silence. What is left of a lease is counted only where the
+        whole of it would take longer than what was found.
+        """
+        found = (least_s, -1, nobody)
+        leases = [
+            (self._at_most_s(worker, lease, now), lease, worker)
+            for worker in self._roster.up
+            for lease in worker.leases
+        ]
+        for at_most_s, lease, worker in sorted(leases, key=lambda one: one[:2], reverse=True):
+            if at_most_s < found[0]:
+                break
+            left = self._ledger.left(lease)
+            pace = worker.batch_s or (now - worker.lease_began) / max(1, worker.leases[lease] - left)
+            seconds = max(left * pace, now - worker.alive_at)
+            if left and seconds >= found[0]:
+                found = (seconds, lease, worker)
+        return found
+
+    def _at_most_s(self, worker: WorkerRecord, lease: int, now: float) -> float:
+        pace = worker.batch_s or now - worker.lease_began
+        return max(worker.leases[lease] * pace, now - worker.alive_at)
 
     def _fair_share(self) -> int:
         """Half an even share of what is left: leases shrink towards an end, so that workers end together."""
         workers = len(self._roster.up)
         left = min(self._ledger.pending, self._batches_allowed())
-        return left if workers == 1 else ceil(left / (2 * workers))
+        return left if workers <= 1 else ceil(left / (2 * workers))
 
     def _batches_allowed(self) -> int:
         """How many more batches `max_updates` leaves to be leased."""

@@ -227,8 +227,10 @@ class Ledger:
 
     def _recall(self, positions: Positions) -> None:
         """Lease again what is not done, unless another lease has it still."""
+        if not len(positions):
+            return
         others = [*self._out.values(), *(out.positions for out in self._closed.values())]
-        if others and len(positions):
+        if others:
             positions = positions[~np.isin(positions, np.concatenate(others))]
         self._taken_over[positions] = False
         if self._withheld:
@@ -259,7 +261,7 @@ class Ledger:
     @property
     def newest_doubt(self) -> int:
         """The stamp of the newest closing that is not settled; 0 if nothing is in doubt."""
-        return max((out.closed for out in self._closed.values()), default=0)
+        return next((out.closed for out in reversed(self._closed.values())), 0)
 
 
 def _ranges(epoch: int, positions: Positions) -> tuple[BatchRange, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import sqrt
+from math import inf, sqrt
 
 from psgd.core.report import Report
+from psgd.spec import FailureConfig
 
 __all__ = ["Roster", "WorkerRecord"]
 
@@ -15,6 +16,7 @@ LEASE_S = 2.0  # seconds of work in a lease: long against a call (1 ms), short a
 FIRST_LEASE = 16  # batches, while nothing was measured
 AHEAD = 2  # leases that a worker has at most: the one at work and one queued
 PATIENCE = 20  # batches' times without a sign of life before a worker is given up ...
+EVALUATION_FACTOR = 10  # an evaluation may take this many times `failure.timeout_s`
 LEAST_BATCH_S = 1e-6  # a clock may stand still
 LEAST_PATIENCE_S = 5.0  # ... but never sooner: reports tell of pushes a few times a second
 
@@ -34,10 +36,14 @@ class WorkerRecord:
     batch_s: float | None = None  # smoothed seconds per batch
     heard: dict[int, int] = field(default_factory=dict)  # partition -> pushes, when it last reported: they may differ
     residual_norm: float = 0.0  # of what compression has left out of its pushes, when last told
-    failed_lease: int | None = None  # that a server did not answer in; nothing is granted until it is settled
     lane_failures: int = 0  # since its last lease that went well
     called_off: int = -1  # leases up to this one end before all their batches are done
     draining: bool = False  # to be stopped once it has no lease
+
+    @property
+    def at_work(self) -> bool:
+        """Whether its pushes are its signs of life."""
+        return self.up and bool(self.leases) and not self.evaluations
 
     @property
     def busy(self) -> bool:
@@ -56,6 +62,7 @@ class Roster:
         target: how many workers there should be.
         least: how many there must be to begin.
         up: the workers that are up, in the order of their slots.
+        draining: those that are to be stopped once they have nothing to do.
         hungry: likewise, those of them that have less than two leases: the one at work and one queued.
     """
 
@@ -68,6 +75,7 @@ class Roster:
         self._longest_s = 0.0  # that a batch has taken
         self._lost_residual = 0.0  # squared norm, of those that are gone
         self.up: list[WorkerRecord] = []
+        self.draining: list[WorkerRecord] = []
         self.hungry: dict[str, WorkerRecord] = {}
 
     def __getitem__(self, name: str) -> WorkerRecord:
@@ -111,6 +119,7 @@ class Roster:
 
     def _count(self) -> None:
         self.up = [worker for worker in self._workers.values() if worker.up]
+        self.draining = [worker for worker in self._workers.values() if worker.draining]
         self.hungry = {worker.name: worker for worker in self.up if self._takes_more(worker)}
 
     @staticmethod
@@ -119,9 +128,9 @@ class Roster:
 
     def surplus(self) -> list[WorkerRecord]:
         """Workers beyond the target, which are given no more leases: those that are not up, then the highest slots."""
-        staying = [worker for worker in self._workers.values() if not worker.draining]
-        if len(staying) <= self.target:
+        if len(self._workers) - len(self.draining) <= self.target:
             return []
+        staying = [worker for worker in self._workers.values() if not worker.draining]
         staying.sort(key=lambda worker: (worker.up, -worker.slot))
         leaving = staying[: len(staying) - self.target]
         for worker in leaving:
@@ -155,6 +164,17 @@ class Roster:
         if not any(worker.heard.values()):
             return at_most
         return min(at_most, max(LEAST_PATIENCE_S, PATIENCE * self._longest_s))
+
+    def patience_ends(self, worker: WorkerRecord, limits: FailureConfig, servers_ready: bool) -> float:
+        """When a worker that shows no life is given up. While a server is restored, nobody at a lease is."""
+        if not worker.up:  # one beyond those there must be may wait for a node for ever
+            optional = self.complete and self.least < self.target
+            return inf if optional else worker.alive_at + limits.start_timeout_s + limits.timeout_s
+        if worker.evaluations:
+            return worker.alive_at + EVALUATION_FACTOR * limits.timeout_s
+        if not worker.leases or not servers_ready:
+            return inf
+        return worker.alive_at + self.patience_s(worker, limits.timeout_s)
 
     def lease_size(self, worker: WorkerRecord) -> int:
         """Batches that take about as long as a lease should."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 from psgd.core.events import Action, AskReport, Reported, StartServer
 from psgd.core.report import Report
@@ -31,6 +32,7 @@ class Servers:
         self._asking = dict.fromkeys(self._partitions, 0)  # stamp of one in flight
         self._polls: dict[int, int] = {}  # stamp of the report that waits for news
         self._heard = dict.fromkeys(self._partitions, 0)
+        self._reported_at = dict.fromkeys(self._partitions, -inf)
 
     @property
     def ready(self) -> bool:
@@ -46,6 +48,11 @@ class Servers:
     def updates(self) -> int:
         """Steps taken, by the partition that is least far."""
         return min((report.version.updates for report in self.reports.values()), default=0)
+
+    @property
+    def reported_at(self) -> float:
+        """Since when every partition has reported; before, whoever showed life may not have been heard of."""
+        return min(self._reported_at.values())
 
     @property
     def pushes(self) -> int:
@@ -73,6 +80,7 @@ class Servers:
         known = self.reports.get(partition)
         if known and partition in self._down and known.version.incarnation >= report.version.incarnation:
             return None
+        self._reported_at[partition] = now
         if self._polls.get(partition) == event.asked:
             del self._polls[partition]
         if self._asking[partition] == event.asked:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from psgd_workers.messages import BatchId
+from psgd.core.events import Skip
+from psgd.core.ledger import Ledger
+from psgd_workers.messages import BatchId, EpochGrid
 
 __all__ = ["Suspects"]
 
@@ -17,10 +19,12 @@ class Suspects:
     is not finite is a try as well.
 
     Args:
+        grid: the shape of an epoch.
         tries: after so many a batch is poison.
     """
 
-    def __init__(self, tries: int) -> None:
+    def __init__(self, grid: EpochGrid, tries: int) -> None:
+        self._grid = grid
         self._tries = tries
         self._deaths = Counter[BatchId]()
         self._rejected: Counter[BatchId] = Counter()
@@ -42,6 +46,13 @@ class Suspects:
 
     def tries(self, batch: BatchId) -> int:
         return self._deaths[batch] + self._rejected[batch]
+
+    def skips(self, ledger: Ledger) -> list[Skip]:
+        """Every partition is to do without the poison of the epoch; one that was restored may not know it yet."""
+        poison = sorted(batch for batch in self.poison if batch.epoch == ledger.epoch)
+        for batch in poison:
+            ledger.withhold(self._grid.position(batch))
+        return [Skip(batch) for batch in poison]
 
     def _judge(self, batch: BatchId) -> bool:
         if batch in self.poison or self.tries(batch) < self._tries:
