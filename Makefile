@@ -8,7 +8,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test lint types imports unit integration bench clean
+.PHONY: help demo test lint types imports unit integration chaos bench clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -33,10 +33,22 @@ unit: .venv/dev.stamp ## fast tests, one file per module
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 tests/unit
 
 integration: .venv/dev.stamp ## tests on a real, local Ray cluster
-	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/integration
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration
 
-bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published experiments; into bench/; about 20 minutes
+chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, and kills at random on real Ray; about 15 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
+	$(BIN)/pytest -m chaos tests/integration
+
+bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published experiments; into bench/; about an hour
 	$(BIN)/python -m tests.benchmarks.throughput
+	$(BIN)/python -m tests.benchmarks.transfer
+	$(BIN)/python -m tests.benchmarks.small
+	$(BIN)/python -m tests.benchmarks.apply
+	$(BIN)/python -m tests.benchmarks.stragglers
+	$(BIN)/python -m tests.benchmarks.servers
+	$(BIN)/python -m tests.benchmarks.startup
+	$(BIN)/python -m tests.benchmarks.soak
+	$(BIN)/python -m tests.benchmarks.lanes_page
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.million
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.experiments
 	$(BIN)/python -m tests.benchmarks.order

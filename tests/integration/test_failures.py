@@ -115,6 +115,7 @@ def test_a_running_job_is_scaled_up_and_down(tmp_path: Path) -> None:
     assert [command["accepted"] for command in recorded(run, "command")] == [True, True, False]
 
 
+@pytest.mark.chaos
 def test_chaos_for_half_a_minute_changes_nothing_but_the_time(tmp_path: Path, ray_home: Path) -> None:
     killer = Killer(str(ray_home), (SERVER, WORKER, WORKER), (3.0, 6.0), times=5, seed=0)
     spec = job(tmp_path, 60, scaling={"workers": 2, "servers": 2}, checkpoint={"every_s": 2.0})
