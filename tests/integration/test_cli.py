@@ -20,7 +20,7 @@ BATCHES, EXAMPLES, EPOCHS = 90, 1438, 15
 TRAIN = ("train", DIGITS, "--set", f"run.epochs={EPOCHS}")
 KEYS = [
     *("status", "name", "path", "epochs", "updates", "samples", "duration_s"),
-    *("metrics", "ledger", "checkpoint", "error"),
+    *("metrics", "ledger", "failures", "goodput", "checkpoint", "error"),
 ]
 METRICS = {
     *("train/loss", "val/loss", "val/accuracy", "perf/updates_per_s", "perf/samples_per_s"),
