@@ -123,7 +123,7 @@ def test_ctrl_c_and_sigterm_save_the_run_and_resuming_ends_it_exactly(psgd: Comm
 
 def test_stop_ends_a_run_from_another_process(psgd: CommandLine) -> None:
     run = psgd.folder / "runs" / "digits"
-    with psgd.started(*TRAIN, "--json") as driver:
+    with psgd.started("train", DIGITS, "--set", "run.epochs=2000", "--json") as driver:
         eventually(lambda: recorded(run, "evaluated"))
         running = json.loads(psgd.run("status", "digits").stdout)
         assert psgd.run("stop", "digits").returncode == 0
