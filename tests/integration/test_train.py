@@ -84,7 +84,10 @@ def test_two_asynchronous_workers_learn_digits_with_every_batch_once(tmp_path: P
     assert (result.metrics["val/accuracy"] or 0) >= 0.95
     assert (result.epochs, result.updates, result.samples) == (12, 12 * BATCHES, 12 * 1438)
     assert result.ledger.batches == result.ledger.applied == 12 * BATCHES
-    assert (result.failures, result.goodput is not None) == ({}, True)
+    shared = sum(event["batches"] for event in events(result, "taken_over"))  # given to an idle worker as well
+    assert result.ledger.duplicates <= shared
+    assert result.ledger.requeued <= shared
+    assert result.failures == {}
     assert (result.metrics["perf/updates_per_s"] or 0) > 0
     present = {path.name for path in Path(result.path).iterdir()}
     assert present >= {
