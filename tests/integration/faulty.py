@@ -19,15 +19,11 @@ from psgd_workers.models.network import Network
 __all__ = ["dies_once", "poisoned", "raises", "slow"]
 
 
-class _Scripted(Network):
-    """A softmax regression of digits that does something at its n-th gradient, counted per process.
+class _Digits(Network):
+    """A softmax regression of digits that does something before each gradient."""
 
-    The driver's trial gradient counts too, so `at` is beyond it.
-    """
-
-    def __init__(self, at: int) -> None:
+    def __init__(self) -> None:
         super().__init__((64, 10), "cross_entropy")
-        self._left = at
 
     def loss_and_gradient(
         self,
@@ -37,10 +33,27 @@ class _Scripted(Network):
         gradient: Mapping[str, FloatArray],
         seed: int,
     ) -> float:
+        self.before(features)
+        return super().loss_and_gradient(weights, features, labels, gradient, seed)
+
+    def before(self, features: FloatArray) -> None:
+        raise NotImplementedError
+
+
+class _Scripted(_Digits):
+    """It fails at its n-th gradient, counted per process.
+
+    The driver's trial gradient counts too, so `at` is beyond it.
+    """
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._left = at
+
+    def before(self, features: FloatArray) -> None:
         self._left -= 1
         if self._left == 0:
             self.fail()
-        return super().loss_and_gradient(weights, features, labels, gradient, seed)
 
     def fail(self) -> None:
         raise NotImplementedError
@@ -76,23 +89,15 @@ def raises(at: int) -> _Raises:
     return _Raises(at)
 
 
-class _Slow(Network):
-    """A softmax regression of digits whose gradient takes so many seconds, without a core's work."""
+class _Slow(_Digits):
+    """Its gradient takes so many seconds, without a core's work."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__((64, 10), "cross_entropy")
+        super().__init__()
         self._seconds = seconds
 
-    def loss_and_gradient(
-        self,
-        weights: Mapping[str, FloatArray],
-        features: FloatArray,
-        labels: NDArray[Any],
-        gradient: Mapping[str, FloatArray],
-        seed: int,
-    ) -> float:
+    def before(self, features: FloatArray) -> None:
         time.sleep(self._seconds)
-        return super().loss_and_gradient(weights, features, labels, gradient, seed)
 
 
 def slow(seconds: float) -> _Slow:
@@ -100,24 +105,17 @@ def slow(seconds: float) -> _Slow:
     return _Slow(seconds)
 
 
-class _Poisoned(Network):
-    """A softmax regression of digits whose process dies of the batch with that row of the data set."""
+class _Poisoned(_Digits):
+    """Its process dies of the batch with that row of the data set."""
 
     def __init__(self, row: int) -> None:
-        super().__init__((64, 10), "cross_entropy")
+        super().__init__()
         self._row = load_digits().data[row] / 16  # as `normalize: unit` makes it
 
-    def loss_and_gradient(
-        self,
-        weights: Mapping[str, FloatArray],
-        features: FloatArray,
-        labels: NDArray[Any],
-        gradient: Mapping[str, FloatArray],
-        seed: int,
-    ) -> float:
+    def before(self, features: FloatArray) -> None:
+        # The driver tries the first batch, too, which therefore must not have the row.
         if np.isclose(features, self._row).all(axis=1).any():
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().loss_and_gradient(weights, features, labels, gradient, seed)
 
 
 def poisoned(row: int) -> _Poisoned:
