@@ -1,33 +1,11 @@
-"""Each test cluster has a temporary folder of its own, short enough for Ray's sockets, and no name in common."""
+"""A real, local Ray for the tests that ask for one."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import ray
-
-
-@pytest.fixture(scope="module")
-def ray_home() -> Iterator[Path]:
-    """A folder for Ray's sessions and for a token that is nobody's; a Unix socket's path must stay short."""
-    with TemporaryDirectory(prefix="psgd", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def environment(ray_home: Path) -> dict[str, str]:
-    """What a command is started with: no token of the user's, no reports, one BLAS thread."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return inherited | {
-        "HOME": str(ray_home),
-        "RAY_TMPDIR": str(ray_home),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 @pytest.fixture(scope="module")

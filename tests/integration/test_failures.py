@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,33 +16,12 @@ from psgd.errors import RunFailedError
 from psgd.monitoring.rundir import RunDirectory
 from psgd.storage import Storage
 from tests.integration.commands import LIMIT_S, eventually, recorded
+from tests.integration.digits import BATCHES, assert_exactly_once, job
 from tests.integration.killer import Killer, processes
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-BATCHES, EXAMPLES = 45, 1438
 SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
-
-
-def job(tmp_path: Path, epochs: int, **sections: Any) -> psgd.JobSpec:
-    """A job on digits whose gradients take 10 ms."""
-    tree: dict[str, Any] = {
-        "name": "run",
-        "model": {"kind": "python", "path": "tests.integration.faulty:slow", "kwargs": {"seconds": 0.01}},
-        "data": {
-            "format": "sklearn",
-            "dataset": "digits",
-            "batch_size": 32,
-            "normalize": "unit",
-            "validation_fraction": 0.2,
-        },
-        "optimizer": {"lr": 0.2},
-        "scaling": {"workers": 2},
-        "run": {"epochs": epochs, "storage": str(tmp_path)},
-        "checkpoint": {"every_s": 1.0},
-        "failure": {"max_failures": -1},
-    }
-    return psgd.JobSpec.model_validate(tree | sections)
 
 
 @contextmanager
@@ -51,11 +29,6 @@ def training(spec: psgd.JobSpec) -> Iterator[Future[psgd.Result]]:
     """A run under way."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(psgd.train, spec, progress=False)
-
-
-def assert_exactly_once(result: psgd.Result, epochs: int) -> None:
-    assert (result.status, result.epochs, result.samples) == ("finished", epochs, epochs * EXAMPLES)
-    assert result.ledger.batches == result.ledger.applied == epochs * BATCHES
 
 
 def kill(prefix: str, home: Path) -> None:

@@ -1,0 +1,144 @@
+"""Several hosts on one Linux machine: network namespaces, joined by a bridge that has a namespace of its own.
+
+The machine's own network is never touched, and what has ended leaves nothing: a namespace takes its links along.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.integration.commands import LIMIT_S, eventually
+
+__all__ = ["Host", "missing", "network"]
+
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # `ip` is not on every user's
+LINK = "eth0"  # a host's end of its cable
+TOOLS = ("ip", "tc", "nsenter")
+
+
+def missing() -> str | None:
+    """Why there can be no such hosts here; None: there can."""
+    if sys.platform != "linux":
+        return "network namespaces need Linux"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if absent := [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]:
+        return f"network namespaces need {', '.join(absent)} (iproute2, util-linux)"
+    tried = f"psgd{os.getpid()}-try"
+    made = subprocess.run(["ip", "netns", "add", tried], env={"PATH": PATH}, capture_output=True, text=True)
+    if made.returncode:
+        return f"no network namespace can be made: {made.stderr.strip()}"
+    _run("ip", "netns", "del", tried)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A host, with one cable to the bridge.
+
+    Attributes:
+        name: of its namespace.
+        address: on the network.
+        bridge: name of the bridge's namespace.
+        port: the bridge's end of the cable.
+    """
+
+    name: str
+    address: str
+    bridge: str
+    port: str
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """What a command begins with that is to run on this host."""
+        return (str(shutil.which("nsenter", path=PATH)), f"--net=/run/netns/{self.name}", "--")
+
+    def cut(self) -> None:
+        """Pull the cable: nobody is told, what is sent is lost."""
+        _run("ip", "-netns", self.bridge, "link", "set", self.port, "down")
+
+    def slow(self, rate: str) -> None:
+        """Let both directions carry no more than this, such as `10mbit`."""
+        for namespace, link in ((self.bridge, self.port), (self.name, LINK)):
+            shape = ("root", "tbf", "rate", rate, "burst", "32kbit", "latency", "400ms")
+            _run("tc", "-netns", namespace, "qdisc", "replace", "dev", link, *shape)
+
+    def heal(self) -> None:
+        """The cable is as it was before `cut` and `slow`."""
+        _run("ip", "-netns", self.bridge, "link", "set", self.port, "up")
+        for namespace, link in ((self.bridge, self.port), (self.name, LINK)):
+            _run("tc", "-netns", namespace, "qdisc", "replace", "dev", link, "root", "pfifo")
+
+    def kill(self) -> None:
+        """Power off: what ran here is gone, and not even a connection's end is heard of it elsewhere."""
+        self.cut()
+        eventually(self._killed, LIMIT_S)
+
+    def _killed(self) -> bool:
+        processes = self.processes()
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        return not processes
+
+    def processes(self, prefix: str = "") -> list[int]:
+        """Those that run here, whoever their parent is, and whose command line begins so."""
+        found = []
+        for text in _run("ip", "netns", "pids", self.name).split():
+            with suppress(OSError):  # it ended a moment ago
+                if (Path("/proc") / text / "cmdline").read_bytes().startswith(prefix.encode()):
+                    found.append(int(text))
+        return found
+
+
+@contextmanager
+def network(hosts: int) -> Iterator[tuple[Host, ...]]:
+    """So many hosts that reach each other and nothing else; all that runs on them is killed at the end."""
+    bridge = f"psgd{os.getpid()}-bridge"
+    with ExitStack() as stack:
+        stack.enter_context(_namespace(bridge))
+        _run("ip", "-netns", bridge, "link", "add", "bridge", "type", "bridge")
+        _run("ip", "-netns", bridge, "link", "set", "bridge", "up")
+        made = []
+        for number in range(hosts):
+            host = Host(f"psgd{os.getpid()}-{number}", f"10.77.0.{number + 1}", bridge, f"port{number}")
+            stack.enter_context(_namespace(host.name))
+            stack.callback(host.kill)
+            _join(host)
+            made.append(host)
+        yield tuple(made)
+
+
+@contextmanager
+def _namespace(name: str) -> Iterator[None]:
+    _run("ip", "netns", "add", name)
+    try:
+        _run("ip", "-netns", name, "link", "set", "lo", "up")
+        yield
+    finally:
+        _run("ip", "netns", "del", name)
+
+
+def _join(host: Host) -> None:
+    """Lay the cable."""
+    ends = ("link", "add", LINK, "netns", host.name, "type", "veth", "peer", "name", host.port, "netns", host.bridge)
+    _run("ip", *ends)
+    _run("ip", "-netns", host.bridge, "link", "set", host.port, "master", "bridge", "up")
+    _run("ip", "-netns", host.name, "address", "add", f"{host.address}/24", "dev", LINK)
+    _run("ip", "-netns", host.name, "link", "set", LINK, "up")
+
+
+def _run(*command: str) -> str:
+    """What it prints."""
+    done = subprocess.run(command, env={"PATH": PATH}, capture_output=True, text=True, timeout=LIMIT_S)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,99 @@
+"""Ray on several hosts: a node on each, the first being the head."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from secrets import token_hex
+
+import ray
+
+from tests.cluster.network import Host
+from tests.integration.commands import LIMIT_S
+
+__all__ = ["Nodes"]
+
+ROOT = Path(__file__).parents[2]
+RAYLET = str(Path(str(ray.__file__)).parent / "core" / "src" / "ray" / "raylet" / "raylet")
+PORT = 6379  # every host has all ports for itself
+QUICK = {
+    # A node that does not answer is given up after 5 to 10 s instead of 15 to 65, and a cut of 5 s is survived.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "5",
+    # What two cores need not start for every node.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+
+
+class Nodes:
+    """A cluster with authentication.
+
+    Args:
+        hosts: the head's first.
+        cpus: of each, in this order.
+        home: a folder that all of them see; a short path, for Ray's sockets.
+        environment: of a test's command.
+
+    Attributes:
+        address: of the cluster.
+        environment: what a driver on one of the hosts is started with.
+    """
+
+    def __init__(self, hosts: Sequence[Host], cpus: Sequence[int], home: Path, environment: Mapping[str, str]) -> None:
+        self._cpus = dict(zip(hosts, cpus, strict=True))
+        self._home = home
+        self.head = hosts[0]
+        self.address = f"{self.head.address}:{PORT}"
+        self.environment = {
+            **environment,
+            **QUICK,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": token_hex(32),
+            "PYTHONPATH": str(ROOT),  # the tests' own models
+        }
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        return tuple(self._cpus)
+
+    def start(self, hosts: Sequence[Host]) -> None:
+        """Start nodes; the head's comes first, the others together."""
+        if self.head in hosts:
+            self._end(self.head, self._begin(self.head, "--head", f"--port={PORT}", "--include-dashboard=false"))
+        others = [host for host in hosts if host is not self.head]
+        started = [self._begin(host, f"--address={self.address}", "--include-log-monitor=false") for host in others]
+        for host, process in zip(others, started, strict=True):
+            self._end(host, process)
+
+    def mend(self) -> None:
+        """Every cable is whole, and every host whose node has ended has a new one."""
+        for host in self._cpus:
+            host.heal()
+        ended = [host for host in self._cpus if not host.processes(RAYLET)]
+        for host in ended:
+            host.kill()
+            host.heal()
+        self.start(ended)
+
+    def _begin(self, host: Host, *options: str) -> subprocess.Popen[str]:
+        folder = self._home / host.address.rpartition(".")[2]
+        folder.mkdir(exist_ok=True)
+        command = [
+            *(*host.inside, str(Path(sys.executable).parent / "ray"), "start", *options),
+            *(f"--node-ip-address={host.address}", f"--num-cpus={self._cpus[host]}", f"--temp-dir={folder}"),
+            *("--disable-usage-stats", f"--object-store-memory={100 * 2**20}"),
+        ]
+        with (folder / "start.log").open("w") as log:
+            return subprocess.Popen(
+                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True
+            )
+
+    def _end(self, host: Host, process: subprocess.Popen[str]) -> None:
+        if process.wait(LIMIT_S):
+            told = (self._home / host.address.rpartition(".")[2] / "start.log").read_text()
+            raise OSError(f"Ray did not start on {host.address}: {told}")
