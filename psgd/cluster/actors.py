@@ -209,7 +209,7 @@ def _shared_vector(spec: JobSpec, size: int) -> PublishedVector | None:
 
 
 class WorkerActor:
-    """Hosts one `Worker`: leases and evaluations run one after the other, `cancel` beside them.
+    """Hosts one `Worker`: leases and evaluations run one after the other, `cancel` and `hang_up` beside them.
 
     Args:
         facts: of the run.
@@ -243,6 +243,11 @@ class WorkerActor:
         """A partition has another server from now on."""
         self._servers[partition] = server
         self._worker.disconnect()
+
+    @ray.method(concurrency_group="control")
+    def hang_up(self, partition: int) -> None:
+        """A partition's server is gone: a lease that waits for it ends now."""
+        self._worker.hang_up(partition)
 
     def evaluate(self, *parts: FloatArray) -> Evaluation:
         """Validate the weights whose partitions these are."""

@@ -63,6 +63,9 @@ class RayLane:
         """One call, submitted here and awaited at the receipt; see `Lane.push`."""
         return _RayPending(self._server.push.remote(gradient, wants), self._weights[slot])
 
+    def hang_up(self) -> None:
+        """Ray itself ends calls to an actor that is gone."""
+
     def close(self) -> None:
         """Calls need no closing."""
 

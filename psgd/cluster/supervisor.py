@@ -273,7 +273,9 @@ class Supervisor:
         self._run.event("server_started", partition=partition, incarnation=incarnation, checkpoint=checkpoint)
         if restarted:
             for name, worker in self._workers.items():
-                self._call_worker(name, worker.reroute.remote(partition, server), lambda _: None, lease=None)
+                # A lease that waits for the old server would do so until its time limit, and what follows it as well.
+                for told in (worker.hang_up.remote(partition), worker.reroute.remote(partition, server)):
+                    self._call_worker(name, told, lambda _: None, lease=None)
 
     def _misfit(self, checkpoint: Checkpoint) -> str | None:
         """A newer one than the run was resumed from is of a branch that was given up."""

@@ -77,6 +77,9 @@ class FakeLane:
         self.segments.append(segment.slots[0].gradient.ctypes.data)
         return self
 
+    def hang_up(self) -> None:
+        self.calls.append("hang up")
+
     def close(self) -> None:
         self.calls.append("close")
 
@@ -271,6 +274,15 @@ def test_a_server_that_does_not_answer_ends_the_lease() -> None:
     lane.spoil = lambda receipt: receipt
     assert worker.work(LEASE, never) == LeaseEnd(7, stopped=False)
     assert len(lane.segments) == 2  # what a server may still read is not written to again
+
+
+def test_only_the_lane_to_the_server_that_is_gone_is_hung_up() -> None:
+    first, second = lane_of(5), lane_of(SIZE - 5)
+    worker = worker_of(first, second)
+    worker.hang_up(1)  # there is no connection yet
+    worker.connect()
+    worker.hang_up(1)
+    assert (first.calls, second.calls) == ([], ["hang up"])
 
 
 def test_a_second_lease_goes_by_the_lanes_of_the_first() -> None:

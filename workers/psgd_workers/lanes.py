@@ -55,6 +55,9 @@ class Lane(Protocol):
             wants: whether the weights are to come with the receipt.
         """
 
+    def hang_up(self) -> None:
+        """Wait no more for a server that is gone without a word; calls under way in other threads end in an error."""
+
     def close(self) -> None:
         """Let go of the server; pushes under way are in doubt."""
 

@@ -250,6 +250,10 @@ class ShmLane:
             self._arrived[frame.slot] = frame
         return frame
 
+    def hang_up(self) -> None:
+        """See `Lane.hang_up`."""
+        self._connection.hang_up()
+
     def close(self) -> None:
         """See `Lane.close`."""
         self._connection.close()
@@ -370,6 +374,10 @@ class TcpLane:
         if isinstance(frame, str):
             raise LaneError(frame)
         return frame
+
+    def hang_up(self) -> None:
+        """See `Lane.hang_up`."""
+        self._connection.hang_up()
 
     def close(self) -> None:
         """See `Lane.close`."""

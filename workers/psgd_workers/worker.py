@@ -179,6 +179,14 @@ class Worker:
                 desk.sender.settle([])
         self._lanes, self._desks = [], []
 
+    def hang_up(self, partition: int) -> None:
+        """Wait no more for a server that is gone; to be called beside `work`, whose lease then fails.
+
+        A machine that lost its power, or its cable, closes no connection.
+        """
+        for lane in self._lanes[partition : partition + 1]:  # none while there is no connection
+            lane.hang_up()
+
     def work(self, lease: Lease, stopping: Callable[[], bool]) -> LeaseEnd:
         """Work through a lease: the real loop.
 

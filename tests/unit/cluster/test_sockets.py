@@ -288,6 +288,21 @@ def test_a_server_that_goes_while_a_receipt_is_awaited_is_a_lane_error(stages: S
         crew.lane.push(crew.gradient(2, batch(2), V1), 2, wants=True).receipt(60 * LIMIT_S)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_receipt_of_a_server_that_is_gone_without_a_word_is_not_waited_for(stages: Stages, kind: Kinds) -> None:
+    stage = stages("bsp", 2)
+    stage.join("worker-0", "worker-1")
+    crew = stage.lane(kind)
+    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True)
+    stage.arrived()
+    hanging_up = threading.Timer(0.1, crew.lane.hang_up)  # most likely while it waits; right in any case
+    hanging_up.start()
+    with pytest.raises(LaneError, match="the server is gone") as error:
+        pending.receipt(60 * LIMIT_S)
+    assert not isinstance(error.value, LaneTimeoutError)
+    hanging_up.join(LIMIT_S)
+
+
 def test_a_server_that_goes_in_the_middle_of_its_weights_is_a_lane_error(stages: Stages) -> None:
     stage = stages("bsp", 2, **BIG)
     stage.join("worker-0", "worker-1")
