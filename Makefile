@@ -32,12 +32,12 @@ imports: .venv/dev.stamp ## imports run one way
 unit: .venv/dev.stamp ## fast tests, one file per module
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 tests/unit
 
-integration: .venv/dev.stamp ## tests on a real, local Ray cluster
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration
+integration: .venv/dev.stamp ## tests on a real, local Ray cluster; as root, on several hosts in network namespaces, too
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration tests/cluster
 
-chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, and kills at random on real Ray; about 15 minutes
+chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, kills at random on real Ray, hosts cut off for a minute; about 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
-	$(BIN)/pytest -m chaos tests/integration
+	$(BIN)/pytest -m chaos tests/integration tests/cluster
 
 bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published experiments; into bench/; about an hour
 	$(BIN)/python -m tests.benchmarks.throughput

@@ -18,6 +18,7 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from psgd.checkpoints import Checkpoint, Part, write_part
 from psgd.cluster.host import ServerHost
@@ -261,15 +262,17 @@ class WorkerActor:
 
 
 def start_server(
-    facts: RunFacts, number: int, incarnation: int, origin: ray.ObjectRef[Any] | Checkpoint
+    facts: RunFacts, number: int, incarnation: int, origin: ray.ObjectRef[Any] | Checkpoint, node: str
 ) -> ActorHandle[Any]:
-    """Start a server's process; it asks Ray for no CPU, as it computes only when somebody pushes.
+    """Start a server's process on a node, or elsewhere if that is gone.
 
-    Several servers are spread over the nodes, so that each has a link of its own.
+    It asks Ray for no CPU, as it computes only when somebody pushes.
     """
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4 * facts.spec.scaling.most_workers + 16}
-    if facts.spec.scaling.servers > 1:
-        options["scheduling_strategy"] = "SPREAD"
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "max_concurrency": 4 * facts.spec.scaling.most_workers + 16,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
+    }
     actor: Any = ray.remote(ServerActor)
     handle: ActorHandle[Any] = actor.options(**options).remote(facts, number, incarnation, origin)
     return handle

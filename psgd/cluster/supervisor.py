@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from psgd.checkpoints import Checkpoint, Checkpoints, Manifest, Part
 from psgd.cluster.actors import RunFacts, server_failure, start_server, start_worker, worker_failure
+from psgd.cluster.placement import choose_node, living_nodes
 from psgd.core.coordinator import Coordinator
 from psgd.core.events import (
     Action,
@@ -115,6 +116,7 @@ class Supervisor:
         self._spec = inputs.facts.spec
         self._checkpoints = Checkpoints(run.storage)
         self._servers: dict[int, Any] = {}
+        self._nodes: dict[int, str] = {}  # that servers were started on
         self._workers: dict[str, Any] = {}
         self._calls: dict[ray.ObjectRef[Any], _Call] = {}
         self._events: list[Event] = []
@@ -268,7 +270,9 @@ class Supervisor:
             self._restoring = self._checkpoints.newest(self._refused, self._misfit) or self._restoring
         incarnation = self._run.next_incarnation() if restarted else self._run.incarnation
         origin = self._restoring or self._inputs.weights
-        server = self._servers[partition] = start_server(self._inputs.facts, partition, incarnation, origin)
+        before = self._nodes.pop(partition, None)
+        node = self._nodes[partition] = choose_node(living_nodes(), self._nodes.values(), before)
+        server = self._servers[partition] = start_server(self._inputs.facts, partition, incarnation, origin, node)
         checkpoint = self._restoring.manifest.name if self._restoring else None
         self._run.event("server_started", partition=partition, incarnation=incarnation, checkpoint=checkpoint)
         if restarted:

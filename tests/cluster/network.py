@@ -32,11 +32,11 @@ def missing() -> str | None:
         return "network namespaces need root"
     if absent := [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]:
         return f"network namespaces need {', '.join(absent)} (iproute2, util-linux)"
-    tried = f"psgd{os.getpid()}-try"
-    made = subprocess.run(["ip", "netns", "add", tried], env={"PATH": PATH}, capture_output=True, text=True)
-    if made.returncode:
-        return f"no network namespace can be made: {made.stderr.strip()}"
-    _run("ip", "netns", "del", tried)
+    try:
+        with network(1) as (host,):
+            host.slow("10mbit")
+    except OSError as error:
+        return f"no network of namespaces can be made: {error}"
     return None
 
 
@@ -111,8 +111,8 @@ def network(hosts: int) -> Iterator[tuple[Host, ...]]:
         for number in range(hosts):
             host = Host(f"psgd{os.getpid()}-{number}", f"10.77.0.{number + 1}", bridge, f"port{number}")
             stack.enter_context(_namespace(host.name))
-            stack.callback(host.kill)
             _join(host)
+            stack.callback(host.kill)
             made.append(host)
         yield tuple(made)
 

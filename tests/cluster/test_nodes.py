@@ -20,7 +20,9 @@ from tests.cluster.nodes import Nodes
 from tests.integration.commands import LIMIT_S, CommandLine, eventually, recorded
 from tests.integration.digits import assert_exactly_once, job
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+LACKING = missing()
+# Three nodes take half a minute to start where other tests run beside them.
+pytestmark = [pytest.mark.skipif(LACKING is not None, reason=str(LACKING)), pytest.mark.timeout(240)]
 
 SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
 # One worker on each of three hosts; a host that is lost takes its worker's place along until it is back.
@@ -85,12 +87,12 @@ def committed_after(run: Path, event: str) -> list[int]:
 
 def test_undisturbed_workers_reach_a_server_on_another_host_by_tcp(nodes: Nodes, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with training(nodes, slow_job(tmp_path, 16)) as result:
+    with training(nodes, slow_job(tmp_path, 12)) as result:
         under_way(nodes, run)
         (serving,) = where(nodes, SERVER)
         local = serving.processes(WORKER)
         ended = result.result()
-    assert_exactly_once(ended, 16)
+    assert_exactly_once(ended, 12)
     assert ended.failures == {}
     lanes = {int(up["process"].rpartition(":")[2]): up["lanes"] for up in recorded(run, "worker_up")}
     assert {process for process, lane in lanes.items() if lane == ["shm"]} == set(local)
@@ -110,11 +112,11 @@ def test_a_workers_host_that_is_lost_costs_no_batch(nodes: Nodes, tmp_path: Path
 def test_a_servers_host_that_is_lost_is_made_good_on_another(nodes: Nodes, tmp_path: Path) -> None:
     """Two servers are spread, so that one at least is not on the head; its host's worker is lost along with it."""
     run = tmp_path / "run"
-    with training(nodes, slow_job(tmp_path, 40, servers=2)) as result:
+    with training(nodes, slow_job(tmp_path, 20, servers=2)) as result:
         under_way(nodes, run)
         next(host for host in nodes.hosts[1:] if host.processes(SERVER)).kill()
         ended = result.result()
-    assert_exactly_once(ended, 40)
+    assert_exactly_once(ended, 20)
     lost = len(recorded(run, "server_lost"))
     assert lost in (1, 2)
     assert ended.failures == {"server_lost": lost, "worker_lost": 1}  # nobody is given up who only waited for a server
@@ -123,14 +125,14 @@ def test_a_servers_host_that_is_lost_is_made_good_on_another(nodes: Nodes, tmp_p
 
 def test_a_cable_that_is_cut_for_five_seconds_is_waited_for(nodes: Nodes, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with training(nodes, slow_job(tmp_path, 40, servers=2)) as result:
+    with training(nodes, slow_job(tmp_path, 20, servers=2)) as result:
         under_way(nodes, run)
         cut = next(host for host in nodes.hosts[1:] if host.processes(SERVER))
         cut.cut()
         Event().wait(5.0)
         cut.heal()
         ended = result.result()
-    assert_exactly_once(ended, 40)
+    assert_exactly_once(ended, 20)
     assert "server_lost" not in ended.failures
 
 
@@ -139,11 +141,10 @@ def test_a_slow_cable_only_takes_time(nodes: Nodes, tmp_path: Path) -> None:
     for host in nodes.hosts[1:]:
         host.slow("10mbit")
     model = {"kind": "mlp", "hidden": [512]}
-    with training(nodes, slow_job(tmp_path, 6, model=model)) as result:
+    with training(nodes, slow_job(tmp_path, 3, model=model)) as result:
         ended = result.result()
-    assert_exactly_once(ended, 6)
+    assert_exactly_once(ended, 3)
     assert ended.failures == {}
-    print(ended.duration_s)
 
 
 @pytest.mark.chaos
@@ -166,6 +167,5 @@ def test_who_is_cut_off_for_a_minute_is_replaced_and_changes_nothing(nodes: Node
     assert_exactly_once(ended, 130)
     lost = len(recorded(run, "server_lost"))
     assert lost in ((1, 2) if side == "server" else (0,))
-    print(ended.failures, ended.duration_s)
     if lost:
         assert set(committed_after(run, "server_lost")) == {1 + lost}

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+
+from psgd.cluster.placement import choose_node
+
+
+def test_servers_are_spread_as_evenly_as_nodes_allow() -> None:
+    nodes, chosen = ["a", "b", "c"], list[str]()
+    for _ in range(7):
+        chosen.append(choose_node(nodes, chosen, None))
+    assert chosen == ["a", "b", "c", "a", "b", "c", "a"]
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [([], "b"), (["b"], "c"), (["b", "c"], "b")],
+    ids=["nobody else", "a free one", "rather a shared one than the lost one"],
+)
+def test_a_server_is_not_restored_where_it_was_lost(others: list[str], expected: str) -> None:
+    assert choose_node(["a", "b", "c"], others, "a") == expected
+
+
+def test_the_only_node_is_taken_again() -> None:
+    assert choose_node(["a"], [], "a") == "a"
