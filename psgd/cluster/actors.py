@@ -270,7 +270,7 @@ def start_server(
     """
     options: dict[str, Any] = {
         "num_cpus": 0,
-        # A byte: who asks for nothing at all is placed by way of any node, such as one that is cut off, and waits for it.
+        # A byte: who asks for nothing is placed by way of any node, and waits for it if that one is cut off.
         "memory": 1,
         "max_concurrency": 4 * facts.spec.scaling.most_workers + 16,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
