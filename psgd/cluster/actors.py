@@ -306,7 +306,8 @@ def worker_failure(worker: str, lease: int | None, error: RayError) -> WorkerLos
 
 def server_failure(partition: int, error: RayError) -> ServerLost:
     """What a failed call to a server means."""
-    return ServerLost(partition, _last_line(error))
+    died = isinstance(error, RayActorError) and not error.actor_init_failed
+    return ServerLost(partition, _last_line(error), died)
 
 
 def _last_line(error: Exception) -> str:

@@ -190,8 +190,8 @@ class Coordinator:
                 self._change(settings)
             case Scale(workers):
                 self.roster.target = workers
-            case ServerLost(partition, cause):
-                self._on_server_lost(partition, cause, now)
+            case ServerLost():
+                self._on_server_lost(event, now)
             case Saved() | SaveFailed() | Committed():
                 self._on_save(event, now)
             case Tick():
@@ -234,8 +234,9 @@ class Coordinator:
             self._lose(worker, now)
             self._charge("lane_failed", f"{worker.name} could not reach its server: {cause}")
 
-    def _on_server_lost(self, partition: int, cause: str, now: float) -> None:
-        if partition not in self.reports:
+    def _on_server_lost(self, event: ServerLost, now: float) -> None:
+        partition, cause = event.partition, event.cause
+        if partition not in self.reports and not event.died:
             self._fail(f"server {partition} could not be started: {cause}")
             return
         self.servers.lost(partition, now)

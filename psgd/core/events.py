@@ -103,10 +103,11 @@ class WorkerFailed:
 
 @dataclass(frozen=True, slots=True)
 class ServerLost:
-    """A server's process is gone."""
+    """A server's process is gone, or does not answer."""
 
     partition: int
     cause: str
+    died: bool = True  # else it refused to start, or nobody knows
 
 
 @dataclass(frozen=True, slots=True)

@@ -365,11 +365,6 @@ class Chaos(VirtualCluster):
         self._armed.discard(kind)
         return armed
 
-    def kill_server(self, partition: int) -> None:
-        """One that never reported is another matter: it could not be started."""
-        if partition in self.coordinator.reports:
-            super().kill_server(partition)
-
     def act(self, action: Action) -> None:
         """Let checkpoints fail, and servers die at them."""
         somebody = self._dice.randrange(len(self.parts))

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from psgd_workers.messages import FloatArray
 from psgd_workers.models.network import Network
 
-__all__ = ["dies_once", "poisoned", "raises", "slow"]
+__all__ = ["dies_once", "mnist", "poisoned", "raises", "slow"]
 
 
 class _Digits(Network):
@@ -103,6 +103,30 @@ class _Slow(_Digits):
 def slow(seconds: float) -> _Slow:
     """Each gradient takes so long."""
     return _Slow(seconds)
+
+
+class _SlowMnist(Network):
+    """An MLP of MNIST whose gradient takes so many seconds, most of them without a core's work."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__((784, 32, 10), "cross_entropy")
+        self._seconds = seconds
+
+    def loss_and_gradient(
+        self,
+        weights: Mapping[str, FloatArray],
+        features: FloatArray,
+        labels: NDArray[Any],
+        gradient: Mapping[str, FloatArray],
+        seed: int,
+    ) -> float:
+        time.sleep(self._seconds)
+        return super().loss_and_gradient(weights, features, labels, gradient, seed)
+
+
+def mnist(seconds: float) -> _SlowMnist:
+    """Each gradient takes a bit longer than that."""
+    return _SlowMnist(seconds)
 
 
 class _Poisoned(_Digits):

@@ -17,7 +17,7 @@ from psgd.monitoring.rundir import RunDirectory
 from psgd.storage import Storage
 from tests.integration.commands import LIMIT_S, eventually, recorded
 from tests.integration.digits import BATCHES, assert_exactly_once, job
-from tests.integration.killer import Killer, processes
+from tests.integration.killer import processes
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -86,16 +86,3 @@ def test_a_running_job_is_scaled_up_and_down(tmp_path: Path) -> None:
     assert result.failures == {}
     assert (result.ledger.duplicates, result.goodput) == (0, 1.0)
     assert [command["accepted"] for command in recorded(run, "command")] == [True, True, False]
-
-
-@pytest.mark.chaos
-def test_chaos_for_half_a_minute_changes_nothing_but_the_time(tmp_path: Path, ray_home: Path) -> None:
-    killer = Killer(str(ray_home), (SERVER, WORKER, WORKER), (3.0, 6.0), times=5, seed=0)
-    spec = job(tmp_path, 60, scaling={"workers": 2, "servers": 2}, checkpoint={"every_s": 2.0})
-    with training(spec) as under_way, killer.at_work():
-        result = under_way.result(2 * LIMIT_S)
-    assert_exactly_once(result, 60)
-    assert (result.metrics["val/accuracy"] or 0) > 0.9
-    assert len(killer.killed) == 5
-    assert sum(result.failures.values()) > 0
-    eventually(lambda: not processes("ray::ServerActor", str(ray_home)))

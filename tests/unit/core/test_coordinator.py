@@ -559,9 +559,21 @@ def test_a_report_of_a_lost_server_does_not_bring_it_back() -> None:
 
 def test_a_server_that_cannot_be_started_fails_the_run() -> None:
     coordinator, _ = start()
-    (finish,) = coordinator.handle(ServerLost(0, "no memory"), 1.0)
+    (finish,) = coordinator.handle(ServerLost(0, "no memory", died=False), 1.0)
     assert isinstance(finish, Finish)
     assert "could not be started: no memory" in str(finish.error)
+
+
+def test_a_server_that_dies_before_its_first_report_is_started_again() -> None:
+    coordinator, _ = start()
+    actions = coordinator.handle(ServerLost(0, "killed"), 1.0)
+    assert [type(action) for action in actions] == [StartServer, AskReport]
+    ask = actions[1]
+    assert isinstance(ask, AskReport)
+    server = ParameterServer(job(), Partition(0, 0, 6, 6), START, GRID, Version(2, 0))
+    coordinator.handle(Reported(server.report(), ask.asked), 2.0)
+    assert coordinator.servers.ready
+    assert coordinator.failures == 1
 
 
 def test_more_lost_servers_than_allowed_fail_the_run_and_name_the_remedy() -> None:
@@ -877,7 +889,7 @@ def test_a_run_starts_its_server_asks_it_and_starts_its_workers() -> None:
 
 def test_finish_comes_alone_and_nothing_after_it() -> None:
     coordinator, _ = start()
-    (finish,) = coordinator.handle(ServerLost(0, "killed"), 1.0)  # before its first report
+    (finish,) = coordinator.handle(ServerLost(0, "no memory", died=False), 1.0)
     assert isinstance(finish, Finish)
     assert coordinator.handle(Tick(), 2.0) == ()
     assert coordinator.handle(Stop("stopped"), 2.0) == ()

@@ -1,0 +1,27 @@
+"""Ray's own messages are lost on the way, or their answers: https://docs.ray.io calls it chaos testing of RPCs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import mkdtemp
+
+from tests.integration.commands import DIGITS, CommandLine
+
+BATCHES, EXAMPLES, EPOCHS = 90, 1438, 6
+# Of the calls to actors, in percent: those that do not arrive, and those whose answer does not.
+LOST = {"CoreWorkerService.grpc_client.PushTask": {"num_failures": -1, "req_failure_prob": 1, "resp_failure_prob": 1}}
+
+
+def test_calls_and_answers_that_are_lost_change_no_epoch(
+    tmp_path: Path, ray_home: Path, environment: dict[str, str]
+) -> None:
+    psgd = CommandLine(environment | {"RAY_TMPDIR": mkdtemp(dir=ray_home), "RAY_AUTH_MODE": "disabled"}, tmp_path)
+    settings = [f"run.epochs={EPOCHS}", "scaling.lane=ray", "failure.max_failures=-1", "checkpoint.every_s=0.5"]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    done = psgd.run("train", DIGITS, "--json", "--name", "run", *arguments, RAY_testing_rpc_failure=json.dumps(LOST))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["status"], result["epochs"], result["samples"]) == ("finished", EPOCHS, EPOCHS * EXAMPLES)
+    assert result["ledger"]["batches"] == result["ledger"]["applied"] == EPOCHS * BATCHES
+    assert sum(result["failures"].values()) > 0
