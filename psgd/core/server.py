@@ -14,7 +14,6 @@ The host calls one method at a time and delivers the receipts each returns.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -30,8 +29,9 @@ from psgd.core.corrections import build_correction
 from psgd.core.journal import Journal, Kind
 from psgd.core.optimizers import build_optimizer, in_blocks
 from psgd.core.published import PrivateVector, Published
-from psgd.core.report import EpochLoss, Mark, Report
+from psgd.core.report import Mark, Report
 from psgd.core.schedules import build_schedule
+from psgd.core.tally import Tally
 from psgd.spec import JobSpec, Settings
 from psgd_workers.compression import decode
 from psgd_workers.errors import LaneError
@@ -39,7 +39,7 @@ from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradi
 
 __all__ = ["ParameterServer", "Partition", "ServerState"]
 
-LOSS_EPOCHS = 2  # the open one and the newest complete one
+KEPT_EPOCHS = 2  # the two newest ends, of which one may be under evaluation
 LONGEST_S = 1e9  # that a worker may say it computed
 
 
@@ -123,18 +123,10 @@ class ParameterServer:
         self._round = Round()
         self._refused = -1  # the newest epoch of which a batch was refused: one that has begun, if it is not complete
         self._parked: list[_Parked] = []
-        self._pushes = Counter[Outcome]()
-        self._longest_s = 0.0
-        self._rejected = Counter[BatchId]()  # of the newest epochs
-        self._staleness = Counter[int]()
-        self._losses: dict[int, list[Any]] = {}  # epoch -> what an EpochLoss is made of, added up in place
+        self._tally = Tally()
         self._epoch_weights: dict[int, FloatArray] = {}
         self._kept = 0  # the newest epoch's end that weights were kept of, or could have been
-        self._bytes = 0  # pushed
-        self._samples = 0  # examples applied
-        self._counted = 0  # ... and skipped: what the schedule goes by
-        self._first: Mark | None = None
-        self._stepped_at: float | None = None  # the newest step of this incarnation
+        self._counted = 0  # examples applied and skipped: what the schedule goes by
         self.journal = Journal()
         self._set(spec.settings)
 
@@ -162,7 +154,7 @@ class ParameterServer:
     @property
     def samples(self) -> int:
         """Examples applied."""
-        return self._samples
+        return self._tally.samples
 
     @property
     def can_save(self) -> bool:
@@ -203,15 +195,13 @@ class ParameterServer:
             LaneError: the values were not sent as this partition reads them; nothing happened.
         """
         updates, round_ = self.version.updates, self._round
-        self._bytes += gradient.nbytes
+        self._tally.bytes += gradient.nbytes
         outcome = self._admit(gradient)
         if outcome is Outcome.BUFFERED:
             self._collect(gradient)
         else:
-            self._pushes[outcome] += 1
+            self._tally.refused(gradient, outcome)
             self._refused = max(self._refused, gradient.batch.epoch)
-            if outcome is Outcome.REJECTED:
-                self._rejected[gradient.batch] += 1
             if outcome is Outcome.DISCARDED:
                 self._settled.add(gradient.batch, skip=True)
                 self._counted += gradient.examples
@@ -303,8 +293,7 @@ class ParameterServer:
         member = Member(gradient.read.updates, gradient.examples)
         self._aggregator.add(Taken(gradient.worker, gradient.batch, member, values, scale, weight))
         self._round.collected += 1
-        self._note_loss(gradient)
-        self._longest_s = max(self._longest_s, gradient.compute_s)
+        self._tally.collected(gradient)
 
     def _decode(self, gradient: Gradient) -> FloatArray:
         if not isinstance(gradient.values, Encoded):
@@ -334,16 +323,6 @@ class ParameterServer:
         out[:trainable] = self._correction.correct(gradient.worker, out[:trainable], self._trained, read)
         return out, 1.0
 
-    def _note_loss(self, gradient: Gradient) -> None:
-        epoch = gradient.batch.epoch
-        loss = self._losses.get(epoch)
-        if loss is None:
-            loss = self._losses[epoch] = [0.0, 0]
-            for old in sorted(self._losses)[:-LOSS_EPOCHS]:
-                del self._losses[old]
-        loss[0] += gradient.loss * gradient.examples
-        loss[1] += gradient.examples
-
     # STEP, REPLY
 
     def _close_if_due(self, now: float) -> None:
@@ -365,19 +344,9 @@ class ParameterServer:
         self._board.begin()
         self._step(step)
         self._board.end(version := Version(self.version.incarnation, self.version.updates + 1))
-        for read, examples in step.members:
-            self._staleness[self.version.updates - read] += 1
-            self._samples += examples
-            self._counted += examples
-        self._pushes[Outcome.APPLIED] += len(step.members)
+        self._counted += self._tally.stepped(step.members, version.updates, now)
         self._round.collected = len(self._aggregator)
         self.version = version
-        self._stepped_at = now
-        if self._first is None:
-            self._first = self._mark(now)
-
-    def _mark(self, now: float) -> Mark:
-        return Mark(now, self.version.updates, self._samples)
 
     def _step(self, step: Step) -> None:
         trainable, gradient = self.partition.num_trainable, step.gradient
@@ -422,7 +391,7 @@ class ParameterServer:
     def _keep_epoch_weights(self) -> None:
         self._kept = self.epochs
         self._epoch_weights[self._kept] = self._to_evaluate()
-        for old in sorted(self._epoch_weights)[:-LOSS_EPOCHS]:
+        for old in sorted(self._epoch_weights)[:-KEPT_EPOCHS]:
             del self._epoch_weights[old]
 
     def _to_evaluate(self) -> FloatArray:
@@ -448,8 +417,8 @@ class ParameterServer:
 
     def report(self) -> Report:
         """What the driver may know and believe."""
-        self._rejected = Counter({batch: n for batch, n in self._rejected.items() if batch.epoch >= self.epochs})
-        pushes = {outcome.value: self._pushes[outcome] for outcome in Outcome}
+        tally, updates = self._tally, self.version.updates
+        pushes = {outcome.value: tally.pushes[outcome] for outcome in Outcome}
         pushes[Outcome.BUFFERED.value] = self._round.collected
         return Report(
             self.partition.number,
@@ -457,16 +426,16 @@ class ParameterServer:
             self._settled.epochs,
             self._settled.settled(),
             pushes,
-            dict(self._staleness),
-            {epoch: EpochLoss(*loss) for epoch, loss in self._losses.items()},
-            self._samples,
+            dict(tally.staleness),
+            tally.losses(),
+            tally.samples,
             dict(self._round.live),
             frozenset(push.worker for push in self._parked),
-            self._bytes,
-            self._first,
-            None if self._stepped_at is None else self._mark(self._stepped_at),
-            self._longest_s,
-            dict(self._rejected),
+            tally.bytes,
+            tally.first,
+            None if tally.stepped_at is None else Mark(tally.stepped_at, updates, tally.samples),
+            tally.longest_s,
+            tally.rejected(self.epochs),
         )
 
     def state(self) -> ServerState:
@@ -487,17 +456,12 @@ class ParameterServer:
             "history": [list(fork) for fork in self._history],
             "partition": list(self.partition),
             "epochs": self._settled.epochs,
-            "samples": self._samples,
             "counted": self._counted,
-            "bytes": self._bytes,
-            "pushes": {outcome.value: count for outcome, count in self._pushes.items()},
-            "staleness": sorted(self._staleness.items()),
-            "losses": [[epoch, *loss] for epoch, loss in sorted(self._losses.items())],
             "aggregator": collecting,
             "correction": correcting,
             "settings": self.settings.model_dump(mode="json"),
             "changes": [settings.model_dump(mode="json") for settings in self.journal.settings],
-        }
+        } | self._tally.state()
         if self._average is not None:
             arrays["average"] = self._average.copy()
         return ServerState({"weights": self._weights.copy()} | arrays, facts)
@@ -529,10 +493,8 @@ class ParameterServer:
         server._aggregator.load(state.part("aggregator"), facts["aggregator"])
         server._correction.load(state.part("correction"), facts["correction"])
         server._round.collected = len(server._aggregator)
-        server._samples, server._counted, server._bytes = (facts[name] for name in ("samples", "counted", "bytes"))
-        server._pushes.update({Outcome(name): count for name, count in facts["pushes"].items()})
-        server._staleness.update({int(value): count for value, count in facts["staleness"]})
-        server._losses = {epoch: [total, examples] for epoch, total, examples in facts["losses"]}
+        server._counted = facts["counted"]
+        server._tally.load(facts)
         server._kept = server.epochs
         if server._settled.between_epochs:
             server._keep_epoch_weights()
