@@ -62,7 +62,7 @@ class CommandLine:
         return [command for command in found if not command.startswith(AGENTS)]
 
 
-def eventually(condition: Callable[[], object], within_s: float = 30.0) -> None:
+def eventually(condition: Callable[[], object], within_s: float = LIMIT_S) -> None:
     """Wait until the condition holds.
 
     Raises:

@@ -40,10 +40,9 @@ def job(tmp_path: Path, epochs: int, seconds: float) -> psgd.JobSpec:
         pytest.param(180, 90, marks=[pytest.mark.chaos, pytest.mark.timeout(1800)]),
     ],
 )
-@pytest.mark.usefixtures("local_ray")
-def test_kills_at_random_change_nothing_but_the_time(tmp_path: Path, ray_home: Path, epochs: int, kills: int) -> None:
+def test_kills_at_random_change_nothing_but_the_time(tmp_path: Path, local_ray: Path, epochs: int, kills: int) -> None:
     undisturbed = psgd.train(job(tmp_path, epochs, 0.0), name="undisturbed", progress=False)
-    killer = Killer(str(ray_home), (SERVER, WORKER, WORKER), (3.0, 7.0), kills, seed=0)
+    killer = Killer(str(local_ray), (SERVER, WORKER, WORKER), (3.0, 7.0), kills, seed=0)
     with ThreadPoolExecutor(1) as pool:
         spec = job(tmp_path, epochs, SECONDS)
         under_way = pool.submit(psgd.train, spec, name="disturbed", progress=False)
@@ -58,4 +57,4 @@ def test_kills_at_random_change_nothing_but_the_time(tmp_path: Path, ray_home: P
     assert found is not None
     assert expected > 0.94
     assert abs(found - expected) < 0.01
-    eventually(lambda: not processes(SERVER, str(ray_home)) and not processes(WORKER, str(ray_home)))
+    eventually(lambda: not processes(SERVER, str(local_ray)) and not processes(WORKER, str(local_ray)))

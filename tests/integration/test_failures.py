@@ -19,9 +19,13 @@ from tests.integration.commands import LIMIT_S, eventually, recorded
 from tests.integration.digits import BATCHES, assert_exactly_once, job
 from tests.integration.killer import processes
 
-pytestmark = pytest.mark.usefixtures("local_ray")
-
 SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
+
+
+@pytest.fixture(autouse=True)
+def nobody_else(local_ray: Path) -> None:
+    """Whoever is to be killed is not to be taken for a test's before it, whose processes Ray ends in its own time."""
+    eventually(lambda: not processes(SERVER, str(local_ray)) and not processes(WORKER, str(local_ray)))
 
 
 @contextmanager
@@ -36,11 +40,11 @@ def kill(prefix: str, home: Path) -> None:
 
 
 @pytest.mark.parametrize("servers", [1, 2])
-def test_a_server_that_dies_is_restored_and_the_run_goes_on(tmp_path: Path, ray_home: Path, servers: int) -> None:
+def test_a_server_that_dies_is_restored_and_the_run_goes_on(tmp_path: Path, local_ray: Path, servers: int) -> None:
     run = tmp_path / "run"
     with training(job(tmp_path, 16, scaling={"workers": 2, "servers": servers})) as under_way:
         eventually(lambda: recorded(run, "checkpoint"))
-        kill(SERVER, ray_home)
+        kill(SERVER, local_ray)
         result = under_way.result(LIMIT_S)
     assert_exactly_once(result, 16)
     assert result.failures == {"server_lost": 1}
@@ -49,11 +53,11 @@ def test_a_server_that_dies_is_restored_and_the_run_goes_on(tmp_path: Path, ray_
     assert recorded(run, "server_started")[-1]["checkpoint"] is not None
 
 
-def test_a_server_that_dies_before_the_first_checkpoint_begins_again(tmp_path: Path, ray_home: Path) -> None:
+def test_a_server_that_dies_before_the_first_checkpoint_begins_again(tmp_path: Path, local_ray: Path) -> None:
     run = tmp_path / "run"
     with training(job(tmp_path, 8, checkpoint={"every_s": None})) as under_way:
         eventually(lambda: recorded(run, "worker_up"))
-        kill(SERVER, ray_home)
+        kill(SERVER, local_ray)
         result = under_way.result(LIMIT_S)
     assert_exactly_once(result, 8)
     assert recorded(run, "server_started")[-1]["checkpoint"] is None
