@@ -66,7 +66,7 @@ def session(spec: JobSpec, address: str | None) -> Iterator[None]:
     """Ray, for as long as the block lasts.
 
     Args:
-        spec: the job, whose CPUs a local cluster is given.
+        spec: the job, whose size a local cluster is given.
         address: of a running cluster; None: the caller's connection, `RAY_ADDRESS`, or a local cluster.
 
     Raises:
@@ -88,7 +88,8 @@ def session(spec: JobSpec, address: str | None) -> Iterator[None]:
 
 
 def _local(spec: JobSpec) -> dict[str, Any]:
-    cpus = spec.scaling.most_workers * spec.scaling.cpus_per_worker
+    # Ray starts as many processes ahead as there are CPUs: with one for each server nobody waits for the last of them.
+    cpus = spec.scaling.most_workers * spec.scaling.cpus_per_worker + spec.scaling.servers
     return {"address": "local", "num_cpus": cpus, "include_dashboard": False, "logging_level": logging.ERROR}
 
 

@@ -67,11 +67,11 @@ class Leasing:
         self._actions = []
         if self.in_lockstep:
             self._lease_rounds(now)
-        elif self._fair_share():
+        elif self._left():
             for ahead in range(AHEAD):  # nobody idles before another has a lease queued
                 for worker in [worker for worker in self._roster.hungry.values() if len(worker.leases) == ahead]:
-                    if not self._is_held(worker) and (share := self._fair_share()):
-                        size = min(self._roster.lease_size(worker), share)
+                    if not self._is_held(worker) and (left := self._left()):
+                        size = self._size(worker, left)
                         self._grant(worker, self._ledger.grant(size, self._roster.home(worker)), now)
         elif now >= self._look_at:
             self._share(now)
@@ -152,11 +152,15 @@ class Leasing:
         pace = worker.batch_s or now - worker.lease_began
         return max(worker.leases[lease] * pace, now - worker.alive_at)
 
-    def _fair_share(self) -> int:
+    def _left(self) -> int:
+        """Batches that can be leased."""
+        return min(self._ledger.pending, self._batches_allowed())
+
+    def _size(self, worker: WorkerRecord, left: int) -> int:
         """Half an even share of what is left: leases shrink towards an end, so that workers end together."""
         workers = len(self._roster.up)
-        left = min(self._ledger.pending, self._batches_allowed())
-        return left if workers <= 1 else ceil(left / (2 * workers))
+        share = left if workers <= 1 else ceil(left / (2 * workers))
+        return min(self._roster.lease_size(worker), max(share, self._roster.least_lease_size(worker)), left)
 
     def _batches_allowed(self) -> int:
         """How many more batches `max_updates` leaves to be leased."""

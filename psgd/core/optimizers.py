@@ -38,7 +38,7 @@ __all__ = [
     "in_blocks",
 ]
 
-BLOCK = 262_144  # values, 1 MB of each array. Lower: fits a smaller cache. Higher: fewer calls of NumPy, 0.5 µs each
+BLOCK = 32_768  # values, 128 kB of each array. Lower: fits a smaller cache. Higher: fewer calls of NumPy, 0.5 µs each
 
 Watch = Callable[[slice, FloatArray], None]  # is shown a block's part of the vector and its direction, only to be read
 

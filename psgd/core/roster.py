@@ -13,6 +13,7 @@ from psgd.spec import FailureConfig
 __all__ = ["Roster", "WorkerRecord"]
 
 LEASE_S = 2.0  # seconds of work in a lease: long against a call (1 ms), short against a death
+LEAST_LEASE_S = 0.03  # ... and the least, where batches are short: to turn to the next lease takes a worker some ms
 FIRST_LEASE = 16  # batches, while nothing was measured
 AHEAD = 2  # leases that a worker has at most: the one at work and one queued
 PATIENCE = 20  # batches' times without a sign of life before a worker is given up ...
@@ -179,6 +180,10 @@ class Roster:
     def lease_size(self, worker: WorkerRecord) -> int:
         """Batches that take about as long as a lease should."""
         return FIRST_LEASE if worker.batch_s is None else max(1, round(self._lease_s / worker.batch_s))
+
+    def least_lease_size(self, worker: WorkerRecord) -> int:
+        """Batches that a lease should have where there are so many."""
+        return 1 if worker.batch_s is None else max(1, round(LEAST_LEASE_S / worker.batch_s))
 
     def home(self, worker: WorkerRecord) -> Fraction:
         """Where the worker's own part of the shards begins, as a share of all."""

@@ -33,7 +33,7 @@ TARGET_S = 3.0
 UPDATES = 20  # and the run ends
 BARE = "import json, sys, time, ray; ray.init(**json.loads(sys.argv[1])); print(time.monotonic()); ray.shutdown()"
 # What `psgd train` starts a local Ray with, in this setting.
-OPTIONS = {"address": "local", "num_cpus": NUM_WORKERS, "include_dashboard": False, "logging_level": logging.ERROR}
+OPTIONS = {"address": "local", "num_cpus": NUM_WORKERS + 1, "include_dashboard": False, "logging_level": logging.ERROR}
 STAGES = ("started", "worker_started", "worker_up")  # events of the run
 
 

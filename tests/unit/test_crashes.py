@@ -43,8 +43,14 @@ def write_for_ever(run: Storage, committed: int) -> None:
         write(run, number, committed)
 
 
-def kill_a_writer(run: Storage, after_s: float) -> int:
-    """Fork one, kill it; returns the number of the newest checkpoint it told of, 0 if it told of none."""
+def kill_a_writer(run: Storage, after_s: float, commits: bool) -> int:
+    """Fork one, kill it; returns the number of the newest checkpoint it told of, 0 if it told of none.
+
+    Args:
+        run: what it writes to.
+        after_s: how long it writes.
+        commits: that time begins when it has told of one.
+    """
     told, tell = os.pipe()
     child = os.fork()
     if child == 0:
@@ -53,12 +59,13 @@ def kill_a_writer(run: Storage, after_s: float) -> int:
         finally:
             os._exit(1)  # neither pytest nor anything else of the parent's goes on here
     os.close(tell)
+    first = os.read(told, NUMBER.size) if commits else b""
     time.sleep(after_s)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "the writer ended by itself"
     with os.fdopen(told, "rb") as pipe:
-        numbers = pipe.read()
+        numbers = first + pipe.read()
     return int(NUMBER.unpack(numbers[-NUMBER.size :])[0]) if numbers else 0
 
 
@@ -73,7 +80,7 @@ def test_whatever_moment_a_writer_is_killed_at_the_newest_checkpoint_is_whole(
     written, unfinished, kills, ends = 0, 0, 0, time.monotonic() + AT_MOST_S
     while kills < KILLS and time.monotonic() < ends:
         first = Checkpoints(run).next_number()  # which an unfinished one before it sets apart from the newest
-        told = kill_a_writer(run, random.uniform(0, 2 * took_s))
+        told = kill_a_writer(run, random.uniform(0, 2 * took_s), commits=kills % 4 == 3)
         kills, written = kills + 1, written + (told > newest)
         newest = max(newest, told)
         checkpoint = Checkpoints(run).newest(refused=fail)

@@ -112,3 +112,12 @@ def test_beyond_the_target_those_that_are_not_up_leave_first_then_the_highest_sl
     assert [worker.name for worker in roster.surplus()] == ["worker-3", "worker-2"]
     assert roster.surplus() == []
     assert list(roster.hungry) == ["worker-1"]
+
+
+def test_a_lease_of_short_batches_is_worth_the_turn_to_it() -> None:
+    roster = Roster(1)
+    (worker,) = roster.hire(1, 0.0)
+    assert roster.least_lease_size(worker) == 1
+    for batch_s, batches in ((0.001, 30), (0.02, 2), (1.0, 1)):
+        worker.batch_s = batch_s
+        assert roster.least_lease_size(worker) == batches
