@@ -37,6 +37,7 @@ integration: .venv/dev.stamp ## tests on a real, local Ray cluster; as root, on 
 
 chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, kills at random on real Ray, hosts cut off for a minute; about 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --hypothesis-profile default tests/unit/core
 	$(BIN)/pytest -m chaos tests/integration tests/cluster
 
 bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published experiments; into bench/; about an hour

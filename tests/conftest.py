@@ -1,4 +1,4 @@
-"""Each test cluster has a temporary folder of its own, short enough for Ray's sockets, and no name in common."""
+"""What all tests share: draws that can be repeated, and clusters with a folder of their own and no name in common."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import settings
+
+# What is drawn is a function of the test, so that it fails in every run or in none; `make chaos` draws anew.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="module")

@@ -286,7 +286,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_dies(
         run={"epochs": 2},
         compute_s=speeds(seed),
         faults=scripted,
-        failure={"timeout_s": 2.0, "max_failures": -1},
+        failure={"timeout_s": 2.0, "max_failures": -1, "poison_tries": 100},  # several may die at one batch
         evaluate=validate,
         checkpoint={"every_s": None, "every_updates": 10},
     )
@@ -300,7 +300,8 @@ def test_a_batch_that_one_partition_lacks_is_pushed_to_both_and_counted_once_in_
     workers: int, faults: list[tuple[int, int]]
 ) -> None:
     torn = [Fault(f"worker-{number}", pushes, "torn") for number, pushes in faults]
-    host = run(workers=workers, scaling={"servers": 2}, faults=torn, failure={"max_failures": -1})
+    limits = {"max_failures": -1, "poison_tries": 100}
+    host = run(workers=workers, scaling={"servers": 2}, faults=torn, failure=limits)
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 1)
     fired = host.coordinator.failures
