@@ -99,6 +99,7 @@ def test_undisturbed_workers_reach_a_server_on_another_host_by_tcp(nodes: Nodes,
     assert sorted(lanes.values()) == [["shm"], ["tcp"], ["tcp"]]
 
 
+@pytest.mark.chaos
 def test_a_workers_host_that_is_lost_costs_no_batch(nodes: Nodes, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with training(nodes, slow_job(tmp_path, 45)) as result:
@@ -123,6 +124,7 @@ def test_a_servers_host_that_is_lost_is_made_good_on_another(nodes: Nodes, tmp_p
     assert set(committed_after(run, "server_lost")) == {1 + lost}
 
 
+@pytest.mark.chaos
 def test_a_cable_that_is_cut_for_five_seconds_is_waited_for(nodes: Nodes, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with training(nodes, slow_job(tmp_path, 20, servers=2)) as result:

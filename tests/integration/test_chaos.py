@@ -36,7 +36,7 @@ def job(tmp_path: Path, epochs: int, seconds: float) -> psgd.JobSpec:
 @pytest.mark.parametrize(
     ("epochs", "kills"),
     [
-        pytest.param(14, 6, marks=pytest.mark.timeout(240)),
+        pytest.param(8, 4, marks=pytest.mark.timeout(240)),
         pytest.param(180, 90, marks=[pytest.mark.chaos, pytest.mark.timeout(1800)]),
     ],
 )
@@ -55,6 +55,6 @@ def test_kills_at_random_change_nothing_but_the_time(tmp_path: Path, local_ray: 
     expected, found = (one.metrics["val/accuracy"] for one in (undisturbed, result))
     assert expected is not None
     assert found is not None
-    assert expected > 0.94
+    assert expected > 0.93
     assert abs(found - expected) < 0.01
     eventually(lambda: not processes(SERVER, str(local_ray)) and not processes(WORKER, str(local_ray)))
