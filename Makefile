@@ -33,7 +33,7 @@ unit: .venv/dev.stamp ## fast tests, one file per module; those of the benchmark
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 tests/unit tests/benchmarks
 
 integration: .venv/dev.stamp ## tests on a real, local Ray cluster; as root, on several hosts in network namespaces, too
-	$(BIN)/pytest --numprocesses 3 --dist loadfile -m 'not chaos' tests/integration tests/cluster
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration tests/cluster
 
 chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, kills at random on real Ray, hosts cut off for a minute; about 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.skipif(LACKING is not None, reason=str(LACKING)), pyte
 SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
 # One worker on each of three hosts; a host that is lost takes its worker's place along until it is back.
 WORKERS = {"min": 2, "max": 3}
-RUN_S = 90.0
+RUN_S = 180.0
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,7 @@ def committed_after(run: Path, event: str) -> list[int]:
     return [int(line["name"].rpartition("-")[2]) for line in lines[since:] if line["event"] == "checkpoint"]
 
 
+@pytest.mark.chaos
 def test_undisturbed_workers_reach_a_server_on_another_host_by_tcp(nodes: Nodes, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with training(nodes, slow_job(tmp_path, 12)) as result:
@@ -138,6 +139,7 @@ def test_a_cable_that_is_cut_for_five_seconds_is_waited_for(nodes: Nodes, tmp_pa
     assert "server_lost" not in ended.failures
 
 
+@pytest.mark.chaos
 def test_a_slow_cable_only_takes_time(nodes: Nodes, tmp_path: Path) -> None:
     """At 10 Mbit/s a push and its weights, 0.3 MB, take 0.25 s, and a gradient 2 ms."""
     for host in nodes.hosts[1:]:

@@ -113,6 +113,7 @@ def interrupt(psgd: CommandLine, mode: str, send: Callable[[int, int], None], nu
     eventually(lambda: not psgd.processes(), within_s=5)
 
 
+@pytest.mark.timeout(240)
 def test_ctrl_c_and_sigterm_save_the_run_and_resuming_ends_it_exactly(psgd: CommandLine) -> None:
     interrupt(psgd, "token", os.killpg, signal.SIGINT)  # to the whole group, as a terminal does
     interrupt(psgd, "disabled", os.kill, signal.SIGTERM)
