@@ -146,9 +146,9 @@ class Supervisor:
 
     def _handle(self, event: Event) -> None:
         now = time.monotonic()
+        self._record(event)  # before what follows from it
         for action in self._coordinator.handle(event, now):
             self._act(action)
-        self._record(event)
         self._observe(self._coordinator, now)
 
     def _record(self, event: Event) -> None:
