@@ -48,6 +48,7 @@ bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published exp
 	$(BIN)/python -m tests.benchmarks.stragglers
 	$(BIN)/python -m tests.benchmarks.servers
 	$(BIN)/python -m tests.benchmarks.startup
+	$(BIN)/python -m tests.benchmarks.recovery
 	$(BIN)/python -m tests.benchmarks.soak
 	$(BIN)/python -m tests.benchmarks.lanes_page
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.million

@@ -29,6 +29,7 @@ HEADINGS = {  # of the documents, in the order of the page; others follow under 
     "servers": "More servers, more workers",
     "apply": "A server's step",
     "startup": "Start-up",
+    "recovery": "What deaths cost",
     "soak": "Memory over time",
 }
 INTRODUCTION = """# The lanes, measured
@@ -36,7 +37,8 @@ INTRODUCTION = """# The lanes, measured
 {machine}; {versions}.
 
 Figures are medians over turns: what is compared is measured in turn, within one run. Beside them are the least and the
-most of any turn; a ratio is one of medians. How each is measured is in its module's docstring.
+most of any turn; a ratio is one of medians. How each is measured is in its module's docstring; where the time of a push
+goes is in [PROFILE.md](PROFILE.md).
 
 To measure again (each writes a document into `bench/`), then to write this page:
 

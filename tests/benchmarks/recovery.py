@@ -42,7 +42,7 @@ LOOK_S = 0.05
 class Recovery(NamedTuple):
     """What one run came to."""
 
-    rate: float  # examples per second, from the first gradient applied to the last
+    rate: float  # examples in the weights at the end per second of training
     kills: int  # that the driver saw
     again: float  # batches computed again
     seconds: tuple[float, ...]  # of each recovery
@@ -124,7 +124,7 @@ def _measured(victim: str, turn: int, arguments: Namespace) -> Recovery:
     kills = found["failures"].get(kind, 0)
     useful = found["ledger"]["batches"]
     again = useful / found["goodput"] - useful
-    return Recovery(found["metrics"]["perf/samples_per_s"], kills, again, recovered(happened))
+    return Recovery(found["samples"] / found["duration_s"], kills, again, recovered(happened))
 
 
 def _job(folder: str, seconds: float) -> dict[str, Any]:
