@@ -37,7 +37,7 @@ def job(tmp_path: Path, epochs: int, seconds: float) -> psgd.JobSpec:
     ("epochs", "kills"),
     [
         pytest.param(8, 4, marks=pytest.mark.timeout(240)),
-        pytest.param(180, 90, marks=[pytest.mark.chaos, pytest.mark.timeout(1800)]),
+        pytest.param(100, 60, marks=[pytest.mark.chaos, pytest.mark.timeout(1800)]),
     ],
 )
 def test_kills_at_random_change_nothing_but_the_time(tmp_path: Path, local_ray: Path, epochs: int, kills: int) -> None:
