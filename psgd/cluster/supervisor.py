@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from psgd.checkpoints import Checkpoint, Checkpoints, Manifest, Part
 from psgd.cluster.actors import RunFacts, server_failure, start_server, start_worker, worker_failure
+from psgd.cluster.gathering import Asked, Gathering
 from psgd.cluster.placement import choose_node, living_nodes
 from psgd.core.coordinator import Coordinator
 from psgd.core.events import (
@@ -124,7 +125,7 @@ class Supervisor:
         self.committed = [inputs.checkpoint.manifest.name] if inputs.checkpoint else []
         self._restoring = inputs.checkpoint  # what servers are started from; None: from the initial weights
         self._saving = ""  # name of the checkpoint under way
-        self._gathered: dict[tuple[str, int | None], dict[int, Any]] = {}  # weights that a worker is to evaluate
+        self._gathering = Gathering(len(inputs.facts.partitions))
         self._commands_at = 0.0
         self._finish: Finish | None = None
 
@@ -325,22 +326,23 @@ class Supervisor:
                 ref = worker.work.remote(lease)
                 self._call_worker(name, ref, lambda end: LeaseClosed(name, lease.id, end.residual_norm), lease.id)
             case Evaluate(name, epochs):
-                self._gathered[name, epochs] = {}
+                asked = self._gathering.begin(name, epochs)
                 for partition, server in self._servers.items():
-                    gathered = partial(self._evaluate, name, epochs, partition)
-                    lost = EvaluationLost(name, epochs)
-                    self._call_server(partition, server.epoch_weights.remote(epochs), gathered, lost)
+                    gathered, refused = partial(self._evaluate, asked, partition), partial(self._give_up, asked)
+                    self._call_server(partition, server.epoch_weights.remote(epochs), gathered, refused)
             case Cancel(name, newest):
                 self._call_worker(name, worker.cancel.remote(newest), lambda _: None, lease=None)
 
-    def _evaluate(self, worker: str, epochs: int | None, partition: int, part: FloatArray) -> None:
+    def _evaluate(self, asked: Asked, partition: int, part: FloatArray) -> None:
         """Let a worker evaluate once every partition's weights are there."""
-        parts = self._gathered.get((worker, epochs), {})
-        parts[partition] = part
-        if len(parts) == len(self._servers) and worker in self._workers:
-            del self._gathered[worker, epochs]
-            ref = self._workers[worker].evaluate.remote(*(parts[number] for number in sorted(parts)))
+        parts, worker, epochs = self._gathering.add(asked, partition, part), asked.worker, asked.epochs
+        if parts is not None and worker in self._workers:
+            ref = self._workers[worker].evaluate.remote(*parts)
             self._call_worker(worker, ref, lambda result: Evaluated(worker, epochs, result), lease=None)
+
+    def _give_up(self, asked: Asked) -> Event | None:
+        """A server has no such weights any more."""
+        return EvaluationLost(asked.worker, asked.epochs) if self._gathering.give_up(asked) else None
 
     def _call_worker(
         self, name: str, ref: ray.ObjectRef[Any], answered: Callable[[Any], Event | None], lease: int | None
@@ -360,23 +362,23 @@ class Supervisor:
         partition: int,
         ref: ray.ObjectRef[Any],
         answered: Callable[[Any], Event | None],
-        refused: Event | None = None,
+        refused: Callable[[], Event | None] | None = None,
     ) -> None:
-        """Call a server; an answer that is an error means that it is lost, unless `refused` is what it means."""
+        """Call a server; an answer that is an error means that it is lost, unless `refused` says what it means."""
         limits, server = self._spec.failure, self._servers[partition]
         patience = limits.timeout_s + (0 if self._coordinator.reports else limits.start_timeout_s)
         failed = partial(self._server_error, partition, server, refused=refused)
         self._calls[ref] = _Call(answered, failed, time.monotonic() + patience, server)
 
-    def _server_error(self, partition: int, server: Any, error: RayError, refused: Event | None = None) -> Event | None:
+    def _server_error(
+        self, partition: int, server: Any, error: RayError, refused: Callable[[], Event | None] | None = None
+    ) -> Event | None:
         if isinstance(error, RayTaskError) and refused is not None:
-            return refused
+            return refused()
         if self._servers.get(partition) is not server:
             return None  # it has a successor already
-        for (worker, epochs), parts in list(self._gathered.items()):
-            if partition not in parts:
-                del self._gathered[worker, epochs]
-                self._note(EvaluationLost(worker, epochs))
+        for asked in self._gathering.lost(partition):
+            self._note(EvaluationLost(asked.worker, asked.epochs))
         self._calls = {ref: call for ref, call in self._calls.items() if call.actor is not server}
         return server_failure(partition, error)
 
