@@ -34,8 +34,6 @@ HEADINGS = {  # of the documents, in the order of the page; others follow under 
 }
 INTRODUCTION = """# The lanes, measured
 
-{machine}; {versions}.
-
 Figures are medians over turns: what is compared is measured in turn, within one run. Beside them are the least and the
 most of any turn; a ratio is one of medians. How each is measured is in its module's docstring; where the time of a push
 goes is in [PROFILE.md](PROFILE.md).
@@ -61,10 +59,6 @@ def main() -> int:
     if not documents:
         print(f"no document with findings in {arguments.bench}", file=sys.stderr)
         return 1
-    if len({json.dumps([tree["machine"], tree["versions"]]) for tree in documents.values()}) > 1:
-        print(
-            "these documents are of different machines or versions; the page names those of the first", file=sys.stderr
-        )
     if "throughput" in documents:
         (arguments.out / "throughput.svg").write_text(svg(figure(documents["throughput"])), encoding="utf-8")
     (arguments.out / "LANES.md").write_text(page(documents), encoding="utf-8")
@@ -84,12 +78,7 @@ def page(documents: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         documents: by name, in their order.
     """
-    machine, versions = (next(iter(documents.values()))[name] for name in ("machine", "versions"))
-    introduction = INTRODUCTION.format(
-        machine=f"{machine['cpu']}, {machine['cores_used']} of {machine['cores']} cores, {machine['system']}",
-        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
-        commands="\n".join(f"python -m tests.benchmarks.{name}" for name in documents),
-    )
+    introduction = INTRODUCTION.format(commands="\n".join(f"python -m tests.benchmarks.{name}" for name in documents))
     return "\n".join([introduction, *(_section(name, tree) for name, tree in documents.items())])
 
 
@@ -100,7 +89,9 @@ def _section(name: str, tree: Mapping[str, Any]) -> str:
     if name == "throughput":
         parts += [_contenders(tree["runs"]), "![gradients per second by contender](throughput.svg)"]
     settings = ", ".join(f"{key} {_plain(value)}" for key, value in tree["settings"].items())
-    return "\n\n".join([*parts, f"`{name}`: {settings}."]) + "\n"
+    machine = tree["machine"]
+    where = f"{machine['cpu']}, {machine['cores_used']} of {machine['cores']} cores"
+    return "\n\n".join([*parts, f"`{name}` on {where}: {settings}."]) + "\n"
 
 
 def _contenders(contenders: Sequence[Mapping[str, Any]]) -> str:
