@@ -10,9 +10,19 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import settings
 
+from tests.benchmarks.mnist import mnist_path
+
 # What is drawn is a function of the test, so that it fails in every run or in none; `make chaos` draws anew.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def mnist_file() -> Path:
+    """MNIST in Keras' layout, which does not come with the repository."""
+    if not (file := mnist_path()).exists():
+        pytest.skip("mnist.npz is not there: $PSGD_TEST_DATA says where it lies, ../shared/data if it is not set")
+    return file
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A job on digits that takes as long as a test needs, and what must be true of its run in the end."""
+"""The digits; a job on them that takes as long as a test needs, and what must be true of its run in the end."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import psgd
 
-__all__ = ["BATCHES", "assert_exactly_once", "job"]
+__all__ = ["BATCHES", "DATA", "assert_exactly_once", "job"]
 
+DATA = {"format": "sklearn", "dataset": "digits", "batch_size": 32, "normalize": "unit", "validation_fraction": 0.2}
 BATCHES, EXAMPLES = 45, 1438  # of an epoch
 
 
@@ -17,13 +18,7 @@ def job(tmp_path: Path, epochs: int, **sections: Any) -> psgd.JobSpec:
     tree: dict[str, Any] = {
         "name": "run",
         "model": {"kind": "python", "path": "tests.integration.faulty:slow", "kwargs": {"seconds": 0.01}},
-        "data": {
-            "format": "sklearn",
-            "dataset": "digits",
-            "batch_size": 32,
-            "normalize": "unit",
-            "validation_fraction": 0.2,
-        },
+        "data": DATA,
         "optimizer": {"lr": 0.2},
         "scaling": {"workers": 2},
         "run": {"epochs": epochs, "storage": str(tmp_path)},

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import psgd
-from tests.benchmarks.mnist import mnist_path
 from tests.integration.commands import eventually
 from tests.integration.killer import Killer, processes
 
@@ -19,11 +18,11 @@ SECONDS = 0.008  # of a gradient
 LEFT_S = 60.0  # a run may take so much longer than the kills do
 
 
-def job(tmp_path: Path, epochs: int, seconds: float) -> psgd.JobSpec:
+def job(tmp_path: Path, mnist_file: Path, epochs: int, seconds: float) -> psgd.JobSpec:
     """Two workers, two servers."""
     tree: dict[str, Any] = {
         "model": {"kind": "python", "path": "tests.integration.faulty:mnist", "kwargs": {"seconds": seconds}},
-        "data": {"format": "npz", "path": str(mnist_path()), "batch_size": 128, "normalize": "unit"},
+        "data": {"format": "npz", "path": str(mnist_file), "batch_size": 128, "normalize": "unit"},
         "optimizer": {"lr": 0.1},
         "scaling": {"workers": 2, "servers": 2},
         "run": {"epochs": epochs, "storage": str(tmp_path)},
@@ -40,11 +39,13 @@ def job(tmp_path: Path, epochs: int, seconds: float) -> psgd.JobSpec:
         pytest.param(100, 60, marks=[pytest.mark.chaos, pytest.mark.timeout(1800)]),
     ],
 )
-def test_kills_at_random_change_nothing_but_the_time(tmp_path: Path, local_ray: Path, epochs: int, kills: int) -> None:
-    undisturbed = psgd.train(job(tmp_path, epochs, 0.0), name="undisturbed", progress=False)
+def test_kills_at_random_change_nothing_but_the_time(
+    tmp_path: Path, local_ray: Path, mnist_file: Path, epochs: int, kills: int
+) -> None:
+    undisturbed = psgd.train(job(tmp_path, mnist_file, epochs, 0.0), name="undisturbed", progress=False)
     killer = Killer(str(local_ray), (SERVER, WORKER, WORKER), (3.0, 7.0), kills, seed=0)
     with ThreadPoolExecutor(1) as pool:
-        spec = job(tmp_path, epochs, SECONDS)
+        spec = job(tmp_path, mnist_file, epochs, SECONDS)
         under_way = pool.submit(psgd.train, spec, name="disturbed", progress=False)
         with killer.at_work():
             result = under_way.result(7.0 * kills + epochs * BATCHES * SECONDS + LEFT_S)

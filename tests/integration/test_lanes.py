@@ -14,6 +14,7 @@ import pytest
 import psgd
 from psgd.errors import RunFailedError
 from tests.integration.commands import LIMIT_S, eventually, recorded
+from tests.integration.digits import DATA
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -25,13 +26,7 @@ def job(tmp_path: Path, **scaling: Any) -> psgd.JobSpec:
         {
             "name": "run",
             "model": {"kind": "mlp", "hidden": [16]},
-            "data": {
-                "format": "sklearn",
-                "dataset": "digits",
-                "batch_size": 32,
-                "normalize": "unit",
-                "validation_fraction": 0.2,
-            },
+            "data": DATA,
             "optimizer": {"lr": 0.1, "momentum": 0.5},
             "scaling": {"workers": 2} | scaling,
             "run": {"epochs": EPOCHS, "storage": str(tmp_path)},

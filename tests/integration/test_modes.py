@@ -13,6 +13,7 @@ import psgd
 from psgd.monitoring.rundir import RunDirectory
 from psgd.storage import Storage
 from tests.integration.commands import LIMIT_S, eventually, recorded
+from tests.integration.digits import DATA
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -24,13 +25,7 @@ def job(tmp_path: Path, **sections: Any) -> psgd.JobSpec:
     tree: dict[str, Any] = {
         "name": "run",
         "model": {"kind": "mlp", "hidden": [16]},
-        "data": {
-            "format": "sklearn",
-            "dataset": "digits",
-            "batch_size": 32,
-            "normalize": "unit",
-            "validation_fraction": 0.2,
-        },
+        "data": DATA,
         "optimizer": {"lr": 0.1},
         "scaling": {"workers": 3},
         "run": {"epochs": EPOCHS, "storage": str(tmp_path)},

@@ -12,6 +12,7 @@ import psgd
 from psgd.monitoring.rundir import RunDirectory
 from psgd.simulation.replay import Replay, replay
 from psgd.storage import Storage
+from tests.integration.digits import DATA
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -23,13 +24,7 @@ def job(tmp_path: Path, **changes: Any) -> psgd.JobSpec:
     tree: dict[str, Any] = {
         "name": "run",
         "model": {"kind": "mlp", "hidden": [32]},
-        "data": {
-            "format": "sklearn",
-            "dataset": "digits",
-            "batch_size": 32,
-            "normalize": "unit",
-            "validation_fraction": 0.2,
-        },
+        "data": DATA,
         "optimizer": {"lr": 0.1, "momentum": 0.5},
         "scaling": {"workers": 2},
         "checkpoint": {"every_s": None, "every_updates": 40},

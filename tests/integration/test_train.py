@@ -17,10 +17,10 @@ from psgd_workers.layout import Layout
 from psgd_workers.messages import BatchId, FloatArray
 from psgd_workers.models import Model, build_model, fit_labels
 from psgd_workers.shards import Shards
+from tests.integration.digits import DATA
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-DIGITS = {"format": "sklearn", "dataset": "digits", "batch_size": 32, "normalize": "unit", "validation_fraction": 0.2}
 BATCHES = 45  # ceil(1438 / 32)
 
 
@@ -29,7 +29,7 @@ def job(tmp_path: Path, **changes: Any) -> psgd.JobSpec:
     tree: dict[str, Any] = {
         "name": "run",
         "model": {"kind": "mlp", "hidden": [32]},
-        "data": DIGITS,
+        "data": DATA,
         "optimizer": {"lr": 0.2, "momentum": 0.5},
         "scaling": {"workers": 1},
         "run": {"epochs": 2, "storage": str(tmp_path)},
@@ -233,7 +233,7 @@ def test_nothing_is_left_on_the_cluster_after_success_and_failure(tmp_path: Path
     ("changes", "message"),
     [
         ({"scaling": {"workers": 64}}, r"needs 64 CPUs .* has 4 CPUs"),
-        ({"data": DIGITS | {"batch_size": 5000}}, "batch_size 5000 is larger than a shard"),
+        ({"data": DATA | {"batch_size": 5000}}, "batch_size 5000 is larger than a shard"),
         ({"data": {"format": "npz", "path": "nowhere.npz"}}, r"nowhere\.npz"),
         ({"run": {"storage": "/proc/nowhere"}}, "cannot write"),
         (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,10 @@ import pytest
 from psgd_workers.datasets import Dataset, Examples, open_dataset
 from psgd_workers.spec import NpzData
 
-REPOSITORY = Path(__file__).parents[3]
-
 
 @pytest.fixture(scope="session")
-def mnist() -> Dataset:
-    data = Path(os.environ.get("PSGD_TEST_DATA", REPOSITORY / "../shared/data"))
-    return open_dataset(NpzData(format="npz", path=str(data / "mnist.npz"), normalize="unit"), seed=0)
+def mnist(mnist_file: Path) -> Dataset:
+    return open_dataset(NpzData(format="npz", path=str(mnist_file), normalize="unit"), seed=0)
 
 
 @pytest.fixture
