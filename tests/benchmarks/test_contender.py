@@ -16,5 +16,6 @@ def test_a_contender_that_fails_is_reported_with_its_last_line(tmp_path: Path, m
     assert outcome.error.startswith("FileNotFoundError")
 
 
+@pytest.mark.usefixtures("mnist_file")
 def test_a_contender_is_ended_at_its_limit() -> None:
     assert run_contender("numpy_loops", seconds=100, limit_s=1) == Failure("numpy_loops", "not done after 1 s")
