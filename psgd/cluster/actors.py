@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -68,7 +69,7 @@ class RunFacts:
 
 
 class ServerActor:
-    """Hosts one `ParameterServer`; an asyncio actor, so that parked pushes and waiting reports cost no thread.
+    """Hosts one `ParameterServer`; an asyncio actor, so that parked pushes of the Ray lane cost no thread.
 
     Args:
         facts: of the run.
@@ -90,7 +91,6 @@ class ServerActor:
         else:
             part = origin[partition.start : partition.stop]
             server = ParameterServer(facts.spec, partition, part, facts.grid, Version(incarnation, 0), published)
-        self._server = server
         self._host = ServerHost(server)
         self._unwritten = np.zeros(0, RECORD)  # of the journal, taken for a checkpoint that could not be written
         self._writing: asyncio.Task[Part] | None = None  # a part of a checkpoint
@@ -131,24 +131,24 @@ class ServerActor:
 
     async def pull(self) -> tuple[Version, FloatArray]:
         """The published weights."""
-        return self._server.version, self._server.published.copy()
+        weights = np.empty(self._partition.stop - self._partition.start, np.float32)
+        return self._host.pull(weights), weights
 
     async def version(self) -> Version:
         """Of the published weights."""
-        return self._server.version
+        return self._host.server.version
 
     async def push(self, gradient: Gradient, wants_weights: bool) -> tuple[Receipt, FloatArray | None]:
         """Returns when the receipt is due."""
-        due: asyncio.Future[tuple[Receipt, FloatArray | None]] = asyncio.get_running_loop().create_future()
+        due: Future[tuple[Receipt, FloatArray | None]] = Future()
 
         def reply(receipt: Receipt) -> None:
-            if due.done():
-                return  # the call was cancelled
-            # A copy, as the reply is serialised later, when a step may be under way.
-            due.set_result((receipt, self._server.published.copy() if wants_weights else None))
+            if due.set_running_or_notify_cancel():  # else the call was cancelled
+                # A copy, as the reply is serialised later, when a step may be under way.
+                due.set_result((receipt, self._host.server.published.copy() if wants_weights else None))
 
         self._host.push(gradient, reply)
-        return await due
+        return await asyncio.wrap_future(due)
 
     async def join(self, worker: str) -> None:
         """The worker gets a lease."""
@@ -160,8 +160,7 @@ class ServerActor:
 
     async def change(self, settings: Settings) -> Version:
         """Go on by other settings, from the version that is returned."""
-        self._host.change(settings)
-        return self._server.version
+        return self._host.change(settings)
 
     async def skip(self, batch: BatchId, examples: int) -> None:
         """Do without a batch."""
@@ -173,7 +172,7 @@ class ServerActor:
 
     async def epoch_weights(self, epochs: int | None) -> FloatArray:
         """The copy made when so many epochs were complete; None: the weights as they are."""
-        return self._server.epoch_weights(epochs)
+        return self._host.epoch_weights(epochs)
 
     async def save(self, checkpoint: str) -> Part:
         """Write this partition's part of a checkpoint, between two rounds, while training goes on.

@@ -1,11 +1,12 @@
-"""The host: one `ParameterServer` on an event loop, and everybody who waits for something of it."""
+"""The host: one `ParameterServer`, the threads that call it, and everybody who waits for something of it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import Future
+from threading import Event, Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +15,19 @@ from psgd.core.report import Report
 from psgd.core.server import ParameterServer, ServerState
 from psgd.errors import StorageError
 from psgd.spec import Settings
-from psgd_workers.messages import BatchId, Gradient, Receipt
+from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
 
 __all__ = ["Reply", "ServerHost"]
 
 REPORT_S = 0.2  # a waiting report is given after this time at the latest
 
-Reply = Callable[[Receipt], None]  # called once, at the instant the receipt is due
+# Called once, at the instant the receipt is due, when nobody else may call the server: it copies what is to go back.
+# What it returns, if there is anything left to do, sends that; others may call the server meanwhile.
+Reply = Callable[[Receipt], Callable[[], None] | None]
 
 
 class ServerHost:
-    """Calls the server serially, and hands out what becomes due.
+    """Calls the server serially, for any thread, and hands out what becomes due.
 
     Args:
         server: which nobody else calls any more.
@@ -32,60 +35,86 @@ class ServerHost:
 
     def __init__(self, server: ParameterServer) -> None:
         self.server = server
+        self._lock = Lock()  # of everything here
         self._replies: dict[tuple[str, BatchId], list[Reply]] = {}  # of pushes that wait, oldest first
         self._epochs = server.epochs
-        self._news = asyncio.Event()  # an epoch is complete
-        self._snapshot: asyncio.Future[tuple[ServerState, NDArray[np.void]]] | None = None  # wanted between rounds
+        self._news = Event()  # an epoch is complete
+        self._snapshot: Future[tuple[ServerState, NDArray[np.void]]] | None = None  # wanted between rounds
+
+    def pull(self, into: FloatArray) -> Version:
+        """Copy the published weights `[partition size]`."""
+        with self._lock:
+            np.copyto(into, self.server.published)
+            return self.server.version
+
+    def epoch_weights(self, epochs: int | None) -> FloatArray:
+        """See `ParameterServer.epoch_weights`."""
+        with self._lock:
+            return self.server.epoch_weights(epochs)
 
     def push(self, gradient: Gradient, reply: Reply) -> None:
-        """Take a gradient; what is sent with the receipt must be copied when `reply` is called.
+        """Take a gradient.
 
         Raises:
             LaneError: it is none of this partition's.
         """
-        self.server.check(gradient)
-        receipts = self.server.push(gradient, time.monotonic())
-        self._replies.setdefault((gradient.worker, gradient.batch), []).append(reply)
-        self._deliver(receipts)
+        with self._lock:
+            self.server.check(gradient)
+            receipts = self.server.push(gradient, time.monotonic())
+            self._replies.setdefault((gradient.worker, gradient.batch), []).append(reply)
+            due = self._due(receipts)
+        _send(due)
 
     def join(self, worker: str) -> None:
         """The worker gets a lease."""
-        self._deliver(self.server.join(worker, time.monotonic()))
+        with self._lock:
+            due = self._due(self.server.join(worker, time.monotonic()))
+        _send(due)
 
     def leave(self, worker: str) -> None:
         """The worker has no lease any more."""
-        self._deliver(self.server.leave(worker, time.monotonic()))
+        with self._lock:
+            due = self._due(self.server.leave(worker, time.monotonic()))
+        _send(due)
 
     def skip(self, batch: BatchId, examples: int) -> None:
         """Do without a batch."""
-        self._deliver(self.server.skip(batch, examples, time.monotonic()))
+        with self._lock:
+            due = self._due(self.server.skip(batch, examples, time.monotonic()))
+        _send(due)
 
-    def change(self, settings: Settings) -> None:
-        """Go on by other settings."""
-        self._deliver(self.server.change(settings, time.monotonic()))
+    def change(self, settings: Settings) -> Version:
+        """Go on by other settings, from the version that is returned."""
+        with self._lock:
+            due, version = self._due(self.server.change(settings, time.monotonic())), self.server.version
+        _send(due)
+        return version
 
-    def _deliver(self, receipts: tuple[Receipt, ...]) -> None:
+    def _due(self, receipts: tuple[Receipt, ...]) -> list[Callable[[], None] | None]:
+        """Prepare the answers that are due, and note what else has happened."""
+        due = []
         for receipt in receipts:
             key = (receipt.worker, receipt.batch)
             waiting = self._replies[key]
             reply = waiting.pop(0)
             if not waiting:
                 del self._replies[key]
-            reply(receipt)
+            due.append(reply(receipt))
         if self.server.epochs != self._epochs:
             self._epochs = self.server.epochs
             self._news.set()
         if self._snapshot is not None and self.server.can_save:
             self._snapshot.set_result((self.server.state(), self.server.journal.take()))
             self._snapshot = None
+        return due
 
     async def report(self, wait: bool) -> Report:
         """At once, or when an epoch completes, or after a moment."""
         if wait:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), REPORT_S)
-        self._news.clear()
-        return self.server.report()
+            await asyncio.to_thread(self._news.wait, REPORT_S)
+        with self._lock:
+            self._news.clear()
+            return self.server.report()
 
     async def snapshot(self, timeout_s: float) -> tuple[ServerState, NDArray[np.void]]:
         """The state between two rounds, and the journal until then.
@@ -93,16 +122,24 @@ class ServerHost:
         Raises:
             StorageError: no round closed in time.
         """
-        wanted: asyncio.Future[tuple[ServerState, NDArray[np.void]]] = asyncio.get_running_loop().create_future()
-        self._snapshot = wanted
-        self._deliver(())
+        wanted: Future[tuple[ServerState, NDArray[np.void]]] = Future()
+        with self._lock:
+            self._snapshot = wanted
+            self._due(())
         try:
             # Unlike `wait_for`, this never cancels what a round that closes at this very moment is about to fill: the
             # journal that was taken for it would be lost.
-            await asyncio.wait([wanted], timeout=timeout_s)
+            await asyncio.wait([asyncio.wrap_future(wanted)], timeout=timeout_s)
         finally:
-            if self._snapshot is wanted:
-                self._snapshot = None
+            with self._lock:
+                if self._snapshot is wanted:
+                    self._snapshot = None
         if not wanted.done():
             raise StorageError(f"no round closed within {timeout_s} s, and half a round is no state")
         return wanted.result()
+
+
+def _send(due: list[Callable[[], None] | None]) -> None:
+    for send in due:
+        if send is not None:
+            send()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from ctypes import c_bool
 from itertools import count
 from math import sqrt
@@ -103,10 +103,6 @@ class BareServer:
 
 
 def _serve(pipe: Connection, size: int, workers: int) -> None:
-    asyncio.run(_answer(pipe, size, workers))
-
-
-async def _answer(pipe: Connection, size: int, workers: int) -> None:
     # Here, so that 64 worker processes need not import the core.
     from psgd.cluster.host import ServerHost
     from psgd.cluster.listener import Listener
@@ -117,23 +113,16 @@ async def _answer(pipe: Connection, size: int, workers: int) -> None:
     grid = EpochGrid((BATCHES,) * workers, BATCHES * workers)
     zeros = np.zeros(size, np.float32)
     server = ParameterServer(job(), Partition(0, 0, size, size), zeros, grid, Version(1, 0), published)
-    listener = Listener(ServerHost(server), PushForm(size, size), size, slice(0, size), published)
+    host = ServerHost(server)
+    listener = Listener(host, PushForm(size, size), size, slice(0, size), published)
     listener.listen_unix()
     listener.listen_tcp(HOST, None)
-
-    def mark() -> None:
-        try:
-            pipe.recv()
-        except EOFError:
-            gone.set()
-            return
-        pipe.send(Mark(time.monotonic(), time.process_time(), server.version.updates))
-        server.journal.take()  # as each checkpoint does
-
-    gone = asyncio.Event()
-    asyncio.get_running_loop().add_reader(pipe.fileno(), mark)
     pipe.send(listener.address("here", HOST))
-    await gone.wait()
+    with suppress(EOFError):  # whoever measures is gone
+        while True:
+            pipe.recv()
+            pipe.send(Mark(time.monotonic(), time.process_time(), server.version.updates))
+            asyncio.run(host.snapshot(TIMEOUT_S))  # takes the journal, as each checkpoint does
     listener.close()
 
 

@@ -11,7 +11,6 @@ import os
 import socket
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from struct import pack
 from threading import Lock, Thread
 from typing import Self
@@ -22,6 +21,7 @@ from psgd_workers.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greetin
 from psgd_workers.lanes import LaneKind, Pending
 from psgd_workers.memory import PublishedVector, Segment, stores_are_ordered
 from psgd_workers.messages import FloatArray, Gradient, Receipt, Version
+from psgd_workers.streams import receive, send, shut
 
 __all__ = ["ShmLane", "TcpLane"]
 
@@ -81,11 +81,7 @@ class _Connection:
     def send(self, *parts: bytes | memoryview) -> None:
         """All of it."""
         try:
-            sent = self.stream.sendmsg(parts)
-            for part in parts:
-                if sent < len(part):
-                    self.stream.sendall(memoryview(part)[sent:])
-                sent = max(0, sent - len(part))
+            send(self.stream, *parts)
         except BlockingIOError as error:
             raise LaneTimeoutError(f"the server took no message for {self._limit_s} s") from error
         except OSError as error:
@@ -93,17 +89,14 @@ class _Connection:
 
     def receive(self, into: memoryview) -> None:
         """Fill it."""
-        got = 0
         try:
-            while got < len(into):
-                count = self.stream.recv_into(into[got:])
-                if not count:
-                    raise LaneError(CLOSED)
-                got += count
+            got = receive(self.stream, into)
         except BlockingIOError as error:
             raise LaneTimeoutError(f"no answer from the server within {self._limit_s} s") from error
         except OSError as error:
             raise LaneError(f"{GONE}: {error}") from error
+        if got < len(into):
+            raise LaneError(CLOSED)
 
     def exactly(self, size: int) -> bytes:
         data = bytearray(size)
@@ -157,8 +150,7 @@ class _Connection:
 
     def hang_up(self) -> None:
         """Wake whoever waits for it."""
-        with suppress(OSError):  # the other end has closed it already
-            self.stream.shutdown(socket.SHUT_RDWR)
+        shut(self.stream)
 
     def close(self) -> None:
         """Nobody may wait for it any more: its number may be another's at once."""

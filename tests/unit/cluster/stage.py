@@ -1,21 +1,22 @@
-"""A server with its listener on an event loop in a thread, and what tests reach it by: lanes, and sockets by hand."""
+"""A server with its listener, and what tests reach it by: lanes, and sockets by hand."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from threading import Condition, Semaphore, Thread
-from typing import Any, Literal, TypeVar
+from threading import Condition, Semaphore
+from typing import Any, Literal
 
 import numpy as np
 
 from psgd.cluster.host import Reply, ServerHost
 from psgd.cluster.listener import Listener
+from psgd.core.report import Report
 from psgd.core.server import ParameterServer, Partition
 from psgd.spec import JobSpec
 from psgd_workers.frames import Frame, Kind, PushForm
@@ -43,7 +44,6 @@ __all__ = [
     "Stages",
     "batch",
     "closed",
-    "count_tasks",
     "exactly",
     "header",
     "open_files",
@@ -63,7 +63,6 @@ BIG = {"partition": Partition(0, 0, 4_000_000, 4_000_000), "num_parameters": 4_0
 
 Lane = ShmLane | TcpLane
 Stages = Callable[..., "Stage"]
-Result = TypeVar("Result")
 
 
 def randoms(seed: int, size: int = NUM_PARAMETERS) -> FloatArray:
@@ -138,48 +137,39 @@ class Stage:
         self.weights = randoms(0, num_parameters)[self.part]
         self.published = PublishedVector(self.size)
         self.log = Log()
-        self.errors: list[dict[str, Any]] = []  # that nobody handled
+        self.errors: list[threading.ExceptHookArgs] = []  # that nobody handled
         self._lanes: list[Lane] = []
         self._sockets: list[socket.socket] = []
         self._segment = Segment(num_parameters, 2)  # of sockets by hand
-        self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(lambda loop, context: self.errors.append(context))
-        self._thread = Thread(target=self._loop.run_forever, name="stage")
-        self._thread.start()
+        self._excepthook, threading.excepthook = threading.excepthook, self.errors.append
         logging.getLogger("psgd.lanes").addHandler(self.log)
         encoding = "" if spec.compression.name == "none" else spec.compression.name
         self.form = PushForm(self.size, partition.num_trainable, encoding, spec.rules.sends_weights)
         self.server = self.reference(self.published)
-        self.host = self.call(lambda: _Host(self.server))
+        self.host = _Host(self.server)
         self.listener = self.listen(tcp, unix)
         self.address = self.listener.address("node", "127.0.0.1")
 
     def listen(self, tcp: bool = True, unix: bool = True, ports: tuple[int, int] | None = None) -> Listener:
         listener = Listener(self.host, self.form, self.num_parameters, self.part, self.published)
         if unix:
-            self.call(listener.listen_unix)
+            listener.listen_unix()
         if tcp:
-            self.call(lambda: listener.listen_tcp("127.0.0.1", ports))
+            listener.listen_tcp("127.0.0.1", ports)
         return listener
 
     def reference(self, published: PublishedVector | None = None) -> ParameterServer:
         """The same server, to be called directly."""
         return ParameterServer(self.spec, self.partition, self.weights, GRID, V1, published)
 
-    def call(self, work: Callable[[], Result]) -> Result:
-        """On the event loop."""
-
-        async def called() -> Result:
-            return work()
-
-        return self.wait(called())
-
-    def wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(LIMIT_S)
+    def report(self) -> Report:
+        """What the server knows."""
+        with self.host._lock:
+            return self.server.report()
 
     def join(self, *workers: str) -> None:
         for worker in workers:
-            self.call(lambda worker=worker: self.host.join(worker))  # type: ignore[misc]
+            self.host.join(worker)
 
     def arrived(self, pushes: int = 1) -> None:
         """Wait until the server has them."""
@@ -188,14 +178,14 @@ class Stage:
 
     def streams(self) -> list[socket.socket]:
         """The server's ends of its workers' connections."""
-        return self.call(lambda: [peer._stream for peer in self.listener._peers])
+        return list(self.listener._streams)
 
     def untouched(self) -> bool:
         """Whether nothing was ever applied."""
-        return self.call(lambda: self.server.version) == V1 and not self.settled() and self._unchanged()
+        return self.server.version == V1 and not self.settled() and self._unchanged()
 
     def settled(self) -> int:
-        report = self.call(self.server.report)
+        report = self.report()
         return sum(int(bitmap.sum()) for bitmap in report.settled.values()) + 90 * report.epochs
 
     def _unchanged(self) -> bool:
@@ -204,15 +194,8 @@ class Stage:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """The server does nothing meanwhile."""
-        reading, writing = os.pipe()
-        self._loop.call_soon_threadsafe(os.read, reading, 1)
-        try:
+        with self.host._lock:
             yield
-        finally:
-            os.write(writing, b"x")
-            self.call(lambda: None)  # it has read that
-            os.close(reading)
-            os.close(writing)
 
     def lane(
         self,
@@ -298,25 +281,20 @@ class Stage:
             lane.close()
         for stream in self._sockets:
             stream.close()
-        self.call(self.listener.close)
-        self.wait(self._ended())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(LIMIT_S)
-        assert not self._thread.is_alive()
-        self._loop.close()
+        self.listener.close()
+        self.all_gone()
+        threading.excepthook = self._excepthook
         self.published.close()
         self._segment.close()
         logging.getLogger("psgd.lanes").removeHandler(self.log)
 
-    async def _ended(self) -> None:
-        if tasks := self.tasks():
-            _, pending = await asyncio.wait(tasks, timeout=LIMIT_S)
-            assert not pending
-
     @staticmethod
-    def tasks() -> set[asyncio.Task[Any]]:
-        """Those of the loop that this runs on, but for the present one."""
-        return asyncio.all_tasks() - {asyncio.current_task()}
+    def all_gone() -> None:
+        """Wait until nobody is served who has hung up."""
+        for thread in threading.enumerate():
+            if thread.name == "psgd-peer":
+                thread.join(LIMIT_S)
+                assert not thread.is_alive()
 
 
 class Crew:
@@ -381,10 +359,3 @@ def open_files() -> set[tuple[int, int]]:
             status = os.fstat(file)
             found.add((status.st_dev, status.st_ino))
     return found
-
-
-async def count_tasks() -> int:
-    """The loop's, after it has done what there was to do."""
-    for _ in range(5):
-        await asyncio.sleep(0)
-    return len(Stage.tasks())

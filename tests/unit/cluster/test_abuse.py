@@ -123,6 +123,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
         worker.send_signal(signal.SIGKILL)
         assert worker.wait(LIMIT_S) == -signal.SIGKILL
     stage.log.wait("the connection of by-hand was closed: it hung up in the middle of a frame")
+    stage.all_gone()
     assert stage.streams() == []
     assert stage.untouched()
     works(stage, kind=kind)

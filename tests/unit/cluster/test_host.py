@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from psgd.core.journal import Kind
 from psgd.core.server import ParameterServer, Partition
 from psgd.errors import StorageError
 from psgd_workers.errors import LaneError
-from psgd_workers.messages import BatchId, Gradient, Outcome, Receipt, Version
+from psgd_workers.messages import BatchId, EpochGrid, Gradient, Outcome, Receipt, Version
 from tests.unit.core.jobs import GRID, START, job, push
 
 LIMIT_S = 10.0
@@ -162,6 +164,51 @@ def test_a_push_that_fails_takes_nobodys_receipt(
     hosting(test)
     assert never == []
     assert given == [Receipt("worker-0", FIRST, Outcome.APPLIED, Version(1, 1))]
+
+
+def test_what_sends_a_receipt_holds_up_nobody() -> None:
+    pulled: list[Version] = []
+
+    async def test(host: ServerHost) -> None:
+        into = np.empty(len(START), np.float32)
+        host.push(push(FIRST, V0), lambda receipt: lambda: pulled.append(host.pull(into)))
+
+    hosting(test)
+    assert pulled == [Version(1, 1)]
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads that take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("restless")
+def test_threads_that_push_at_once_are_served_one_after_the_other() -> None:
+    """Every batch once, and no step lost: the weights are then what one thread would have made."""
+    given: list[Receipt] = []
+    grid, size = EpochGrid((2000,), 2000), 1000
+    server = ParameterServer(job(), Partition(0, 0, size, size), np.zeros(size, np.float32), grid, V0)
+    host, positions = ServerHost(server), iter(range(grid.num_batches))
+
+    def work(number: int) -> None:
+        into, ones = np.empty(size, np.float32), np.ones(size, np.float32)
+        for position in positions:
+            read, worker = host.pull(into), f"worker-{number}"
+            assert (into == into[0]).all(), "in the middle of a step"
+            gradient = push(grid.batch(0, position), read, worker=worker, values=ones)
+            host.push(gradient, given.append)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work, number) for number in range(4)]:
+            done.result(LIMIT_S)
+    assert server.epochs == 1
+    np.testing.assert_allclose(server.weights, -0.1 * grid.num_batches, rtol=1e-4)
+    assert [receipt.version.updates for receipt in given] == list(range(1, grid.num_batches + 1))
+    assert {receipt.outcome for receipt in given} == {Outcome.APPLIED}
 
 
 # Snapshots

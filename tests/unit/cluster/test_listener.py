@@ -32,7 +32,6 @@ from tests.unit.cluster.stage import (
     Stages,
     batch,
     closed,
-    count_tasks,
     exactly,
     header,
     open_files,
@@ -229,7 +228,7 @@ def test_what_no_worker_sends_ends_its_connection_and_changes_nothing(stages: St
     assert closed(stream)
     stage.log.wait(f"the connection of by-hand was closed: .*{reason}")
     assert stage.untouched()
-    assert stage.call(stage.server.report).bytes_pushed == 0
+    assert stage.report().bytes_pushed == 0
     receipt = other.lane.push(other.gradient(0, FIRST, V1), 0, wants=True).receipt(LIMIT_S)
     assert receipt.outcome is Outcome.APPLIED
 
@@ -302,13 +301,13 @@ def test_the_first_free_port_of_a_range_is_taken(stages: Stages) -> None:
         listener = stage.listen(unix=False, ports=(first, first + 50))
     assert listener.port is not None
     assert first < listener.port <= first + 50
-    stage.call(listener.close)
+    listener.close()
 
 
 def test_a_server_cannot_listen_on_another_machines_address(stages: Stages) -> None:
     stage = stages(tcp=False)
     with pytest.raises(LaneError, match=r"cannot listen on 192\.0\.2\.1:0"):
-        stage.call(lambda: stage.listener.listen_tcp("192.0.2.1", None))
+        stage.listener.listen_tcp("192.0.2.1", None)
 
 
 def test_a_restarted_server_gets_its_port_back(stages: Stages) -> None:
@@ -317,7 +316,7 @@ def test_a_restarted_server_gets_its_port_back(stages: Stages) -> None:
     crew, port = stage.lane("tcp"), stage.address.port
     assert port is not None
     crew.lane.pull(0, LIMIT_S)
-    stage.call(stage.listener.close)
+    stage.listener.close()
     with pytest.raises(LaneError, match="the server is gone"):
         crew.lane.pull(0, LIMIT_S)
     crew.lane.close()
@@ -329,7 +328,7 @@ def test_a_restarted_server_gets_its_port_back(stages: Stages) -> None:
 
 def test_a_closed_listener_leaves_nothing(stages: Stages) -> None:
     stage = stages(tcp=False, unix=False)
-    files, tasks = open_files(), stage.wait(count_tasks())
+    files = open_files()
     listener = stage.listener = stage.listen()
     stage.address = listener.address("node", "127.0.0.1")
     crews = [stage.lane(kind) for kind in KINDS]
@@ -340,8 +339,8 @@ def test_a_closed_listener_leaves_nothing(stages: Stages) -> None:
     for stream in silent:
         assert exactly(stream, GREETING_SIZE)
     passed = socket.recv_fds(asked[0], WELCOME_SIZE, 1)[1]
-    stage.call(listener.close)
-    assert stage.wait(count_tasks()) == tasks
+    listener.close()
+    stage.all_gone()
     assert all(map(closed, [*silent, *asked]))
     for crew in crews:
         crew.lane.close()

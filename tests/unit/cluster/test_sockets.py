@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from psgd.cluster import peer
 from psgd_workers import memory, sockets
 from psgd_workers.errors import LaneError, LaneTimeoutError
+from psgd_workers.frames import HEADER_SIZE
 from psgd_workers.handshake import HELLO_SIZE, WELCOME_SIZE, Greeting, Hello
 from psgd_workers.messages import Outcome, Version
+from psgd_workers.streams import receive
 from tests.unit.cluster.stage import (
     BIG,
     DC_ASGD,
@@ -30,7 +33,6 @@ from tests.unit.cluster.stage import (
     Kinds,
     Stages,
     batch,
-    count_tasks,
     exactly,
     randoms,
 )
@@ -78,7 +80,7 @@ def test_a_lane_gives_the_bits_of_a_server_called_directly(
         assert crew.lane.version(LIMIT_S) == direct.version
         read[slot] = receipt.version
     assert stage.untouched() is False
-    assert stage.call(stage.server.report).staleness == {0: 1, 1: 5}
+    assert stage.report().staleness == {0: 1, 1: 5}
     assert outside[: PART.start].tolist() == [5] * PART.start
     assert outside[PART.stop :].tolist() == [5] * (NUM_PARAMETERS - PART.stop)
 
@@ -119,7 +121,7 @@ def test_a_parked_receipt_comes_when_the_last_worker_has_pushed(stages: Stages, 
         expected = direct.push(gradients[1], now=1.0)
         first = crews[0].lane.push(gradients[0], step, wants=True)
         stage.arrived()
-        assert stage.call(stage.server.report).parked == {"worker-0"}
+        assert stage.report().parked == {"worker-0"}
         second = crews[1].lane.push(gradients[1], step, wants=True)
         stage.arrived()
         assert (first.receipt(LIMIT_S), second.receipt(LIMIT_S)) == expected
@@ -137,7 +139,7 @@ def test_a_worker_whose_push_is_parked_may_ask_for_the_version_and_pull_elsewher
     assert crew.lane.version(LIMIT_S) == V1
     assert crew.lane.pull(1, LIMIT_S) == V1
     assert crew.weights(1).tobytes() == stage.weights.tobytes()
-    stage.call(lambda: stage.host.leave("worker-1"))
+    stage.host.leave("worker-1")
     assert pending.receipt(LIMIT_S).version == Version(1, 1)
     assert crew.weights(0).tobytes() == stage.published.values.tobytes()
 
@@ -257,7 +259,7 @@ def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(stages: Stages,
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_nobody_listens_is_a_lane_error(stages: Stages, kind: Kinds) -> None:
     stage = stages()
-    stage.call(stage.listener.close)
+    stage.listener.close()
     with pytest.raises(LaneError, match="cannot reach the server at"):
         stage.lane(kind)
 
@@ -279,7 +281,7 @@ def test_a_server_that_goes_while_a_receipt_is_awaited_is_a_lane_error(stages: S
     crew = stage.lane(kind)
     pending = [crew.lane.push(crew.gradient(slot, batch(slot), V1), slot, wants=True) for slot in (0, 1)]
     stage.arrived(2)
-    stage.call(stage.listener.close)
+    stage.listener.close()
     for push in pending:
         with pytest.raises(LaneError, match="the server is gone") as error:
             push.receipt(60 * LIMIT_S)
@@ -310,11 +312,8 @@ def test_a_server_that_goes_in_the_middle_of_its_weights_is_a_lane_error(stages:
     pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True)
     stage.arrived()
 
-    def answer_and_go() -> None:
-        stage.host.leave("worker-1")  # the receipt is due; the weights are more than the socket takes at once
-        stage.listener.close()
-
-    stage.call(answer_and_go)
+    stage.host.leave("worker-1")  # the receipt is due; the weights are more than the socket takes at once
+    stage.listener.close()
     with pytest.raises(LaneError, match="the server is gone") as error:
         pending.receipt(60 * LIMIT_S)
     assert not isinstance(error.value, LaneTimeoutError)
@@ -341,15 +340,23 @@ def test_a_server_that_hangs_is_a_timeout(monkeypatch: pytest.MonkeyPatch, stage
     assert 0.1 <= time.monotonic() - began < LIMIT_S / 2
 
 
-def test_a_push_that_the_server_does_not_take_can_be_given_up(stages: Stages) -> None:
+def test_a_push_that_the_server_does_not_take_can_be_given_up(monkeypatch: pytest.MonkeyPatch, stages: Stages) -> None:
     """The network's sending thread is in the middle of it."""
     stage = stages(**BIG)
+    given_up = threading.Event()
+
+    def no_payload(stream: socket.socket, into: memoryview) -> int:
+        if len(into) > HEADER_SIZE:
+            assert given_up.wait(LIMIT_S)
+        return receive(stream, into)
+
+    monkeypatch.setattr(peer, "receive", no_payload)
     crew, began = stage.lane("tcp", slots=1), time.monotonic()
-    with stage.frozen():
-        pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=False)
-        with pytest.raises(LaneTimeoutError):
-            pending.receipt(0.1)
-        crew.lane.close()
+    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=False)
+    with pytest.raises(LaneTimeoutError):
+        pending.receipt(0.1)
+    crew.lane.close()
+    given_up.set()
     assert time.monotonic() - began < LIMIT_S / 2
     stage.log.wait("of worker-0 was closed: it hung up in the middle of a frame")
     assert stage.untouched()
@@ -374,7 +381,7 @@ def test_the_memory_of_a_worker_that_has_hung_up_is_let_go(stages: Stages) -> No
         crew.lane.close()
         stage.forget(crew)
         del crew
-        stage.wait(count_tasks())
+        stage.all_gone()
         assert stage.streams() == []
         assert mapped() == before
 
@@ -389,12 +396,12 @@ def test_the_memory_of_a_worker_whose_server_is_gone_is_let_go(stages: Stages, k
     crew = stage.lane(kind)
     pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True)
     stage.arrived()
-    stage.call(stage.listener.close)
+    stage.listener.close()
     with pytest.raises(LaneError, match="the server is gone"):
         pending.receipt(LIMIT_S)
     with pytest.raises(LaneError, match="the server is gone"):
         crew.lane.push(crew.gradient(1, SECOND, V1), 1, wants=True).receipt(LIMIT_S)
-    stage.call(lambda: stage.host.leave("worker-1"))  # the server itself needs it until the step
+    stage.host.leave("worker-1")  # the server itself needs it until the step
     crew.lane.close()
     stage.forget(crew)
     del crew, pending

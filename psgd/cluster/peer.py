@@ -1,0 +1,230 @@
+"""The server's end of one worker's connection: a thread that takes its frames, and how it is answered.
+
+Each worker has a thread here, instead of all of them one loop. A thread that a worker has woken, which then waits, runs
+on that worker's core at once; a loop runs where it ran last, beside another worker that computes, while the first one's
+core idles. `ServerHost` lets one thread at a time touch the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Protocol
+
+import numpy as np
+
+from psgd.cluster.host import ServerHost
+from psgd_workers.errors import LaneError
+from psgd_workers.frames import HEADER_SIZE, Frame, Kind, PushForm
+from psgd_workers.handshake import Hello
+from psgd_workers.memory import Segment, Slot
+from psgd_workers.messages import FloatArray, Receipt
+from psgd_workers.streams import receive, send, shut
+
+__all__ = ["Peer"]
+
+log = logging.getLogger("psgd.lanes")
+
+GREEDY = "it asks for more and does not read what it is answered"
+
+
+class Peer:
+    """One worker's connection.
+
+    Args:
+        host: of its server.
+        form: of its pushes.
+        part: the partition's slice of the weights.
+        stream: after the handshake; blocking.
+        hello: who it is.
+        segment: its memory, if that is shared.
+    """
+
+    def __init__(
+        self,
+        host: ServerHost,
+        form: PushForm,
+        part: slice,
+        stream: socket.socket,
+        hello: Hello,
+        segment: Segment | None,
+    ) -> None:
+        self._host = host
+        self._form = form
+        self._stream = stream
+        self._worker = hello.worker
+        self._shared = [Slot(slot.weights[part], slot.gradient[part]) for slot in segment.slots] if segment else None
+        # What comes inline for a slot, and later the weights that go back: never both at once.
+        limit = max(form.limit(segment is not None), 0 if segment else 4 * form.size)
+        self._inline = [np.empty(limit, np.uint8).data for _ in range(hello.slots)]
+        self._busy = [False] * hello.slots  # a push whose receipt is not given
+        self._header = memoryview(bytearray(HEADER_SIZE))
+        self._answers: _Answers = (_Direct if segment else _Queued)(stream)
+
+    def run(self) -> None:
+        """Take frames until either end hangs up; a push whose receipt is not given stays where it is."""
+        try:
+            while self._next():
+                pass
+        except (LaneError, OSError) as error:
+            self._say(error)
+        except Exception as error:  # our own: its worker need not wait for what never comes
+            self._say(error)
+            raise
+        else:
+            if self._answers.fault is not None:
+                self._say(self._answers.fault)
+        finally:
+            shut(self._stream)
+            self._answers.close()
+
+    def _say(self, why: Exception) -> None:
+        log.warning("the connection of %s was closed: %s", self._worker, why)
+
+    def _next(self) -> bool:
+        """Take one frame; false: there is none any more."""
+        got = receive(self._stream, self._header)
+        if not got:
+            return False
+        payload = self._header[:0]
+        if got == HEADER_SIZE:
+            frame = Frame.unpack(self._header)
+            self._check(frame)
+            payload = self._inline[frame.slot][: frame.payload]
+            got += receive(self._stream, payload) if frame.payload else 0
+        if got < HEADER_SIZE + len(payload):
+            raise LaneError("it hung up in the middle of a frame")
+        self._take(frame, payload)
+        return True
+
+    def _check(self, frame: Frame) -> None:
+        incarnation = self._host.server.version.incarnation
+        if frame.incarnation != incarnation:
+            raise LaneError(f"a frame for incarnation {frame.incarnation}, and this is {incarnation}")
+        if frame.slot >= len(self._busy) or (self._busy[frame.slot] and frame.kind is not Kind.ASK):
+            raise LaneError(f"a frame from slot {frame.slot}, which does not exist, or whose receipt is not given")
+        if self._answers.backlog > len(self._busy) + 1:  # an answer for each slot, and a version
+            raise LaneError(GREEDY)
+        if frame.kind is Kind.PUSH:
+            self._form.check(frame, self._shared is not None)
+        elif frame.kind not in (Kind.PULL, Kind.ASK) or frame.payload:
+            raise LaneError(f"a frame {frame.kind.name} with {frame.payload} bytes of payload, which no worker sends")
+
+    def _take(self, frame: Frame, payload: memoryview) -> None:
+        slot, host = frame.slot, self._host
+        match frame.kind:
+            case Kind.PUSH:
+                shared = self._shared[slot] if self._shared else None
+                gradient = self._form.gradient(frame, payload, self._worker, shared)
+                self._busy[slot] = True
+                host.push(gradient, partial(self._receipt, slot, frame.wants))
+            case Kind.PULL:
+                into, weights = self._room(slot)
+                version = host.pull(into)
+                self._answer(
+                    Frame(Kind.WEIGHTS, slot, 0, False, version.incarnation, len(weights), version=version), weights
+                )
+            case _:
+                version = host.server.version
+                self._answer(Frame(Kind.VERSION, slot, 0, False, version.incarnation, 0, version=version), weights=None)
+
+    def _receipt(self, slot: int, wants: bool, receipt: Receipt) -> Callable[[], None]:
+        """Prepare the answer to a push, at the instant it is due."""
+        self._busy[slot] = False
+        weights = None
+        if wants:
+            into, weights = self._room(slot)
+            np.copyto(into, self._host.server.published)
+        return partial(self._answer, Frame.of_receipt(receipt, slot, wants, len(weights or b"")), weights)
+
+    def _room(self, slot: int) -> tuple[FloatArray, memoryview]:
+        """Where weights for the worker are put, and what of that is sent: nothing, in memory that it shares."""
+        if self._shared:
+            return self._shared[slot].weights, self._header[:0]
+        payload = self._inline[slot][: 4 * self._form.size]
+        return np.frombuffer(payload, np.float32), payload
+
+    def _answer(self, frame: Frame, weights: memoryview | None) -> None:
+        if weights:
+            self._answers.put(frame.pack(), weights)
+        else:
+            self._answers.put(frame.pack())
+
+
+class _Answers(Protocol):
+    """What goes back to a worker, from any thread."""
+
+    fault: Exception | None  # why nothing does any more: `run` is to end
+
+    @property
+    def backlog(self) -> int:
+        """Answers that are not sent."""
+
+    def put(self, *parts: bytes | memoryview) -> None:
+        """Send an answer, now or later, without waiting for the worker."""
+
+    def close(self) -> None:
+        """Nothing is sent any more."""
+
+
+class _Direct:
+    """Answers of a header each: a socket whose reader reads takes them at once."""
+
+    backlog = 0
+
+    def __init__(self, stream: socket.socket) -> None:
+        self.fault: Exception | None = None
+        self._stream = stream
+        self._lock = Lock()  # a closed socket's number may be another's
+        self._open = True
+
+    def put(self, *parts: bytes | memoryview) -> None:
+        with self._lock:
+            if not self._open:
+                return
+            try:
+                self._stream.sendmsg(parts, (), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self.fault = LaneError(GREEDY)
+            except OSError as error:
+                self.fault = error
+            if self.fault is not None:
+                shut(self._stream)
+
+    def close(self) -> None:
+        with self._lock:
+            self._open = False
+
+
+class _Queued:
+    """Answers that bring weights: a thread sends them as fast as they are read."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        self.fault: Exception | None = None
+        self._stream = stream
+        self._queue = SimpleQueue[tuple[bytes | memoryview, ...]]()
+        self._thread = Thread(target=self._send, name="psgd-answers", daemon=True)
+        self._thread.start()
+
+    @property
+    def backlog(self) -> int:
+        return self._queue.qsize()
+
+    def put(self, *parts: bytes | memoryview) -> None:
+        self._queue.put(parts)
+
+    def _send(self) -> None:
+        try:
+            while parts := self._queue.get():
+                send(self._stream, *parts)
+        except OSError as error:
+            self.fault = error
+            shut(self._stream)
+
+    def close(self) -> None:
+        self._queue.put(())
+        self._thread.join()

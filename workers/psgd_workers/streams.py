@@ -1,0 +1,42 @@
+"""Whole messages over stream sockets that block."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+
+__all__ = ["receive", "send", "shut"]
+
+
+def send(stream: socket.socket, *parts: bytes | memoryview) -> None:
+    """All of them, one after the other.
+
+    Raises:
+        OSError: the socket's, its time limit included.
+    """
+    sent = stream.sendmsg(parts)
+    for part in parts:
+        if sent < len(part):
+            stream.sendall(memoryview(part)[sent:])
+        sent = max(0, sent - len(part))
+
+
+def receive(stream: socket.socket, into: memoryview) -> int:
+    """Fill `into`.
+
+    Returns:
+        How many bytes came: fewer than there is room for, if the other end hung up.
+
+    Raises:
+        OSError: the socket's, its time limit included.
+    """
+    got = 0
+    while got < len(into) and (count := stream.recv_into(into[got:] if got else into)):
+        got += count
+    return got
+
+
+def shut(stream: socket.socket) -> None:
+    """End every wait for it, in all threads, here and at its other end; it is still to be closed."""
+    with suppress(OSError):  # the other end has hung up already
+        stream.shutdown(socket.SHUT_RDWR)
