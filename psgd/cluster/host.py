@@ -91,7 +91,7 @@ class ServerHost:
         return version
 
     def _due(self, receipts: tuple[Receipt, ...]) -> list[Callable[[], None] | None]:
-        """Prepare the answers that are due, and note what else has happened."""
+        """Prepare the answers that are due, and tell who waits for anything else."""
         due = []
         for receipt in receipts:
             key = (receipt.worker, receipt.batch)

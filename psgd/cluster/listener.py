@@ -16,6 +16,7 @@ from collections.abc import Callable
 from threading import BoundedSemaphore, Event, Lock, Thread
 from time import monotonic
 
+from psgd.cluster.crowd import Crowd
 from psgd.cluster.host import ServerHost
 from psgd.cluster.peer import Peer
 from psgd_workers.errors import LaneError
@@ -30,6 +31,7 @@ HANDSHAKE_S = 5.0
 HANDSHAKES = 64  # at a time; more wait in the kernel's queue
 MAX_SLOTS = 8  # of one worker: a pipeline's depth and one
 BACKLOG = 1024
+SMALL = 16_384  # values of a partition whose local workers one thread serves: any push fits into a socket's buffer
 RETRY_S = 1.0  # after a worker could not be accepted
 SILENCE_S, PROBES = 60, 5  # after which a worker on another node is asked for a sign of life, and how often
 
@@ -68,6 +70,7 @@ class Listener:
         self._sockets: list[socket.socket] = []  # that listen
         self._streams: set[socket.socket] = set()  # of peers
         self._threads: set[Thread] = set()
+        self._crowd: Crowd | None = None
 
     def listen_unix(self) -> None:
         """On a Unix socket in Linux' abstract namespace: it has no file, so none is left behind."""
@@ -120,6 +123,9 @@ class Listener:
             self._closing.set()
             for stream in (*self._sockets, *self._streams):
                 shut(stream)  # which ends its thread
+            if self._crowd is not None:
+                self._crowd.close()
+                self._crowd = None
             threads = list(self._threads)
         for thread in threads:
             thread.join(HANDSHAKE_S)
@@ -158,15 +164,36 @@ class Listener:
                 self._start("psgd-peer", self._serve, stream, shared, handshakes)
 
     def _serve(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> None:
-        """One peer, from its first word to its last."""
+        """One peer, from its first word to its last, unless the crowd takes it over."""
+        crowded = False
         try:
-            peer = self._admit(stream, shared, handshakes)
-            if peer is not None:
-                peer.run()
+            crowded = self._served_by_crowd(stream, shared, handshakes)
         finally:
+            if not crowded:
+                self._forget(stream)
+
+    def _served_by_crowd(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> bool:
+        peer = self._admit(stream, shared, handshakes)
+        if peer is None:
+            return False
+        if shared and self._form.size <= SMALL:
             with self._lock:
-                self._streams.discard(stream)
-            stream.close()
+                if not self._closing.is_set():
+                    self._join_crowd(peer, stream)
+                    return True
+        peer.run()
+        return False
+
+    def _join_crowd(self, peer: Peer, stream: socket.socket) -> None:
+        if self._crowd is None:
+            self._crowd = Crowd(self._forget)
+            self._start("psgd-crowd", self._crowd.run)
+        self._crowd.add(peer, stream)
+
+    def _forget(self, stream: socket.socket) -> None:
+        with self._lock:
+            self._streams.discard(stream)
+        stream.close()
 
     def _admit(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> Peer | None:
         try:

@@ -57,6 +57,7 @@ class Peer:
         self._form = form
         self._stream = stream
         self._worker = hello.worker
+        self._incarnation = host.server.version.incarnation
         self._shared = [Slot(slot.weights[part], slot.gradient[part]) for slot in segment.slots] if segment else None
         # What comes inline for a slot, and later the weights that go back: never both at once.
         limit = max(form.limit(segment is not None), 0 if segment else 4 * form.size)
@@ -66,21 +67,32 @@ class Peer:
         self._answers: _Answers = (_Direct if segment else _Queued)(stream)
 
     def run(self) -> None:
-        """Take frames until either end hangs up; a push whose receipt is not given stays where it is."""
+        """Take frames until either end hangs up."""
+        while self.take():
+            pass
+
+    def take(self) -> bool:
+        """Wait for a frame and take it; false: either end has hung up, and whatever was wrong is in the log.
+
+        A push whose receipt is not given then stays where it is.
+        """
         try:
-            while self._next():
-                pass
+            if self._next():
+                return True
+            if self._answers.fault is not None:
+                self._say(self._answers.fault)
         except (LaneError, OSError) as error:
             self._say(error)
         except Exception as error:  # our own: its worker need not wait for what never comes
+            self._end()
             self._say(error)
             raise
-        else:
-            if self._answers.fault is not None:
-                self._say(self._answers.fault)
-        finally:
-            shut(self._stream)
-            self._answers.close()
+        self._end()
+        return False
+
+    def _end(self) -> None:
+        shut(self._stream)
+        self._answers.close()
 
     def _say(self, why: Exception) -> None:
         log.warning("the connection of %s was closed: %s", self._worker, why)
@@ -102,9 +114,8 @@ class Peer:
         return True
 
     def _check(self, frame: Frame) -> None:
-        incarnation = self._host.server.version.incarnation
-        if frame.incarnation != incarnation:
-            raise LaneError(f"a frame for incarnation {frame.incarnation}, and this is {incarnation}")
+        if frame.incarnation != self._incarnation:
+            raise LaneError(f"a frame for incarnation {frame.incarnation}, and this is {self._incarnation}")
         if frame.slot >= len(self._busy) or (self._busy[frame.slot] and frame.kind is not Kind.ASK):
             raise LaneError(f"a frame from slot {frame.slot}, which does not exist, or whose receipt is not given")
         if self._answers.backlog > len(self._busy) + 1:  # an answer for each slot, and a version

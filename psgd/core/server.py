@@ -209,14 +209,14 @@ class ParameterServer:
             round_.live[gradient.worker] += 1
         if self._mode.belongs(outcome):
             round_.heard.add(gradient.worker)
-        parked = _Parked(gradient.worker, gradient.batch, outcome, updates)
+        taken = outcome
         self._close_if_due(now)
         if outcome is Outcome.BUFFERED and self.version.updates > updates:
             outcome = Outcome.APPLIED
         self.journal.push(now, gradient, outcome, self.version)
         if not self._parked and not self._mode.waiting(round_)(gradient.worker):  # the usual case
             return (Receipt(gradient.worker, gradient.batch, outcome, self.version),)
-        self._parked.append(parked)
+        self._parked.append(_Parked(gradient.worker, gradient.batch, taken, updates))
         return self._due()
 
     def skip(self, batch: BatchId, examples: int, now: float) -> tuple[Receipt, ...]:

@@ -11,7 +11,6 @@ import os
 import socket
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from struct import pack
 from threading import Lock, Thread
 from typing import Self
 
@@ -21,11 +20,10 @@ from psgd_workers.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greetin
 from psgd_workers.lanes import LaneKind, Pending
 from psgd_workers.memory import PublishedVector, Segment, stores_are_ordered
 from psgd_workers.messages import FloatArray, Gradient, Receipt, Version
-from psgd_workers.streams import receive, send, shut
+from psgd_workers.streams import limit, receive, send, shut
 
 __all__ = ["ShmLane", "TcpLane"]
 
-SECOND = 1_000_000  # microseconds
 GONE = "the server is gone"
 CLOSED = f"{GONE}: it closed the connection; its log says why"
 
@@ -61,7 +59,7 @@ class _Connection:
         try:
             stream.settimeout(timeout_s)
             stream.connect(to)
-            stream.settimeout(None)  # the kernel's own limits, which `limit` sets, cost no extra call each time
+            stream.settimeout(None)  # from here on `limit` sets limits
         except OSError as error:
             stream.close()
             raise LaneError(f"cannot reach the server at {to!r}: {error}") from error
@@ -72,10 +70,7 @@ class _Connection:
     def limit(self, timeout_s: float | None) -> None:
         """How long the next calls may wait; None: until the connection is closed."""
         if timeout_s != self._limit_s:
-            seconds, rest = divmod(0 if timeout_s is None else max(1, round(timeout_s * SECOND)), SECOND)
-            timeval = pack("@ll", seconds, rest)
-            self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-            self.stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+            limit(self.stream, timeout_s)
             self._limit_s = timeout_s
 
     def send(self, *parts: bytes | memoryview) -> None:

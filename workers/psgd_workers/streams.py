@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
+from struct import pack
 
-__all__ = ["receive", "send", "shut"]
+__all__ = ["limit", "receive", "send", "shut"]
+
+SECOND = 1_000_000  # microseconds
+
+
+def limit(stream: socket.socket, timeout_s: float | None) -> None:
+    """How long the next calls may wait before they raise BlockingIOError; None: until the connection is closed.
+
+    This is the kernel's own limit, which costs no extra call each time, as `socket.settimeout` does.
+    """
+    seconds, rest = divmod(0 if timeout_s is None else max(1, round(timeout_s * SECOND)), SECOND)
+    timeval = pack("@ll", seconds, rest)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
 def send(stream: socket.socket, *parts: bytes | memoryview) -> None:

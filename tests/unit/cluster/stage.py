@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from psgd.cluster import listener as listener_module
 from psgd.cluster.host import Reply, ServerHost
 from psgd.cluster.listener import Listener
 from psgd.core.report import Report
@@ -51,8 +52,8 @@ __all__ = [
     "works",
 ]
 
-Kinds = Literal["shm", "tcp"]
-KINDS: list[Kinds] = ["shm", "tcp"]
+Kinds = Literal["shm", "crowd", "tcp"]  # crowd: the shm lane to a small partition
+KINDS: list[Kinds] = ["shm", "crowd", "tcp"]
 LIMIT_S = 10.0  # for what takes no time
 NUM_PARAMETERS, PART = 90, Partition(0, 8, 75, 60)  # odd sizes, and 7 buffers at the end
 V1, FIRST, SECOND = Version(1, 0), BatchId(0, 0, 0), BatchId(0, 0, 1)
@@ -99,6 +100,23 @@ class Log(logging.Handler):
         return sum(re.search(pattern, line) is not None for line in self.lines)
 
 
+class _Listener(Listener):
+    """Lets a test wait until nobody is served who has hung up."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._left = Condition()
+
+    def _forget(self, stream: socket.socket) -> None:
+        super()._forget(stream)
+        with self._left:
+            self._left.notify_all()
+
+    def all_gone(self) -> None:
+        with self._left:
+            assert self._left.wait_for(lambda: not self._streams, LIMIT_S)
+
+
 class _Host(ServerHost):
     """Lets a test wait for pushes that arrive."""
 
@@ -141,6 +159,7 @@ class Stage:
         self._lanes: list[Lane] = []
         self._sockets: list[socket.socket] = []
         self._segment = Segment(num_parameters, 2)  # of sockets by hand
+        self._small = listener_module.SMALL
         self._excepthook, threading.excepthook = threading.excepthook, self.errors.append
         logging.getLogger("psgd.lanes").addHandler(self.log)
         encoding = "" if spec.compression.name == "none" else spec.compression.name
@@ -150,8 +169,8 @@ class Stage:
         self.listener = self.listen(tcp, unix)
         self.address = self.listener.address("node", "127.0.0.1")
 
-    def listen(self, tcp: bool = True, unix: bool = True, ports: tuple[int, int] | None = None) -> Listener:
-        listener = Listener(self.host, self.form, self.num_parameters, self.part, self.published)
+    def listen(self, tcp: bool = True, unix: bool = True, ports: tuple[int, int] | None = None) -> _Listener:
+        listener = _Listener(self.host, self.form, self.num_parameters, self.part, self.published)
         if unix:
             listener.listen_unix()
         if tcp:
@@ -206,7 +225,8 @@ class Stage:
         timeout_s: float = LIMIT_S,
     ) -> Crew:
         segment = Segment(self.num_parameters, slots)
-        lane_class: type[Lane] = ShmLane if kind == "shm" else TcpLane
+        lane_class: type[Lane] = TcpLane if kind == "tcp" else ShmLane
+        self._choose(kind)
         try:
             lane = lane_class(worker, segment, self.part, self.form, address or self.address, timeout_s)
         finally:
@@ -214,13 +234,18 @@ class Stage:
         self._lanes.append(lane)
         return Crew(self, worker, segment, lane)
 
+    def _choose(self, kind: Kinds) -> None:
+        """Who serves the next ones, threads or a crowd; the partition is a small one, but for the largest."""
+        listener_module.SMALL = self._small if kind == "crowd" else 0
+
     def forget(self, crew: Crew) -> None:
         """Its lane is closed."""
         self._lanes.remove(crew.lane)
 
     def unconnected(self, kind: Kinds) -> socket.socket:
         """A socket that is to be connected."""
-        stream = socket.socket(socket.AF_UNIX if kind == "shm" else socket.AF_INET, socket.SOCK_STREAM)
+        stream = socket.socket(socket.AF_INET if kind == "tcp" else socket.AF_UNIX, socket.SOCK_STREAM)
+        self._choose(kind)
         self._sockets.append(stream)
         stream.settimeout(LIMIT_S)
         return stream
@@ -236,7 +261,7 @@ class Stage:
         return stream
 
     def hello(self, kind: Kinds, **changes: Any) -> Hello:
-        hello = Hello.new(1, self.num_parameters, 2, kind == "shm", "by-hand")
+        hello = Hello.new(1, self.num_parameters, 2, kind != "tcp", "by-hand")
         return hello._replace(**changes)
 
     def greeted(self, kind: Kinds, **changes: Any) -> socket.socket:
@@ -261,7 +286,7 @@ class Stage:
             self.greet(stream, kind)
         for stream in streams:
             self.finish(stream, kind)
-        if kind == "shm":
+        if kind != "tcp":
             assert [stream.recv(1) for stream in streams] == [b"\0"] * count
         return streams
 
@@ -282,19 +307,12 @@ class Stage:
         for stream in self._sockets:
             stream.close()
         self.listener.close()
-        self.all_gone()
+        self.listener.all_gone()
+        listener_module.SMALL = self._small
         threading.excepthook = self._excepthook
         self.published.close()
         self._segment.close()
         logging.getLogger("psgd.lanes").removeHandler(self.log)
-
-    @staticmethod
-    def all_gone() -> None:
-        """Wait until nobody is served who has hung up."""
-        for thread in threading.enumerate():
-            if thread.name == "psgd-peer":
-                thread.join(LIMIT_S)
-                assert not thread.is_alive()
 
 
 class Crew:

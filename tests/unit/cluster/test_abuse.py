@@ -18,6 +18,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 
+from psgd.cluster import crowd
 from psgd.cluster import listener as listener_module
 from psgd_workers import memory
 from psgd_workers.errors import LaneError
@@ -63,7 +64,7 @@ def mutated(rng: np.random.Generator, frame: Frame, number: int) -> bytes:
 def test_damaged_frames_change_nothing_and_stop_nobody(stages: Stages, kind: Kinds) -> None:
     """The undamaged push is refused, as not finite and read elsewhere, so that no damage may have it applied."""
     stage = stages()
-    push = header(stage, payload=stage.form.limit(kind == "shm"), norm=nan, version=Version(99, 9))
+    push = header(stage, payload=stage.form.limit(kind != "tcp"), norm=nan, version=Version(99, 9))
     rng, streams, dropped = np.random.default_rng(0), stage.all_shaken(kind, CROWD), 0
     for turn in range(1000 // CROWD):
         for number, stream in enumerate(streams):
@@ -105,13 +106,13 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize(("kind", "sections"), [("tcp", {}), ("tcp", INT8), ("shm", INT8)])
+@pytest.mark.parametrize(("kind", "sections"), [("tcp", {}), ("tcp", INT8), ("shm", INT8), ("crowd", INT8)])
 def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
     stages: Stages, kind: Kinds, sections: Any
 ) -> None:
     stage = stages(sections=sections)
     stream = stage.shaken(kind)
-    push = header(stage, code=4 if sections else 0, payload=stage.form.limit(kind == "shm"))
+    push = header(stage, code=4 if sections else 0, payload=stage.form.limit(kind != "tcp"))
     half = push.pack() + bytes(push.payload // 2)
     command = [sys.executable, "-c", KILLED, str(stream.fileno()), half.hex()]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -123,10 +124,22 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
         worker.send_signal(signal.SIGKILL)
         assert worker.wait(LIMIT_S) == -signal.SIGKILL
     stage.log.wait("the connection of by-hand was closed: it hung up in the middle of a frame")
-    stage.all_gone()
+    stage.listener.all_gone()
     assert stage.streams() == []
     assert stage.untouched()
     works(stage, kind=kind)
+
+
+def test_a_worker_that_sends_half_a_frame_keeps_nobody_of_its_crowd_waiting(
+    monkeypatch: pytest.MonkeyPatch, stages: Stages
+) -> None:
+    monkeypatch.setattr(crowd, "FRAME_S", 0.05)
+    stage = stages()
+    stream = stage.shaken("crowd")
+    stream.sendall(header(stage, payload=0).pack()[:-1])
+    assert closed(stream)
+    stage.log.wait("the connection of by-hand was closed: .*temporarily unavailable")
+    works(stage, kind="crowd")
 
 
 def test_a_worker_that_does_not_read_its_weights_keeps_nobody_waiting(stages: Stages) -> None:

@@ -107,7 +107,7 @@ def test_a_push_that_wants_no_weights_leaves_the_slots_as_they_are(stages: Stage
     assert crew.weights(0).tolist() == [3] * stage.size
 
 
-@pytest.mark.parametrize("kinds", [("shm", "shm"), ("tcp", "tcp"), ("shm", "tcp")])
+@pytest.mark.parametrize("kinds", [("shm", "shm"), ("crowd", "crowd"), ("tcp", "tcp"), ("shm", "tcp")])
 def test_a_parked_receipt_comes_when_the_last_worker_has_pushed(stages: Stages, kinds: tuple[Kinds, Kinds]) -> None:
     stage = stages("bsp", 2)
     stage.join("worker-0", "worker-1")
@@ -186,7 +186,7 @@ def test_what_was_pushed_before_a_worker_hung_up_is_in_the_step(stages: Stages, 
 @contextmanager
 def false_server(kind: Kinds, answer: Callable[[socket.socket], object]) -> Iterator[dict[str, Any]]:
     """Where somebody listens who is no server of this run; yields what changes in its address."""
-    listening = socket.socket(socket.AF_UNIX if kind == "shm" else socket.AF_INET)
+    listening = socket.socket(socket.AF_UNIX if kind != "tcp" else socket.AF_INET)
     listening.bind(("127.0.0.1", 0) if kind == "tcp" else f"\0psgd-false-{os.getpid()}")
     listening.listen()
     listening.settimeout(LIMIT_S)
@@ -212,7 +212,7 @@ def test_a_worker_gives_nothing_to_a_server_without_the_key(stages: Stages, kind
     def pretend(stream: socket.socket) -> None:
         stream.sendall(Greeting.new().pack())
         heard.append(exactly(stream, HELLO_SIZE))
-        if kind == "shm":
+        if kind != "tcp":
             socket.send_fds(stream, [bytes(WELCOME_SIZE)], [stage.published.file])
         else:
             stream.sendall(bytes(WELCOME_SIZE))
@@ -249,7 +249,7 @@ def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(stages: Stages,
         greeting = Greeting.new()
         stream.sendall(greeting.pack())
         hello = Hello.unpack(exactly(stream, HELLO_SIZE), stage.listener.key, greeting)
-        if kind == "shm":
+        if kind != "tcp":
             socket.send_fds(stream, [hello.welcome(stage.listener.key)], [stage.published.file])
 
     with false_server(kind, welcome) as changes, pytest.raises(LaneError):
@@ -371,17 +371,18 @@ def no_gc() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_gc")
-def test_the_memory_of_a_worker_that_has_hung_up_is_let_go(stages: Stages) -> None:
+@pytest.mark.parametrize("kind", ["shm", "crowd"])
+def test_the_memory_of_a_worker_that_has_hung_up_is_let_go(stages: Stages, kind: Kinds) -> None:
     stage = stages()
     before = mapped()
     for position in range(5):
-        crew = stage.lane("shm")
+        crew = stage.lane(kind)
         crew.lane.push(crew.gradient(0, batch(position), V1), 0, wants=True).receipt(LIMIT_S)
         assert mapped() == before + 2
         crew.lane.close()
         stage.forget(crew)
         del crew
-        stage.all_gone()
+        stage.listener.all_gone()
         assert stage.streams() == []
         assert mapped() == before
 
