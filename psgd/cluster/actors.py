@@ -88,6 +88,8 @@ class ServerActor:
             state = origin.cut(partition, len(facts.partitions))
             now = time.monotonic()
             server = ParameterServer.restore(facts.spec, facts.grid, state, incarnation, now, published)
+            if server.settings != facts.spec.settings:  # they were changed after this part was saved
+                server.change(facts.spec.settings, now)
         else:
             part = origin[partition.start : partition.stop]
             server = ParameterServer(facts.spec, partition, part, facts.grid, Version(incarnation, 0), published)

@@ -273,7 +273,10 @@ class Supervisor:
         origin = self._restoring or self._inputs.weights
         before = self._nodes.pop(partition, None)
         node = self._nodes[partition] = choose_node(living_nodes(), self._nodes.values(), before)
-        server = self._servers[partition] = start_server(self._inputs.facts, partition, incarnation, origin, node)
+        facts = self._inputs.facts
+        if self._restoring:  # to the settings of now; who begins anew goes by those of the start, as its journal does
+            facts = replace(facts, spec=self._spec)
+        server = self._servers[partition] = start_server(facts, partition, incarnation, origin, node)
         checkpoint = self._restoring.manifest.name if self._restoring else None
         self._run.event("server_started", partition=partition, incarnation=incarnation, checkpoint=checkpoint)
         if restarted:

@@ -17,6 +17,7 @@ __all__ = ["Nodes"]
 
 ROOT = Path(__file__).parents[2]
 RAYLET = str(Path(str(ray.__file__)).parent / "core" / "src" / "ray" / "raylet" / "raylet")
+OBJECT_STORE = 400 * 2**20  # bytes of each host: MNIST takes 220 MB
 PORT = 6379  # every host has all ports for itself
 QUICK = {
     # A node that does not answer is given up after 5 to 10 s instead of 15 to 65, and a cut of 5 s is survived.
@@ -86,7 +87,7 @@ class Nodes:
         command = [
             *(*host.inside, str(Path(sys.executable).parent / "ray"), "start", *options),
             *(f"--node-ip-address={host.address}", f"--num-cpus={self._cpus[host]}", f"--temp-dir={folder}"),
-            *("--disable-usage-stats", f"--object-store-memory={100 * 2**20}"),
+            *("--disable-usage-stats", f"--object-store-memory={OBJECT_STORE}"),
         ]
         with (folder / "start.log").open("w") as log:
             return subprocess.Popen(

@@ -3,64 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
-import yaml
 
 import psgd
-from psgd.result import LedgerCounts
-from tests.cluster.network import Host, missing, network
+from tests.cluster.driving import SERVER, WORKER, WORKERS, training
+from tests.cluster.network import Host
 from tests.cluster.nodes import Nodes
-from tests.integration.commands import LIMIT_S, CommandLine, eventually, recorded
+from tests.integration.commands import LIMIT_S, eventually, recorded
 from tests.integration.digits import assert_exactly_once, job
 
-LACKING = missing()
 # Three nodes take half a minute to start where other tests run beside them.
-pytestmark = [pytest.mark.skipif(LACKING is not None, reason=str(LACKING)), pytest.mark.timeout(240)]
-
-SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
-# One worker on each of three hosts; a host that is lost takes its worker's place along until it is back.
-WORKERS = {"min": 2, "max": 3}
-RUN_S = 180.0
-
-
-@pytest.fixture(scope="module")
-def cluster(ray_home: Path, environment: dict[str, str]) -> Iterator[Nodes]:
-    with network(3) as hosts:
-        nodes = Nodes(hosts, (1, 1, 1), ray_home, environment)
-        nodes.start(hosts)
-        yield nodes
-
-
-@pytest.fixture
-def nodes(cluster: Nodes) -> Nodes:
-    """The cluster, which is whole again before the next test."""
-    cluster.mend()
-    return cluster
-
-
-@contextmanager
-def training(nodes: Nodes, spec: psgd.JobSpec, limit_s: float = RUN_S) -> Iterator[Future[psgd.Result]]:
-    """A run under way, driven from the head."""
-    folder = Path(spec.run.storage)
-    file = folder / "job.yaml"
-    file.write_text(yaml.safe_dump(spec.model_dump(mode="json", exclude_unset=True)))
-    command = CommandLine(nodes.environment, folder, nodes.head.inside, limit_s)
-
-    def train() -> psgd.Result:
-        done = command.run("train", str(file), "--address", nodes.address, "--json")
-        assert done.returncode == 0, done.stderr
-        told: dict[str, Any] = json.loads(done.stdout)
-        return psgd.Result(**told | {"ledger": LedgerCounts(**told["ledger"])})
-
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(train)
+pytestmark = pytest.mark.timeout(240)
 
 
 def slow_job(tmp_path: Path, epochs: int, servers: int = 1, **sections: Any) -> psgd.JobSpec:

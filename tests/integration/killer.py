@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 from tests.integration.commands import LIMIT_S
 
-__all__ = ["Killer", "processes"]
+__all__ = ["Killer", "one_of", "processes"]
 
 
 def processes(prefix: str, home: str) -> list[int]:
@@ -26,22 +27,39 @@ def processes(prefix: str, home: str) -> list[int]:
     return sorted(found)
 
 
+def one_of(victims: Sequence[int], rng: random.Random) -> bool:
+    """Kill one of these processes; false: there is none."""
+    if not victims:
+        return False
+    with suppress(ProcessLookupError):  # it was faster
+        os.kill(rng.choice(victims), signal.SIGKILL)
+    return True
+
+
 class Killer:
-    """Kills one of these every so often.
+    """Kills something every so often.
 
     Args:
-        home: the folder of the cluster's Ray.
-        prefixes: names of processes, one of which is chosen each time.
+        ways: what it may do, by name: kill something at random, and say whether there was anything.
+        weights: how often each is chosen.
         every_s: least and most seconds between two kills.
         times: how often in all.
-        seed: decides whom it hits, and when.
+        seed: decides what it hits, and when.
+
+    Attributes:
+        killed: the ways it went.
     """
 
     def __init__(
-        self, home: str, prefixes: tuple[str, ...], every_s: tuple[float, float], times: int, seed: int
+        self,
+        ways: Mapping[str, Callable[[random.Random], bool]],
+        weights: Sequence[int],
+        every_s: tuple[float, float],
+        times: int,
+        seed: int,
     ) -> None:
-        self._home = home
-        self._prefixes = prefixes
+        self._ways = ways
+        self._weights = weights
         self._every_s = every_s
         self._times = times
         self._random = random.Random(seed)  # noqa: S311 (nothing here is a secret)
@@ -51,18 +69,16 @@ class Killer:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """While the block lasts."""
-        thread = Thread(target=self._work)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._done.set()
-            thread.join(LIMIT_S)
+        with ThreadPoolExecutor(1) as pool:
+            work = pool.submit(self._work)
+            try:
+                yield
+            finally:
+                self._done.set()
+            work.result(LIMIT_S)
 
     def _work(self) -> None:
         while len(self.killed) < self._times and not self._done.wait(self._random.uniform(*self._every_s)):
-            prefix = self._random.choice(self._prefixes)
-            if victims := processes(prefix, self._home):
-                with suppress(ProcessLookupError):  # it was faster
-                    os.kill(self._random.choice(victims), signal.SIGKILL)
-                    self.killed.append(prefix)
+            (name,) = self._random.choices(list(self._ways), self._weights)
+            if self._ways[name](self._random):
+                self.killed.append(name)

@@ -5,9 +5,15 @@ Specs are frozen and know no defaults from outside: what they say is all a run d
 
 from __future__ import annotations
 
+import ast
+import inspect
+from itertools import pairwise
+from textwrap import dedent
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 __all__ = [
     "CompressionSpec",
@@ -39,9 +45,33 @@ FACTORY_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 class Spec(BaseModel):
     """A frozen part of a job: unknown fields are refused, and so are infinities."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """With the text below each field as its description.
+
+        pydantic's `use_attribute_docstrings` says the same, but reads the sources whenever a process starts.
+        """
+        made = handler(schema)
+        properties = handler.resolve_ref_schema(made).get("properties", {})
+        for name, text in _descriptions(cls).items():
+            if name in properties:  # else it is a constant of the class
+                properties[name]["description"] = text
+        return made
+
+
+def _descriptions(spec: type[Spec]) -> dict[str, str]:
+    """The string after each field of a class and of those it is made from."""
+    found = {}
+    for each in reversed(spec.__mro__[: spec.__mro__.index(Spec)]):
+        (definition,) = ast.parse(dedent(inspect.getsource(each))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in pairwise(definition.body):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                    found[name] = inspect.cleandoc(said)
+    return found
 
 
 class LinearModel(Spec):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from psgd.checkpoints import Checkpoints, Part, write_part
 from psgd.cluster.actors import RunFacts, ServerActor
-from psgd.core.journal import RECORD
+from psgd.core.journal import RECORD, Kind
 from psgd.core.partitions import split
 from psgd.core.server import ParameterServer, Partition
 from psgd.errors import StorageError
@@ -98,3 +99,23 @@ def test_a_server_is_restored_from_a_checkpoint_of_another_number_of_servers(tmp
     version, weights = asyncio.run(pull())
     assert version == Version(2, 7)
     np.testing.assert_array_equal(weights, START)
+
+
+def test_a_part_saved_before_the_settings_changed_is_restored_to_those_of_the_run(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "run"))
+    owner = RunDirectory(storage).own()
+    layout, before, after = Layout.of({"weight": START}), job(), job(optimizer={"lr": 0.5})
+    partition = Partition(0, 0, len(START), len(START))
+    server = ParameterServer(before, partition, START, GRID, Version(1, 7))
+    part = write_part(storage, "000001-1", server.state(), np.zeros(0, RECORD))
+    Checkpoints(storage).commit(manifest("000001-1", [part]))
+    facts = RunFacts(after, layout, GRID, (partition,), owner.driver, storage.url)
+
+    async def restored() -> None:
+        await ServerActor(facts, 0, 2, Checkpoints(storage).open("000001-1")).save("000002-2")
+
+    asyncio.run(restored())
+    (saved,) = (json.loads(file.read_text()) for file in (tmp_path / "run/checkpoints/000002-2").glob("*.json"))
+    assert saved["settings"]["optimizer"]["lr"] == 0.5
+    (journal,) = (np.load(file) for file in (tmp_path / "run/journal").glob("*000002*"))
+    assert journal["kind"].tolist() == [Kind.FORK, Kind.CHANGE]

@@ -1,0 +1,42 @@
+"""A run on several hosts, driven from the first of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import psgd
+from psgd.result import LedgerCounts
+from tests.cluster.nodes import Nodes
+from tests.integration.commands import CommandLine
+
+__all__ = ["SERVER", "WORKER", "WORKERS", "training"]
+
+SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
+# One worker on each of three hosts; a host that is lost takes its worker's place along until it is back.
+WORKERS = {"min": 2, "max": 3}
+RUN_S = 180.0
+
+
+@contextmanager
+def training(nodes: Nodes, spec: psgd.JobSpec, limit_s: float = RUN_S) -> Iterator[Future[psgd.Result]]:
+    """A run under way, driven from the head."""
+    folder = Path(spec.run.storage)
+    file = folder / "job.yaml"
+    file.write_text(yaml.safe_dump(spec.model_dump(mode="json", exclude_unset=True)))
+    command = CommandLine(nodes.environment, folder, nodes.head.inside, limit_s)
+
+    def train() -> psgd.Result:
+        done = command.run("train", str(file), "--address", nodes.address, "--json")
+        assert done.returncode == 0, done.stderr
+        told: dict[str, Any] = json.loads(done.stdout)
+        return psgd.Result(**told | {"ledger": LedgerCounts(**told["ledger"])})
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(train)

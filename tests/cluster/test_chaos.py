@@ -1,0 +1,55 @@
+"""Workers, servers and whole hosts killed at random while MNIST is trained on three hosts."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from tests.cluster.driving import SERVER, WORKER, WORKERS, training
+from tests.cluster.nodes import Nodes
+from tests.integration.commands import LIMIT_S, eventually
+from tests.integration.disturbed import assert_as_if_undisturbed, job
+from tests.integration.killer import Killer, one_of
+
+EPOCHS = 60
+SECONDS = 0.02  # of a gradient
+RUN_S = 900.0
+POWERLESS_S = (1.0, 20.0)  # shorter and longer than Ray takes to miss a host
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+def test_kills_of_workers_servers_and_hosts_change_nothing_but_the_time(
+    nodes: Nodes, tmp_path: Path, mnist_file: Path
+) -> None:
+    def a_server(rng: random.Random) -> bool:
+        return one_of([process for host in nodes.hosts for process in host.processes(SERVER)], rng)
+
+    def a_worker(rng: random.Random) -> bool:
+        return one_of([process for host in nodes.hosts for process in host.processes(WORKER)], rng)
+
+    def a_host(rng: random.Random) -> bool:
+        """Any but the head, which is the driver's."""
+        rng.choice(nodes.hosts[1:]).kill()
+        Event().wait(rng.uniform(*POWERLESS_S))
+        nodes.mend()
+        return True
+
+    scaling = {"workers": WORKERS, "servers": 2}
+    with training(nodes, job(tmp_path, mnist_file, EPOCHS, 0.0, scaling=scaling, name="undisturbed"), RUN_S) as run:
+        undisturbed = run.result()
+    ways = {"server": a_server, "worker": a_worker, "host": a_host}
+    killer = Killer(ways, (1, 1, 1), (3.0, 10.0), times=1000, seed=0)
+    with (
+        training(nodes, job(tmp_path, mnist_file, EPOCHS, SECONDS, scaling=scaling, name="disturbed"), RUN_S) as run,
+        killer.at_work(),
+    ):
+        result = run.result()
+    assert set(killer.killed) == set(ways)
+    lost = {"server_lost", "worker_lost"}
+    assert lost <= result.failures.keys() <= lost | {"worker_silent"}  # as a host that is gone may seem at first
+    assert_as_if_undisturbed(result, undisturbed, EPOCHS)
+    eventually(lambda: not any(host.processes(name) for host in nodes.hosts for name in (SERVER, WORKER)), LIMIT_S)
