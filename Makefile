@@ -35,7 +35,7 @@ unit: .venv/dev.stamp ## fast tests, one file per module; those of the benchmark
 integration: .venv/dev.stamp ## tests on a real, local Ray cluster; as root, on several hosts in network namespaces, too
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration tests/cluster
 
-chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, kills at random on real Ray, hosts cut off for a minute; about 20 minutes
+chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, kills at random on real Ray and of hosts, hosts cut off; about 40 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --hypothesis-profile default tests/unit/core
 	$(BIN)/pytest -m chaos tests/integration tests/cluster

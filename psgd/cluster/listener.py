@@ -137,31 +137,40 @@ class Listener:
             try:
                 work(*arguments)
             finally:
-                with self._lock:
-                    self._threads.discard(thread)
+                self._threads.discard(thread)
 
         thread = Thread(target=run, name=name, daemon=True)
         self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.discard(thread)
+            raise
 
     def _accept(self, listening: socket.socket, shared: bool) -> None:
         handshakes = BoundedSemaphore(HANDSHAKES)
         while True:
             handshakes.acquire()
             try:
-                stream, _ = listening.accept()
-            except OSError as error:  # too many open files, say: the peer waits, and may have more luck later
+                self._let_in(listening.accept()[0], shared, handshakes)
+            except (OSError, RuntimeError) as error:  # too many files or threads, say: later there may be more luck
                 handshakes.release()
                 if self._closing.is_set():
                     return
                 log.warning("cannot accept a worker: %s", error)
                 self._closing.wait(RETRY_S)
-                continue
-            with self._lock:
-                self._streams.add(stream)
-                if self._closing.is_set():
-                    shut(stream)
+
+    def _let_in(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> None:
+        with self._lock:
+            self._streams.add(stream)
+            if self._closing.is_set():
+                shut(stream)
+            try:
                 self._start("psgd-peer", self._serve, stream, shared, handshakes)
+            except RuntimeError:
+                self._streams.discard(stream)
+                stream.close()
+                raise
 
     def _serve(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> None:
         """One peer, from its first word to its last, unless the crowd takes it over."""
@@ -186,8 +195,9 @@ class Listener:
 
     def _join_crowd(self, peer: Peer, stream: socket.socket) -> None:
         if self._crowd is None:
-            self._crowd = Crowd(self._forget)
-            self._start("psgd-crowd", self._crowd.run)
+            crowd = Crowd(self._forget)
+            self._start("psgd-crowd", crowd.run)
+            self._crowd = crowd
         self._crowd.add(peer, stream)
 
     def _forget(self, stream: socket.socket) -> None:
@@ -200,7 +210,7 @@ class Listener:
             return self._shake_hands(stream, shared)
         except TimeoutError:
             log.warning("a peer was dropped: it did not finish its handshake within %s s", HANDSHAKE_S)
-        except (LaneError, OSError, UnicodeDecodeError) as error:
+        except (LaneError, OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: no more threads
             log.warning("a peer was dropped in its handshake: %s", error)
         finally:
             handshakes.release()

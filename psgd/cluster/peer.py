@@ -22,7 +22,7 @@ from psgd_workers.errors import LaneError
 from psgd_workers.frames import HEADER_SIZE, Frame, Kind, PushForm
 from psgd_workers.handshake import Hello
 from psgd_workers.memory import Segment, Slot
-from psgd_workers.messages import FloatArray, Receipt
+from psgd_workers.messages import FloatArray, Receipt, Version
 from psgd_workers.streams import receive, send, shut
 
 __all__ = ["Peer"]
@@ -135,13 +135,9 @@ class Peer:
                 host.push(gradient, partial(self._receipt, slot, frame.wants))
             case Kind.PULL:
                 into, weights = self._room(slot)
-                version = host.pull(into)
-                self._answer(
-                    Frame(Kind.WEIGHTS, slot, 0, False, version.incarnation, len(weights), version=version), weights
-                )
+                self._answer(_frame(Kind.WEIGHTS, slot, host.pull(into), _length(weights)), weights)
             case _:
-                version = host.server.version
-                self._answer(Frame(Kind.VERSION, slot, 0, False, version.incarnation, 0, version=version), weights=None)
+                self._answer(_frame(Kind.VERSION, slot, host.server.version, 0), None)
 
     def _receipt(self, slot: int, wants: bool, receipt: Receipt) -> Callable[[], None]:
         """Prepare the answer to a push, at the instant it is due."""
@@ -150,20 +146,17 @@ class Peer:
         if wants:
             into, weights = self._room(slot)
             np.copyto(into, self._host.server.published)
-        return partial(self._answer, Frame.of_receipt(receipt, slot, wants, len(weights or b"")), weights)
+        return partial(self._answer, Frame.of_receipt(receipt, slot, wants, _length(weights)), weights)
 
-    def _room(self, slot: int) -> tuple[FloatArray, memoryview]:
+    def _room(self, slot: int) -> tuple[FloatArray, memoryview | None]:
         """Where weights for the worker are put, and what of that is sent: nothing, in memory that it shares."""
         if self._shared:
-            return self._shared[slot].weights, self._header[:0]
+            return self._shared[slot].weights, None
         payload = self._inline[slot][: 4 * self._form.size]
         return np.frombuffer(payload, np.float32), payload
 
     def _answer(self, frame: Frame, weights: memoryview | None) -> None:
-        if weights:
-            self._answers.put(frame.pack(), weights)
-        else:
-            self._answers.put(frame.pack())
+        self._answers.put(frame.pack(), weights)
 
 
 class _Answers(Protocol):
@@ -175,7 +168,7 @@ class _Answers(Protocol):
     def backlog(self) -> int:
         """Answers that are not sent."""
 
-    def put(self, *parts: bytes | memoryview) -> None:
+    def put(self, header: bytes, weights: memoryview | None) -> None:
         """Send an answer, now or later, without waiting for the worker."""
 
     def close(self) -> None:
@@ -193,12 +186,13 @@ class _Direct:
         self._lock = Lock()  # a closed socket's number may be another's
         self._open = True
 
-    def put(self, *parts: bytes | memoryview) -> None:
+    def put(self, header: bytes, weights: memoryview | None) -> None:
+        assert weights is None, "they are in the worker's memory"
         with self._lock:
             if not self._open:
                 return
             try:
-                self._stream.sendmsg(parts, (), socket.MSG_DONTWAIT)
+                self._stream.send(header, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 self.fault = LaneError(GREEDY)
             except OSError as error:
@@ -225,8 +219,8 @@ class _Queued:
     def backlog(self) -> int:
         return self._queue.qsize()
 
-    def put(self, *parts: bytes | memoryview) -> None:
-        self._queue.put(parts)
+    def put(self, header: bytes, weights: memoryview | None) -> None:
+        self._queue.put((header,) if weights is None else (header, weights))
 
     def _send(self) -> None:
         try:
@@ -239,3 +233,11 @@ class _Queued:
     def close(self) -> None:
         self._queue.put(())
         self._thread.join()
+
+
+def _frame(kind: Kind, slot: int, version: Version, payload: int) -> Frame:
+    return Frame(kind, slot, 0, False, version.incarnation, payload, version=version)
+
+
+def _length(weights: memoryview | None) -> int:
+    return 0 if weights is None else len(weights)

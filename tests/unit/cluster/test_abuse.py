@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from math import nan
+from threading import Thread
 from typing import Any
 from zlib import crc32
 
@@ -237,6 +238,24 @@ def test_a_server_without_descriptors_goes_on_and_takes_workers_when_it_has_some
         with pytest.raises(LaneError, match=r"no memory can be shared: .*Too many open files"):
             stage.lane("shm")
     assert len(exactly(waiting, GREETING_SIZE)) == GREETING_SIZE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_without_threads_takes_workers_when_it_has_some(
+    monkeypatch: pytest.MonkeyPatch, stages: Stages, kind: Kinds
+) -> None:
+    monkeypatch.setattr(listener_module, "RETRY_S", 0.05)
+    stage, starts = stages(), Thread.start
+
+    def fails_twice(thread: Thread) -> None:
+        if thread.name == "psgd-peer" and stage.log.count("cannot accept a worker: can't start new thread") < 2:
+            raise RuntimeError("can't start new thread")
+        starts(thread)
+
+    monkeypatch.setattr(Thread, "start", fails_twice)
+    refused = [stage.connected(kind) for _ in range(2)]
+    works(stage, kind=kind)
+    assert all(map(closed, refused))
 
 
 def test_a_server_that_cannot_take_a_workers_memory_drops_it(stages: Stages) -> None:
