@@ -42,6 +42,7 @@ chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, kills at r
 
 bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published experiments; into bench/; about an hour
 	$(BIN)/python -m tests.benchmarks.throughput
+	$(BIN)/python -m tests.benchmarks.throughput --seconds 20 --only psgd_job own_loops psgd_unvalidated_job --out bench/steady.json
 	$(BIN)/python -m tests.benchmarks.transfer
 	$(BIN)/python -m tests.benchmarks.small
 	$(BIN)/python -m tests.benchmarks.apply

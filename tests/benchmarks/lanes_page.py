@@ -23,6 +23,7 @@ __all__ = ["figure", "main", "page"]
 
 HEADINGS = {  # of the documents, in the order of the page; others follow under their names
     "throughput": "Gradients per second, two workers",
+    "steady": "The same over 20 s",
     "transfer": "Large weights",
     "small": "Small pushes",
     "stragglers": "One slow worker",
@@ -45,6 +46,9 @@ To measure again (each writes a document into `bench/`), then to write this page
 python -m tests.benchmarks.lanes_page
 ```
 """
+COMMANDS = {  # that write another document than their own
+    "steady": "throughput --seconds 20 --only psgd_job own_loops psgd_unvalidated_job --out bench/steady.json"
+}
 GREY, INK = "#b8b8b8", "#222222"
 ROOM = 1.45  # of the longest bar, for what is written behind it
 
@@ -78,7 +82,9 @@ def page(documents: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         documents: by name, in their order.
     """
-    introduction = INTRODUCTION.format(commands="\n".join(f"python -m tests.benchmarks.{name}" for name in documents))
+    introduction = INTRODUCTION.format(
+        commands="\n".join(f"python -m tests.benchmarks.{COMMANDS.get(name, name)}" for name in documents)
+    )
     return "\n".join([introduction, *(_section(name, tree) for name, tree in documents.items())])
 
 
@@ -86,8 +92,10 @@ def _section(name: str, tree: Mapping[str, Any]) -> str:
     findings = [Finding.of_dict(one) for one in tree["findings"]]
     rows = [(one.measure, target(one), shown(one), spread(one), verdict(one)) for one in findings]
     parts = [f"## {HEADINGS.get(name, name)}", _table(("measure", "target", "measured", "turns", "met"), rows)]
+    if name in ("throughput", "steady"):
+        parts.append(_contenders(tree["runs"]))
     if name == "throughput":
-        parts += [_contenders(tree["runs"]), "![gradients per second by contender](throughput.svg)"]
+        parts.append("![gradients per second by contender](throughput.svg)")
     settings = ", ".join(f"{key} {_plain(value)}" for key, value in tree["settings"].items())
     machine = tree["machine"]
     where = f"{machine['cpu']}, {machine['cores_used']} of {machine['cores']} cores"
