@@ -41,11 +41,12 @@ class Crowd:
 
     def run(self) -> None:
         """Take frames until `close`, and then from nobody any more."""
-        numbers = [0]
-        while self._bell not in numbers:
-            numbers = [number for number, _ in self._poll.poll()]
-            for number in numbers:
-                if number != self._bell and not self._peers[number][0].take():
+        rung = False
+        while not rung:
+            for number, _ in self._poll.poll():
+                if number == self._bell:
+                    rung = True
+                elif not self._peers[number][0].take():
                     self._leave(number)
         for number in list(self._peers):
             self._peers[number][0].run()  # to its end: it was hung up on

@@ -6,15 +6,18 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from threading import Event, Lock
+from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from psgd.core.report import Report
 from psgd.core.server import ParameterServer, ServerState
-from psgd.errors import StorageError
+from psgd.errors import RunError, StorageError
 from psgd.spec import Settings
+from psgd_workers.errors import LaneError
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
 
 __all__ = ["Reply", "ServerHost"]
@@ -29,13 +32,19 @@ Reply = Callable[[Receipt], Callable[[], None] | None]
 class ServerHost:
     """Calls the server serially, for any thread, and hands out what becomes due.
 
+    A server that fails in the middle of a call may be in no state at all: nobody can call it again, so that the driver
+    hears of it with its next report, and restores it elsewhere.
+
     Args:
         server: which nobody else calls any more.
+
+    Raises:
+        RunError: by every method, once the server has failed.
     """
 
     def __init__(self, server: ParameterServer) -> None:
         self.server = server
-        self._lock = Lock()  # of everything here
+        self._turn = _Turn()
         self._replies: dict[tuple[str, BatchId], list[Reply]] = {}  # of pushes that wait, oldest first
         self._epochs = server.epochs
         self._news = Event()  # an epoch is complete
@@ -43,14 +52,15 @@ class ServerHost:
 
     def pull(self, into: FloatArray) -> Version:
         """Copy the published weights `[partition size]`."""
-        with self._lock:
+        with self._turn:
             np.copyto(into, self.server.published)
             return self.server.version
 
     def epoch_weights(self, epochs: int | None) -> FloatArray:
         """See `ParameterServer.epoch_weights`."""
-        with self._lock:
+        with self._turn, suppress(KeyError):
             return self.server.epoch_weights(epochs)
+        raise KeyError(epochs)
 
     def push(self, gradient: Gradient, reply: Reply) -> None:
         """Take a gradient.
@@ -58,7 +68,7 @@ class ServerHost:
         Raises:
             LaneError: it is none of this partition's.
         """
-        with self._lock:
+        with self._turn:
             self.server.check(gradient)
             receipts = self.server.push(gradient, time.monotonic())
             self._replies.setdefault((gradient.worker, gradient.batch), []).append(reply)
@@ -67,25 +77,25 @@ class ServerHost:
 
     def join(self, worker: str) -> None:
         """The worker gets a lease."""
-        with self._lock:
+        with self._turn:
             due = self._due(self.server.join(worker, time.monotonic()))
         _send(due)
 
     def leave(self, worker: str) -> None:
         """The worker has no lease any more."""
-        with self._lock:
+        with self._turn:
             due = self._due(self.server.leave(worker, time.monotonic()))
         _send(due)
 
     def skip(self, batch: BatchId, examples: int) -> None:
         """Do without a batch."""
-        with self._lock:
+        with self._turn:
             due = self._due(self.server.skip(batch, examples, time.monotonic()))
         _send(due)
 
     def change(self, settings: Settings) -> Version:
         """Go on by other settings, from the version that is returned."""
-        with self._lock:
+        with self._turn:
             due, version = self._due(self.server.change(settings, time.monotonic())), self.server.version
         _send(due)
         return version
@@ -112,7 +122,7 @@ class ServerHost:
         """At once, or when an epoch completes, or after a moment."""
         if wait:
             await asyncio.to_thread(self._news.wait, REPORT_S)
-        with self._lock:
+        with self._turn:
             self._news.clear()
             return self.server.report()
 
@@ -123,7 +133,7 @@ class ServerHost:
             StorageError: no round closed in time.
         """
         wanted: Future[tuple[ServerState, NDArray[np.void]]] = Future()
-        with self._lock:
+        with self._turn:
             self._snapshot = wanted
             self._due(())
         try:
@@ -131,12 +141,31 @@ class ServerHost:
             # journal that was taken for it would be lost.
             await asyncio.wait([asyncio.wrap_future(wanted)], timeout=timeout_s)
         finally:
-            with self._lock:
+            with self._turn:
                 if self._snapshot is wanted:
                     self._snapshot = None
         if not wanted.done():
             raise StorageError(f"no round closed within {timeout_s} s, and half a round is no state")
         return wanted.result()
+
+
+class _Turn:
+    """Whose turn it is to call the server; nobody's any more, once something broke in the middle of one."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._fault = ""
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._fault:
+            self._lock.release()
+            raise RunError(f"this server failed in the middle of a call: {self._fault}; its log says more")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, LaneError):  # that is a refusal, before anything happened
+            self._fault = f"{type(error).__name__}: {error}"
+        self._lock.release()
 
 
 def _send(due: list[Callable[[], None] | None]) -> None:

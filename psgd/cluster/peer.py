@@ -83,16 +83,11 @@ class Peer:
                 self._say(self._answers.fault)
         except (LaneError, OSError) as error:
             self._say(error)
-        except Exception as error:  # our own: its worker need not wait for what never comes
-            self._end()
-            self._say(error)
-            raise
-        self._end()
-        return False
-
-    def _end(self) -> None:
+        except Exception:  # our own: its worker need not wait for what never comes, nor the others of its crowd
+            log.exception("the connection of %s was closed by the server's own fault", self._worker)
         shut(self._stream)
         self._answers.close()
+        return False
 
     def _say(self, why: Exception) -> None:
         log.warning("the connection of %s was closed: %s", self._worker, why)

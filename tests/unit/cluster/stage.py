@@ -183,7 +183,7 @@ class Stage:
 
     def report(self) -> Report:
         """What the server knows."""
-        with self.host._lock:
+        with self.host._turn:
             return self.server.report()
 
     def join(self, *workers: str) -> None:
@@ -213,7 +213,7 @@ class Stage:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """The server does nothing meanwhile."""
-        with self.host._lock:
+        with self.host._turn:
             yield
 
     def lane(

@@ -36,6 +36,7 @@ from tests.unit.cluster.stage import (
     V1,
     Kinds,
     Stages,
+    batch,
     closed,
     exactly,
     header,
@@ -141,6 +142,23 @@ def test_a_worker_that_sends_half_a_frame_keeps_nobody_of_its_crowd_waiting(
     assert closed(stream)
     stage.log.wait("the connection of by-hand was closed: .*temporarily unavailable")
     works(stage, kind="crowd")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_pushes_to_a_server_that_fails_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch, stages: Stages, kind: Kinds
+) -> None:
+    stage = stages()
+    crews = [stage.lane(kind, worker) for worker in ("worker-0", "worker-1")]
+
+    def breaks(*arguments: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(stage.server._optimizer, "step", breaks)
+    for position, crew in enumerate(crews):
+        with pytest.raises(LaneError, match="the server is gone"):
+            crew.lane.push(crew.gradient(0, batch(position), V1), 0, wants=False).receipt(LIMIT_S)
+        stage.log.wait(f"the connection of {crew.worker} was closed by the server's own fault")
 
 
 def test_a_worker_that_does_not_read_its_weights_keeps_nobody_waiting(stages: Stages) -> None:

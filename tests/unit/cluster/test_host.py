@@ -13,7 +13,7 @@ from psgd.cluster import host as host_module
 from psgd.cluster.host import ServerHost
 from psgd.core.journal import Kind
 from psgd.core.server import ParameterServer, Partition
-from psgd.errors import StorageError
+from psgd.errors import RunError, StorageError
 from psgd_workers.errors import LaneError
 from psgd_workers.messages import BatchId, EpochGrid, Gradient, Outcome, Receipt, Version
 from tests.unit.core.jobs import GRID, START, job, push
@@ -164,6 +164,38 @@ def test_a_push_that_fails_takes_nobodys_receipt(
     hosting(test)
     assert never == []
     assert given == [Receipt("worker-0", FIRST, Outcome.APPLIED, Version(1, 1))]
+
+
+def test_a_server_that_fails_in_the_middle_of_a_step_is_called_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of its weights are a step further than the others: only a restored one knows what it contains."""
+
+    async def test(host: ServerHost) -> None:
+        monkeypatch.setattr(host.server._optimizer, "step", breaks)
+        with pytest.raises(MemoryError):
+            host.push(push(FIRST, V0), ignore)
+        monkeypatch.undo()
+        told = "this server failed in the middle of a call: MemoryError: no room; its log says more"
+        with pytest.raises(RunError, match=told):
+            host.push(push(SECOND, V0), ignore)
+        with pytest.raises(RunError, match=told):
+            await host.report(wait=False)
+        with pytest.raises(RunError, match=told):
+            await host.snapshot(LIMIT_S)
+
+    hosting(test)
+
+
+def breaks(*arguments: Any) -> None:
+    raise MemoryError("no room")
+
+
+def test_weights_that_are_not_kept_are_no_fault_of_the_servers() -> None:
+    async def test(host: ServerHost) -> None:
+        with pytest.raises(KeyError, match="7"):
+            host.epoch_weights(7)
+        assert host.epoch_weights(None).tolist() == START.tolist()
+
+    hosting(test)
 
 
 def test_what_sends_a_receipt_holds_up_nobody() -> None:
