@@ -16,7 +16,7 @@ from psgd_workers.streams import limit
 
 __all__ = ["Crowd"]
 
-FRAME_S = 1.0  # that the rest of a frame may take, which its worker sends as a whole
+FRAME_S = 1.0  # that the rest of a header or a payload may take, which its worker sends as a whole
 
 
 class Crowd:
@@ -34,10 +34,22 @@ class Crowd:
         self._poll.register(self._bell, select.EPOLLIN)
 
     def add(self, peer: Peer, stream: socket) -> None:
-        """Serve it from now on; to be called by any thread."""
+        """Serve it from now on; to be called by any thread.
+
+        Raises:
+            OSError: the kernel has no room for one more; the peer is as it was.
+        """
+        number = stream.fileno()
+        peer.frame_s = FRAME_S
         limit(stream, FRAME_S)
-        self._peers[stream.fileno()] = peer, stream
-        self._poll.register(stream, select.EPOLLIN)
+        self._peers[number] = peer, stream
+        try:
+            self._poll.register(stream, select.EPOLLIN)
+        except OSError:
+            del self._peers[number]
+            peer.frame_s = None
+            limit(stream, None)
+            raise
 
     def run(self) -> None:
         """Take frames until `close`, and then from nobody any more."""
@@ -51,6 +63,10 @@ class Crowd:
         for number in list(self._peers):
             self._peers[number][0].run()  # to its end: it was hung up on
             self._leave(number)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of what it watches with: it does not run, or no more."""
         self._poll.close()
         os.close(self._bell)
 

@@ -73,9 +73,17 @@ class Listener:
         self._crowd: Crowd | None = None
 
     def listen_unix(self) -> None:
-        """On a Unix socket in Linux' abstract namespace: it has no file, so none is left behind."""
-        self.path = f"psgd-{secrets.token_hex(8)}"
-        self._listen(socket.AF_UNIX, "\0" + self.path, shared=True)
+        """On a Unix socket in Linux' abstract namespace: it has no file, so none is left behind.
+
+        Raises:
+            LaneError: there is none to be had.
+        """
+        path = f"psgd-{secrets.token_hex(8)}"
+        try:
+            self._listen(socket.AF_UNIX, "\0" + path, shared=True)
+        except OSError as error:
+            raise LaneError(f"cannot listen on a Unix socket: {error}") from error
+        self.path = path
 
     def listen_tcp(self, host: str, ports: tuple[int, int] | None) -> None:
         """On one port of this machine.
@@ -105,11 +113,14 @@ class Listener:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(to)
             listening.listen(BACKLOG)
+            self._start("psgd-listener", self._accept, listening, shared)
+        except RuntimeError as error:
+            listening.close()
+            raise LaneError(f"cannot listen: {error}") from error
         except OSError:
             listening.close()
             raise
         self._sockets.append(listening)
-        self._start("psgd-listener", self._accept, listening, shared)
         return listening
 
     def address(self, node: str, host: str) -> Address:
@@ -153,7 +164,7 @@ class Listener:
             handshakes.acquire()
             try:
                 self._let_in(listening.accept()[0], shared, handshakes)
-            except (OSError, RuntimeError) as error:  # too many files or threads, say: later there may be more luck
+            except (OSError, RuntimeError, MemoryError) as error:  # too many files or threads, say: better luck later
                 handshakes.release()
                 if self._closing.is_set():
                     return
@@ -186,17 +197,24 @@ class Listener:
         if peer is None:
             return False
         if shared and self._form.size <= SMALL:
-            with self._lock:
-                if not self._closing.is_set():
-                    self._join_crowd(peer, stream)
-                    return True
+            try:
+                with self._lock:
+                    if not self._closing.is_set():
+                        self._join_crowd(peer, stream)
+                        return True
+            except (OSError, RuntimeError) as error:  # too many files or threads, say: this thread is there already
+                log.warning("a worker is served by a thread of its own: %s", error)
         peer.run()
         return False
 
     def _join_crowd(self, peer: Peer, stream: socket.socket) -> None:
         if self._crowd is None:
             crowd = Crowd(self._forget)
-            self._start("psgd-crowd", crowd.run)
+            try:
+                self._start("psgd-crowd", crowd.run)
+            except RuntimeError:
+                crowd.release()
+                raise
             self._crowd = crowd
         self._crowd.add(peer, stream)
 

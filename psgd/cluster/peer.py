@@ -42,6 +42,9 @@ class Peer:
         stream: after the handshake; blocking.
         hello: who it is.
         segment: its memory, if that is shared.
+
+    Attributes:
+        frame_s: that the rest of a frame may take, once it has begun to come; None: any time.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Peer:
         self._inline = [np.empty(limit, np.uint8).data for _ in range(hello.slots)]
         self._busy = [False] * hello.slots  # a push whose receipt is not given
         self._header = memoryview(bytearray(HEADER_SIZE))
+        self.frame_s: float | None = None
         self._answers: _Answers = (_Direct if segment else _Queued)(stream)
 
     def run(self) -> None:
@@ -79,22 +83,22 @@ class Peer:
         try:
             if self._next():
                 return True
-            if self._answers.fault is not None:
+            if self._answers.fault:
                 self._say(self._answers.fault)
         except (LaneError, OSError) as error:
-            self._say(error)
+            self._say(str(error))
         except Exception:  # our own: its worker need not wait for what never comes, nor the others of its crowd
             log.exception("the connection of %s was closed by the server's own fault", self._worker)
         shut(self._stream)
         self._answers.close()
         return False
 
-    def _say(self, why: Exception) -> None:
+    def _say(self, why: str) -> None:
         log.warning("the connection of %s was closed: %s", self._worker, why)
 
     def _next(self) -> bool:
         """Take one frame; false: there is none any more."""
-        got = receive(self._stream, self._header)
+        got = receive(self._stream, self._header, self.frame_s)
         if not got:
             return False
         payload = self._header[:0]
@@ -102,7 +106,7 @@ class Peer:
             frame = Frame.unpack(self._header)
             self._check(frame)
             payload = self._inline[frame.slot][: frame.payload]
-            got += receive(self._stream, payload) if frame.payload else 0
+            got += receive(self._stream, payload, self.frame_s) if frame.payload else 0
         if got < HEADER_SIZE + len(payload):
             raise LaneError("it hung up in the middle of a frame")
         self._take(frame, payload)
@@ -157,7 +161,7 @@ class Peer:
 class _Answers(Protocol):
     """What goes back to a worker, from any thread."""
 
-    fault: Exception | None  # why nothing does any more: `run` is to end
+    fault: str  # why nothing does any more: `run` is to end
 
     @property
     def backlog(self) -> int:
@@ -176,7 +180,7 @@ class _Direct:
     backlog = 0
 
     def __init__(self, stream: socket.socket) -> None:
-        self.fault: Exception | None = None
+        self.fault = ""  # an exception would keep alive what its traceback passed, a worker's memory included
         self._stream = stream
         self._lock = Lock()  # a closed socket's number may be another's
         self._open = True
@@ -189,10 +193,10 @@ class _Direct:
             try:
                 self._stream.send(header, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                self.fault = LaneError(GREEDY)
+                self.fault = GREEDY
             except OSError as error:
-                self.fault = error
-            if self.fault is not None:
+                self.fault = str(error)
+            if self.fault:
                 shut(self._stream)
 
     def close(self) -> None:
@@ -204,7 +208,7 @@ class _Queued:
     """Answers that bring weights: a thread sends them as fast as they are read."""
 
     def __init__(self, stream: socket.socket) -> None:
-        self.fault: Exception | None = None
+        self.fault = ""  # an exception would keep alive what its traceback passed, a worker's memory included
         self._stream = stream
         self._queue = SimpleQueue[tuple[bytes | memoryview, ...]]()
         self._thread = Thread(target=self._send, name="psgd-answers", daemon=True)
@@ -221,8 +225,8 @@ class _Queued:
         try:
             while parts := self._queue.get():
                 send(self._stream, *parts)
-        except OSError as error:
-            self.fault = error
+        except (OSError, MemoryError) as error:
+            self.fault = f"{type(error).__name__}: {error}"
             shut(self._stream)
 
     def close(self) -> None:

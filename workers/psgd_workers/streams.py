@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
+from math import inf
 from struct import pack
+from time import monotonic
 
 __all__ = ["limit", "receive", "send", "shut"]
 
@@ -35,8 +37,13 @@ def send(stream: socket.socket, *parts: bytes | memoryview) -> None:
         sent = max(0, sent - len(part))
 
 
-def receive(stream: socket.socket, into: memoryview) -> int:
+def receive(stream: socket.socket, into: memoryview, rest_s: float | None = None) -> int:
     """Fill `into`.
+
+    Args:
+        stream: to read.
+        into: filled from its beginning.
+        rest_s: seconds that more may take, once something is there; looked at when something comes.
 
     Returns:
         How many bytes came: fewer than there is room for, if the other end hung up.
@@ -44,9 +51,12 @@ def receive(stream: socket.socket, into: memoryview) -> int:
     Raises:
         OSError: the socket's, its time limit included.
     """
-    got = 0
-    while got < len(into) and (count := stream.recv_into(into[got:] if got else into)):
-        got += count
+    got = count = stream.recv_into(into)
+    deadline = inf if rest_s is None or got == len(into) else monotonic() + rest_s
+    while count and got < len(into):
+        if monotonic() >= deadline:
+            raise TimeoutError(f"the rest of a message did not come within {rest_s} s")
+        got += (count := stream.recv_into(into[got:]))
     return got
 
 

@@ -161,6 +161,33 @@ def test_who_pushes_to_a_server_that_fails_does_not_wait(
         stage.log.wait(f"the connection of {crew.worker} was closed by the server's own fault")
 
 
+def test_who_finds_no_room_in_the_crowd_has_a_thread_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, stages: Stages
+) -> None:
+    class Full:
+        def register(self, *arguments: Any) -> None:
+            raise OSError("no room")
+
+    stage, made = stages(), crowd.Crowd.__init__
+
+    def make(self: crowd.Crowd, *arguments: Any) -> None:
+        made(self, *arguments)
+        self._watched, self._poll = self._poll, Full()  # type: ignore[attr-defined, assignment]
+
+    def run(self: crowd.Crowd) -> None:
+        """Of nobody."""
+
+    monkeypatch.setattr(crowd.Crowd, "__init__", make)
+    monkeypatch.setattr(crowd.Crowd, "run", run)
+    worker = stage.lane("crowd")
+    stage.log.wait("a worker is served by a thread of its own: no room")
+    (served,) = stage.streams()
+    assert served.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO) == 0, "it may be silent as long as it computes"
+    assert worker.lane.pull(0, LIMIT_S) == V1
+    receipt = worker.lane.push(worker.gradient(0, FIRST, V1), 0, wants=True).receipt(LIMIT_S)
+    assert receipt.outcome is Outcome.APPLIED
+
+
 def test_a_worker_that_does_not_read_its_weights_keeps_nobody_waiting(stages: Stages) -> None:
     stage = stages(**BIG)
     slow = stage.shaken("tcp")

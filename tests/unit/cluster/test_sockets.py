@@ -17,7 +17,8 @@ from psgd_workers import memory, sockets
 from psgd_workers.errors import LaneError, LaneTimeoutError
 from psgd_workers.frames import HEADER_SIZE
 from psgd_workers.handshake import HELLO_SIZE, WELCOME_SIZE, Greeting, Hello
-from psgd_workers.messages import Outcome, Version
+from psgd_workers.memory import Segment
+from psgd_workers.messages import Outcome, Receipt, Version
 from psgd_workers.streams import receive
 from tests.unit.cluster.stage import (
     BIG,
@@ -345,10 +346,10 @@ def test_a_push_that_the_server_does_not_take_can_be_given_up(monkeypatch: pytes
     stage = stages(**BIG)
     given_up = threading.Event()
 
-    def no_payload(stream: socket.socket, into: memoryview) -> int:
+    def no_payload(stream: socket.socket, into: memoryview, rest_s: float | None) -> int:
         if len(into) > HEADER_SIZE:
             assert given_up.wait(LIMIT_S)
-        return receive(stream, into)
+        return receive(stream, into, rest_s)
 
     monkeypatch.setattr(peer, "receive", no_payload)
     crew, began = stage.lane("tcp", slots=1), time.monotonic()
@@ -406,6 +407,22 @@ def test_the_memory_of_a_worker_whose_server_is_gone_is_let_go(stages: Stages, k
     crew.lane.close()
     stage.forget(crew)
     del crew, pending
+    assert mapped() == before
+
+
+@pytest.mark.usefixtures("no_gc")
+def test_the_memory_of_a_worker_that_was_gone_before_its_receipt_is_let_go(stages: Stages) -> None:
+    stage = stages()
+    before = mapped()
+    ours, its = socket.socketpair()
+    segment = Segment(NUM_PARAMETERS, 1)
+    served = peer.Peer(stage.host, stage.form, stage.part, ours, stage.hello("shm"), segment)
+    its.close()
+    served._receipt(0, False, Receipt("by-hand", FIRST, Outcome.APPLIED, V1))()
+    assert "Broken pipe" in served._answers.fault
+    segment.close()
+    ours.close()
+    del served, segment
     assert mapped() == before
 
 
