@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any, TypeVar
 
@@ -29,6 +30,13 @@ class Layout:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     num_trainable: int  # values before the first buffer
+    num_parameters: int = field(init=False, repr=False, compare=False)  # length of the flat vector, with buffers
+    _parts: tuple[slice, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        ends = [0, *accumulate(prod(shape) for shape in self.shapes)]
+        object.__setattr__(self, "num_parameters", ends[-1])
+        object.__setattr__(self, "_parts", tuple(slice(start, stop) for start, stop in pairwise(ends)))
 
     @classmethod
     def of(cls, tensors: Mapping[str, NDArray[Any]], buffers: Collection[str] = ()) -> Layout:
@@ -42,24 +50,14 @@ class Layout:
             raise ModelError(f"the model has no trainable parameters: its weights are {list(tensors)}")
         return cls(tuple(names), shapes, trainable)
 
-    @property
-    def num_parameters(self) -> int:
-        """Length of the flat vector, buffers included."""
-        return sum(prod(shape) for shape in self.shapes)
-
     def views(self, flat: NDArray[Scalar]) -> dict[str, NDArray[Scalar]]:
         """The named tensors of a flat vector, as views: writing to one writes to the vector."""
         if flat.shape != (self.num_parameters,):
             raise ModelError(
                 f"a flat vector of shape {flat.shape} is not of this layout's {self.num_parameters} values"
             )
-        views: dict[str, NDArray[Scalar]] = {}
-        start = 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            stop = start + prod(shape)
-            views[name] = flat[start:stop].reshape(shape)
-            start = stop
-        return views
+        parts = zip(self.names, self._parts, self.shapes, strict=True)
+        return {name: flat[part].reshape(shape) for name, part, shape in parts}
 
     def pack(self, tensors: Mapping[str, NDArray[Any]]) -> FloatArray:
         """A new flat float32 vector with the values of `tensors`."""

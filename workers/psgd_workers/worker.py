@@ -38,6 +38,7 @@ from psgd_workers.spec import WorkRules
 __all__ = ["Route", "Worker", "batch_seed"]
 
 RECEIPT_FACTOR = 2  # a receipt may wait for the slowest worker, who is itself given the limit once
+KNOWN_VECTORS = 8  # weights and gradient of each batch in hand, of which there are at most three, and some to spare
 PLAIN = WorkRules()
 
 
@@ -102,6 +103,7 @@ class Worker:
         self._timeout_s = timeout_s
         parts = [route.part for route in routes]
         self._senders = [Sender(name, parts, layout.num_trainable, rules) for _ in range(pipeline + 1)]
+        self._known: dict[int, tuple[FloatArray, dict[str, FloatArray]]] = {}  # by identity
         self._lanes: list[Lane] = []
         self._desks: list[_Desk] = []
 
@@ -136,12 +138,21 @@ class Worker:
     def _backpropagate(
         self, batch: BatchId, rows: NDArray[np.int64], weights: FloatArray, out: FloatArray, seed: int
     ) -> float:
-        features, labels = self._train.features[rows], self._train.labels[rows]
-        named, gradient = self._layout.views(weights), self._layout.views(out)
+        features, labels = self._train.features.take(rows, axis=0), self._train.labels[rows]
+        named, gradient = self._tensors(weights), self._tensors(out)
         try:
             return float(self._model.loss_and_gradient(named, features, labels, gradient, seed))
         except Exception as error:
             raise WorkerError(f"the model raised on {batch}: {type(error).__name__}: {error}") from error
+
+    def _tensors(self, flat: FloatArray) -> dict[str, FloatArray]:
+        """The named tensors of a vector, made once: batch after batch comes with the same few vectors."""
+        known = self._known.get(id(flat))
+        if known is None or known[0] is not flat:
+            if len(self._known) == KNOWN_VECTORS:
+                self._known.clear()
+            known = self._known[id(flat)] = flat, self._layout.views(flat)
+        return known[1]
 
     @property
     def lanes(self) -> tuple[LaneKind, ...]:
@@ -179,6 +190,7 @@ class Worker:
             if desk.batch is not None:
                 desk.sender.settle([])
         self._lanes, self._desks = [], []
+        self._known.clear()  # it keeps memory mapped
 
     def hang_up(self, partition: int) -> None:
         """Wait no more for a server that is gone; to be called beside `work`, whose lease then fails.

@@ -25,11 +25,15 @@ class Scratch:
 
     def __init__(self) -> None:
         self._block: Array = np.empty((0, 0), np.float32)
+        self._rows = self._block  # what was given last, and nearly always is asked for again
 
     def rows(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        if shape[0] > len(self._block) or shape[1:] != self._block.shape[1:] or dtype != self._block.dtype:
-            self._block = np.empty(shape, dtype)
-        return self._block[: shape[0]]
+        if self._rows.shape != shape or self._rows.dtype != dtype:
+            block = self._block
+            if shape[0] > len(block) or shape[1:] != block.shape[1:] or dtype != block.dtype:
+                self._block = np.empty(shape, dtype)
+            self._rows = self._block[: shape[0]]
+        return self._rows
 
     def like(self, values: Array) -> Array:
         return self.rows(values.shape, values.dtype)
@@ -51,7 +55,7 @@ class Dense:
     def parameter_gradient(self, inputs: Array, slope: Array, weight_gradient: Array, bias_gradient: Array) -> None:
         """Write ∂loss/∂weight = slopeᵀ · inputs and ∂loss/∂bias = Σ slope, where `slope` is ∂loss/∂outputs."""
         np.matmul(slope.T, inputs, out=weight_gradient)
-        np.sum(slope, axis=0, out=bias_gradient)
+        np.add.reduce(slope, axis=0, out=bias_gradient)  # np.sum costs 5 µs more
 
     def input_gradient(self, slope: Array, weight: Array) -> Array:
         """∂loss/∂inputs = slope · weight; apart from `parameter_gradient`, for the first layer needs none."""

@@ -1,4 +1,7 @@
-"""Mean losses over a batch, and their gradients with respect to the model's outputs."""
+"""Mean losses over a batch, and their gradients with respect to the model's outputs.
+
+They reduce by ufuncs, as NumPy's functions and methods of that name cost several microseconds more a call.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +34,13 @@ def cross_entropy(outputs: Array, labels: NDArray[Any], gradient: Array) -> floa
     """mean(log Σⱼ exp zⱼ - z_label), of logits z `[batch, classes]` and labels `[batch]` int64."""
     rows = np.arange(len(labels))
     # Softmax does not change when a row is shifted; with the largest logit at 0, exp cannot overflow.
-    np.subtract(outputs, outputs.max(axis=1, keepdims=True), out=gradient)
+    np.subtract(outputs, np.maximum.reduce(outputs, axis=1, keepdims=True), out=gradient)
     chosen = gradient[rows, labels]
     np.exp(gradient, out=gradient)
-    sums = gradient.sum(axis=1)
+    sums = np.add.reduce(gradient, axis=1)
     gradient *= (1 / (len(labels) * sums))[:, np.newaxis]
     gradient[rows, labels] -= 1 / len(labels)
-    return float(np.mean(np.log(sums) - chosen, dtype=np.float64))
+    return float(np.add.reduce(np.log(sums) - chosen, dtype=np.float64)) / len(labels)
 
 
 def mse(outputs: Array, labels: NDArray[Any], gradient: Array) -> float:

@@ -35,6 +35,7 @@ class Network:
         self._loss = LOSSES[loss]
         self._activation = activation
         self._layers = [Dense() for _ in pairwise(sizes)]
+        self._names = [(f"layers.{number}.weight", f"layers.{number}.bias") for number in range(len(self._layers))]
         self._activations = [ACTIVATIONS[activation]() for _ in sizes[1:-1]]
 
     @property
@@ -51,11 +52,11 @@ class Network:
         """
         rng = np.random.default_rng(seed)
         tensors: dict[str, FloatArray] = {}
-        for number, (fan_in, fan_out) in enumerate(pairwise(self._sizes)):
-            is_output = number == len(self._layers) - 1
+        for (weight, bias), (fan_in, fan_out) in zip(self._names, pairwise(self._sizes), strict=True):
+            is_output = weight == self._names[-1][0]
             initial = _glorot_uniform if is_output or self._activation == "tanh" else _he_normal
-            tensors[f"layers.{number}.weight"] = initial(rng, fan_in, fan_out)
-            tensors[f"layers.{number}.bias"] = np.zeros(fan_out, np.float32)
+            tensors[weight] = initial(rng, fan_in, fan_out)
+            tensors[bias] = np.zeros(fan_out, np.float32)
         return tensors
 
     def loss_and_gradient(
@@ -89,22 +90,19 @@ class Network:
         for number, layer in enumerate(self._layers):
             if number > 0:
                 self._activations[number - 1].forward(values[-1])
-            values.append(layer.forward(values[-1], *_parameters(weights, number)))
+            weight, bias = self._names[number]
+            values.append(layer.forward(values[-1], weights[weight], weights[bias]))
         return values
 
     def _backward(
         self, weights: Mapping[str, FloatArray], inputs: list[Array], slope: Array, gradient: Mapping[str, FloatArray]
     ) -> None:
         for number in reversed(range(len(self._layers))):
-            layer = self._layers[number]
-            layer.parameter_gradient(inputs[number], slope, *_parameters(gradient, number))
+            layer, (weight, bias) = self._layers[number], self._names[number]
+            layer.parameter_gradient(inputs[number], slope, gradient[weight], gradient[bias])
             if number > 0:
-                slope = layer.input_gradient(slope, _parameters(weights, number)[0])
+                slope = layer.input_gradient(slope, weights[weight])
                 self._activations[number - 1].backward(inputs[number], slope)
-
-
-def _parameters(tensors: Mapping[str, FloatArray], number: int) -> tuple[FloatArray, FloatArray]:
-    return tensors[f"layers.{number}.weight"], tensors[f"layers.{number}.bias"]
 
 
 def _he_normal(rng: np.random.Generator, fan_in: int, fan_out: int) -> FloatArray:
