@@ -275,7 +275,7 @@ class _Trial:
         rows = np.concatenate([job.shards.examples(batch) for batch in members])
         model, train = build_model(job.spec.model, job.dataset), job.dataset.train
         views = job.layout.views(weights), job.layout.views(out)
-        model.loss_and_gradient(views[0], train.features[rows], train.labels[rows], views[1], 0)
+        model.loss_and_gradient(views[0], train.inputs(rows), train.labels[rows], views[1], 0)
         return out
 
 

@@ -61,7 +61,7 @@ class Reference:
         rows = self.shards.examples(BatchId(epoch, 0, index))
         train, out = self.dataset.train, np.empty_like(self.weights)
         views = self.layout.views(self.weights), self.layout.views(out)
-        self.model.loss_and_gradient(views[0], train.features[rows], train.labels[rows], views[1], 0)
+        self.model.loss_and_gradient(views[0], train.inputs(rows), train.labels[rows], views[1], 0)
         return out
 
     def step(self, gradient: FloatArray, lr: float = 0.2, momentum: float = 0.5) -> None:

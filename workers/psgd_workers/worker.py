@@ -138,7 +138,7 @@ class Worker:
     def _backpropagate(
         self, batch: BatchId, rows: NDArray[np.int64], weights: FloatArray, out: FloatArray, seed: int
     ) -> float:
-        features, labels = self._train.features.take(rows, axis=0), self._train.labels[rows]
+        features, labels = self._train.inputs(rows), self._train.labels[rows]
         named, gradient = self._tensors(weights), self._tensors(out)
         try:
             return float(self._model.loss_and_gradient(named, features, labels, gradient, seed))

@@ -9,20 +9,28 @@ from hypothesis import given
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from psgd_workers.datasets.features import check_finite, float_features
+from psgd_workers.datasets.examples import Features
+from psgd_workers.datasets.features import check_finite, row_features
 from psgd_workers.datasets.raw import RawArray
 from psgd_workers.errors import DataError
-from psgd_workers.messages import FloatArray
 
 
-def features_of(values: NDArray[Any]) -> FloatArray:
-    return float_features(RawArray("x", values))
+def features_of(values: NDArray[Any]) -> Features:
+    return row_features(RawArray("x", values))
 
 
-@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64, np.float16, ">f8", np.longdouble])
+@pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.int64, np.float16, ">f8", np.longdouble])
 def test_numbers_of_any_dtype_become_native_float32(dtype: Any) -> None:
     features = features_of(np.array([[1, 0], [0, 1]]).astype(dtype))
     np.testing.assert_array_equal(features, np.array([[1, 0], [0, 1]], np.float32), strict=True)
+
+
+def test_bytes_stay_bytes() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    for given_values in (pixels, pixels.T):
+        features = features_of(given_values)
+        np.testing.assert_array_equal(features, given_values, strict=True)
+        assert features.flags.c_contiguous
 
 
 @given(hnp.arrays(np.int16, hnp.array_shapes(min_dims=2, max_dims=4)))

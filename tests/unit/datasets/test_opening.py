@@ -27,9 +27,12 @@ def test_mnist_is_opened_in_the_unit_range(mnist: Dataset) -> None:
     assert mnist.validation is not None
     assert mnist.train.features.shape == (60000, 28, 28)
     assert mnist.validation.features.shape == (10000, 28, 28)
-    assert mnist.train.features.dtype == np.float32
+    assert mnist.train.features.dtype == np.uint8
     assert mnist.train.labels.dtype == np.int64
-    assert (mnist.train.features.min(), mnist.train.features.max()) == (0, 1)
+    for part in (mnist.train, mnist.validation):
+        inputs = part.inputs(slice(None))
+        assert inputs.dtype == np.float32
+        assert (inputs.min(), inputs.max()) == (0, 1)
     assert mnist.classes == tuple("0123456789")
     assert mnist.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
 
@@ -78,7 +81,7 @@ def test_the_same_data_has_the_same_fingerprint(path: Path) -> None:
     labels = np.array([0, 1, 0, 1, 0, 1])
     known = open_arrays(path, x_train=features, y_train=labels).fingerprint
     assert re.fullmatch("[0-9a-f]{64}", known)
-    assert open_arrays(path, seed=1, x_train=features.astype(np.uint8), y_train=labels).fingerprint == known
+    assert open_arrays(path, seed=1, x_train=features.astype(np.int16), y_train=labels).fingerprint == known
     others = [
         open_arrays(path, x_train=features[::-1], y_train=labels),
         open_arrays(path, x_train=features, y_train=1 - labels),

@@ -46,7 +46,7 @@ def test_a_fitted_dataset_can_be_learnt(loss: LossName) -> None:
     gradient = {name: np.empty_like(tensor) for name, tensor in weights.items()}
     before = evaluate(model, weights, data.train)
     for _ in range(200):
-        model.loss_and_gradient(weights, data.train.features, data.train.labels, gradient, seed=0)
+        model.loss_and_gradient(weights, data.train.inputs(slice(None)), data.train.labels, gradient, seed=0)
         for name, tensor in weights.items():
             tensor -= np.float32(0.3) * gradient[name]
     after = evaluate(model, weights, data.train)

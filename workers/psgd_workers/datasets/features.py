@@ -1,18 +1,21 @@
-"""Features as every model wants them: finite float32, one example a row."""
+"""Features, one example a row: finite float32, as every model wants them, or bytes."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from psgd_workers.datasets.examples import Features
 from psgd_workers.datasets.raw import RawArray
 from psgd_workers.errors import DataError
 from psgd_workers.messages import FloatArray
 
-__all__ = ["check_finite", "float_features"]
+__all__ = ["check_finite", "row_features"]
 
 
-def float_features(raw: RawArray) -> FloatArray:
-    """The features as `[num_examples, *example_shape]` float32, C-contiguous; `[num_examples]` gets one column.
+def row_features(raw: RawArray) -> Features:
+    """The features as `[num_examples, *example_shape]`, C-contiguous; `[num_examples]` gets one column.
+
+    Bytes (uint8) stay what they are; everything else becomes float32.
 
     Raises:
         DataError: they are not numbers, are empty, or hold a value that is not finite in float32.
@@ -24,6 +27,8 @@ def float_features(raw: RawArray) -> FloatArray:
     if raw.values.size == 0 or raw.values.ndim == 0:
         raise DataError(f"{raw.name} has shape {raw.values.shape}; expected [examples, ...] with at least one example")
     values = raw.values[:, np.newaxis] if raw.values.ndim == 1 else raw.values
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
     with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused below
         features = np.ascontiguousarray(values, np.float32)
     check_finite(raw.name, features)

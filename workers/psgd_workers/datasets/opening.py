@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import assert_never
 
 from psgd_workers.datasets.csv import read_csv
-from psgd_workers.datasets.examples import Dataset, Examples
-from psgd_workers.datasets.features import float_features
+from psgd_workers.datasets.examples import Dataset, Examples, Features
+from psgd_workers.datasets.features import row_features
 from psgd_workers.datasets.labels import encode_labels
 from psgd_workers.datasets.normalize import normalize
 from psgd_workers.datasets.npz import read_npz
@@ -16,7 +16,6 @@ from psgd_workers.datasets.raw import RawData, RawPart
 from psgd_workers.datasets.sklearn import read_sklearn
 from psgd_workers.datasets.split import split
 from psgd_workers.errors import DataError
-from psgd_workers.messages import FloatArray
 from psgd_workers.spec import CsvData, DataSpec, NpzData, SklearnData
 
 __all__ = ["open_dataset"]
@@ -42,7 +41,7 @@ def open_dataset(spec: DataSpec, seed: int) -> Dataset:
     parts = tuple(Examples(*pair) for pair in zip(features, labels, strict=True))
     if spec.validation_fraction is not None:
         parts = split(parts[0], spec.validation_fraction, seed)
-    normalize(spec.normalize, *(part.features for part in parts))
+    parts = normalize(spec.normalize, *parts)
     return Dataset(parts[0], parts[1] if len(parts) > 1 else None, classes, _fingerprint(parts[0]))
 
 
@@ -58,10 +57,10 @@ def _read(spec: DataSpec) -> RawData:
             assert_never(spec)
 
 
-def _features(parts: Sequence[RawPart]) -> list[FloatArray]:
+def _features(parts: Sequence[RawPart]) -> list[Features]:
     for part in parts:
         _check_lengths(part)
-    features = [float_features(part.features) for part in parts]
+    features = [row_features(part.features) for part in parts]
     for part, values in zip(parts, features, strict=True):
         if values.shape[1:] != features[0].shape[1:]:
             raise DataError(
@@ -80,7 +79,7 @@ def _check_lengths(part: RawPart) -> None:
 
 
 def _fingerprint(examples: Examples) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{examples.shift},{examples.scale}".encode())
     for values in (examples.features, examples.labels):
         digest.update(f"{values.dtype.str}{values.shape}".encode())
         digest.update(values.data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,4 +36,4 @@ def split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Exa
 
 
 def _where(examples: Examples, mask: NDArray[np.bool_]) -> Examples:
-    return Examples(examples.features[mask], examples.labels[mask])
+    return replace(examples, features=examples.features[mask], labels=examples.labels[mask])

@@ -28,7 +28,7 @@ def evaluate(model: Model, weights: Mapping[str, FloatArray], examples: Examples
     classified = np.issubdtype(examples.labels.dtype, np.integer)
     for start in range(0, len(examples), rows):
         labels = examples.labels[start : start + rows]
-        outputs = model.predict(weights, examples.features[start : start + rows])
+        outputs = model.predict(weights, examples.inputs(slice(start, start + rows)))
         total_loss += model.loss(outputs, labels) * len(labels)
         if classified:
             right += int(np.count_nonzero(_classes(outputs) == labels))
