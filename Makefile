@@ -7,6 +7,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
+# Else each of a thousand test processes compiles psgd anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test lint types imports unit integration chaos bench clean
 .NOTPARALLEL:

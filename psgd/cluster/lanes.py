@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
-from psgd.core.server import Partition
+from psgd.core.partitions import Partition
 from psgd.spec import JobSpec
 from psgd_workers.errors import LaneError, LaneTimeoutError
 from psgd_workers.frames import PushForm
@@ -38,7 +38,7 @@ class RayLane:
     """A worker's way to a server actor.
 
     Args:
-        server: a `psgd.cluster.actors.ServerActor`.
+        server: a `psgd.cluster.server_actor.ServerActor`.
         segment: the worker's memory.
         part: the partition's slice of the weights.
     """

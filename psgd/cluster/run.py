@@ -15,15 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from psgd.checkpoints import Checkpoint, Checkpoints
-from psgd.cluster.actors import RunFacts
+from psgd.cluster.facts import RunFacts
 from psgd.cluster.resuming import check_checkpoint, find_checkpoint, with_settings
 from psgd.cluster.session import check_address, check_room, session
 from psgd.cluster.supervisor import Inputs, Supervisor
 from psgd.core.coordinator import Coordinator
 from psgd.core.events import Finish, Stop
-from psgd.core.partitions import split
+from psgd.core.partitions import Partition, split
 from psgd.core.saving import Saving
-from psgd.core.server import Partition
 from psgd.errors import CheckpointError, OwnershipError, RunExistsError, RunFailedError, StorageError
 from psgd.job import OpenJob
 from psgd.jobfile import parse_spec

@@ -17,9 +17,12 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from psgd.checkpoints import Checkpoint, Checkpoints, Manifest, Part
-from psgd.cluster.actors import RunFacts, server_failure, start_server, start_worker, worker_failure
+from psgd.cluster.facts import RunFacts
+from psgd.cluster.failures import server_failure, worker_failure
 from psgd.cluster.gathering import Asked, Gathering
 from psgd.cluster.placement import choose_node, living_nodes
+from psgd.cluster.server_actor import start_server
+from psgd.cluster.worker_actor import start_worker
 from psgd.core.coordinator import Coordinator
 from psgd.core.events import (
     Action,

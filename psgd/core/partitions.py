@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
-from psgd.core.server import Partition
 from psgd.errors import SpecError
 
-__all__ = ["split"]
+__all__ = ["Partition", "split"]
 
 LINE = 16  # values in a cache line of 64 bytes, which no two servers of a node should write to
+
+
+class Partition(NamedTuple):
+    """Which slice of the weights a server holds."""
+
+    number: int
+    start: int
+    stop: int
+    num_trainable: int  # values of the slice before the first buffer
 
 
 def split(num_parameters: int, num_trainable: int, servers: int) -> tuple[Partition, ...]:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.server import Partition, ServerState
+from psgd.core.partitions import Partition
+from psgd.core.server import ServerState
 from psgd_workers.messages import Outcome
 
 __all__ = ["disagreement", "repartition"]

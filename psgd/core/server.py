@@ -28,6 +28,7 @@ from psgd.core.consistency import Round, build_consistency
 from psgd.core.corrections import build_correction
 from psgd.core.journal import Journal, Kind
 from psgd.core.optimizers import build_optimizer, in_blocks
+from psgd.core.partitions import Partition
 from psgd.core.published import PrivateVector, Published
 from psgd.core.report import Mark, Report
 from psgd.core.schedules import build_schedule
@@ -37,19 +38,10 @@ from psgd_workers.compression import decode
 from psgd_workers.errors import LaneError
 from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
 
-__all__ = ["ParameterServer", "Partition", "ServerState"]
+__all__ = ["ParameterServer", "ServerState"]
 
 KEPT_EPOCHS = 2  # the two newest ends, of which one may be under evaluation
 LONGEST_S = 1e9  # that a worker may say it computed
-
-
-class Partition(NamedTuple):
-    """Which slice of the weights a server holds."""
-
-    number: int
-    start: int
-    stop: int
-    num_trainable: int  # values of the slice before the first buffer
 
 
 @dataclass(frozen=True, slots=True)

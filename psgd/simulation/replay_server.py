@@ -9,7 +9,8 @@ from math import nan
 import numpy as np
 
 from psgd.core.journal import Kind
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.partitions import Partition
+from psgd.core.server import ParameterServer
 from psgd.errors import JournalError, ReplayError
 from psgd.job import OpenJob
 from psgd.simulation.lineage import Record, Stretch

@@ -106,7 +106,8 @@ def _serve(pipe: Connection, size: int, workers: int) -> None:
     # Here, so that 64 worker processes need not import the core.
     from psgd.cluster.host import ServerHost
     from psgd.cluster.listener import Listener
-    from psgd.core.server import ParameterServer, Partition
+    from psgd.core.partitions import Partition
+    from psgd.core.server import ParameterServer
     from tests.unit.core.jobs import job
 
     published = PublishedVector(size)

@@ -40,6 +40,7 @@ def begin() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_WORKERS])
     os.environ.update(ONE_THREAD, RAY_USAGE_STATS_ENABLED="0")
     os.environ.pop("RAY_ADDRESS", None)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed psgd is compiled once, not in each of its processes
 
 
 def conclude(title: str, findings: Sequence[Finding], arguments: Namespace, runs: Any) -> int:

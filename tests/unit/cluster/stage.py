@@ -17,8 +17,9 @@ import numpy as np
 from psgd.cluster import listener as listener_module
 from psgd.cluster.host import Reply, ServerHost
 from psgd.cluster.listener import Listener
+from psgd.core.partitions import Partition
 from psgd.core.report import Report
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.server import ParameterServer
 from psgd.spec import JobSpec
 from psgd_workers.frames import Frame, Kind, PushForm
 from psgd_workers.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello

@@ -34,8 +34,9 @@ from psgd.core.events import (
     Tick,
     WorkerLost,
 )
+from psgd.core.partitions import Partition
 from psgd.core.roster import EVALUATION_FACTOR, LEAST_PATIENCE_S
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.server import ParameterServer
 from psgd.result import LedgerCounts
 from psgd.simulation.problem import Timing
 from psgd_workers.errors import WorkerError

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from psgd.core import optimizers
 from psgd.core.corrections import Correction, build_correction
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.partitions import Partition
+from psgd.core.server import ParameterServer
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Version
 from tests.unit.core.jobs import GRID, START, job, push

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psgd.core.ledger import Ledger, _ranges
+from psgd.core.partitions import Partition
 from psgd.core.report import Report
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.server import ParameterServer
 from psgd_workers.messages import EpochGrid, Lease, Version
 from tests.unit.core.jobs import GRID, START, job
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from psgd.core.limits import Limits
+from psgd.core.partitions import Partition
 from psgd.core.report import EpochLoss, Report
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.server import ParameterServer
 from psgd.spec import RunConfig
 from psgd_workers.messages import Evaluation, Version
 from tests.unit.core.jobs import GRID, START, job

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psgd.core.partitions import split
-from psgd.core.server import Partition
+from psgd.core.partitions import Partition, split
 from psgd.errors import SpecError
 
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from psgd.core.partitions import Partition
 from psgd.core.report import EpochLoss, Mark, Report, staleness_summary
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.server import ParameterServer
 from psgd_workers.messages import Version
 from tests.unit.core.jobs import GRID, START, job
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from psgd.core.partitions import Partition
 from psgd.core.roster import FIRST_LEASE, LEASE_S, LEAST_PATIENCE_S, PATIENCE, Roster
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.server import ParameterServer
 from psgd_workers.messages import Version
 from tests.unit.core.jobs import GRID, START, job
 

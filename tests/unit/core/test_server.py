@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psgd.core.journal import Kind
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.partitions import Partition
+from psgd.core.server import ParameterServer
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, FloatArray, Outcome, Receipt, Version
 from tests.unit.core.jobs import GRID, START, job, push, quadratic

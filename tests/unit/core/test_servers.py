@@ -6,8 +6,9 @@ from itertools import count
 import pytest
 
 from psgd.core.events import AskReport, Reported, StartServer
+from psgd.core.partitions import Partition
 from psgd.core.report import Report
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.server import ParameterServer
 from psgd.core.servers import Servers
 from psgd_workers.messages import Version
 from tests.unit.core.jobs import GRID, START, job

@@ -1,71 +1,38 @@
-"""The core's objects as Ray actors, and Ray's exceptions as ours."""
+"""A `ParameterServer` as a Ray actor."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-import os
-import socket
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from psgd.checkpoints import Checkpoint, Part, write_part
+from psgd.cluster.facts import RunFacts
 from psgd.cluster.host import ServerHost
-from psgd.cluster.lanes import push_form, route
+from psgd.cluster.lanes import push_form
 from psgd.cluster.listener import Listener
-from psgd.core.events import LaneFailed, ServerLost, WorkerFailed, WorkerLost
 from psgd.core.journal import RECORD
 from psgd.core.report import Report
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.server import ParameterServer
 from psgd.errors import StorageError
-from psgd.job import build_worker
 from psgd.spec import JobSpec, Settings
 from psgd.storage import Storage
-from psgd_workers.datasets import Dataset
-from psgd_workers.errors import LaneError, WorkerError
+from psgd_workers.errors import LaneError
 from psgd_workers.handshake import Address
-from psgd_workers.lanes import LaneKind
-from psgd_workers.layout import Layout
 from psgd_workers.memory import PublishedVector, has_shared_memory
-from psgd_workers.messages import (
-    BatchId,
-    EpochGrid,
-    Evaluation,
-    FloatArray,
-    Gradient,
-    Lease,
-    LeaseEnd,
-    Receipt,
-    Version,
-)
+from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
 
-__all__ = ["RunFacts", "server_failure", "start_server", "start_worker", "worker_failure"]
+__all__ = ["ServerActor", "start_server"]
 
 log = logging.getLogger("psgd.lanes")
-
-
-@dataclass(frozen=True, slots=True)
-class RunFacts:
-    """What every actor of a run is told."""
-
-    spec: JobSpec
-    layout: Layout
-    grid: EpochGrid
-    partitions: tuple[Partition, ...]
-    driver: str  # id of the run's owner
-    storage: str  # URL of the run directory
 
 
 class ServerActor:
@@ -210,58 +177,6 @@ def _shared_vector(spec: JobSpec, size: int) -> PublishedVector | None:
         return None
 
 
-class WorkerActor:
-    """Hosts one `Worker`: leases and evaluations run one after the other, `cancel` and `hang_up` beside them.
-
-    Args:
-        facts: of the run.
-        name: of the worker.
-        dataset: read-only views of the node's copy in the object store.
-        servers: by partition.
-    """
-
-    def __init__(self, facts: RunFacts, name: str, dataset: Dataset, servers: Sequence[ActorHandle[Any]]) -> None:
-        self._validation = dataset.validation
-        self._cancelled = -1  # leases up to this one are
-        self._servers = list(servers)
-        node = ray.get_runtime_context().get_node_id()
-        routes = [
-            route(facts.spec, name, partition, partial(self._servers.__getitem__, partition.number), node)
-            for partition in facts.partitions
-        ]
-        self._worker = build_worker(facts.spec, name, dataset, facts.layout, routes)
-
-    def ready(self) -> tuple[str, tuple[LaneKind, ...]]:
-        """Its `host:pid` and its lanes, once it is built; no lanes if a server cannot be reached just now."""
-        with suppress(LaneError):  # it may be on its way back; the first lease tells
-            self._worker.connect()
-        return f"{socket.gethostname()}:{os.getpid()}", self._worker.lanes
-
-    def work(self, lease: Lease) -> LeaseEnd:
-        """Work through a lease."""
-        return self._worker.work(lease, lambda: lease.id <= self._cancelled)
-
-    def reroute(self, partition: int, server: ActorHandle[Any]) -> None:
-        """A partition has another server from now on."""
-        self._servers[partition] = server
-        self._worker.disconnect()
-
-    @ray.method(concurrency_group="control")
-    def hang_up(self, partition: int) -> None:
-        """A partition's server is gone: a lease that waits for it ends now."""
-        self._worker.hang_up(partition)
-
-    def evaluate(self, *parts: FloatArray) -> Evaluation:
-        """Validate the weights whose partitions these are."""
-        assert self._validation is not None
-        return self._worker.evaluate(np.concatenate(parts), self._validation)
-
-    @ray.method(concurrency_group="control")
-    def cancel(self, lease: int) -> None:
-        """End leases up to this one after the batch in hand."""
-        self._cancelled = max(self._cancelled, lease)
-
-
 def start_server(
     facts: RunFacts, number: int, incarnation: int, origin: ray.ObjectRef[Any] | Checkpoint, node: str
 ) -> ActorHandle[Any]:
@@ -279,38 +194,3 @@ def start_server(
     actor: Any = ray.remote(ServerActor)
     handle: ActorHandle[Any] = actor.options(**options).remote(facts, number, incarnation, origin)
     return handle
-
-
-def start_worker(
-    facts: RunFacts, name: str, dataset: ray.ObjectRef[Any], servers: Sequence[ActorHandle[Any]]
-) -> ActorHandle[Any]:
-    """Start a worker's process. Ray gives it as many BLAS threads as CPUs."""
-    scaling = facts.spec.scaling
-    remote: Any = ray.remote  # its stubs do not know concurrency groups
-    actor = remote(concurrency_groups={"control": 1})(WorkerActor)
-    options = {"num_cpus": scaling.cpus_per_worker, "num_gpus": scaling.gpus_per_worker}
-    handle: ActorHandle[Any] = actor.options(**options).remote(facts, name, dataset, servers)
-    return handle
-
-
-def worker_failure(worker: str, lease: int | None, error: RayError) -> WorkerLost | WorkerFailed | LaneFailed:
-    """What a failed call to a worker means."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        if isinstance(cause, LaneError) and lease is not None:
-            return LaneFailed(worker, lease, str(cause))
-        return WorkerFailed(worker, str(cause) if isinstance(cause, WorkerError) else f"{error}")
-    if isinstance(error, RayActorError):
-        return WorkerLost(worker, _last_line(error), preempted=bool(error.preempted))
-    return WorkerLost(worker, _last_line(error))
-
-
-def server_failure(partition: int, error: RayError) -> ServerLost:
-    """What a failed call to a server means."""
-    died = isinstance(error, RayActorError) and not error.actor_init_failed
-    return ServerLost(partition, _last_line(error), died)
-
-
-def _last_line(error: Exception) -> str:
-    """Ray's messages end with the reason."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from psgd.checkpoints import Checkpoints, Part, write_part
-from psgd.cluster.actors import RunFacts, ServerActor
+from psgd.cluster.facts import RunFacts
+from psgd.cluster.server_actor import ServerActor
 from psgd.core.journal import RECORD, Kind
-from psgd.core.partitions import split
-from psgd.core.server import ParameterServer, Partition
+from psgd.core.partitions import Partition, split
+from psgd.core.server import ParameterServer
 from psgd.errors import StorageError
 from psgd.monitoring.rundir import RunDirectory
 from psgd.storage import Storage
@@ -59,7 +60,7 @@ def test_a_checkpoint_waits_for_the_one_that_is_being_written(tmp_path: Path, mo
         assert go_on.wait(10)
         return write_part(run, checkpoint, *arguments)
 
-    monkeypatch.setattr("psgd.cluster.actors.write_part", slow)
+    monkeypatch.setattr("psgd.cluster.server_actor.write_part", slow)
 
     async def saves() -> None:
         server = ServerActor(facts, 0, owner.incarnation, START)

@@ -1,0 +1,88 @@
+"""A `Worker` as a Ray actor."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from psgd.cluster.facts import RunFacts
+from psgd.cluster.lanes import route
+from psgd.job import build_worker
+from psgd_workers.datasets import Dataset
+from psgd_workers.errors import LaneError
+from psgd_workers.lanes import LaneKind
+from psgd_workers.messages import Evaluation, FloatArray, Lease, LeaseEnd
+
+__all__ = ["WorkerActor", "start_worker"]
+
+
+class WorkerActor:
+    """Hosts one `Worker`: leases and evaluations run one after the other, `cancel` and `hang_up` beside them.
+
+    Args:
+        facts: of the run.
+        name: of the worker.
+        dataset: read-only views of the node's copy in the object store.
+        servers: by partition.
+    """
+
+    def __init__(self, facts: RunFacts, name: str, dataset: Dataset, servers: Sequence[ActorHandle[Any]]) -> None:
+        self._validation = dataset.validation
+        self._cancelled = -1  # leases up to this one are
+        self._servers = list(servers)
+        node = ray.get_runtime_context().get_node_id()
+        routes = [
+            route(facts.spec, name, partition, partial(self._servers.__getitem__, partition.number), node)
+            for partition in facts.partitions
+        ]
+        self._worker = build_worker(facts.spec, name, dataset, facts.layout, routes)
+
+    def ready(self) -> tuple[str, tuple[LaneKind, ...]]:
+        """Its `host:pid` and its lanes, once it is built; no lanes if a server cannot be reached just now."""
+        with suppress(LaneError):  # it may be on its way back; the first lease tells
+            self._worker.connect()
+        return f"{socket.gethostname()}:{os.getpid()}", self._worker.lanes
+
+    def work(self, lease: Lease) -> LeaseEnd:
+        """Work through a lease."""
+        return self._worker.work(lease, lambda: lease.id <= self._cancelled)
+
+    def reroute(self, partition: int, server: ActorHandle[Any]) -> None:
+        """A partition has another server from now on."""
+        self._servers[partition] = server
+        self._worker.disconnect()
+
+    @ray.method(concurrency_group="control")
+    def hang_up(self, partition: int) -> None:
+        """A partition's server is gone: a lease that waits for it ends now."""
+        self._worker.hang_up(partition)
+
+    def evaluate(self, *parts: FloatArray) -> Evaluation:
+        """Validate the weights whose partitions these are."""
+        assert self._validation is not None
+        return self._worker.evaluate(np.concatenate(parts), self._validation)
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, lease: int) -> None:
+        """End leases up to this one after the batch in hand."""
+        self._cancelled = max(self._cancelled, lease)
+
+
+def start_worker(
+    facts: RunFacts, name: str, dataset: ray.ObjectRef[Any], servers: Sequence[ActorHandle[Any]]
+) -> ActorHandle[Any]:
+    """Start a worker's process. Ray gives it as many BLAS threads as CPUs."""
+    scaling = facts.spec.scaling
+    remote: Any = ray.remote  # its stubs do not know concurrency groups
+    actor = remote(concurrency_groups={"control": 1})(WorkerActor)
+    options = {"num_cpus": scaling.cpus_per_worker, "num_gpus": scaling.gpus_per_worker}
+    handle: ActorHandle[Any] = actor.options(**options).remote(facts, name, dataset, servers)
+    return handle
