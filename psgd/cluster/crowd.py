@@ -61,7 +61,8 @@ class Crowd:
                 elif not self._peers[number][0].take():
                     self._leave(number)
         for number in list(self._peers):
-            self._peers[number][0].run()  # to its end: it was hung up on
+            while self._peers[number][0].take():  # to its end: it was hung up on
+                pass
             self._leave(number)
         self.release()
 

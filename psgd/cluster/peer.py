@@ -1,8 +1,9 @@
 """The server's end of one worker's connection: a thread that takes its frames, and how it is answered.
 
-Each worker has a thread here, instead of all of them one loop. A thread that a worker has woken, which then waits, runs
-on that worker's core at once; a loop runs where it ran last, beside another worker that computes, while the first one's
-core idles. `ServerHost` lets one thread at a time touch the server.
+Each worker has a thread here, instead of all of them one loop, and that thread follows its worker from core to core: it
+has work just when its worker has none. A loop runs where it ran last, beside another worker that computes, while the
+core of the one that waits for it idles; so does, often, a thread that is left to the kernel. `ServerHost` lets one
+thread at a time touch the server.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from psgd_workers.frames import HEADER_SIZE, Frame, Kind, PushForm
 from psgd_workers.handshake import Hello
 from psgd_workers.memory import Segment, Slot
 from psgd_workers.messages import FloatArray, Receipt, Version
+from psgd_workers.processor import NOWHERE, follow
 from psgd_workers.streams import receive, send, shut
 
 __all__ = ["Peer"]
@@ -66,14 +68,17 @@ class Peer:
         limit = max(form.limit(segment is not None), 0 if segment else 4 * form.size)
         self._inline = [np.empty(limit, np.uint8).data for _ in range(hello.slots)]
         self._busy = [False] * hello.slots  # a push whose receipt is not given
+        self._processor = self._followed = NOWHERE  # where the worker was, and where this thread is
         self._header = memoryview(bytearray(HEADER_SIZE))
         self.frame_s: float | None = None
         self._answers: _Answers = (_Direct if segment else _Queued)(stream)
 
     def run(self) -> None:
-        """Take frames until either end hangs up."""
+        """Take frames until either end hangs up, on the worker's processor; to be called by a thread of its own."""
         while self.take():
-            pass
+            if self._processor != self._followed:
+                follow(self._processor)
+                self._followed = self._processor
 
     def take(self) -> bool:
         """Wait for a frame and take it; false: either end has hung up, and whatever was wrong is in the log.
@@ -130,7 +135,7 @@ class Peer:
             case Kind.PUSH:
                 shared = self._shared[slot] if self._shared else None
                 gradient = self._form.gradient(frame, payload, self._worker, shared)
-                self._busy[slot] = True
+                self._busy[slot], self._processor = True, frame.processor
                 host.push(gradient, partial(self._receipt, slot, frame.wants))
             case Kind.PULL:
                 into, weights = self._room(slot)

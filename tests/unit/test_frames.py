@@ -26,7 +26,7 @@ from psgd_workers.spec import (
     TopKCompression,
 )
 
-BYTE, WORD, LONG = (st.integers(0, 2**bits - 1) for bits in (8, 32, 64))
+BYTE, SHORT, WORD, LONG = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32, 64))
 FRAMES = st.builds(
     Frame,
     kind=st.sampled_from(Kind),
@@ -41,6 +41,7 @@ FRAMES = st.builds(
     loss=st.floats(allow_nan=False),
     norm=st.floats(allow_nan=False),
     compute_s=st.floats(allow_nan=False),
+    processor=SHORT,
 )
 FRAME = Frame(Kind.PUSH, 1, 0, True, 3, 400, BatchId(1, 2, 3), 32, Version(3, 17), 0.25, 1.5, 0.01)
 SIZE, TRAINABLE = 37, 30  # odd, so that arrays are filled up

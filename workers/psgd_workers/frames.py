@@ -21,13 +21,14 @@ from psgd_workers.compression import ARRAYS
 from psgd_workers.errors import LaneError
 from psgd_workers.memory import Slot
 from psgd_workers.messages import BatchId, Encoded, FloatArray, Gradient, Outcome, Receipt, Version
+from psgd_workers.processor import NOWHERE
 
 __all__ = ["HEADER_SIZE", "Frame", "Kind", "PushForm"]
 
 MAGIC, FORMAT = b"psgd", 1
 # Magic, format, kind, slot, code, wants, incarnation, payload, epoch, shard, index, examples, the version, loss, norm,
-# seconds.
-FIELDS = Struct("<4sBBBBIIQIIIIIQddd")
+# seconds, processor.
+FIELDS = Struct("<4sBBBBIIQIIIIIQdddH")
 CHECKSUM = Struct("<I")
 HEADER_SIZE = FIELDS.size + CHECKSUM.size
 ENCODINGS = ("", *ARRAYS)  # by the code of a push: how its values travel
@@ -66,10 +67,11 @@ class Frame(NamedTuple):
     loss: float = 0.0
     norm: float = 0.0
     compute_s: float = 0.0
+    processor: int = NOWHERE  # of a push: where its worker is, if it does nothing now but wait for the receipt
 
     def pack(self) -> bytes:
         """The header as bytes."""
-        kind, slot, code, wants, incarnation, payload, batch, examples, version, loss, norm, compute_s = self
+        kind, slot, code, wants, incarnation, payload, batch, examples, version, loss, norm, compute_s, processor = self
         fields = FIELDS.pack(
             MAGIC,
             FORMAT,
@@ -85,6 +87,7 @@ class Frame(NamedTuple):
             loss,
             norm,
             compute_s,
+            processor,
         )
         return fields + CHECKSUM.pack(crc32(fields))
 
@@ -110,11 +113,14 @@ class Frame(NamedTuple):
         return cls(KINDS[kind], slot, code, bool(wants), incarnation, payload, batch, examples, version, *fields[14:])
 
     @classmethod
-    def of_push(cls, gradient: Gradient, slot: int, wants: bool, incarnation: int, payload: int) -> Frame:
+    def of_push(
+        cls, gradient: Gradient, slot: int, wants: bool, incarnation: int, payload: int, processor: int = NOWHERE
+    ) -> Frame:
         """The header of a gradient."""
         _, batch, examples, read, values, loss, norm, compute_s, _, _ = gradient
         code = ENCODINGS.index(values.kind) if isinstance(values, Encoded) else 0
-        return cls(Kind.PUSH, slot, code, wants, incarnation, payload, batch, examples, read, loss, norm, compute_s)
+        of = batch, examples, read
+        return cls(Kind.PUSH, slot, code, wants, incarnation, payload, *of, loss, norm, compute_s, processor)
 
     @classmethod
     def of_receipt(cls, receipt: Receipt, slot: int, wants: bool, payload: int) -> Frame:

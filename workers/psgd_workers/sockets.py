@@ -20,6 +20,7 @@ from psgd_workers.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greetin
 from psgd_workers.lanes import LaneKind, Pending
 from psgd_workers.memory import PublishedVector, Segment, stores_are_ordered
 from psgd_workers.messages import FloatArray, Gradient, Receipt, Version
+from psgd_workers.processor import NOWHERE, current_processor
 from psgd_workers.streams import limit, receive, send, shut
 
 __all__ = ["ShmLane", "TcpLane"]
@@ -186,6 +187,8 @@ class ShmLane:
         self._form = form
         self._incarnation = address.incarnation
         self._weights = [slot.weights[part] for slot in segment.slots]
+        # With one server and one batch in hand, a worker that has pushed leaves its processor to that server.
+        self._yields = len(segment.slots) == 1 and form.size == len(segment.slots[0].weights)
         self._connection = _Connection.unix(address.path, timeout_s)
         try:
             file = self._connection.shake_hands(address, worker, segment, shared=True)
@@ -214,7 +217,8 @@ class ShmLane:
         """One message; see `Lane.push`."""
         payload = self._form.payload(gradient, shared=True)
         size = sum(map(len, payload))
-        frame = Frame.of_push(gradient, slot, wants and not self._reads_itself, self._incarnation, size)
+        processor = current_processor() if self._yields else NOWHERE
+        frame = Frame.of_push(gradient, slot, wants and not self._reads_itself, self._incarnation, size, processor)
         self._connection.send(frame.pack(), *payload)
         return _ShmPending(self, slot, wants)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from psgd.cluster import peer
+from psgd.core.partitions import Partition
 from psgd_workers import memory, sockets
 from psgd_workers.errors import LaneError, LaneTimeoutError
 from psgd_workers.frames import HEADER_SIZE
@@ -97,6 +98,43 @@ def test_pushes_of_several_slots_are_answered_whatever_is_asked_for_first(stages
     assert receipts == [expected[slot] for slot in (2, 0, 1)]
     assert crew.lane.pull(1, LIMIT_S) == Version(1, 3)
     assert crew.weights(1).tobytes() == direct.published.tobytes()
+
+
+WHOLE = {"partition": Partition(0, 0, NUM_PARAMETERS, NUM_PARAMETERS)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "slots", "follows"),
+    [
+        ("shm", WHOLE, 1, True),
+        ("shm", WHOLE, 2, False),
+        ("shm", {}, 1, False),
+        ("crowd", WHOLE, 1, False),
+        ("tcp", WHOLE, 1, False),
+    ],
+    ids=["waits", "computes-ahead", "has-other-servers", "crowd", "tcp"],
+)
+def test_a_servers_thread_follows_a_worker_that_waits_for_it_alone(
+    processors: set[int], stages: Stages, kind: Kinds, given: dict[str, Any], slots: int, follows: bool
+) -> None:
+    name = "psgd-crowd" if kind == "crowd" else "psgd-peer"
+    stage = stages(**given)
+    crew = stage.lane(kind, slots=slots)
+    for number, processor in enumerate(sorted(processors)):
+        os.sched_setaffinity(0, {processor})
+        for again in range(2):  # it follows once it has answered
+            gradient = crew.gradient(0, batch(2 * number + again), stage.server.version, seed=number)
+            crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        (thread,) = (one for one in threading.enumerate() if one.name == name)
+        assert os.sched_getaffinity(thread.native_id or 0) == ({processor} if follows else processors)
+
+
+@pytest.fixture
+def processors() -> Iterator[set[int]]:
+    """Those that this thread may run on, again after the test."""
+    allowed = os.sched_getaffinity(0)
+    yield allowed
+    os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
