@@ -24,7 +24,7 @@ from psgd_workers.frames import HEADER_SIZE, Frame, Kind, PushForm
 from psgd_workers.handshake import Hello
 from psgd_workers.memory import Segment, Slot
 from psgd_workers.messages import FloatArray, Receipt, Version
-from psgd_workers.processor import NOWHERE, follow
+from psgd_workers.processor import NOWHERE, allowed_processors, run_on
 from psgd_workers.streams import receive, send, shut
 
 __all__ = ["Peer"]
@@ -68,17 +68,20 @@ class Peer:
         limit = max(form.limit(segment is not None), 0 if segment else 4 * form.size)
         self._inline = [np.empty(limit, np.uint8).data for _ in range(hello.slots)]
         self._busy = [False] * hello.slots  # a push whose receipt is not given
-        self._processor = self._followed = NOWHERE  # where the worker was, and where this thread is
+        self._seen = self._seen_before = NOWHERE  # the processors that the last two pushes came from
         self._header = memoryview(bytearray(HEADER_SIZE))
         self.frame_s: float | None = None
         self._answers: _Answers = (_Direct if segment else _Queued)(stream)
 
     def run(self) -> None:
         """Take frames until either end hangs up, on the worker's processor; to be called by a thread of its own."""
+        everywhere, here = allowed_processors(), NOWHERE
         while self.take():
-            if self._processor != self._followed:
-                follow(self._processor)
-                self._followed = self._processor
+            # A worker that goes from one to the next is not followed: to move costs more than a push gains.
+            stays = self._seen == self._seen_before and self._seen in everywhere
+            if (there := self._seen if stays else NOWHERE) != here:
+                run_on({there} if stays else everywhere)
+                here = there
 
     def take(self) -> bool:
         """Wait for a frame and take it; false: either end has hung up, and whatever was wrong is in the log.
@@ -135,7 +138,8 @@ class Peer:
             case Kind.PUSH:
                 shared = self._shared[slot] if self._shared else None
                 gradient = self._form.gradient(frame, payload, self._worker, shared)
-                self._busy[slot], self._processor = True, frame.processor
+                self._busy[slot] = True
+                self._seen_before, self._seen = self._seen, frame.processor
                 host.push(gradient, partial(self._receipt, slot, frame.wants))
             case Kind.PULL:
                 into, weights = self._room(slot)

@@ -1,12 +1,13 @@
-"""The processor that a thread runs on: the kernel picks it, and whoever is waited for had best run there."""
+"""The processors that a thread runs on. The kernel picks them; who is waited for had best run where the waiting is."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 
-__all__ = ["NOWHERE", "current_processor", "follow"]
+__all__ = ["NOWHERE", "allowed_processors", "current_processor", "run_on"]
 
 NOWHERE = 0xFFFF  # a number that no processor has
 
@@ -18,7 +19,12 @@ def current_processor() -> int:
     return NOWHERE if _getcpu is None else int(_getcpu())
 
 
-def follow(processor: int) -> None:
-    """Run this thread on that processor alone from now on; nothing changes if it may not run there."""
-    with suppress(OSError):  # it is outside the set that this process is held to
-        os.sched_setaffinity(0, {processor})
+def allowed_processors() -> set[int]:
+    """Those that this thread may run on; none, if the system does not say."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+def run_on(processors: AbstractSet[int]) -> None:
+    """Run this thread on those processors alone from now on. Nothing changes if all of them were taken from it."""
+    with suppress(OSError):
+        os.sched_setaffinity(0, processors)

@@ -20,6 +20,7 @@ from psgd_workers.frames import HEADER_SIZE
 from psgd_workers.handshake import HELLO_SIZE, WELCOME_SIZE, Greeting, Hello
 from psgd_workers.memory import Segment
 from psgd_workers.messages import Outcome, Receipt, Version
+from psgd_workers.processor import NOWHERE
 from psgd_workers.streams import receive
 from tests.unit.cluster.stage import (
     BIG,
@@ -122,11 +123,31 @@ def test_a_servers_thread_follows_a_worker_that_waits_for_it_alone(
     crew = stage.lane(kind, slots=slots)
     for number, processor in enumerate(sorted(processors)):
         os.sched_setaffinity(0, {processor})
-        for again in range(2):  # it follows once it has answered
-            gradient = crew.gradient(0, batch(2 * number + again), stage.server.version, seed=number)
+        for again in range(3):  # it follows once it has answered the second
+            gradient = crew.gradient(0, batch(3 * number + again), stage.server.version, seed=number)
             crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
         (thread,) = (one for one in threading.enumerate() if one.name == name)
         assert os.sched_getaffinity(thread.native_id or 0) == ({processor} if follows else processors)
+
+
+def test_a_servers_thread_does_not_follow_a_worker_that_moves_on(
+    monkeypatch: pytest.MonkeyPatch, processors: set[int], stages: Stages
+) -> None:
+    first, second, *_ = [*processors, *processors]
+    seen = [first, first, first, second, NOWHERE, NOWHERE, NOWHERE]
+    where = iter(seen)
+    monkeypatch.setattr(sockets, "current_processor", lambda: next(where))
+    stage = stages(**WHOLE)
+    crew = stage.lane("shm", slots=1)
+    found = []
+    for number in range(len(seen)):
+        gradient = crew.gradient(0, batch(number), stage.server.version, seed=number)
+        crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        (thread,) = (one for one in threading.enumerate() if one.name == "psgd-peer")
+        found.append(os.sched_getaffinity(thread.native_id or 0))
+    # What it does after a push is seen at the next one's receipt, or later.
+    assert found[2] == {first}
+    assert found[-1] == processors
 
 
 @pytest.fixture
