@@ -31,6 +31,7 @@ __all__ = ["Peer"]
 
 log = logging.getLogger("psgd.lanes")
 
+SETTLED = 8  # pushes in a row from one processor, after which a worker is taken to stay there
 GREEDY = "it asks for more and does not read what it is answered"
 
 
@@ -68,7 +69,7 @@ class Peer:
         limit = max(form.limit(segment is not None), 0 if segment else 4 * form.size)
         self._inline = [np.empty(limit, np.uint8).data for _ in range(hello.slots)]
         self._busy = [False] * hello.slots  # a push whose receipt is not given
-        self._seen = self._seen_before = NOWHERE  # the processors that the last two pushes came from
+        self._seen, self._times = NOWHERE, 0  # the processor that the last push came from, and how often in a row
         self._header = memoryview(bytearray(HEADER_SIZE))
         self.frame_s: float | None = None
         self._answers: _Answers = (_Direct if segment else _Queued)(stream)
@@ -77,8 +78,8 @@ class Peer:
         """Take frames until either end hangs up, on the worker's processor; to be called by a thread of its own."""
         everywhere, here = allowed_processors(), NOWHERE
         while self.take():
-            # A worker that goes from one to the next is not followed: to move costs more than a push gains.
-            stays = self._seen == self._seen_before and self._seen in everywhere
+            # A worker that goes from one to the next is not followed: to move costs more than a few pushes gain.
+            stays = self._times >= SETTLED and self._seen in everywhere
             if (there := self._seen if stays else NOWHERE) != here:
                 run_on({there} if stays else everywhere)
                 here = there
@@ -139,7 +140,8 @@ class Peer:
                 shared = self._shared[slot] if self._shared else None
                 gradient = self._form.gradient(frame, payload, self._worker, shared)
                 self._busy[slot] = True
-                self._seen_before, self._seen = self._seen, frame.processor
+                self._times = self._times + 1 if frame.processor == self._seen else 1
+                self._seen = frame.processor
                 host.push(gradient, partial(self._receipt, slot, frame.wants))
             case Kind.PULL:
                 into, weights = self._room(slot)

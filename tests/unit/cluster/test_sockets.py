@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,11 @@ def test_a_servers_thread_follows_a_worker_that_waits_for_it_alone(
     name = "psgd-crowd" if kind == "crowd" else "psgd-peer"
     stage = stages(**given)
     crew = stage.lane(kind, slots=slots)
-    for number, processor in enumerate(sorted(processors)):
+    positions = count()
+    for processor in sorted(processors)[:3]:
         os.sched_setaffinity(0, {processor})
-        for again in range(3):  # it follows once it has answered the second
-            gradient = crew.gradient(0, batch(3 * number + again), stage.server.version, seed=number)
+        for _ in range(peer.SETTLED + 1):  # what it does after a push is done at the next one's receipt
+            gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
             crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
         (thread,) = (one for one in threading.enumerate() if one.name == name)
         assert os.sched_getaffinity(thread.native_id or 0) == ({processor} if follows else processors)
@@ -134,7 +136,7 @@ def test_a_servers_thread_does_not_follow_a_worker_that_moves_on(
     monkeypatch: pytest.MonkeyPatch, processors: set[int], stages: Stages
 ) -> None:
     first, second, *_ = [*processors, *processors]
-    seen = [first, first, first, second, NOWHERE, NOWHERE, NOWHERE]
+    seen = [*[first] * (peer.SETTLED + 1), second, NOWHERE, NOWHERE, NOWHERE]
     where = iter(seen)
     monkeypatch.setattr(sockets, "current_processor", lambda: next(where))
     stage = stages(**WHOLE)
@@ -145,9 +147,9 @@ def test_a_servers_thread_does_not_follow_a_worker_that_moves_on(
         crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
         (thread,) = (one for one in threading.enumerate() if one.name == "psgd-peer")
         found.append(os.sched_getaffinity(thread.native_id or 0))
-    # What it does after a push is seen at the next one's receipt, or later.
-    assert found[2] == {first}
+    assert found[peer.SETTLED] == {first}
     assert found[-1] == processors
+    assert found[: peer.SETTLED - 1] == [processors] * (peer.SETTLED - 1)
 
 
 @pytest.fixture
