@@ -41,7 +41,7 @@ class Examples:
         features = self.features[rows] if isinstance(rows, slice) else self.features.take(rows, axis=0)
         if features.dtype == np.float32:
             return cast(FloatArray, features)
-        # In float32, this is what float64 comes to: both numbers and their difference are whole.
+        # Where the training part is of bytes, float32 comes to what float64 does: both numbers are whole.
         inputs = features.astype(np.float32)
         if self.shift:
             inputs -= self.shift
