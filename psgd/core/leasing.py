@@ -109,18 +109,18 @@ class Leasing:
     def _share(self, now: float) -> None:
         """Share what takes longest with idle workers, one after the other, as long as that is worth it."""
         for idle in [worker for worker in self._roster.hungry.values() if not worker.leases]:
-            if idle.batch_s is not None and not self._is_held(idle) and not self._take_over(idle, idle.batch_s, now):
+            if not self._is_held(idle) and not self._take_over(idle, now):
                 self._look_at = now + LOOK_S
                 break
 
-    def _take_over(self, idle: WorkerRecord, batch_s: float, now: float) -> bool:
+    def _take_over(self, idle: WorkerRecord, now: float) -> bool:
         """Share the lease that has longest to go with an idle worker; whether that is worth it."""
-        seconds, lease, slow = self._longest(max(TAKEOVER_S, TAKEOVER_FACTOR * batch_s), idle, now)
+        seconds, lease, slow = self._longest(max(TAKEOVER_S, TAKEOVER_FACTOR * (idle.batch_s or 0)), idle, now)
         if slow is idle:
             return False
         left = self._ledger.left(lease)
         pace = seconds / left
-        share = max(1, round(left * pace / (pace + batch_s)))
+        share = max(1, round(left * pace / (pace + (idle.batch_s or pace))))  # a new worker is taken to be as fast
         self._grant(idle, self._ledger.take_over(lease, share), now)
         self._slow[slow.name] = slow
         self._actions.append(Note("taken_over", {"worker": slow.name, "by": idle.name, "batches": share}))
@@ -157,8 +157,11 @@ class Leasing:
         return min(self._ledger.pending, self._batches_allowed())
 
     def _size(self, worker: WorkerRecord, left: int) -> int:
-        """Half an even share of what is left: leases shrink towards an end, so that workers end together."""
-        workers = len(self._roster.up)
+        """Half an even share of what is left: leases shrink towards an end, so that workers end together.
+
+        Those that are still to come up count too: what the first one has on lease, it would keep from them.
+        """
+        workers = max(len(self._roster.up), min(self._roster.least, self._roster.target))
         share = left if workers <= 1 else ceil(left / (2 * workers))
         return min(self._roster.lease_size(worker), max(share, self._roster.least_lease_size(worker)), left)
 

@@ -913,6 +913,37 @@ def test_leases_shrink_towards_an_epochs_end() -> None:
     assert sizes[0] > sizes[-1] == 1
 
 
+def test_a_worker_that_is_late_finds_its_share() -> None:
+    """The first one up would have all of a short epoch on lease."""
+    late, seconds, grid = 0.5, 0.005, EpochGrid((400,), 400)
+    starts = {"worker-1": START_S + late}
+    host = run(grid=grid, compute_s=lambda w, b: seconds, start_s=lambda worker: starts.get(worker, START_S))
+    assert_exactly_once(host, 1, grid)
+    first = min(grant.lease.id for _, grant in host.did(Grant) if grant.worker == "worker-1")
+    assert min(at for at, grant in host.did(Grant) if grant.lease.id == first) == START_S + late
+    last = host.servers[0].report().last
+    assert last
+    assert last.now <= START_S + late + (400 * seconds - late) / 2 + 0.1
+
+
+def test_a_worker_that_joins_shares_what_is_on_lease() -> None:
+    """How fast it is nobody knows yet."""
+    grid = EpochGrid((100,), 100)
+    host = run(
+        scaling={"workers": {"min": 1, "max": 2}},
+        grid=grid,
+        compute_s=lambda w, b: 0.1,
+        start_s=lambda worker: START_S + (6.0 if worker == "worker-1" else 0.0),
+        lease_s=20.0,
+    )
+    assert_exactly_once(host, 1, grid)
+    (note,) = notes(host, "taken_over")
+    assert (note["worker"], note["by"]) == ("worker-0", "worker-1")
+    last = host.servers[0].report().last
+    assert last
+    assert last.now <= START_S + 6.0 + 4.0 / 2 + 0.5
+
+
 def test_a_worker_given_up_is_not_listened_to_any_more() -> None:
     host = run(faults=[Fault("worker-0", 3, "silent")], failure={"timeout_s": 2.0}, run={"epochs": 3})
     assert host.finish == Finish("finished")
