@@ -23,6 +23,7 @@ from psgd_workers.errors import LaneError
 from psgd_workers.frames import PushForm
 from psgd_workers.handshake import HELLO_SIZE, KEY_SIZE, Address, Greeting, Hello
 from psgd_workers.memory import PublishedVector, Segment
+from psgd_workers.processor import allowed_processors
 from psgd_workers.streams import shut
 
 __all__ = ["Listener"]
@@ -65,10 +66,12 @@ class Listener:
         self.key = secrets.token_bytes(KEY_SIZE)
         self.path: str | None = None
         self.port: int | None = None
+        self._processors = len(allowed_processors())
         self._closing = Event()
         self._lock = Lock()  # of what follows
         self._sockets: list[socket.socket] = []  # that listen
         self._streams: set[socket.socket] = set()  # of peers
+        self._local = 0  # workers of this machine, each served by a thread of its own
         self._threads: set[Thread] = set()
         self._crowd: Crowd | None = None
 
@@ -204,8 +207,21 @@ class Listener:
                         return True
             except (OSError, RuntimeError) as error:  # too many files or threads, say: this thread is there already
                 log.warning("a worker is served by a thread of its own: %s", error)
-        peer.run()
+        self._serve_alone(peer, shared)
         return False
+
+    def _serve_alone(self, peer: Peer, shared: bool) -> None:
+        with self._lock:
+            self._local += shared
+        try:
+            peer.run(self._follows)
+        finally:
+            with self._lock:
+                self._local -= shared
+
+    def _follows(self) -> bool:
+        """Whether a thread had best run where its worker waits: unless this server and another can work beside it."""
+        return self._form.size == self._num_parameters or self._local >= self._processors
 
     def _join_crowd(self, peer: Peer, stream: socket.socket) -> None:
         if self._crowd is None:

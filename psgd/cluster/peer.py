@@ -74,12 +74,16 @@ class Peer:
         self.frame_s: float | None = None
         self._answers: _Answers = (_Direct if segment else _Queued)(stream)
 
-    def run(self) -> None:
-        """Take frames until either end hangs up, on the worker's processor; to be called by a thread of its own."""
+    def run(self, follows: Callable[[], bool]) -> None:
+        """Take frames until either end hangs up; to be called by a thread of its own.
+
+        Args:
+            follows: whether to do so, at this moment, on the processor where the worker waits.
+        """
         everywhere, here = allowed_processors(), NOWHERE
         while self.take():
             # A worker that goes from one to the next is not followed: to move costs more than a few pushes gain.
-            stays = self._times >= SETTLED and self._seen in everywhere
+            stays = self._times >= SETTLED and self._seen in everywhere and follows()
             if (there := self._seen if stays else NOWHERE) != here:
                 run_on({there} if stays else everywhere)
                 here = there

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from psgd.checkpoints import Checkpoint, Part, write_part
 from psgd.cluster.facts import RunFacts
+from psgd.cluster.heap import return_large_blocks
 from psgd.cluster.host import ServerHost
 from psgd.cluster.lanes import push_form
 from psgd.cluster.listener import Listener
@@ -46,6 +47,7 @@ class ServerActor:
     """
 
     def __init__(self, facts: RunFacts, number: int, incarnation: int, origin: FloatArray | Checkpoint) -> None:
+        return_large_blocks()  # weights are copied in several threads, for checkpoints and evaluations
         self._run = Storage(facts.storage, facts.spec.failure.timeout_s)
         self._check_storage(facts.driver)
         self._facts = facts

@@ -67,7 +67,7 @@ class Frame(NamedTuple):
     loss: float = 0.0
     norm: float = 0.0
     compute_s: float = 0.0
-    processor: int = NOWHERE  # of a push: where its worker is, if it does nothing now but wait for the receipt
+    processor: int = NOWHERE  # of a push: where its worker is, if it only waits for receipts now
 
     def pack(self) -> bytes:
         """The header as bytes."""

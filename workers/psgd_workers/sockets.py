@@ -187,8 +187,7 @@ class ShmLane:
         self._form = form
         self._incarnation = address.incarnation
         self._weights = [slot.weights[part] for slot in segment.slots]
-        # With one server and one batch in hand, a worker that has pushed leaves its processor to that server.
-        self._yields = len(segment.slots) == 1 and form.size == len(segment.slots[0].weights)
+        self._waits = len(segment.slots) == 1  # with one batch in hand, a worker that has pushed only waits
         self._connection = _Connection.unix(address.path, timeout_s)
         try:
             file = self._connection.shake_hands(address, worker, segment, shared=True)
@@ -217,7 +216,7 @@ class ShmLane:
         """One message; see `Lane.push`."""
         payload = self._form.payload(gradient, shared=True)
         size = sum(map(len, payload))
-        processor = current_processor() if self._yields else NOWHERE
+        processor = current_processor() if self._waits else NOWHERE
         frame = Frame.of_push(gradient, slot, wants and not self._reads_itself, self._incarnation, size, processor)
         self._connection.send(frame.pack(), *payload)
         return _ShmPending(self, slot, wants)

@@ -123,13 +123,36 @@ def test_a_servers_thread_follows_a_worker_that_waits_for_it_alone(
     stage = stages(**given)
     crew = stage.lane(kind, slots=slots)
     positions = count()
+    (thread,) = (one for one in threading.enumerate() if one.name == name)
     for processor in sorted(processors)[:3]:
         os.sched_setaffinity(0, {processor})
         for _ in range(peer.SETTLED + 1):  # what it does after a push is done at the next one's receipt
             gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
             crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
-        (thread,) = (one for one in threading.enumerate() if one.name == name)
         assert os.sched_getaffinity(thread.native_id or 0) == ({processor} if follows else processors)
+
+
+def test_with_several_servers_it_follows_while_no_processor_is_free(processors: set[int], stages: Stages) -> None:
+    """A free one had better let two servers work beside each other."""
+    stage = stages()
+    crew, positions = stage.lane("shm", slots=1), count()
+    (thread,) = (one for one in threading.enumerate() if one.name == "psgd-peer")
+    processor = min(processors)
+    os.sched_setaffinity(0, {processor})
+    others = [stage.lane("shm", f"worker-{number}") for number in range(1, len(processors) + 1)]
+
+    def affinity() -> set[int]:
+        for _ in range(peer.SETTLED + 1):
+            gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
+            crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        return os.sched_getaffinity(thread.native_id or 0)
+
+    assert affinity() == {processor}
+    for other in others:
+        other.lane.close()
+    with stage.listener._left:
+        assert stage.listener._left.wait_for(lambda: stage.listener._local == 1, LIMIT_S)
+    assert affinity() == processors
 
 
 def test_a_servers_thread_does_not_follow_a_worker_that_moves_on(

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+SIZE, THREADS = 1 << 20, 8
+PROGRAM = f"""
+import os, sys, threading
+import numpy as np
+from psgd.cluster.heap import return_large_blocks
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def copy():
+    small = np.ones(1000)  # behind the block in this thread's heap
+    large = np.ones({SIZE}, np.uint8)
+    barrier.wait()
+    del large
+    barrier.wait()
+
+if sys.argv[1] == "returned":
+    return_large_blocks()
+for _ in range(2):  # the first one freed is what teaches the C library to keep the next
+    np.ones({SIZE}, np.uint8)
+before = resident()
+barrier = threading.Barrier({THREADS} + 1)
+threads = [threading.Thread(target=copy) for _ in range({THREADS})]
+for thread in threads:
+    thread.start()
+barrier.wait()
+barrier.wait()
+print(resident() - before)
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no such setting")
+@pytest.mark.parametrize(("how", "returned"), [("returned", True), ("kept", False)])
+def test_large_blocks_are_given_back_when_they_are_freed(how: str, returned: bool) -> None:
+    grown = subprocess.run([sys.executable, "-c", PROGRAM, how], check=True, capture_output=True, text=True, timeout=60)
+    assert (int(grown.stdout) < SIZE * THREADS / 4) is returned
