@@ -214,14 +214,14 @@ class Listener:
         with self._lock:
             self._local += shared
         try:
-            peer.run(self._follows)
+            peer.run(self._is_full)
         finally:
             with self._lock:
                 self._local -= shared
 
-    def _follows(self) -> bool:
-        """Whether a thread had best run where its worker waits: unless this server and another can work beside it."""
-        return self._form.size == self._num_parameters or self._local >= self._processors
+    def _is_full(self) -> bool:
+        """Whether every processor of this machine has a worker."""
+        return self._local >= self._processors
 
     def _join_crowd(self, peer: Peer, stream: socket.socket) -> None:
         if self._crowd is None:

@@ -69,21 +69,24 @@ class Peer:
         limit = max(form.limit(segment is not None), 0 if segment else 4 * form.size)
         self._inline = [np.empty(limit, np.uint8).data for _ in range(hello.slots)]
         self._busy = [False] * hello.slots  # a push whose receipt is not given
+        # With one server and one batch in hand, a worker that has pushed leaves its processor to that server.
+        self._leaves = hello.slots == 1 and form.size == hello.num_parameters
         self._seen, self._times = NOWHERE, 0  # the processor that the last push came from, and how often in a row
         self._header = memoryview(bytearray(HEADER_SIZE))
         self.frame_s: float | None = None
         self._answers: _Answers = (_Direct if segment else _Queued)(stream)
 
-    def run(self, follows: Callable[[], bool]) -> None:
-        """Take frames until either end hangs up; to be called by a thread of its own.
+    def run(self, is_full: Callable[[], bool]) -> None:
+        """Take frames until either end hangs up, on the worker's processor; to be called by a thread of its own.
 
         Args:
-            follows: whether to do so, at this moment, on the processor where the worker waits.
+            is_full: whether every processor has a worker. Where one is free, it had better do what can be done beside
+                the worker: its next batch, or another server's work.
         """
         everywhere, here = allowed_processors(), NOWHERE
         while self.take():
             # A worker that goes from one to the next is not followed: to move costs more than a few pushes gain.
-            stays = self._times >= SETTLED and self._seen in everywhere and follows()
+            stays = self._times >= SETTLED and self._seen in everywhere and (self._leaves or is_full())
             if (there := self._seen if stays else NOWHERE) != here:
                 run_on({there} if stays else everywhere)
                 here = there

@@ -67,7 +67,7 @@ class Frame(NamedTuple):
     loss: float = 0.0
     norm: float = 0.0
     compute_s: float = 0.0
-    processor: int = NOWHERE  # of a push: where its worker is, if it only waits for receipts now
+    processor: int = NOWHERE  # of a push by a lane on one machine: where its worker is
 
     def pack(self) -> bytes:
         """The header as bytes."""

@@ -20,7 +20,7 @@ from psgd_workers.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greetin
 from psgd_workers.lanes import LaneKind, Pending
 from psgd_workers.memory import PublishedVector, Segment, stores_are_ordered
 from psgd_workers.messages import FloatArray, Gradient, Receipt, Version
-from psgd_workers.processor import NOWHERE, current_processor
+from psgd_workers.processor import current_processor
 from psgd_workers.streams import limit, receive, send, shut
 
 __all__ = ["ShmLane", "TcpLane"]
@@ -187,7 +187,6 @@ class ShmLane:
         self._form = form
         self._incarnation = address.incarnation
         self._weights = [slot.weights[part] for slot in segment.slots]
-        self._waits = len(segment.slots) == 1  # with one batch in hand, a worker that has pushed only waits
         self._connection = _Connection.unix(address.path, timeout_s)
         try:
             file = self._connection.shake_hands(address, worker, segment, shared=True)
@@ -216,8 +215,9 @@ class ShmLane:
         """One message; see `Lane.push`."""
         payload = self._form.payload(gradient, shared=True)
         size = sum(map(len, payload))
-        processor = current_processor() if self._waits else NOWHERE
-        frame = Frame.of_push(gradient, slot, wants and not self._reads_itself, self._incarnation, size, processor)
+        frame = Frame.of_push(
+            gradient, slot, wants and not self._reads_itself, self._incarnation, size, current_processor()
+        )
         self._connection.send(frame.pack(), *payload)
         return _ShmPending(self, slot, wants)
 
@@ -227,7 +227,7 @@ class ShmLane:
         frame = _checked(self.answer(slot), Kind.RECEIPT, slot, self._incarnation, 0)
         receipt = frame.receipt(self._worker)
         if wants and self._reads_itself:
-            receipt = receipt._replace(version=self.pull(slot, timeout_s))
+            return Receipt(receipt.worker, receipt.batch, receipt.outcome, self.pull(slot, timeout_s))
         return receipt
 
     def answer(self, slot: int) -> Frame:

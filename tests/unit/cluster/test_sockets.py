@@ -123,19 +123,21 @@ def test_a_servers_thread_follows_a_worker_that_waits_for_it_alone(
     stage = stages(**given)
     crew = stage.lane(kind, slots=slots)
     positions = count()
-    (thread,) = (one for one in threading.enumerate() if one.name == name)
     for processor in sorted(processors)[:3]:
         os.sched_setaffinity(0, {processor})
         for _ in range(peer.SETTLED + 1):  # what it does after a push is done at the next one's receipt
             gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
             crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        (thread,) = (one for one in threading.enumerate() if one.name == name)
         assert os.sched_getaffinity(thread.native_id or 0) == ({processor} if follows else processors)
 
 
-def test_with_several_servers_it_follows_while_no_processor_is_free(processors: set[int], stages: Stages) -> None:
-    """A free one had better let two servers work beside each other."""
-    stage = stages()
-    crew, positions = stage.lane("shm", slots=1), count()
+@pytest.mark.parametrize(("given", "slots"), [(WHOLE, 2), ({}, 1)], ids=["computes-ahead", "has-other-servers"])
+def test_or_one_that_does_not_while_no_processor_is_free(
+    processors: set[int], stages: Stages, given: dict[str, Any], slots: int
+) -> None:
+    stage = stages(**given)
+    crew, positions = stage.lane("shm", slots=slots), count()
     (thread,) = (one for one in threading.enumerate() if one.name == "psgd-peer")
     processor = min(processors)
     os.sched_setaffinity(0, {processor})
