@@ -225,11 +225,11 @@ class Worker:
         batches = [self._shards.grid.batch(epoch, position) for epoch, position in lease.positions()]
         desks, stopped = deque(self._desks), False
         for number, batch in enumerate(batches):
-            if stopping():
-                stopped = True
-                break
             desk = desks[0]
             self._settle(desk)
+            if stopping():  # perhaps it was asked to while it waited
+                stopped = True
+                break
             if desk.versions is None:
                 desk.versions = [lane.pull(desk.number, self._timeout_s) for lane in self._lanes]
             self._push(desk, batch, wants=number + len(desks) < len(batches))

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RaySystemError, RayTaskError
+
+from psgd.cluster.failures import server_failure, worker_failure
+from psgd.core.events import LaneFailed, ServerLost, WorkerFailed, WorkerLost
+from psgd_workers.errors import LaneError, WorkerError
+
+TRACEBACK = 'Traceback (most recent call last):\n  File "model.py", line 3\nKeyError: no such layer\n'
+
+
+def raised(cause: Exception) -> RayTaskError:
+    """What a call gives that raised in the actor."""
+    error: Any = RayTaskError  # its stub is untyped
+    return error("work", TRACEBACK, cause)  # type: ignore[no-any-return]
+
+
+def system_error() -> RayError:
+    error: Any = RaySystemError  # likewise
+    return error(OSError("full"))  # type: ignore[no-any-return]
+
+
+def died(message: str = "killed\n  by the kernel \n\n", **facts: bool) -> RayActorError:
+    return RayActorError("0a", message, **facts)
+
+
+@pytest.mark.parametrize(
+    ("error", "lease", "expected"),
+    [
+        (raised(LaneError("the server is gone")), 7, LaneFailed("worker-0", 7, "the server is gone")),
+        (raised(WorkerError("the model raised")), 7, WorkerFailed("worker-0", "the model raised")),
+        (died(), 7, WorkerLost("worker-0", "by the kernel", preempted=False)),
+        (died(preempted=True), 7, WorkerLost("worker-0", "by the kernel", preempted=True)),
+        (GetTimeoutError("no answer in time"), None, WorkerLost("worker-0", "no answer in time", preempted=False)),
+        (system_error(), 7, WorkerLost("worker-0", "System error: full", preempted=False)),
+        (GetTimeoutError(), 7, WorkerLost("worker-0", "GetTimeoutError", preempted=False)),
+    ],
+    ids=["lane", "model", "died", "preempted", "silent", "system", "says-nothing"],
+)
+def test_what_a_failed_call_to_a_worker_means(
+    error: RayError, lease: int | None, expected: LaneFailed | WorkerFailed | WorkerLost
+) -> None:
+    assert worker_failure("worker-0", lease, error) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "lease"),
+    [(raised(KeyError("no such layer")), 7), (raised(LaneError("the server is gone")), None)],
+    ids=["our-own-fault", "a-lane-outside-a-lease"],
+)
+def test_what_nobody_foresaw_fails_the_run_with_its_traceback(error: RayError, lease: int | None) -> None:
+    failed = worker_failure("worker-0", lease, error)
+    assert isinstance(failed, WorkerFailed)
+    assert "KeyError: no such layer" in failed.cause
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (died(), ServerLost(1, "by the kernel", died=True)),
+        (ActorDiedError(), ServerLost(1, ActorDiedError.BASE_ERROR_MSG, died=True)),
+        (died(actor_init_failed=True), ServerLost(1, "by the kernel", died=False)),
+        (raised(ValueError()), ServerLost(1, "KeyError: no such layer", died=False)),
+        (GetTimeoutError("no answer in time"), ServerLost(1, "no answer in time", died=False)),
+    ],
+    ids=["died", "without-a-word", "never-began", "raised", "silent"],
+)
+def test_what_a_failed_call_to_a_server_means(error: RayError, expected: ServerLost) -> None:
+    assert server_failure(1, error) == expected
