@@ -1,9 +1,9 @@
 """The server's end of one worker's connection: a thread that takes its frames, and how it is answered.
 
-Each worker has a thread here, instead of all of them one loop, and that thread follows its worker from core to core: it
-has work just when its worker has none. A loop runs where it ran last, beside another worker that computes, while the
-core of the one that waits for it idles; so does, often, a thread that is left to the kernel. `ServerHost` lets one
-thread at a time touch the server.
+Each worker has a thread here, instead of all of them one loop, and that thread follows its worker from core to core:
+with one server and one batch in hand, it has work just when its worker has none. A loop runs where it ran last, beside
+another worker that computes, while the core of the one that waits for it idles; so does, often, a thread that is left
+to the kernel. `ServerHost` lets one thread at a time touch the server.
 """
 
 from __future__ import annotations
