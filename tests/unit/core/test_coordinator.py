@@ -915,14 +915,15 @@ def test_leases_shrink_towards_an_epochs_end() -> None:
 
 def test_a_worker_that_is_late_finds_its_share() -> None:
     """The first one up would have all of a short epoch on lease."""
-    late, seconds, grid = 0.5, 0.005, EpochGrid((400,), 400)
+    late, seconds, grid = 0.3, 0.005, EpochGrid((200,), 200)
     starts = {"worker-1": START_S + late}
     host = run(grid=grid, compute_s=lambda w, b: seconds, start_s=lambda worker: starts.get(worker, START_S))
     assert_exactly_once(host, 1, grid)
     assert min(at for at, grant in host.did(Grant) if grant.worker == "worker-1") == START_S + late
     last = host.servers[0].report().last
     assert last
-    assert last.now <= START_S + late + (400 * seconds - late) / 2 + 0.1
+    assert last.now <= START_S + late + (200 * seconds - late) / 2 + 0.1
+    assert notes(host, "taken_over") == []  # too little is left for that
 
 
 def test_a_worker_that_joins_shares_what_is_on_lease() -> None:
