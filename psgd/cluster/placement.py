@@ -7,7 +7,7 @@ out, so that two of them may well land on one node and leave others empty.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -21,13 +21,13 @@ def living_nodes() -> list[str]:
     return [str(node["NodeID"]) for node in members() if node["Alive"]]
 
 
-def choose_node(nodes: Sequence[str], others: Collection[str], before: str | None) -> str:
-    """One that has fewest servers, so that each has a link and a memory of its own.
+def choose_node(nodes: Sequence[str], others: Collection[str], lost: Mapping[str, int]) -> str:
+    """One where the fewest servers were lost, and of those the one that has fewest, a link and a memory of its own.
 
     Args:
         nodes: that are up.
         others: where the run's other servers are.
-        before: where this server's predecessor was lost; Ray may not know yet that the node is gone with it.
+        lost: how many servers were lost on a node; Ray may not know yet that it is gone with them.
     """
     servers = Counter(others)
-    return min(nodes, key=lambda node: (node == before, servers[node]))
+    return min(nodes, key=lambda node: (lost.get(node, 0), servers[node]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -121,6 +122,7 @@ class Supervisor:
         self._checkpoints = Checkpoints(run.storage)
         self._servers: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}  # that servers were started on
+        self._lost_on = Counter[str]()  # how many servers, by node
         self._workers: dict[str, Any] = {}
         self._calls: dict[ray.ObjectRef[Any], _Call] = {}
         self._events: list[Event] = []
@@ -271,11 +273,13 @@ class Supervisor:
         restarted = partition in self._servers
         if restarted:
             self._end(self._servers[partition])
+            for asked in self._gathering.lost(partition):  # also who asked it when it was dead, but not yet replaced
+                self._note(EvaluationLost(asked.worker, asked.epochs))
+            self._lost_on[self._nodes.pop(partition)] += 1
             self._restoring = self._checkpoints.newest(self._refused, self._misfit) or self._restoring
         incarnation = self._run.next_incarnation() if restarted else self._run.incarnation
         origin = self._restoring or self._inputs.weights
-        before = self._nodes.pop(partition, None)
-        node = self._nodes[partition] = choose_node(living_nodes(), self._nodes.values(), before)
+        node = self._nodes[partition] = choose_node(living_nodes(), self._nodes.values(), self._lost_on)
         facts = self._inputs.facts
         if self._restoring:  # to the settings of now; who begins anew goes by those of the start, as its journal does
             facts = replace(facts, spec=self._spec)
@@ -383,8 +387,6 @@ class Supervisor:
             return refused()
         if self._servers.get(partition) is not server:
             return None  # it has a successor already
-        for asked in self._gathering.lost(partition):
-            self._note(EvaluationLost(asked.worker, asked.epochs))
         self._calls = {ref: call for ref, call in self._calls.items() if call.actor is not server}
         return server_failure(partition, error)
 

@@ -8,7 +8,7 @@ from psgd.cluster.placement import choose_node
 def test_servers_are_spread_as_evenly_as_nodes_allow() -> None:
     nodes, chosen = ["a", "b", "c"], list[str]()
     for _ in range(7):
-        chosen.append(choose_node(nodes, chosen, None))
+        chosen.append(choose_node(nodes, chosen, {}))
     assert chosen == ["a", "b", "c", "a", "b", "c", "a"]
 
 
@@ -18,8 +18,13 @@ def test_servers_are_spread_as_evenly_as_nodes_allow() -> None:
     ids=["nobody else", "a free one", "rather a shared one than the lost one"],
 )
 def test_a_server_is_not_restored_where_it_was_lost(others: list[str], expected: str) -> None:
-    assert choose_node(["a", "b", "c"], others, "a") == expected
+    assert choose_node(["a", "b", "c"], others, {"a": 1}) == expected
 
 
 def test_the_only_node_is_taken_again() -> None:
-    assert choose_node(["a"], [], "a") == "a"
+    assert choose_node(["a"], [], {"a": 3}) == "a"
+
+
+def test_a_node_that_lost_one_after_another_is_not_forgotten_for_the_newest() -> None:
+    assert choose_node(["a", "b", "c"], ["c"], {"a": 1, "b": 1}) == "c"
+    assert choose_node(["a", "b"], ["b"], {"a": 2, "b": 1}) == "b"

@@ -1,0 +1,201 @@
+"""The supervisor without Ray: actors that write down how they are called, and answers that tests give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import RayActorError
+
+from psgd.cluster import supervisor
+from psgd.cluster.facts import RunFacts
+from psgd.cluster.supervisor import Inputs, Supervisor
+from psgd.core.events import (
+    Action,
+    AskReport,
+    Evaluate,
+    Evaluated,
+    EvaluationLost,
+    Event,
+    Finish,
+    Reported,
+    ServerLost,
+    Started,
+    StartServer,
+    StartWorker,
+    Tick,
+    WorkerUp,
+)
+from psgd.core.partitions import split
+from psgd.job import OpenJob
+from psgd.storage import Storage
+from tests.unit.core.jobs import job
+
+SERVERS = 2
+DONE = Finish("finished")
+
+
+class Call:
+    """Of a method of an actor; its answer comes when `Cluster` is told to give one."""
+
+    def __init__(self, actor: Actor, method: str) -> None:
+        self.actor = actor
+        self.method = method
+
+
+class Actor:
+    """Stands for a handle: whatever is called is written down."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.cluster = cluster
+        self.name = name
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *_: self.cluster.called(Call(self, method)))
+
+
+class Cluster:
+    """Stands for Ray.
+
+    Attributes:
+        killed: names, in order.
+        nodes: that servers were started on, in order.
+    """
+
+    def __init__(self) -> None:
+        self.killed: list[str] = []
+        self.nodes: list[str] = []
+        self._answers: dict[tuple[str, str], Any] = {}
+        self._due: dict[Call, Any] = {}
+
+    def answers(self, actor: str, method: str, answer: Any) -> None:
+        """To calls from now on; an exception is raised."""
+        self._answers[actor, method] = answer
+
+    def called(self, call: Call) -> Call:
+        key = call.actor.name, call.method
+        if key in self._answers:
+            self._due[call] = self._answers[key]
+        return call
+
+    def start_server(self, facts: RunFacts, partition: int, incarnation: int, origin: Any, node: str) -> Actor:
+        self.nodes.append(node)
+        return Actor(self, f"server-{partition}-{incarnation}")
+
+    def start_worker(self, facts: RunFacts, name: str, dataset: Any, servers: Sequence[Actor]) -> Actor:
+        return Actor(self, name)
+
+    def wait(self, calls: list[Call], num_returns: int, timeout: float) -> tuple[list[Call], list[Call]]:
+        ready = [call for call in calls if call in self._due][:num_returns]
+        assert ready or timeout == 0, f"waits for {[(c.actor.name, c.method) for c in calls]}, and nothing comes"
+        return ready, [call for call in calls if call not in ready]
+
+    def get(self, call: Call) -> Any:
+        answer = self._due.pop(call)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def kill(self, actor: Actor) -> None:
+        self.killed.append(actor.name)
+
+
+class Script:
+    """Stands for the coordinator: what each event leads to."""
+
+    reports: dict[int, Any] = {}  # noqa: RUF012
+
+    def __init__(self, *steps: tuple[type[Event], list[Action]]) -> None:
+        self._steps = iter(steps)
+        self.events: list[Event] = []
+
+    def handle(self, event: Event, now: float) -> Sequence[Action]:
+        if isinstance(event, Tick):
+            return ()
+        expected, actions = next(self._steps)
+        assert isinstance(event, expected), (event, expected)
+        self.events.append(event)
+        return actions
+
+    def next_deadline(self) -> None:
+        """Never."""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    made = Cluster()
+    monkeypatch.setattr(supervisor, "ray", made)
+    monkeypatch.setattr(supervisor, "start_server", made.start_server)
+    monkeypatch.setattr(supervisor, "start_worker", made.start_worker)
+    monkeypatch.setattr(supervisor, "living_nodes", lambda: ["a", "b", "c"])
+    return made
+
+
+def train(tmp_path: Path, script: Script) -> Finish:
+    data = {"format": "sklearn", "dataset": "iris", "batch_size": 10}
+    opened = OpenJob.open(job(data=data, scaling={"servers": SERVERS}))
+    partitions = split(opened.layout.num_parameters, opened.layout.num_trainable, SERVERS)
+    facts = RunFacts(opened.spec, opened.layout, opened.shards.grid, partitions, "driver", "nowhere")
+    incarnations = iter(range(2, 9))
+    run: Any = SimpleNamespace(
+        storage=Storage(str(tmp_path)),
+        incarnation=1,
+        next_incarnation=lambda: next(incarnations),
+        event=lambda kind, **_: None,
+        take_commands=list,
+    )
+    inputs: Any = Inputs(facts, None, None, None, len, "", "")  # type: ignore[arg-type]
+    coordinator: Any = script
+    return Supervisor(coordinator, inputs, run, lambda *_: None).train()
+
+
+BOTH: list[Action] = [StartServer(0), StartServer(1), StartWorker("worker-0")]
+UP = ("host:1", ())
+
+
+def test_an_evaluation_that_asks_a_dead_server_before_its_loss_is_known_is_lost_with_it(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    """The other server's report comes together with the news, and is handled before them."""
+    cluster.answers("worker-0", "ready", UP)
+    cluster.answers("server-0-1", "report", "report")
+    cluster.answers("server-0-1", "epoch_weights", np.zeros(3))
+    cluster.answers("server-1-1", "report", RayActorError())
+    script = Script(
+        (Started, BOTH),
+        (WorkerUp, [AskReport(0, 1, wait=True), AskReport(1, 1, wait=True)]),
+        (Reported, [Evaluate("worker-0", 4)]),
+        (ServerLost, [StartServer(1)]),
+        (EvaluationLost, [DONE]),
+    )
+    assert train(tmp_path, script) == DONE
+    assert script.events[-1] == EvaluationLost("worker-0", 4)
+    assert cluster.killed == ["server-1-1", "worker-0", "server-0-1", "server-1-2"]
+
+
+def test_an_evaluation_that_has_the_dead_servers_part_goes_on(tmp_path: Path, cluster: Cluster) -> None:
+    cluster.answers("worker-0", "ready", UP)
+    for server in ("server-0-1", "server-1-1"):
+        cluster.answers(server, "epoch_weights", np.zeros(3))
+    cluster.answers("server-1-1", "report", RayActorError())
+    cluster.answers("worker-0", "evaluate", "result")
+    script = Script(
+        (Started, BOTH),
+        (WorkerUp, [Evaluate("worker-0", 4), AskReport(1, 1, wait=True)]),
+        (ServerLost, [StartServer(1)]),
+        (Evaluated, [DONE]),
+    )
+    assert train(tmp_path, script) == DONE
+
+
+def test_a_server_is_not_restored_on_any_node_that_lost_one_lately(tmp_path: Path, cluster: Cluster) -> None:
+    cluster.answers("server-1-1", "report", RayActorError())
+    cluster.answers("server-1-2", "report", RayActorError())
+    again: list[Action] = [StartServer(1), AskReport(1, 1, wait=True)]
+    script = Script((Started, [StartServer(0), *again]), (ServerLost, again), (ServerLost, [StartServer(1), DONE]))
+    assert train(tmp_path, script) == DONE
+    assert cluster.nodes == ["a", "b", "c", "a"]
