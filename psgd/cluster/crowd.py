@@ -6,15 +6,20 @@ they would only wait for each other, and a busy server would get half as much do
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 from collections.abc import Callable
 from socket import socket
+from threading import Lock
 
 from psgd.cluster.peer import Peer
-from psgd_workers.streams import limit
+from psgd_workers.memory import PublishedVector
+from psgd_workers.streams import limit, shut
 
 __all__ = ["Crowd"]
+
+log = logging.getLogger("psgd.lanes")
 
 FRAME_S = 1.0  # that the rest of a header or a payload may take, which its worker sends as a whole
 
@@ -23,11 +28,15 @@ class Crowd:
     """Takes whose turn it is from the kernel. Linux only, as shared memory is.
 
     Args:
+        published: the server's weights; their readers are told how many they are.
         forget: called with the connection of who has hung up.
     """
 
-    def __init__(self, forget: Callable[[socket], None]) -> None:
+    def __init__(self, published: PublishedVector, forget: Callable[[socket], None]) -> None:
+        self._published = published
         self._forget = forget
+        self._lock = Lock()  # of who is in it, and whether anybody can be
+        self._ended = False
         self._peers: dict[int, tuple[Peer, socket]] = {}
         self._poll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
@@ -37,8 +46,14 @@ class Crowd:
         """Serve it from now on; to be called by any thread.
 
         Raises:
-            OSError: the kernel has no room for one more; the peer is as it was.
+            OSError: the kernel has no room for one more, or the thread has ended; the peer is as it was.
         """
+        with self._lock:
+            if self._ended:
+                raise OSError("the thread that serves the others has ended")
+            self._add(peer, stream)
+
+    def _add(self, peer: Peer, stream: socket) -> None:
         number = stream.fileno()
         peer.frame_s = FRAME_S
         limit(stream, FRAME_S)
@@ -50,9 +65,24 @@ class Crowd:
             peer.frame_s = None
             limit(stream, None)
             raise
+        self._published.crowd = len(self._peers)
 
     def run(self) -> None:
         """Take frames until `close`, and then from nobody any more."""
+        try:
+            self._take_turns()
+        except Exception:  # our own: nobody need wait for a thread that is not there
+            log.exception("the connections of all workers with small pushes were closed by the server's own fault")
+        with self._lock:
+            self._ended = True
+        for number, (peer, stream) in list(self._peers.items()):
+            shut(stream)
+            while peer.take():  # to its end
+                pass
+            self._leave(number)
+        self.release()
+
+    def _take_turns(self) -> None:
         rung = False
         while not rung:
             for number, _ in self._poll.poll():
@@ -60,11 +90,6 @@ class Crowd:
                     rung = True
                 elif not self._peers[number][0].take():
                     self._leave(number)
-        for number in list(self._peers):
-            while self._peers[number][0].take():  # to its end: it was hung up on
-                pass
-            self._leave(number)
-        self.release()
 
     def release(self) -> None:
         """Let go of what it watches with: it does not run, or no more."""
@@ -73,9 +98,12 @@ class Crowd:
 
     def _leave(self, number: int) -> None:
         stream = self._peers.pop(number)[1]
+        self._published.crowd = len(self._peers)
         self._poll.unregister(stream)
         self._forget(stream)
 
     def close(self) -> None:
-        """Have `run` end; everybody was hung up on."""
-        os.eventfd_write(self._bell, 1)
+        """Have `run` end, if it has not; everybody was hung up on."""
+        with self._lock:
+            if not self._ended:
+                os.eventfd_write(self._bell, 1)

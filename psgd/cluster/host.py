@@ -71,8 +71,12 @@ class ServerHost:
         with self._turn:
             self.server.check(gradient)
             receipts = self.server.push(gradient, time.monotonic())
-            self._replies.setdefault((gradient.worker, gradient.batch), []).append(reply)
-            due = self._due(receipts)
+            if receipts and not self._replies:  # the usual case: nobody waits, so the one receipt is this push's
+                due = [reply(receipts[0])]
+                self._tell()
+            else:
+                self._replies.setdefault((gradient.worker, gradient.batch), []).append(reply)
+                due = self._due(receipts)
         _send(due)
 
     def join(self, worker: str) -> None:
@@ -101,7 +105,7 @@ class ServerHost:
         return version
 
     def _due(self, receipts: tuple[Receipt, ...]) -> list[Callable[[], None] | None]:
-        """Prepare the answers that are due, and tell who waits for anything else."""
+        """Prepare the answers that are due."""
         due = []
         for receipt in receipts:
             key = (receipt.worker, receipt.batch)
@@ -110,13 +114,17 @@ class ServerHost:
             if not waiting:
                 del self._replies[key]
             due.append(reply(receipt))
+        self._tell()
+        return due
+
+    def _tell(self) -> None:
+        """Tell who waits for anything but an answer."""
         if self.server.epochs != self._epochs:
             self._epochs = self.server.epochs
             self._news.set()
         if self._snapshot is not None and self.server.can_save:
             self._snapshot.set_result((self.server.state(), self.server.journal.take()))
             self._snapshot = None
-        return due
 
     async def report(self, wait: bool) -> Report:
         """At once, or when an epoch completes, or after a moment."""

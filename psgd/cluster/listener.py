@@ -32,7 +32,6 @@ HANDSHAKE_S = 5.0
 HANDSHAKES = 64  # at a time; more wait in the kernel's queue
 MAX_SLOTS = 8  # of one worker: a pipeline's depth and one
 BACKLOG = 1024
-SMALL = 16_384  # values of a partition whose local workers one thread serves: any push fits into a socket's buffer
 RETRY_S = 1.0  # after a worker could not be accepted
 SILENCE_S, PROBES = 60, 5  # after which a worker on another node is asked for a sign of life, and how often
 
@@ -199,7 +198,7 @@ class Listener:
         peer = self._admit(stream, shared, handshakes)
         if peer is None:
             return False
-        if shared and self._form.size <= SMALL:
+        if shared and self._form.is_small:
             try:
                 with self._lock:
                     if not self._closing.is_set():
@@ -225,7 +224,8 @@ class Listener:
 
     def _join_crowd(self, peer: Peer, stream: socket.socket) -> None:
         if self._crowd is None:
-            crowd = Crowd(self._forget)
+            assert self._published is not None, "local workers share it"
+            crowd = Crowd(self._published, self._forget)
             try:
                 self._start("psgd-crowd", crowd.run)
             except RuntimeError:

@@ -32,6 +32,7 @@ __all__ = ["Peer"]
 log = logging.getLogger("psgd.lanes")
 
 SETTLED = 8  # pushes in a row from one processor, after which a worker is taken to stay there
+CUT = "it hung up in the middle of a frame"
 GREEDY = "it asks for more and does not read what it is answered"
 
 
@@ -66,7 +67,8 @@ class Peer:
         self._incarnation = host.server.version.incarnation
         self._shared = [Slot(slot.weights[part], slot.gradient[part]) for slot in segment.slots] if segment else None
         # What comes inline for a slot, and later the weights that go back: never both at once.
-        limit = max(form.limit(segment is not None), 0 if segment else 4 * form.size)
+        self._sizes = form.sizes(segment is not None)
+        limit = max(self._sizes[-1], 0 if segment else 4 * form.size)
         self._inline = [np.empty(limit, np.uint8).data for _ in range(hello.slots)]
         self._busy = [False] * hello.slots  # a push whose receipt is not given
         # With one server and one batch in hand, a worker that has pushed leaves its processor to that server.
@@ -117,14 +119,13 @@ class Peer:
         got = receive(self._stream, self._header, self.frame_s)
         if not got:
             return False
-        payload = self._header[:0]
-        if got == HEADER_SIZE:
-            frame = Frame.unpack(self._header)
-            self._check(frame)
-            payload = self._inline[frame.slot][: frame.payload]
-            got += receive(self._stream, payload, self.frame_s) if frame.payload else 0
-        if got < HEADER_SIZE + len(payload):
-            raise LaneError("it hung up in the middle of a frame")
+        if got < HEADER_SIZE:
+            raise LaneError(CUT)
+        frame = Frame.unpack(self._header)
+        self._check(frame)
+        payload = self._inline[frame.slot][: frame.payload]
+        if frame.payload and receive(self._stream, payload, self.frame_s) < frame.payload:
+            raise LaneError(CUT)
         self._take(frame, payload)
         return True
 
@@ -136,7 +137,7 @@ class Peer:
         if self._answers.backlog > len(self._busy) + 1:  # an answer for each slot, and a version
             raise LaneError(GREEDY)
         if frame.kind is Kind.PUSH:
-            self._form.check(frame, self._shared is not None)
+            self._form.check(frame, self._sizes)
         elif frame.kind not in (Kind.PULL, Kind.ASK) or frame.payload:
             raise LaneError(f"a frame {frame.kind.name} with {frame.payload} bytes of payload, which no worker sends")
 
@@ -152,9 +153,9 @@ class Peer:
                 host.push(gradient, partial(self._receipt, slot, frame.wants))
             case Kind.PULL:
                 into, weights = self._room(slot)
-                self._answer(_frame(Kind.WEIGHTS, slot, host.pull(into), _length(weights)), weights)
+                self._answers.put(_header(Kind.WEIGHTS, slot, host.pull(into), _length(weights)), weights)
             case _:
-                self._answer(_frame(Kind.VERSION, slot, host.server.version, 0), None)
+                self._answers.put(_header(Kind.VERSION, slot, host.server.version, 0), None)
 
     def _receipt(self, slot: int, wants: bool, receipt: Receipt) -> Callable[[], None]:
         """Prepare the answer to a push, at the instant it is due."""
@@ -163,7 +164,8 @@ class Peer:
         if wants:
             into, weights = self._room(slot)
             np.copyto(into, self._host.server.published)
-        return partial(self._answer, Frame.of_receipt(receipt, slot, wants, _length(weights)), weights)
+        header = Frame.of_receipt(receipt, slot, wants, _length(weights)).pack()
+        return partial(self._answers.put, header, weights)
 
     def _room(self, slot: int) -> tuple[FloatArray, memoryview | None]:
         """Where weights for the worker are put, and what of that is sent: nothing, in memory that it shares."""
@@ -171,9 +173,6 @@ class Peer:
             return self._shared[slot].weights, None
         payload = self._inline[slot][: 4 * self._form.size]
         return np.frombuffer(payload, np.float32), payload
-
-    def _answer(self, frame: Frame, weights: memoryview | None) -> None:
-        self._answers.put(frame.pack(), weights)
 
 
 class _Answers(Protocol):
@@ -252,8 +251,8 @@ class _Queued:
         self._thread.join()
 
 
-def _frame(kind: Kind, slot: int, version: Version, payload: int) -> Frame:
-    return Frame(kind, slot, 0, False, version.incarnation, payload, version=version)
+def _header(kind: Kind, slot: int, version: Version, payload: int) -> bytes:
+    return Frame(kind, slot, 0, False, version.incarnation, payload, version=version).pack()
 
 
 def _length(weights: memoryview | None) -> int:

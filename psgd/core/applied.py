@@ -49,17 +49,18 @@ class AppliedSet:
     def add(self, batch: BatchId, skip: bool = False) -> None:
         """Settle a batch that is not settled yet, as contained or as skipped."""
         epoch, position = batch.epoch, self._grid.position(batch)
-        if epoch not in self._settled:
+        settled = self._settled.get(epoch)
+        if settled is None:
             assert epoch >= self.epochs, batch
-            self._settled[epoch] = np.zeros(self._grid.num_batches, np.bool_)
+            settled = self._settled[epoch] = np.zeros(self._grid.num_batches, np.bool_)
             self._missing[epoch] = self._grid.num_batches
-        assert not self._settled[epoch][position], batch
-        self._settled[epoch][position] = True
+        assert not settled[position], batch
+        settled[position] = True
         if skip:
             skipped = self._skipped.setdefault(epoch, np.zeros(self._grid.num_batches, np.bool_))
             skipped[position] = True
-        self._missing[epoch] -= 1
-        while self._missing.get(self.epochs) == 0:
+        self._missing[epoch] = missing = self._missing[epoch] - 1
+        while not missing and self._missing.get(self.epochs) == 0:
             del self._settled[self.epochs], self._missing[self.epochs]
             self._skipped.pop(self.epochs, None)
             self.epochs += 1

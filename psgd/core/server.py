@@ -93,7 +93,8 @@ class ParameterServer:
         self.partition = partition
         self.version = version
         self.settings = spec.settings
-        self._spec = spec
+        self._size = size
+        self._reads_weights = spec.correction.reads_weights
         self._correction = build_correction(spec, trainable)
         self._board = published or PrivateVector(size)
         self._board.begin()
@@ -126,7 +127,7 @@ class ParameterServer:
         self.settings = settings
         self._mode = build_consistency(settings.consistency)
         self._late = Outcome.DISCARDED if getattr(settings.consistency, "late", "") == "discard" else Outcome.REQUEUED
-        self._aggregator = self._mode.aggregator(len(self._weights), self.partition.num_trainable)
+        self._aggregator = self._mode.aggregator(self._size, self.partition.num_trainable)
         optimizer = settings.optimizer
         self._max_norm, self._clip_value = optimizer.max_grad_norm, optimizer.clipvalue
         self._correction.rate = optimizer.lr
@@ -253,20 +254,20 @@ class ParameterServer:
         # Inf and nan are an answer of the norm's; a time must fit the journal.
         if gradient.norm < 0 or not 0 <= gradient.compute_s < LONGEST_S:
             raise LaneError(f"a push with norm {gradient.norm}, computed in {gradient.compute_s} s")
-        size, trainable = len(self._weights), self.partition.num_trainable
+        size, trainable = self._size, self.partition.num_trainable
         if isinstance(gradient.values, Encoded):
             decode(gradient.values, self._decoded[:trainable])
             if trainable < size:
                 _check_vector("buffers", gradient.buffers, size - trainable)
         else:
             _check_vector("values", gradient.values, size)
-        if self._spec.correction.reads_weights:
+        if self._reads_weights:
             _check_vector("weights_read", gradient.weights_read, size)
 
     def _check_batch(self, gradient: Gradient) -> None:
         (epoch, shard, index), per_shard = gradient.batch, self._grid.batches_per_shard
         # A partition that was restored may be an epoch behind the others.
-        exists = epoch <= self.epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
+        exists = epoch <= self._settled.epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
         if not exists or min(gradient.batch) < 0 or not 0 < gradient.examples <= self._grid.num_examples:
             raise LaneError(
                 f"a push of {gradient.batch} with {gradient.examples} examples: epochs up to {self.epochs + 1} are of "

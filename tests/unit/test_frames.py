@@ -204,7 +204,7 @@ def test_a_push_arrives_as_it_was_sent(
     sent = bytearray(b"".join(parts))
     header = Frame.of_push(gradient, slot=1, wants=True, incarnation=1, payload=len(sent)).pack()
     frame = Frame.unpack(header)
-    form.check(frame, shared)
+    form.check(frame, form.sizes(shared))
     came = form.gradient(frame, memoryview(sent), "worker-0", slot if shared else None)
     assert came[:4] == gradient[:4]
     assert came[5:8] == gradient[5:8]
@@ -216,13 +216,13 @@ def test_a_push_arrives_as_it_was_sent(
         gradient.buffers is None,
         gradient.weights_read is None,
     )
-    assert len(sent) <= form.limit(shared)
+    assert len(sent) in form.sizes(shared)
 
 
 def test_what_lies_in_shared_memory_does_not_travel() -> None:
     form, slot, gradient = made(NoCompression(), weights=True)
     assert form.payload(gradient, shared=True) == []
-    assert form.limit(shared=True) == 0
+    assert form.sizes(shared=True) == range(1)
     came = form.gradient(Frame.of_push(gradient, 0, False, 1, 0), memoryview(b""), "worker-0", slot)
     assert came.values is slot.gradient
     assert came.weights_read is slot.weights
@@ -234,15 +234,16 @@ def test_a_push_of_another_form_is_refused_by_its_header(compression: Compressio
     form, _, gradient = made(compression, weights=True)
     size = sum(map(len, form.payload(gradient, shared)))
     frame = Frame.of_push(gradient, 0, False, 1, size)
-    form.check(frame, shared)
+    form.check(frame, form.sizes(shared))
     for code in {*range(256)} - {frame.code}:
         with pytest.raises(LaneError, match=f"values of code {code}, expected {frame.code}"):
-            form.check(frame._replace(code=code), shared)
-    with pytest.raises(LaneError, match=f"expected .*{form.limit(shared)}"):
-        form.check(frame._replace(payload=form.limit(shared) + 1), shared)
+            form.check(frame._replace(code=code), form.sizes(shared))
+    longest = form.sizes(shared)[-1]
+    with pytest.raises(LaneError, match=f"expected .*{longest}"):
+        form.check(frame._replace(payload=longest + 1), form.sizes(shared))
     if not shared:
         with pytest.raises(LaneError, match="a push with 100 bytes of payload"):
-            form.check(frame._replace(payload=100), shared)
+            form.check(frame._replace(payload=100), form.sizes(shared))
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["plain", "weights"])

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from psgd_workers import processor
-from psgd_workers.processor import NOWHERE, allowed_processors, current_processor, run_on
+from psgd_workers.processor import NOWHERE, allowed_processors, current_processor, run_on, wake
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux' scheduler")
 
@@ -14,7 +15,9 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="ne
 @pytest.fixture(autouse=True)
 def allowed() -> Iterator[set[int]]:
     before = os.sched_getaffinity(0)
+    policy = os.sched_getscheduler(0)
     yield before
+    os.sched_setscheduler(0, policy, os.sched_param(0))
     os.sched_setaffinity(0, before)
 
 
@@ -37,3 +40,26 @@ def test_where_the_system_does_not_say_a_thread_is_nowhere(monkeypatch: pytest.M
     assert current_processor() == NOWHERE
     assert allowed_processors() == set()
     monkeypatch.undo()
+
+
+def test_who_wakes_patiently_is_alone_in_that_and_can_be_as_before() -> None:
+    before = os.sched_getscheduler(0)
+    assert before == os.SCHED_OTHER
+    with ThreadPoolExecutor(1) as thread:
+        for patiently, policy in [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)]:
+            thread.submit(wake, patiently).result()
+            assert thread.submit(os.sched_getscheduler, 0).result() == policy
+            assert os.sched_getscheduler(0) == before
+
+
+def test_where_no_policy_can_be_chosen_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "not here")
+
+    before = os.sched_getscheduler(0)
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    wake(patiently=True)
+    monkeypatch.delattr(os, "SCHED_BATCH")
+    wake(patiently=True)
+    monkeypatch.undo()
+    assert os.sched_getscheduler(0) == before

@@ -29,12 +29,13 @@ MAGIC, FORMAT = b"psgd", 1
 # Magic, format, kind, slot, code, wants, incarnation, payload, epoch, shard, index, examples, the version, loss, norm,
 # seconds, processor.
 FIELDS = Struct("<4sBBBBIIQIIIIIQdddH")
-CHECKSUM = Struct("<I")
-HEADER_SIZE = FIELDS.size + CHECKSUM.size
+HEADER = Struct(f"{FIELDS.format}I")  # and a checksum of them
+HEADER_SIZE = HEADER.size
 ENCODINGS = ("", *ARRAYS)  # by the code of a push: how its values travel
 OUTCOMES = tuple(Outcome)  # by the code of a receipt
 CODES = {outcome: code for code, outcome in enumerate(OUTCOMES)}
 LENGTHS = Struct("<QQ")  # of an encoded gradient's arrays
+SMALL = 16_384  # values: any push fits into a socket's buffer
 ALIGNMENT = 8  # of each array in a payload, in bytes
 
 
@@ -89,7 +90,7 @@ class Frame(NamedTuple):
             compute_s,
             processor,
         )
-        return fields + CHECKSUM.pack(crc32(fields))
+        return fields + crc32(fields).to_bytes(4, "little")
 
     @classmethod
     def unpack(cls, header: bytes | bytearray | memoryview) -> Frame:
@@ -100,17 +101,48 @@ class Frame(NamedTuple):
         """
         if len(header) != HEADER_SIZE:
             raise LaneError(f"a frame's header of {len(header)} bytes, expected {HEADER_SIZE}")
-        (magic, form, kind, slot, code, wants, incarnation, payload, epoch, shard, index, examples, read, updates) = (
-            fields := FIELDS.unpack_from(header)
-        )[:14]
+        (
+            magic,
+            form,
+            kind,
+            slot,
+            code,
+            wants,
+            incarnation,
+            payload,
+            epoch,
+            shard,
+            index,
+            examples,
+            read,
+            updates,
+            loss,
+            norm,
+            compute_s,
+            processor,
+            checksum,
+        ) = HEADER.unpack(header)
         if magic != MAGIC or form != FORMAT:
-            raise LaneError(f"a frame begins with {bytes(magic)!r} and format {form}, expected {MAGIC!r} and {FORMAT}")
-        if CHECKSUM.unpack_from(header, FIELDS.size)[0] != crc32(memoryview(header)[: FIELDS.size]):
+            raise LaneError(f"a frame begins with {magic!r} and format {form}, expected {MAGIC!r} and {FORMAT}")
+        if checksum != crc32(header[: FIELDS.size]):
             raise LaneError("a frame's checksum is not that of its header")
         if kind not in KINDS or wants > 1:
             raise LaneError(f"a frame of kind {kind} that wants {wants}: there are kinds 1 to {len(KINDS)}")
-        batch, version = BatchId(epoch, shard, index), Version(read, updates)
-        return cls(KINDS[kind], slot, code, bool(wants), incarnation, payload, batch, examples, version, *fields[14:])
+        return cls(
+            KINDS[kind],
+            slot,
+            code,
+            wants == 1,
+            incarnation,
+            payload,
+            BatchId(epoch, shard, index),
+            examples,
+            Version(read, updates),
+            loss,
+            norm,
+            compute_s,
+            processor,
+        )
 
     @classmethod
     def of_push(
@@ -147,6 +179,11 @@ class PushForm(NamedTuple):
     encoding: str = ""  # name of the compression; empty: values travel as they are
     sends_weights: bool = False  # whether a push brings the weights along that it was computed from
 
+    @property
+    def is_small(self) -> bool:
+        """Whether pushes take the interpreter's time rather than memory's: one thread serves a machine's workers."""
+        return self.size <= SMALL
+
     def payload(self, gradient: Gradient, shared: bool) -> list[memoryview]:
         """What travels inline: everything but what lies in shared memory."""
         vectors = [*_encoded(gradient.values)] if isinstance(gradient.values, Encoded) else [gradient.values]
@@ -158,30 +195,26 @@ class PushForm(NamedTuple):
             vectors.append(gradient.weights_read)
         return [vector.data.cast("B") for vector in vectors if vector.nbytes]
 
-    def check(self, frame: Frame, shared: bool) -> None:
+    def check(self, frame: Frame, sizes: range) -> None:
         """Refuse the header of a push that this partition does not take, before its payload is read.
 
         Raises:
-            LaneError: other values than the job's, or another number of bytes.
+            LaneError: other values than the job's, or a payload of none of those sizes.
         """
         if frame.code >= len(ENCODINGS) or ENCODINGS[frame.code] != self.encoding:
             raise LaneError(f"a push with values of code {frame.code}, expected {ENCODINGS.index(self.encoding)}")
-        least, most = self._bounds(shared)
-        if not least <= frame.payload <= most:
-            raise LaneError(f"a push with {frame.payload} bytes of payload, expected {least} to {most}")
+        if frame.payload not in sizes:
+            raise LaneError(f"a push with {frame.payload} bytes of payload, expected {sizes[0]} to {sizes[-1]}")
 
-    def limit(self, shared: bool) -> int:
-        """The longest payload, in bytes."""
-        return self._bounds(shared)[1]
-
-    def _bounds(self, shared: bool) -> tuple[int, int]:
+    def sizes(self, shared: bool) -> range:
+        """Of a payload, in bytes."""
         beside = 4 * self.size if self.sends_weights and not shared else 0
         if not self.encoding:
             exact = beside + (0 if shared else 4 * self.size)
-            return exact, exact
+            return range(exact, exact + 1)
         beside += 4 * (self.size - self.num_trainable)
         longest = sum(dtype.itemsize for dtype in ARRAYS[self.encoding]) * self.num_trainable
-        return beside, beside + longest + LENGTHS.size + 2 * ALIGNMENT
+        return range(beside, beside + longest + LENGTHS.size + 2 * ALIGNMENT + 1)
 
     def gradient(self, frame: Frame, payload: memoryview, worker: str, shared: Slot | None) -> Gradient:
         """The push, as views of its payload and of shared memory.

@@ -26,7 +26,7 @@ MEMINFO = Path("/proc/meminfo")
 PAGE = mmap.PAGESIZE
 HEADER = 64  # bytes before a published vector's values: a cache line
 SNAPSHOTS = 3  # attempts of a reader before it lets the server copy
-SEQUENCE, INCARNATION, UPDATES = range(3)  # places in the header, 8 bytes each
+SEQUENCE, INCARNATION, UPDATES, CROWD = range(4)  # places in the header, 8 bytes each
 F_SEAL_FUTURE_WRITE = 0x0010  # Linux 5.1; no constant of Python's before 3.13
 
 
@@ -158,6 +158,15 @@ class PublishedVector:
     def version(self) -> Version:
         """The newest that was published. The incarnation never changes, so one word decides."""
         return Version(self._counts[INCARNATION], self._counts[UPDATES])
+
+    @property
+    def crowd(self) -> int:
+        """Workers of this machine that the owner serves with one thread; it alone sets this."""
+        return self._counts[CROWD]
+
+    @crowd.setter
+    def crowd(self, workers: int) -> None:
+        self._counts[CROWD] = workers
 
     def snapshot(self, into: FloatArray) -> Version | None:
         """Copy the values as they were at one version.

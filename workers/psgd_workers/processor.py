@@ -7,7 +7,7 @@ import os
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 
-__all__ = ["NOWHERE", "allowed_processors", "current_processor", "run_on"]
+__all__ = ["NOWHERE", "allowed_processors", "current_processor", "run_on", "wake"]
 
 NOWHERE = 0xFFFF  # a number that no processor has
 
@@ -28,3 +28,13 @@ def run_on(processors: AbstractSet[int]) -> None:
     """Run this thread on those processors alone from now on. Nothing changes if all of them were taken from it."""
     with suppress(OSError):
         os.sched_setaffinity(0, processors)
+
+
+def wake(patiently: bool) -> None:
+    """Whether this thread, when it is woken, waits for its share of time, and interrupts nobody: see sched(7).
+
+    Nothing changes where the system has no such policy as SCHED_BATCH, or does not allow it.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH if patiently else os.SCHED_OTHER, os.sched_param(0))

@@ -20,7 +20,7 @@ from psgd_workers.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greetin
 from psgd_workers.lanes import LaneKind, Pending
 from psgd_workers.memory import PublishedVector, Segment, stores_are_ordered
 from psgd_workers.messages import FloatArray, Gradient, Receipt, Version
-from psgd_workers.processor import current_processor
+from psgd_workers.processor import allowed_processors, current_processor, wake
 from psgd_workers.streams import limit, receive, send, shut
 
 __all__ = ["ShmLane", "TcpLane"]
@@ -162,7 +162,7 @@ def _checked(frame: Frame, kind: Kind, slot: int, incarnation: int, payload: int
 
 
 class ShmLane:
-    """The way to a server on the same node.
+    """The way to a server on the same node, to be used by one thread.
 
     Args:
         worker: its name.
@@ -196,6 +196,8 @@ class ShmLane:
             self._connection.close()
             raise
         self._reads_itself = stores_are_ordered()
+        self._processors = len(allowed_processors())
+        self._patient = False  # whether its thread waits for its turn when an answer wakes it
         self._arrived: dict[int, Frame] = {}  # answers of other slots, that came first
 
     def pull(self, slot: int, timeout_s: float) -> Version:
@@ -226,6 +228,10 @@ class ShmLane:
         self._connection.limit(timeout_s)
         frame = _checked(self.answer(slot), Kind.RECEIPT, slot, self._incarnation, 0)
         receipt = frame.receipt(self._worker)
+        # Where workers have to share processors, who is answered had better not stop the thread that answers the rest.
+        if (crowded := self._published.crowd > self._processors) != self._patient:
+            wake(patiently=crowded)
+            self._patient = crowded
         if wants and self._reads_itself:
             return Receipt(receipt.worker, receipt.batch, receipt.outcome, self.pull(slot, timeout_s))
         return receipt

@@ -52,7 +52,9 @@ def receive(stream: socket.socket, into: memoryview, rest_s: float | None = None
         OSError: the socket's, its time limit included.
     """
     got = count = stream.recv_into(into)
-    deadline = inf if rest_s is None or got == len(into) else monotonic() + rest_s
+    if got == len(into):  # the usual case
+        return got
+    deadline = inf if rest_s is None else monotonic() + rest_s
     while count and got < len(into):
         if monotonic() >= deadline:
             raise TimeoutError(f"the rest of a message did not come within {rest_s} s")

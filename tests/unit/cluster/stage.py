@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from psgd.cluster import listener as listener_module
 from psgd.cluster.host import Reply, ServerHost
 from psgd.cluster.listener import Listener
 from psgd.core.partitions import Partition
 from psgd.core.report import Report
 from psgd.core.server import ParameterServer
 from psgd.spec import JobSpec
+from psgd_workers import frames
 from psgd_workers.frames import Frame, Kind, PushForm
 from psgd_workers.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
 from psgd_workers.memory import PublishedVector, Segment
@@ -160,7 +160,7 @@ class Stage:
         self._lanes: list[Lane] = []
         self._sockets: list[socket.socket] = []
         self._segment = Segment(num_parameters, 2)  # of sockets by hand
-        self._small = listener_module.SMALL
+        self._small, self._policy = frames.SMALL, os.sched_getscheduler(0)
         self._excepthook, threading.excepthook = threading.excepthook, self.errors.append
         logging.getLogger("psgd.lanes").addHandler(self.log)
         encoding = "" if spec.compression.name == "none" else spec.compression.name
@@ -237,7 +237,7 @@ class Stage:
 
     def _choose(self, kind: Kinds) -> None:
         """Who serves the next ones, threads or a crowd; the partition is a small one, but for the largest."""
-        listener_module.SMALL = self._small if kind == "crowd" else 0
+        frames.SMALL = self._small if kind == "crowd" else 0
 
     def forget(self, crew: Crew) -> None:
         """Its lane is closed."""
@@ -303,13 +303,14 @@ class Stage:
 
     def close(self) -> None:
         """All of it, within the limit; nothing of the loop's may be left."""
+        os.sched_setscheduler(0, self._policy, os.sched_param(0))  # a lane may have changed it
         for lane in self._lanes:
             lane.close()
         for stream in self._sockets:
             stream.close()
         self.listener.close()
         self.listener.all_gone()
-        listener_module.SMALL = self._small
+        frames.SMALL = self._small
         threading.excepthook = self._excepthook
         self.published.close()
         self._segment.close()
@@ -344,7 +345,7 @@ class Crew:
 
 def header(stage: Stage, **changes: Any) -> Frame:
     """Of a push that is taken, but for the changes."""
-    size = stage.form.limit(shared=False)
+    size = stage.form.sizes(shared=False)[-1]
     frame = Frame(Kind.PUSH, 0, 0, False, 1, size, FIRST, 10, V1, 0.5, 1.0, 0.01)
     return frame._replace(**changes)
 

@@ -33,6 +33,7 @@ from tests.unit.cluster.stage import (
     KINDS,
     LIMIT_S,
     PULL,
+    SECOND,
     V1,
     Kinds,
     Stages,
@@ -66,7 +67,7 @@ def mutated(rng: np.random.Generator, frame: Frame, number: int) -> bytes:
 def test_damaged_frames_change_nothing_and_stop_nobody(stages: Stages, kind: Kinds) -> None:
     """The undamaged push is refused, as not finite and read elsewhere, so that no damage may have it applied."""
     stage = stages()
-    push = header(stage, payload=stage.form.limit(kind != "tcp"), norm=nan, version=Version(99, 9))
+    push = header(stage, payload=stage.form.sizes(kind != "tcp")[-1], norm=nan, version=Version(99, 9))
     rng, streams, dropped = np.random.default_rng(0), stage.all_shaken(kind, CROWD), 0
     for turn in range(1000 // CROWD):
         for number, stream in enumerate(streams):
@@ -114,7 +115,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
 ) -> None:
     stage = stages(sections=sections)
     stream = stage.shaken(kind)
-    push = header(stage, code=4 if sections else 0, payload=stage.form.limit(kind != "tcp"))
+    push = header(stage, code=4 if sections else 0, payload=stage.form.sizes(kind != "tcp")[-1])
     half = push.pack() + bytes(push.payload // 2)
     command = [sys.executable, "-c", KILLED, str(stream.fileno()), half.hex()]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -186,6 +187,32 @@ def test_who_finds_no_room_in_the_crowd_has_a_thread_of_its_own(
     assert worker.lane.pull(0, LIMIT_S) == V1
     receipt = worker.lane.push(worker.gradient(0, FIRST, V1), 0, wants=True).receipt(LIMIT_S)
     assert receipt.outcome is Outcome.APPLIED
+
+
+def test_a_crowd_that_fails_keeps_nobody_waiting_and_who_comes_later_has_a_thread_of_its_own(stages: Stages) -> None:
+    class Broken:
+        def __init__(self, poll: Any) -> None:
+            self._poll = poll
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._poll, name)
+
+        def poll(self) -> Any:
+            raise MemoryError("no room")
+
+    stage = stages()
+    crews = [stage.lane("crowd", worker) for worker in ("worker-0", "worker-1")]
+    served = stage.listener._crowd
+    assert served is not None
+    served._poll = Broken(served._poll)  # type: ignore[assignment]
+    receipt = crews[0].lane.push(crews[0].gradient(0, FIRST, V1), 0, wants=False).receipt(LIMIT_S)
+    assert receipt.outcome is Outcome.APPLIED, "what was taken is answered"
+    stage.log.wait("the connections of all workers with small pushes were closed by the server's own fault")
+    for crew in crews:
+        with pytest.raises(LaneError, match="the server is gone"):
+            crew.lane.push(crew.gradient(0, SECOND, V1), 0, wants=False).receipt(LIMIT_S)
+    works(stage, 5, kind="crowd")
+    stage.log.wait("a worker is served by a thread of its own: the thread that serves the others has ended")
 
 
 def test_a_worker_that_does_not_read_its_weights_keeps_nobody_waiting(stages: Stages) -> None:

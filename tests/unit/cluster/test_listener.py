@@ -221,7 +221,7 @@ def test_what_no_worker_sends_ends_its_connection_and_changes_nothing(stages: St
     stage = stages()
     other = stage.lane(kind)
     stream, (make, reason) = stage.shaken(kind), BAD_FRAMES[name]
-    push = header(stage, payload=stage.form.limit(kind != "tcp"))
+    push = header(stage, payload=stage.form.sizes(kind != "tcp")[-1])
     stream.sendall(make(stage, push))
     with suppress(ConnectionResetError, BrokenPipeError):  # the header alone may have ended it
         stream.sendall(bytes(push.payload))
@@ -239,7 +239,7 @@ def test_a_slot_whose_receipt_is_not_given_takes_nothing(stages: Stages, kind: K
     stage = stages("bsp", 2)
     stage.join("by-hand", "worker-0")
     stream = stage.shaken(kind)
-    push = header(stage, payload=stage.form.limit(kind != "tcp"))
+    push = header(stage, payload=stage.form.sizes(kind != "tcp")[-1])
     stream.sendall(push.pack() + np.ones(stage.size, np.float32).tobytes()[: push.payload])
     stage.arrived()
     size = push.payload if again is Kind.PUSH else 0

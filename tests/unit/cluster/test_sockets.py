@@ -132,6 +132,28 @@ def test_a_servers_thread_follows_a_worker_that_waits_for_it_alone(
         assert os.sched_getaffinity(thread.native_id or 0) == ({processor} if follows else processors)
 
 
+@pytest.mark.parametrize(("kind", "patient"), [("shm", False), ("crowd", True), ("tcp", False)])
+def test_workers_that_share_processors_do_not_interrupt_the_thread_that_answers_all_of_them(
+    processors: set[int], stages: Stages, kind: Kinds, patient: bool
+) -> None:
+    stage, positions = stages(), count()
+    crew = stage.lane(kind)
+
+    def policy() -> int:
+        gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
+        crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        return os.sched_getscheduler(0)
+
+    others = [stage.lane(kind, f"worker-{number}") for number in range(1, len(processors))]
+    assert policy() == os.SCHED_OTHER, "each of them can have a processor"
+    others.append(stage.lane(kind, "one-too-many"))
+    assert policy() == (os.SCHED_BATCH if patient else os.SCHED_OTHER)
+    others.pop().lane.close()
+    with stage.listener._left:
+        assert stage.listener._left.wait_for(lambda: len(stage.listener._streams) == len(processors), LIMIT_S)
+    assert policy() == os.SCHED_OTHER
+
+
 @pytest.mark.parametrize(("given", "slots"), [(WHOLE, 2), ({}, 1)], ids=["computes-ahead", "has-other-servers"])
 def test_or_one_that_does_not_while_no_processor_is_free(
     processors: set[int], stages: Stages, given: dict[str, Any], slots: int
