@@ -52,6 +52,18 @@ def test_who_wakes_patiently_is_alone_in_that_and_can_be_as_before() -> None:
             assert os.sched_getscheduler(0) == before
 
 
+def test_a_policy_that_somebody_chose_is_left_alone() -> None:
+    def under_another() -> tuple[int, int]:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        wake(patiently=True)
+        between = os.sched_getscheduler(0)
+        wake(patiently=False)
+        return between, os.sched_getscheduler(0)
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(under_another).result() == (os.SCHED_IDLE, os.SCHED_IDLE)
+
+
 def test_where_no_policy_can_be_chosen_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "not here")

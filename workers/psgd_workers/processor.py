@@ -33,8 +33,8 @@ def run_on(processors: AbstractSet[int]) -> None:
 def wake(patiently: bool) -> None:
     """Whether this thread, when it is woken, waits for its share of time, and interrupts nobody: see sched(7).
 
-    Nothing changes where the system has no such policy as SCHED_BATCH, or does not allow it.
+    Nothing changes where the system has no such policy as SCHED_BATCH, or where somebody chose another.
     """
-    if hasattr(os, "SCHED_BATCH"):
+    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) in (os.SCHED_OTHER, os.SCHED_BATCH):
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_BATCH if patiently else os.SCHED_OTHER, os.sched_param(0))

@@ -229,12 +229,15 @@ class ShmLane:
         frame = _checked(self.answer(slot), Kind.RECEIPT, slot, self._incarnation, 0)
         receipt = frame.receipt(self._worker)
         # Where workers have to share processors, who is answered had better not stop the thread that answers the rest.
-        if (crowded := self._published.crowd > self._processors) != self._patient:
-            wake(patiently=crowded)
-            self._patient = crowded
+        self._wake(patiently=self._published.crowd > self._processors)
         if wants and self._reads_itself:
             return Receipt(receipt.worker, receipt.batch, receipt.outcome, self.pull(slot, timeout_s))
         return receipt
+
+    def _wake(self, patiently: bool) -> None:
+        if patiently != self._patient:
+            wake(patiently)
+            self._patient = patiently
 
     def answer(self, slot: int) -> Frame:
         """The next frame of that slot."""
@@ -252,6 +255,7 @@ class ShmLane:
 
     def close(self) -> None:
         """See `Lane.close`."""
+        self._wake(patiently=False)
         self._connection.close()
 
 

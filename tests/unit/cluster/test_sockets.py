@@ -154,6 +154,15 @@ def test_workers_that_share_processors_do_not_interrupt_the_thread_that_answers_
     assert policy() == os.SCHED_OTHER
 
 
+def test_a_closed_lane_leaves_its_thread_as_it_was(processors: set[int], stages: Stages) -> None:
+    stage = stages()
+    crew, *_ = [stage.lane("crowd", f"worker-{number}") for number in range(len(processors) + 1)]
+    crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=False).receipt(LIMIT_S)
+    assert os.sched_getscheduler(0) == os.SCHED_BATCH
+    crew.lane.close()
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 @pytest.mark.parametrize(("given", "slots"), [(WHOLE, 2), ({}, 1)], ids=["computes-ahead", "has-other-servers"])
 def test_or_one_that_does_not_while_no_processor_is_free(
     processors: set[int], stages: Stages, given: dict[str, Any], slots: int
