@@ -17,7 +17,7 @@ from psgd.core.server import ServerState
 from psgd.storage import Storage
 from tests.unit.test_checkpoints import NO_RECORDS, fail, manifest, state
 
-KILLS, AT_MOST_S, KEEP = 300, 6.0, 2
+KILLS, KEEP = 120, 2
 NUMBER = struct.Struct("<I")
 
 
@@ -77,11 +77,11 @@ def test_whatever_moment_a_writer_is_killed_at_the_newest_checkpoint_is_whole(
     began = time.monotonic()
     write(run, 1, os.open(os.devnull, os.O_WRONLY))
     took_s = time.monotonic() - began
-    written, unfinished, kills, ends = 0, 0, 0, time.monotonic() + AT_MOST_S
-    while kills < KILLS and time.monotonic() < ends:
+    written = unfinished = 0
+    for kill in range(KILLS):
         first = Checkpoints(run).next_number()  # which an unfinished one before it sets apart from the newest
-        told = kill_a_writer(run, random.uniform(0, 2 * took_s), commits=kills % 4 == 3)
-        kills, written = kills + 1, written + (told > newest)
+        told = kill_a_writer(run, random.uniform(0, 2 * took_s), commits=kill % 4 == 3)
+        written += told > newest
         newest = max(newest, told)
         checkpoint = Checkpoints(run).newest(refused=fail)
         unfinished += len(Checkpoints(run).names()) - len(Checkpoints(run).committed())
@@ -94,6 +94,5 @@ def test_whatever_moment_a_writer_is_killed_at_the_newest_checkpoint_is_whole(
             assert part.facts["version"][1] == number
     Checkpoints(run).prune(KEEP)
     assert len(Checkpoints(run).committed()) == KEEP
-    assert kills > 30
     assert written > 5, "the writer was always killed before it committed anything"
     assert unfinished > 5, "the writer was never killed in the middle of a checkpoint"
