@@ -58,13 +58,17 @@ class Crowd:
         peer.frame_s = FRAME_S
         limit(stream, FRAME_S)
         self._peers[number] = peer, stream
+        self._count()  # so that who is answered is counted
         try:
             self._poll.register(stream, select.EPOLLIN)
         except OSError:
             del self._peers[number]
+            self._count()
             peer.frame_s = None
             limit(stream, None)
             raise
+
+    def _count(self) -> None:
         self._published.crowd = len(self._peers)
 
     def run(self) -> None:
@@ -98,7 +102,7 @@ class Crowd:
 
     def _leave(self, number: int) -> None:
         stream = self._peers.pop(number)[1]
-        self._published.crowd = len(self._peers)
+        self._count()
         self._poll.unregister(stream)
         self._forget(stream)
 

@@ -34,6 +34,7 @@ from tests.unit.cluster.stage import (
     PART,
     SECOND,
     V1,
+    Crew,
     Kinds,
     Stages,
     batch,
@@ -137,18 +138,22 @@ def test_workers_that_share_processors_do_not_interrupt_the_thread_that_answers_
     processors: set[int], stages: Stages, kind: Kinds, patient: bool
 ) -> None:
     stage, positions = stages(), count()
-    crew = stage.lane(kind)
 
-    def policy() -> int:
+    def pushed(crew: Crew) -> Crew:
+        """Who is answered is counted."""
         gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
         crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        return crew
+
+    def policy() -> int:
+        pushed(crew)
         return os.sched_getscheduler(0)
 
-    others = [stage.lane(kind, f"worker-{number}") for number in range(1, len(processors))]
+    crew, *_ = [pushed(stage.lane(kind, f"worker-{number}")) for number in range(len(processors))]
     assert policy() == os.SCHED_OTHER, "each of them can have a processor"
-    others.append(stage.lane(kind, "one-too-many"))
+    another = pushed(stage.lane(kind, "one-too-many"))
     assert policy() == (os.SCHED_BATCH if patient else os.SCHED_OTHER)
-    others.pop().lane.close()
+    another.lane.close()
     with stage.listener._left:
         assert stage.listener._left.wait_for(lambda: len(stage.listener._streams) == len(processors), LIMIT_S)
     assert policy() == os.SCHED_OTHER
@@ -156,8 +161,9 @@ def test_workers_that_share_processors_do_not_interrupt_the_thread_that_answers_
 
 def test_a_closed_lane_leaves_its_thread_as_it_was(processors: set[int], stages: Stages) -> None:
     stage = stages()
-    crew, *_ = [stage.lane("crowd", f"worker-{number}") for number in range(len(processors) + 1)]
-    crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=False).receipt(LIMIT_S)
+    for number in range(len(processors) + 1):
+        crew = stage.lane("crowd", f"worker-{number}")
+        crew.lane.push(crew.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
     assert os.sched_getscheduler(0) == os.SCHED_BATCH
     crew.lane.close()
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
