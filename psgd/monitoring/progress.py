@@ -43,7 +43,7 @@ class Display:
         self._progress = Progress(*columns, console=console, transient=True)
         self._task = self._progress.add_task("starting", total=num_batches, numbers="")
         self._shown_at = float("-inf")
-        self._printed = 0
+        self._told = 0
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -53,23 +53,35 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def show(self, coordinator: Coordinator, now: float) -> None:
-        """Bring the display up to date, at most every `REFRESH_S`."""
-        if coordinator.phase == "starting" or now - self._shown_at < REFRESH_S:
+        """Bring the display up to date: the bar at most every `REFRESH_S`, a line whenever an epoch is done."""
+        if coordinator.phase == "starting":
             return
-        self._shown_at = now
-        epochs, numbers = coordinator.epochs, self._numbers(coordinator)
-        done = coordinator.ledger.done if coordinator.phase == "training" else self._num_batches
-        self._progress.update(self._task, description=self._title(epochs), completed=done, numbers=numbers)
-        if not self._console.is_terminal and epochs > self._printed:
-            self._printed = epochs
-            self._console.print(f"{epochs} epochs done  {numbers}", highlight=False, soft_wrap=True)
+        if not self._console.is_terminal:
+            self._tell(coordinator)
+        elif now - self._shown_at >= REFRESH_S:
+            self._shown_at = now
+            self._move(coordinator)
 
-    def _title(self, epochs: int) -> str:
+    def _tell(self, coordinator: Coordinator) -> None:
+        epochs = coordinator.epochs
+        if epochs > self._told:  # less after a server was restored: what is done again was told
+            self._told = epochs
+            line = f"{self._title(epochs)} done  {self._numbers(coordinator)}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _move(self, coordinator: Coordinator) -> None:
+        epochs = coordinator.epochs
         current = epochs + 1 if self._epochs is None else min(epochs + 1, self._epochs)
-        return f"epoch {current}" + (f"/{self._epochs}" if self._epochs else "")
+        done = coordinator.ledger.done if coordinator.phase == "training" else self._num_batches
+        numbers = self._numbers(coordinator)
+        self._progress.update(self._task, description=self._title(current), completed=done, numbers=numbers)
+
+    def _title(self, epoch: int) -> str:
+        return f"epoch {epoch}" + (f"/{self._epochs}" if self._epochs else "")
 
     def _numbers(self, coordinator: Coordinator) -> str:
         metrics = run_metrics(coordinator)

@@ -70,7 +70,9 @@ def test_train_prints_one_json_document_and_nothing_else(finished: tuple[Command
 
 def test_progress_and_the_summary_go_to_stderr(finished: tuple[CommandLine, CompletedProcess[str]]) -> None:
     told = finished[1].stderr
-    assert "epochs done" in told
+    assert [line.split("  ")[0] for line in told.splitlines() if line.startswith("epoch ")] == [
+        f"epoch {epoch}/3 done" for epoch in (1, 2, 3)
+    ]
     assert "finished digits: 3 epochs, 270 updates" in told
     assert "--resume" not in told
 
