@@ -1,7 +1,8 @@
 """The lineage of a checkpoint's part: which records of its server's journal it is made of, a stretch per incarnation.
 
-A resumed run is a new incarnation that goes on from a checkpoint. What the one before it did after that checkpoint is
-a branch that was given up: its segments stay in the journal, and belong to no lineage.
+A resumed run, and a server in the place of a lost one, is a new incarnation that goes on from a checkpoint. What the
+one before it did after that checkpoint is a branch that was given up: its segments stay in the journal, and belong to
+no lineage.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,8 +83,9 @@ class Stretch(NamedTuple):
     """What one incarnation did, up to the checkpoint that the next one, or the end, goes by."""
 
     incarnation: int
-    workers: int | None  # that it was asked for; None: as many as the run's first description says
+    workers: int | dict[str, int] | None  # that it was asked for; None: as many as the run's first description says
     pipeline: int  # of its workers
+    replaces: bool  # whether it took a lost server's place, and its workers are those that were there
     segments: tuple[NDArray[np.void], ...]  # of RECORD
 
     def records(self) -> Iterator[Record]:
@@ -103,7 +105,7 @@ def read_lineage(run: RunDirectory, manifest: Manifest, partition: int) -> tuple
         JournalError: some are missing or damaged, or are not of this run.
     """
     events = run.read_lines("events.jsonl")
-    starts = {line["incarnation"]: line for line in events if line["event"] == "started"}
+    starts = _starts(events)
     names = _Names(run, manifest, partition, [line["name"] for line in events if line["event"] == "checkpoint"])
     stretches: list[Stretch] = []
     last: str | None = manifest.name
@@ -115,18 +117,57 @@ def read_lineage(run: RunDirectory, manifest: Manifest, partition: int) -> tuple
                 f"{run.storage.url}/events.jsonl does not tell how incarnation {incarnation} started, which wrote "
                 f"checkpoint {last}: without that line nobody knows what it went on from. Restore the file"
             )
-        if start.get("servers", manifest.partitions) != manifest.partitions:
-            raise JournalError(
-                f"{run.storage.url} was trained by {start['servers']} servers before it was resumed with "
-                f"{manifest.partitions}: a journal tells what one partition of the weights went through, and there is "
-                "no replay of a run whose weights were cut anew"
-            )
+        _check_servers(run, start, manifest.partitions)
         segments = tuple(names.read(name, incarnation) for name in names.until(number, incarnation))
-        stretch = Stretch(incarnation, start.get("workers"), start.get("pipeline", 0), segments)
-        last = start["resumed"]
+        stretch = Stretch(incarnation, start.workers, start.pipeline, start.lost is not None, segments)
+        last = start.origin
         _check_forks(run, stretch, last)
         stretches.insert(0, stretch)
     return tuple(stretches)
+
+
+class _Start(NamedTuple):
+    """How an incarnation began."""
+
+    incarnation: int
+    origin: str | None  # the checkpoint that it went on from
+    workers: int | dict[str, int] | None
+    pipeline: int
+    servers: int | None  # how many the run had; None: as many as its checkpoint
+    lost: int | None  # whose place it took; None: all servers were started with the run
+
+
+def _starts(events: Iterable[dict[str, Any]]) -> dict[int, _Start]:
+    """By incarnation."""
+    starts: dict[int, _Start] = {}
+    run: dict[str, Any] = {}  # the last one's start
+    for line in events:
+        match line["event"]:
+            case "started":
+                run, origin, lost = line, line["resumed"], None
+            case "server_started" if line["incarnation"] not in starts:  # else one of those that start with the run
+                origin, lost = line["checkpoint"], line["partition"]
+            case _:
+                continue
+        number = line["incarnation"]
+        starts[number] = _Start(number, origin, run.get("workers"), run.get("pipeline", 0), run.get("servers"), lost)
+    return starts
+
+
+def _check_servers(run: RunDirectory, start: _Start, partitions: int) -> None:
+    """Every partition must have gone through the same."""
+    if start.servers not in (None, partitions):
+        raise JournalError(
+            f"{run.storage.url} was trained by {start.servers} servers before it was resumed with {partitions}: a "
+            "journal tells what one partition of the weights went through, and there is no replay of a run whose "
+            "weights were cut anew"
+        )
+    if start.lost is not None and partitions > 1:
+        raise JournalError(
+            f"{run.storage.url} lost server {start.lost} of {partitions}, which incarnation {start.incarnation} "
+            "replaced: the others keep gradients of weights that nobody has any more, and there is no replay of such "
+            "a run"
+        )
 
 
 class _Names:
@@ -192,7 +233,7 @@ def _check_records(path: str, records: NDArray[np.void], incarnation: int) -> No
 
 
 def _check_forks(run: RunDirectory, stretch: Stretch, resumed: str | None) -> None:
-    """A resumed incarnation begins with a fork, a new one with none, and nothing else forks."""
+    """An incarnation that goes on from a checkpoint begins with a fork, another with none, and nothing else forks."""
     kinds = np.concatenate([np.zeros(0, np.uint8), *(segment["kind"] for segment in stretch.segments)])
     forks = np.flatnonzero(kinds == Kind.FORK).tolist()
     if forks != ([] if resumed is None else [0]):

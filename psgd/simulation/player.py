@@ -196,7 +196,7 @@ class Player:
             server.forget(push, read)
 
     def _sender(self, record: Record) -> Sender:
-        """The worker's; after a fork all workers are new, even if they bear old names."""
+        """The worker's; after a fork those that compress are new, even if they bear old names."""
         key = record.incarnation, record.worker
         if key not in self._senders:
             oldest = min(server.version.incarnation for server in self._servers)

@@ -144,12 +144,19 @@ def _check_lineages(run: RunDirectory, job: OpenJob, lineages: Sequence[Sequence
     stretches = [stretch for lineage in lineages for stretch in lineage]
     for segment in (segment for stretch in stretches for segment in stretch.segments):
         _check_batches(run, job, segment)
-    pipeline = max(stretch.pipeline for stretch in stretches)
-    if pipeline and not isinstance(job.spec.compression, NoCompression):
+    pipeline, compression = max(stretch.pipeline for stretch in stretches), job.spec.compression
+    if isinstance(compression, NoCompression):
+        return pipeline
+    if pipeline:
         raise JournalError(
-            f"{run.storage.url} was trained with scaling.pipeline {pipeline} and compression "
-            f"{job.spec.compression.name}, and its journal does not tell which push took over what another had left "
-            "out: only runs with scaling.pipeline 0, or without compression, can be replayed"
+            f"{run.storage.url} was trained with scaling.pipeline {pipeline} and compression {compression.name}, and "
+            "its journal does not tell which push took over what another had left out: only runs with "
+            "scaling.pipeline 0, or without compression, can be replayed"
+        )
+    if any(stretch.replaces for stretch in stretches):
+        raise JournalError(
+            f"{run.storage.url} was trained with compression {compression.name} and lost its server, and with it the "
+            "record of pushes whose rest the workers kept for their next: there is no replay of such a run"
         )
     return pipeline
 

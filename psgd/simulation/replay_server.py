@@ -14,7 +14,7 @@ from psgd.core.server import ParameterServer
 from psgd.errors import JournalError, ReplayError
 from psgd.job import OpenJob
 from psgd.simulation.lineage import Record, Stretch
-from psgd.spec import JobSpec, Settings
+from psgd.spec import JobSpec, ScalingConfig, Settings
 from psgd_workers.messages import FloatArray, Gradient, Outcome, Version
 
 __all__ = ["ReplayServer"]
@@ -69,7 +69,8 @@ class ReplayServer:
         spec, workers = self._job.spec, self._stretch.workers
         if workers is None:
             return spec
-        return spec.model_copy(update={"scaling": spec.scaling.model_copy(update={"workers": workers})})
+        scaling = ScalingConfig.model_validate(spec.scaling.model_dump() | {"workers": workers})
+        return spec.model_copy(update={"scaling": scaling})
 
     @property
     def version(self) -> Version:

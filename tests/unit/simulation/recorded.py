@@ -20,6 +20,8 @@ from tests.inprocess import Checkpoint, InProcess
 
 __all__ = ["Recorded", "digits", "record", "run_directory"]
 
+SOON_S = 0.2  # in which some pushes come that no checkpoint has
+
 
 def digits(**sections: Any) -> JobSpec:
     """A job of 3 workers on 30 batches of digits, saved every 10 updates; `sections` replace those of the spec."""
@@ -62,12 +64,20 @@ class Recorded(InProcess):
         run: the directory.
         job: what is run.
         resumed: the checkpoint's name.
+        losses: how often the first server is lost, each time soon after a checkpoint.
         skew_s: by so many virtual seconds at most, the parts of a push arrive one after the other, in any order.
         options: of the cluster.
     """
 
     def __init__(
-        self, run: RunDirectory, job: OpenJob, resumed: str | None, *, skew_s: float = 0.0, **options: Any
+        self,
+        run: RunDirectory,
+        job: OpenJob,
+        resumed: str | None,
+        *,
+        losses: int = 0,
+        skew_s: float = 0.0,
+        **options: Any,
     ) -> None:
         self._worker = job.worker("all")
         self._skew_s = skew_s
@@ -83,6 +93,9 @@ class Recorded(InProcess):
         self._job = job
         self._run_directory = run
         self._records: dict[int, list[NDArray[np.void]]] = {partition: [] for partition in range(len(self.parts))}
+        self._losses = losses  # still to come
+        self._dying = False
+        self._newest = resumed  # name of the checkpoint that a server would go on from
         self._number = -1  # of the newest checkpoint that was begun
         self._written: dict[int, Part] = {}  # of that one
         self.incarnation = run.own().incarnation
@@ -92,9 +105,20 @@ class Recorded(InProcess):
             "started",
             incarnation=self.incarnation,
             resumed=resumed,
-            workers=scaling.workers,
+            workers=scaling.model_dump()["workers"],
             pipeline=scaling.pipeline,
         )
+
+    def start_server(self, partition: int) -> None:
+        replaces = partition in self._incarnations
+        super().start_server(partition)
+        if replaces:
+            self._records[partition], self._dying = [], False  # what was not saved is lost
+            self.incarnation = self._run_directory.next_incarnation()
+            assert self.servers[partition].version.incarnation == self.incarnation
+            self._run_directory.event(
+                "server_started", partition=partition, incarnation=self.incarnation, checkpoint=self._newest
+            )
 
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
         return self._worker.gradient(batch, weights, out)
@@ -132,6 +156,9 @@ class Recorded(InProcess):
         super().act(action)
         if isinstance(action, Commit):
             self._commit(action)
+            if self._losses and not self._dying:
+                self._losses, self._dying = self._losses - 1, True
+                self.after(SOON_S, self.kill_server, 0)
 
     def _commit(self, commit: Commit) -> None:
         checkpoints, layout, parts = Checkpoints(self._run_directory.storage), self._job.layout, self._written.values()
@@ -143,7 +170,7 @@ class Recorded(InProcess):
             epochs=commit.epochs,
             seed=self._spec.seed,
             spec_hash=self._spec.identity_hash(),
-            settings=self.servers[0].settings,
+            settings=next(iter(self._written.values())).settings,
             data_fingerprint=self._job.dataset.fingerprint,
             names=layout.names,
             shapes=layout.shapes,
@@ -154,5 +181,6 @@ class Recorded(InProcess):
             journal={name: checksum for part in parts for name, checksum in part.journal.items()},
         )
         checkpoints.commit(manifest)
+        self._newest = manifest.name
         deleted = checkpoints.prune(self._spec.checkpoint.keep)
         self._run_directory.event("checkpoint", name=manifest.name, updates=commit.updates, deleted=deleted)

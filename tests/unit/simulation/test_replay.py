@@ -155,6 +155,64 @@ def test_a_checkpoint_that_could_not_be_written_leaves_no_gap(run: RunDirectory)
     assert_agrees(run, updates=2 * 30)
 
 
+# A server lost on the way, alone
+
+
+LOST = [1.8, 3.0]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"optimizer": {"lr": 0.1, "momentum": 0.9}},
+        {"optimizer": {"name": "adam", "lr": 0.01}},
+        {"consistency": {"mode": "bsp"}},
+        {"consistency": {"mode": "ringleader"}},
+        {"consistency": {"mode": "local", "h": 3, "lr": 0.05, "synchronous": False}, "optimizer": {"lr": 1.0}},
+        {"correction": {"name": "dana", "momentum": 0.9}, "optimizer": PLAIN},
+        {"correction": {"name": "gap_aware"}},
+        {"scaling": {"workers": 3, "pipeline": 2}},
+        {"scaling": {"workers": {"min": 2, "max": 3}}, "correction": {"name": "delay_adaptive"}},
+    ],
+    ids=lambda sections: "-".join(str(value) for value in next(iter(sections.values())).values()),
+)
+def test_a_lost_server_is_replayed_from_what_it_was_restored_from(run: RunDirectory, sections: dict[str, Any]) -> None:
+    spec = digits(**{"checkpoint": {"every_s": None, "every_updates": 4}} | sections)
+    ended = record(run, spec, losses=2, events=[(1.5, Change(digits(**sections).settings))])
+    assert ended.coordinator.incidents.failures["server_lost"] == 2
+    origins = [line["checkpoint"] for line in run.read_lines("events.jsonl") if line["event"] == "server_started"]
+    assert [origin[-2:] for origin in origins] == ["-1", "-2"]
+    pushes = sum(ended.servers[0].report().pushes.values())
+    assert_agrees(run, incarnations=3, updates=ended.servers[0].version.updates, pushes=pushes)
+
+
+def test_a_server_lost_before_the_first_checkpoint_began_anew(run: RunDirectory) -> None:
+    cluster = Recorded(run, OpenJob.open(digits(checkpoint={"every_s": None})), None)
+    cluster.after(2.0, cluster.kill_server, 0)
+    cluster.run()
+    assert_agrees(run, incarnations=1, updates=2 * 30)
+
+
+def test_a_server_that_was_lost_after_the_run_was_resumed(run: RunDirectory) -> None:
+    record(run, digits(run={"epochs": 1}))
+    record(run, digits(), losses=1)
+    assert_agrees(run, incarnations=3, updates=2 * 30)
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"scaling": {"workers": 3, "servers": 2}}, "lost server 0 of 2, which incarnation 2 replaced: the others"),
+        ({"compression": {"name": "int8"}}, "with compression int8 and lost its server, and with it the record of"),
+    ],
+    ids=["others live", "compression"],
+)
+def test_what_was_lost_with_a_server_cannot_be_replayed(run: RunDirectory, sections: Any, why: str) -> None:
+    record(run, digits(**sections), losses=1)
+    with pytest.raises(JournalError, match=why):
+        replay(run)
+
+
 # Several servers, each with an order of its own
 
 
