@@ -225,8 +225,9 @@ class _Observer:
 
     def _watch_saving(self, saving: Saving) -> None:
         """Tell once that checkpoints cannot be written, until one can."""
-        if saving.fault and not self._unsaved and not saving.last:
-            _caution(f"a checkpoint could not be written: {saving.fault}. Training goes on; {saving.told}")
+        if saving.fault and not self._unsaved:
+            further = "It is tried again" if saving.last else "Training goes on"
+            _caution(f"a checkpoint could not be written: {saving.fault}. {further}; {saving.told}")
         self._unsaved = saving.fault is not None
 
     def write(self, coordinator: Coordinator) -> None:

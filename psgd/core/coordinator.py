@@ -133,7 +133,7 @@ class Coordinator:
 
     def next_deadline(self) -> float | None:
         """When the host must send a `Tick`, if nothing happens before; None: never."""
-        deadlines = [self._end_deadline, self._look_at]
+        deadlines = [self._end_deadline, self._look_at, self.saving.retry_at]
         if self.phase == "training" and self.servers.ready:  # while one is restored, its report is waited for
             deadlines += [self._limits.deadline(self.began), self.saving.deadline(self.updates)]
         return None if (soonest := min(deadlines)) == float("inf") else soonest
@@ -325,7 +325,7 @@ class Coordinator:
             self._actions.append(commit)
         if isinstance(event, SaveFailed):
             self.incidents.count("save_failed")
-            if self.saving.last:
+            if self.saving.last and (self._end_status == "interrupted" or not self.saving.pauses(now)):
                 self._finish_unsaved(event.cause)
 
     def _finish_unsaved(self, cause: str) -> None:
@@ -478,7 +478,8 @@ class Coordinator:
         if not self.ledger.settled or self.saving.busy or (self.reports and not self.servers.ready):
             return
         if self.reports and (self.saving.lacks(self.updates) or self.saving.saved_epochs < self.epochs):
-            self._actions.append(self.saving.begin(self.updates, last=True))
+            if self._end_status == "interrupted" or not self.saving.pauses(now):
+                self._actions.append(self.saving.begin(self.updates, last=True))
             return
         if self._end_status == "interrupted":
             self._finish = Finish(self._end_status)

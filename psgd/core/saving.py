@@ -7,6 +7,8 @@ from psgd.spec import CheckpointConfig
 
 __all__ = ["Saving"]
 
+PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # before the run's last checkpoint is tried again
+
 
 class Saving:
     """At most one checkpoint at a time.
@@ -36,6 +38,8 @@ class Saving:
         self.saved_epochs = saved_epochs  # an epoch may be completed by what is done without, and no update
         self.fault: str | None = None  # why the newest one could not be written
         self.last = False  # whether the newest is the one the run ends with
+        self.retry_at = float("inf")  # when the last one is tried again; infinite: never
+        self._failed = 0  # how often the last one could not be written
         self.closed_at = 0.0  # when the last one ended, or training began
 
     @property
@@ -61,9 +65,13 @@ class Saving:
         return self.closed_at + self._config.every_s
 
     def begin(self, updates: int, last: bool = False) -> Save:
-        self._parts, self.last = {}, last
+        self._parts, self.last, self.retry_at = {}, last, float("inf")
         self._begun_updates = updates
         return Save(self._number)
+
+    def pauses(self, now: float) -> bool:
+        """Whether the last one failed, and it is too early to try again."""
+        return now < self.retry_at < float("inf")
 
     def concerns(self, event: Saved | SaveFailed | Committed) -> bool:
         """Whether it is about the checkpoint under way."""
@@ -79,13 +87,16 @@ class Saving:
                 if len(self._parts) == self._partitions:
                     return Commit(self._number, self._updates(), min(part.epochs for part in self._parts.values()))
             case Committed():
-                self.fault = None
+                self.fault, self._failed = None, 0
                 self.saved_updates = self._updates()
                 self.saved_epochs = min(part.epochs for part in self._parts.values())
                 self._close(now)
             case SaveFailed():
                 self.fault = event.cause
                 self._close(now)
+                if self.last and self._failed < len(PAUSES_S):
+                    self.retry_at = now + PAUSES_S[self._failed]
+                    self._failed += 1
         return None
 
     @property
@@ -96,7 +107,8 @@ class Saving:
         return f"saved is what was done up to {self.saved_updates} updates and {self.saved_epochs} complete epochs"
 
     def abandon(self, now: float) -> None:
-        """A server is gone, and with it its part of the checkpoint under way."""
+        """A server is gone, and with it its part of the checkpoint under way, or what was to be tried again."""
+        self.retry_at = float("inf")
         if self.busy:
             self._begun_updates = self.saved_updates or 0
             self._close(now)

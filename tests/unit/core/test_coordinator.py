@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from psgd.core.coordinator import INTERRUPT_S, Coordinator
 from psgd.core.events import (
+    Action,
     AskReport,
     Cancel,
     Change,
@@ -36,6 +37,7 @@ from psgd.core.events import (
 )
 from psgd.core.partitions import Partition
 from psgd.core.roster import EVALUATION_FACTOR, LEAST_PATIENCE_S
+from psgd.core.saving import PAUSES_S
 from psgd.core.server import ParameterServer
 from psgd.result import LedgerCounts
 from psgd.simulation.problem import Timing
@@ -755,20 +757,61 @@ def test_waiting_for_something_new_to_save_wakes_nobody() -> None:
     assert len(events) < 20 * host.now
 
 
-def test_a_failed_checkpoint_does_not_end_the_run_but_the_last_one_does() -> None:
-    every = {"every_s": None, "every_updates": 20}
-    middle = run(checkpoint=every, failing_saves={0, 2})
-    assert middle.finish == Finish("finished")
-    assert [checkpoint.number for checkpoint in middle.checkpoints] == [1, 3]
-    end = run(checkpoint={"every_s": None}, failing_saves={0})
-    assert end.finish
-    assert end.finish.status == "unsaved"
-    assert "the disk is full" in str(end.finish.error)
+def test_a_failed_checkpoint_does_not_end_the_run() -> None:
+    host = run(checkpoint={"every_s": None, "every_updates": 20}, failing_saves={0, 2})
+    assert host.finish == Finish("finished")
+    assert [checkpoint.number for checkpoint in host.checkpoints] == [1, 3]
+
+
+@pytest.mark.parametrize("failures", [1, len(PAUSES_S), len(PAUSES_S) + 1])
+def test_the_last_checkpoint_is_tried_again_after_longer_and_longer_pauses(failures: int) -> None:
+    host = run(checkpoint={"every_s": None}, failing_saves=range(failures))
+    assert host.finish
+    times = [at for at, _ in host.did(Save)]
+    assert len(times) == min(failures, len(PAUSES_S)) + 1
+    assert np.allclose(np.diff(times), PAUSES_S[: len(times) - 1], atol=0.01)
+    if failures <= len(PAUSES_S):
+        assert host.finish == Finish("finished")
+        assert host.checkpoints[0].updates == SIZE
+    else:
+        assert host.finish.status == "unsaved"
+        assert "the disk is full" in str(host.finish.error)
+
+
+def test_an_interrupted_run_tries_its_last_checkpoint_once_and_does_not_wait() -> None:
+    host = run(checkpoint={"every_s": None}, failing_saves=range(9), events=[(2.0, Stop("interrupted"))])
+    assert host.finish
+    assert (host.finish.status, len(host.did(Save))) == ("unsaved", 1)
+
+
+def test_an_interrupt_ends_the_pause_before_the_last_checkpoint_is_tried_again() -> None:
+    ends = run(checkpoint={"every_s": None}).now
+    host = run(checkpoint={"every_s": None}, failing_saves={0}, events=[(ends + 0.5, Stop("interrupted"))])
+    assert host.finish == Finish("interrupted")
+    first, second = (at for at, _ in host.did(Save))
+    assert second - first < PAUSES_S[0]
+    assert len(host.checkpoints) == 1
+
+
+def test_a_server_lost_in_the_pause_is_restored_and_the_last_checkpoint_written() -> None:
+    ends = run(checkpoint={"every_s": None}).now
+
+    class Loses(InProcess):
+        def act(self, action: Action) -> None:
+            super().act(action)
+            if isinstance(action, Save) and action.checkpoint == 0:
+                self.after(0.5, self.kill_server, 0)
+
+    spec = job(workers=2, checkpoint={"every_s": None})
+    host = Loses(spec, GRID, START, quadratic, failing_saves={0}).run()
+    assert host.finish == Finish("finished")
+    assert host.checkpoints[-1].updates == SIZE
+    assert host.now > ends + 1
 
 
 def test_a_full_disk_is_not_hammered() -> None:
     host = run(checkpoint={"every_s": None, "every_updates": 20}, failing_saves=range(1000))
-    assert len(host.did(Save)) <= 1 + SIZE / 20
+    assert len(host.did(Save)) <= SIZE / 20 + 1 + len(PAUSES_S)
 
 
 # Evaluations
