@@ -22,11 +22,11 @@ from psgd.cluster.supervisor import Inputs, Supervisor
 from psgd.core.coordinator import Coordinator
 from psgd.core.events import Finish, Stop
 from psgd.core.partitions import Partition, split
-from psgd.core.saving import Saving
 from psgd.errors import CheckpointError, OwnershipError, RunExistsError, RunFailedError, StorageError
 from psgd.job import OpenJob
 from psgd.jobfile import parse_spec
 from psgd.monitoring.metrics import run_metrics
+from psgd.monitoring.observer import Observer
 from psgd.monitoring.progress import Display
 from psgd.monitoring.rundir import RunDirectory
 from psgd.result import Result
@@ -35,7 +35,6 @@ from psgd.storage import Storage
 
 __all__ = ["run_job", "train"]
 
-METRICS_S = 1.0  # between two lines of metrics.jsonl
 _ENDED = {"failed": "failed", "unsaved": "is not saved"}
 
 
@@ -195,7 +194,7 @@ def _train(
     """How it ended, and the newest checkpoint it committed or went on from."""
     console = Console(stderr=True, quiet=not progress)
     with Display(job.spec, job.shards.grid.num_batches, console) as display:
-        observer = _Observer(run, display)
+        observer = Observer(run, display, _caution, time.monotonic())
         supervisor = Supervisor(coordinator, inputs, run, observer)
         try:
             with _signals(supervisor):
@@ -205,35 +204,6 @@ def _train(
         if run.is_ours:
             observer.write(coordinator)
     return finish, supervisor.committed[-1] if supervisor.committed else None
-
-
-class _Observer:
-    """Writes metrics and moves the display as the run goes on."""
-
-    def __init__(self, run: RunDirectory, display: Display) -> None:
-        self._run = run
-        self._display = display
-        self._written_at = time.monotonic()
-        self._unsaved = False  # whether it was told that the newest checkpoint could not be written
-
-    def __call__(self, coordinator: Coordinator, now: float) -> None:
-        self._display.show(coordinator, now)
-        self._watch_saving(coordinator.saving)
-        if now - self._written_at >= METRICS_S and coordinator.reports:
-            self._written_at = now
-            self.write(coordinator)
-
-    def _watch_saving(self, saving: Saving) -> None:
-        """Tell once that checkpoints cannot be written, until one can."""
-        if saving.fault and not self._unsaved:
-            further = "It is tried again" if saving.last else "Training goes on"
-            _caution(f"a checkpoint could not be written: {saving.fault}. {further}; {saving.told}")
-        self._unsaved = saving.fault is not None
-
-    def write(self, coordinator: Coordinator) -> None:
-        """One line of metrics."""
-        position = {"epochs": coordinator.epochs, "updates": coordinator.updates, "workers": len(coordinator.roster.up)}
-        self._run.metrics(position | run_metrics(coordinator))
 
 
 def _result(run: RunDirectory, coordinator: Coordinator, finish: Finish, checkpoint: str | None) -> Result:

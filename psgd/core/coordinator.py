@@ -325,7 +325,7 @@ class Coordinator:
             self._actions.append(commit)
         if isinstance(event, SaveFailed):
             self.incidents.count("save_failed")
-            if self.saving.last and (self._end_status == "interrupted" or not self.saving.pauses(now)):
+            if self.saving.last and not self.saving.pauses(now):
                 self._finish_unsaved(event.cause)
 
     def _finish_unsaved(self, cause: str) -> None:
@@ -463,6 +463,8 @@ class Coordinator:
         """Lease no more; batches in hand are finished. A signal after a limit only adds haste."""
         limit = INTERRUPT_S if status == "interrupted" else self._spec.failure.timeout_s
         self._end_deadline = min(self._end_deadline, now + limit)
+        if status == "interrupted":
+            self.saving.hurry()
         if self.phase != "ending" or status == "interrupted":
             self._end_status = status
         if self.phase != "ending":
@@ -478,7 +480,7 @@ class Coordinator:
         if not self.ledger.settled or self.saving.busy or (self.reports and not self.servers.ready):
             return
         if self.reports and (self.saving.lacks(self.updates) or self.saving.saved_epochs < self.epochs):
-            if self._end_status == "interrupted" or not self.saving.pauses(now):
+            if not self.saving.pauses(now):
                 self._actions.append(self.saving.begin(self.updates, last=True))
             return
         if self._end_status == "interrupted":

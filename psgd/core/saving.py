@@ -39,7 +39,7 @@ class Saving:
         self.fault: str | None = None  # why the newest one could not be written
         self.last = False  # whether the newest is the one the run ends with
         self.retry_at = float("inf")  # when the last one is tried again; infinite: never
-        self._failed = 0  # how often the last one could not be written
+        self._pauses_s = list(PAUSES_S)  # still to come
         self.closed_at = 0.0  # when the last one ended, or training began
 
     @property
@@ -73,6 +73,10 @@ class Saving:
         """Whether the last one failed, and it is too early to try again."""
         return now < self.retry_at < float("inf")
 
+    def hurry(self) -> None:
+        """Pause no more: the last one is tried at once, and once."""
+        self._pauses_s, self.retry_at = [], float("inf")
+
     def concerns(self, event: Saved | SaveFailed | Committed) -> bool:
         """Whether it is about the checkpoint under way."""
         return self._parts is not None and event.checkpoint == self._number
@@ -87,16 +91,15 @@ class Saving:
                 if len(self._parts) == self._partitions:
                     return Commit(self._number, self._updates(), min(part.epochs for part in self._parts.values()))
             case Committed():
-                self.fault, self._failed = None, 0
+                self.fault = None
                 self.saved_updates = self._updates()
                 self.saved_epochs = min(part.epochs for part in self._parts.values())
                 self._close(now)
             case SaveFailed():
                 self.fault = event.cause
                 self._close(now)
-                if self.last and self._failed < len(PAUSES_S):
-                    self.retry_at = now + PAUSES_S[self._failed]
-                    self._failed += 1
+                if self.last and self._pauses_s:
+                    self.retry_at = now + self._pauses_s.pop(0)
         return None
 
     @property

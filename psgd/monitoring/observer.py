@@ -1,0 +1,53 @@
+"""The observer: what is told while a run goes on, to people and to `metrics.jsonl`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from psgd.core.coordinator import Coordinator
+from psgd.core.saving import Saving
+from psgd.monitoring.metrics import run_metrics
+from psgd.monitoring.progress import Display
+from psgd.monitoring.rundir import RunDirectory
+
+__all__ = ["Observer"]
+
+METRICS_S = 1.0  # between two lines of metrics.jsonl
+
+
+class Observer:
+    """Writes metrics, moves the display and warns of checkpoints that cannot be written.
+
+    Args:
+        run: where metrics go.
+        display: of the run.
+        caution: tells people.
+        now: seconds.
+    """
+
+    def __init__(self, run: RunDirectory, display: Display, caution: Callable[[str], None], now: float) -> None:
+        self._run = run
+        self._display = display
+        self._caution = caution
+        self._written_at = now
+        self._unsaved = False  # whether it was told that the newest checkpoint could not be written
+
+    def __call__(self, coordinator: Coordinator, now: float) -> None:
+        self._display.show(coordinator, now)
+        self._watch_saving(coordinator.saving)
+        if now - self._written_at >= METRICS_S and coordinator.reports:
+            self._written_at = now
+            self.write(coordinator)
+
+    def _watch_saving(self, saving: Saving) -> None:
+        """Tell once that checkpoints cannot be written, until one can."""
+        goes_on = not saving.last or saving.retry_at < float("inf")  # else the result tells
+        if saving.fault and goes_on and not self._unsaved:
+            further = "It is tried again" if saving.last else "Training goes on"
+            self._caution(f"a checkpoint could not be written: {saving.fault}. {further}; {saving.told}")
+        self._unsaved = saving.fault is not None
+
+    def write(self, coordinator: Coordinator) -> None:
+        """One line of metrics."""
+        position = {"epochs": coordinator.epochs, "updates": coordinator.updates, "workers": len(coordinator.roster.up)}
+        self._run.metrics(position | run_metrics(coordinator))

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from psgd.core.events import Action, Stop
+from psgd.core.saving import PAUSES_S
+from psgd.monitoring.observer import METRICS_S, Observer
+from psgd.monitoring.progress import Display
+from psgd.monitoring.rundir import RunDirectory
+from psgd.storage import Storage
+from psgd_workers.messages import EpochGrid
+from tests.inprocess import InProcess
+from tests.unit.core.jobs import START, job, quadratic
+
+GRID = EpochGrid((60,), 60)
+EVERY = {"every_s": None, "every_updates": 20}
+
+
+class Observed(InProcess):
+    """A run of one worker, observed after everything the coordinator wants."""
+
+    def __init__(self, folder: Path, checkpoint: dict[str, Any], **options: Any) -> None:
+        spec = job(run={"epochs": 1}, checkpoint=checkpoint)
+        self.told: list[str] = []
+        self.directory = RunDirectory(Storage(str(folder)))
+        display = Display(spec, GRID.num_batches, Console(quiet=True))
+        self.observer = Observer(self.directory, display, self.told.append, 0.0)
+        super().__init__(spec, GRID, START, quadratic, **options)
+
+    def act(self, action: Action) -> None:
+        super().act(action)
+        self.observer(self.coordinator, self.now)
+
+
+@pytest.mark.parametrize(
+    ("failing", "told"),
+    [
+        ([], []),
+        ([0], ["Training goes on; nothing is saved"]),
+        ([0, 1], ["Training goes on; nothing is saved"]),
+        ([1], ["Training goes on; saved is what was done up to 20 updates and 0 complete epochs"]),
+    ],
+)
+def test_people_are_told_once_that_checkpoints_fail_until_one_does_not(
+    tmp_path: Path, failing: list[int], told: list[str]
+) -> None:
+    run = Observed(tmp_path, EVERY, failing_saves=failing).run()
+    assert run.finish is not None
+    assert run.finish.status == "finished"
+    assert run.told == [f"a checkpoint could not be written: the disk is full. {rest}" for rest in told]
+
+
+def test_they_are_told_that_the_last_one_is_tried_again(tmp_path: Path) -> None:
+    run = Observed(tmp_path, {"every_s": None}, failing_saves=range(len(PAUSES_S) + 1)).run()
+    assert run.finish is not None
+    assert run.finish.status == "unsaved"
+    assert run.told == ["a checkpoint could not be written: the disk is full. It is tried again; nothing is saved"]
+
+
+def test_what_the_result_says_is_not_told_before(tmp_path: Path) -> None:
+    run = Observed(tmp_path, {"every_s": None}, failing_saves=[0], events=[(2.0, Stop("interrupted"))]).run()
+    assert run.finish is not None
+    assert run.finish.status == "unsaved"
+    assert run.told == []
+
+
+def test_metrics_are_a_line_a_second(tmp_path: Path) -> None:
+    run = Observed(tmp_path, EVERY, compute_s=lambda worker, batch: 0.1).run()
+    lines = [json.loads(line) for line in run.directory.storage.read("metrics.jsonl").splitlines()]
+    assert run.now / METRICS_S - 2 <= len(lines) <= run.now / METRICS_S
+    assert [line["updates"] for line in lines] == sorted(line["updates"] for line in lines)
+    assert lines[-1].keys() > {"epochs", "updates", "workers", "train/loss", "perf/updates_per_s"}
