@@ -39,7 +39,7 @@ integration: .venv/dev.stamp ## tests on a real, local Ray cluster; as root, on 
 
 chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, kills at random on real Ray and of hosts, hosts cut off; about 40 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --hypothesis-profile default tests/unit/core
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --hypothesis-profile anew tests/unit/core
 	$(BIN)/pytest -m chaos tests/integration tests/cluster
 
 bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published experiments; into bench/; about an hour

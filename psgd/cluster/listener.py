@@ -29,6 +29,7 @@ from psgd_workers.streams import shut
 __all__ = ["Listener"]
 
 HANDSHAKE_S = 5.0
+JOIN_S = 5.0  # for a thread to end that was hung up on
 HANDSHAKES = 64  # at a time; more wait in the kernel's queue
 MAX_SLOTS = 8  # of one worker: a pipeline's depth and one
 BACKLOG = 1024
@@ -141,7 +142,7 @@ class Listener:
                 self._crowd = None
             threads = list(self._threads)
         for thread in threads:
-            thread.join(HANDSHAKE_S)
+            thread.join(JOIN_S)
         for listening in self._sockets:
             listening.close()
 

@@ -15,6 +15,7 @@ import psgd
 from psgd.result import LedgerCounts
 from tests.cluster.nodes import Nodes
 from tests.integration.commands import CommandLine
+from tests.integration.digits import stop
 
 __all__ = ["SERVER", "WORKER", "WORKERS", "training"]
 
@@ -26,7 +27,7 @@ RUN_S = 180.0
 
 @contextmanager
 def training(nodes: Nodes, spec: psgd.JobSpec, limit_s: float = RUN_S) -> Iterator[Future[psgd.Result]]:
-    """A run under way, driven from the head."""
+    """A run under way, driven from the head, which ends with the block at the latest."""
     folder = Path(spec.run.storage)
     file = folder / "job.yaml"
     file.write_text(yaml.safe_dump(spec.model_dump(mode="json", exclude_unset=True)))
@@ -39,4 +40,9 @@ def training(nodes: Nodes, spec: psgd.JobSpec, limit_s: float = RUN_S) -> Iterat
         return psgd.Result(**told | {"ledger": LedgerCounts(**told["ledger"])})
 
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(train)
+        under_way = pool.submit(train)
+        try:
+            yield under_way
+        finally:
+            if not under_way.done():
+                stop(folder / (spec.name or "run"))

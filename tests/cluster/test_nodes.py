@@ -14,7 +14,7 @@ from tests.cluster.driving import SERVER, WORKER, WORKERS, training
 from tests.cluster.network import Host
 from tests.cluster.nodes import Nodes
 from tests.integration.commands import LIMIT_S, eventually, recorded
-from tests.integration.digits import assert_exactly_once, job
+from tests.integration.digits import ENDLESS, assert_exactly_once, assert_stopped_exactly, job, stop_later
 
 # Three nodes take half a minute to start where other tests run beside them.
 pytestmark = pytest.mark.timeout(240)
@@ -45,12 +45,13 @@ def committed_after(run: Path, event: str) -> list[int]:
 @pytest.mark.chaos
 def test_undisturbed_workers_reach_a_server_on_another_host_by_tcp(nodes: Nodes, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with training(nodes, slow_job(tmp_path, 12)) as result:
+    with training(nodes, slow_job(tmp_path, ENDLESS)) as result:
         under_way(nodes, run)
         (serving,) = where(nodes, SERVER)
         local = serving.processes(WORKER)
+        stop_later(run)
         ended = result.result()
-    assert_exactly_once(ended, 12)
+    assert_stopped_exactly(ended)
     assert ended.failures == {}
     lanes = {int(up["process"].rpartition(":")[2]): up["lanes"] for up in recorded(run, "worker_up")}
     assert {process for process, lane in lanes.items() if lane == ["shm"]} == set(local)
@@ -60,22 +61,26 @@ def test_undisturbed_workers_reach_a_server_on_another_host_by_tcp(nodes: Nodes,
 @pytest.mark.chaos
 def test_a_workers_host_that_is_lost_costs_no_batch(nodes: Nodes, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with training(nodes, slow_job(tmp_path, 45)) as result:
+    with training(nodes, slow_job(tmp_path, ENDLESS)) as result:
         under_way(nodes, run)
         next(host for host in nodes.hosts[1:] if not host.processes(SERVER)).kill()
+        eventually(lambda: any(recorded(run, lost) for lost in ("worker_lost", "worker_stopped")), LIMIT_S)
+        stop_later(run)
         ended = result.result()
-    assert_exactly_once(ended, 45)
+    assert_stopped_exactly(ended)
     assert sum(ended.failures.values()) == 1
 
 
 def test_a_servers_host_that_is_lost_is_made_good_on_another(nodes: Nodes, tmp_path: Path) -> None:
     """Two servers are spread, so that one at least is not on the head; its host's worker is lost along with it."""
     run = tmp_path / "run"
-    with training(nodes, slow_job(tmp_path, 20, servers=2)) as result:
+    with training(nodes, slow_job(tmp_path, ENDLESS, servers=2)) as result:
         under_way(nodes, run)
         next(host for host in nodes.hosts[1:] if host.processes(SERVER)).kill()
+        eventually(lambda: recorded(run, "server_restored") and recorded(run, "worker_lost"), LIMIT_S)
+        stop_later(run)
         ended = result.result()
-    assert_exactly_once(ended, 20)
+    assert_stopped_exactly(ended)
     lost = len(recorded(run, "server_lost"))
     assert lost in (1, 2)
     assert ended.failures == {"server_lost": lost, "worker_lost": 1}  # nobody is given up who only waited for a server
@@ -85,14 +90,15 @@ def test_a_servers_host_that_is_lost_is_made_good_on_another(nodes: Nodes, tmp_p
 @pytest.mark.chaos
 def test_a_cable_that_is_cut_for_five_seconds_is_waited_for(nodes: Nodes, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with training(nodes, slow_job(tmp_path, 20, servers=2)) as result:
+    with training(nodes, slow_job(tmp_path, ENDLESS, servers=2)) as result:
         under_way(nodes, run)
         cut = next(host for host in nodes.hosts[1:] if host.processes(SERVER))
         cut.cut()
         Event().wait(5.0)
         cut.heal()
+        stop_later(run)
         ended = result.result()
-    assert_exactly_once(ended, 20)
+    assert_stopped_exactly(ended)
     assert "server_lost" not in ended.failures
 
 
@@ -115,7 +121,7 @@ def test_who_is_cut_off_for_a_minute_is_replaced_and_changes_nothing(nodes: Node
     """On the wrong side a server goes on for a while, with a worker of its own; or a worker comes back with a push."""
     run, servers = tmp_path / "run", 2 if side == "server" else 1
     model = {"kind": "python", "path": "tests.integration.faulty:slow", "kwargs": {"seconds": 0.03}}
-    with training(nodes, slow_job(tmp_path, 130, servers, model=model), limit_s=250.0) as result:
+    with training(nodes, slow_job(tmp_path, ENDLESS, servers, model=model), limit_s=250.0) as result:
         under_way(nodes, run)
         cut = next(host for host in nodes.hosts[1:] if bool(host.processes(SERVER)) == (side == "server"))
         cut.cut()
@@ -124,8 +130,9 @@ def test_who_is_cut_off_for_a_minute_is_replaced_and_changes_nothing(nodes: Node
         eventually(lambda: not cut.processes(SERVER) and not cut.processes(WORKER), LIMIT_S)
         nodes.mend()
         eventually(lambda: len(recorded(run, "worker_up")) > len(nodes.hosts), LIMIT_S)
+        stop_later(run)
         ended = result.result()
-    assert_exactly_once(ended, 130)
+    assert_stopped_exactly(ended)
     lost = len(recorded(run, "server_lost"))
     assert lost in ((1, 2) if side == "server" else (0,))
     if lost:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from psgd.errors import RunFailedError
 from psgd.monitoring.rundir import RunDirectory
 from psgd.storage import Storage
 from tests.integration.commands import LIMIT_S, eventually, recorded
-from tests.integration.digits import BATCHES, assert_exactly_once, job
+from tests.integration.digits import BATCHES, ENDLESS, assert_stopped_exactly, job, stop_later, training
 from tests.integration.killer import processes
 
 SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
@@ -28,13 +25,6 @@ def nobody_else(local_ray: Path) -> None:
     eventually(lambda: not processes(SERVER, str(local_ray)) and not processes(WORKER, str(local_ray)))
 
 
-@contextmanager
-def training(spec: psgd.JobSpec) -> Iterator[Future[psgd.Result]]:
-    """A run under way."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(psgd.train, spec, progress=False)
-
-
 def kill(prefix: str, home: Path) -> None:
     os.kill(processes(prefix, str(home))[0], signal.SIGKILL)
 
@@ -42,11 +32,13 @@ def kill(prefix: str, home: Path) -> None:
 @pytest.mark.parametrize("servers", [1, 2])
 def test_a_server_that_dies_is_restored_and_the_run_goes_on(tmp_path: Path, local_ray: Path, servers: int) -> None:
     run = tmp_path / "run"
-    with training(job(tmp_path, 16, scaling={"workers": 2, "servers": servers})) as under_way:
+    with training(job(tmp_path, ENDLESS, scaling={"workers": 2, "servers": servers})) as under_way:
         eventually(lambda: recorded(run, "checkpoint"))
         kill(SERVER, local_ray)
+        eventually(lambda: recorded(run, "server_restored"))
+        stop_later(run)
         result = under_way.result(LIMIT_S)
-    assert_exactly_once(result, 16)
+    assert_stopped_exactly(result)
     assert result.failures == {"server_lost": 1}
     (restored,) = recorded(run, "server_restored")
     assert restored["batches_lost"] >= 0
@@ -55,11 +47,13 @@ def test_a_server_that_dies_is_restored_and_the_run_goes_on(tmp_path: Path, loca
 
 def test_a_server_that_dies_before_the_first_checkpoint_begins_again(tmp_path: Path, local_ray: Path) -> None:
     run = tmp_path / "run"
-    with training(job(tmp_path, 8, checkpoint={"every_s": None})) as under_way:
+    with training(job(tmp_path, ENDLESS, checkpoint={"every_s": None})) as under_way:
         eventually(lambda: recorded(run, "worker_up"))
         kill(SERVER, local_ray)
+        eventually(lambda: len(recorded(run, "server_started")) == 2)
+        stop_later(run)
         result = under_way.result(LIMIT_S)
-    assert_exactly_once(result, 8)
+    assert_stopped_exactly(result)
     assert recorded(run, "server_started")[-1]["checkpoint"] is None
 
 
@@ -77,7 +71,7 @@ def test_a_batch_that_kills_its_workers_is_named_or_done_without(tmp_path: Path)
 def test_a_running_job_is_scaled_up_and_down(tmp_path: Path) -> None:
     run = tmp_path / "run"
     directory = RunDirectory(Storage(str(run)))
-    with training(job(tmp_path, 40)) as under_way:
+    with training(job(tmp_path, ENDLESS)) as under_way:
         eventually(lambda: len(recorded(run, "worker_up")) == 2)
         directory.command("scale", ["3"])
         eventually(lambda: len(recorded(run, "worker_up")) == 3)
@@ -85,8 +79,10 @@ def test_a_running_job_is_scaled_up_and_down(tmp_path: Path) -> None:
         eventually(lambda: len(recorded(run, "worker_stopped")) == 2)
         directory.command("scale", ["none"])
         eventually(lambda: len(recorded(run, "command")) == 3)
+        stop_later(run)
         result = under_way.result(LIMIT_S)
-    assert_exactly_once(result, 40)
+    assert_stopped_exactly(result)
     assert result.failures == {}
-    assert (result.ledger.duplicates, result.goodput) == (0, 1.0)
-    assert [command["accepted"] for command in recorded(run, "command")] == [True, True, False]
+    # Who leaves ends its batch first; computed twice is what an idle worker was given of a slow one's lease as well.
+    assert result.ledger.duplicates <= sum(event["batches"] for event in recorded(run, "taken_over"))
+    assert [command["accepted"] for command in recorded(run, "command")] == [True, True, False, True]

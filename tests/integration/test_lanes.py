@@ -6,7 +6,6 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -14,14 +13,14 @@ import pytest
 import psgd
 from psgd.errors import RunFailedError
 from tests.integration.commands import LIMIT_S, eventually, recorded
-from tests.integration.digits import DATA
+from tests.integration.digits import DATA, ENDLESS, stop_later, training
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 BATCHES, EXAMPLES, EPOCHS = 45, 1438, 4
 
 
-def job(tmp_path: Path, **scaling: Any) -> psgd.JobSpec:
+def job(tmp_path: Path, epochs: int = EPOCHS, **scaling: Any) -> psgd.JobSpec:
     return psgd.JobSpec.model_validate(
         {
             "name": "run",
@@ -29,7 +28,7 @@ def job(tmp_path: Path, **scaling: Any) -> psgd.JobSpec:
             "data": DATA,
             "optimizer": {"lr": 0.1, "momentum": 0.5},
             "scaling": {"workers": 2} | scaling,
-            "run": {"epochs": EPOCHS, "storage": str(tmp_path)},
+            "run": {"epochs": epochs, "storage": str(tmp_path)},
         }
     )
 
@@ -66,13 +65,15 @@ def trained(tmp_path: Path, **scaling: Any) -> list[str]:
     return list(lanes.pop())
 
 
-def test_auto_takes_shared_memory_on_one_node_and_leaves_none_behind(tmp_path: Path) -> None:
-    seen: set[str] = set()
-    run = Thread(target=lambda: seen.update(trained(tmp_path)))
-    run.start()
-    eventually(shared_memory)
-    run.join(LIMIT_S)
-    assert seen == {"shm"}
+def test_auto_takes_shared_memory_on_one_node(tmp_path: Path) -> None:
+    assert trained(tmp_path) == ["shm"]
+
+
+def test_shared_memory_is_gone_with_its_run(tmp_path: Path) -> None:
+    with training(job(tmp_path, epochs=ENDLESS)) as under_way:
+        eventually(shared_memory)
+        stop_later(tmp_path / "run")
+        assert under_way.result(LIMIT_S).status == "stopped"
     eventually(lambda: not shared_memory())  # Ray ends processes a moment after it was asked to
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import psgd
 from psgd.monitoring.rundir import RunDirectory
 from psgd.simulation.replay import Replay, replay
 from psgd.storage import Storage
+from tests.integration.commands import recorded
 from tests.integration.digits import DATA
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -27,7 +27,7 @@ def job(tmp_path: Path, **changes: Any) -> psgd.JobSpec:
         "data": DATA,
         "optimizer": {"lr": 0.1, "momentum": 0.5},
         "scaling": {"workers": 2},
-        "checkpoint": {"every_s": None, "every_updates": 40},
+        "checkpoint": {"every_s": None, "every_updates": 40, "keep": 1},
         "run": {"epochs": 6, "storage": str(tmp_path)},
     }
     return psgd.JobSpec.model_validate(tree | changes)
@@ -55,12 +55,14 @@ def test_an_asynchronous_run_comes_out_bit_for_bit(tmp_path: Path) -> None:
     ids=["bsp", "top_k", "dana"],
 )
 def test_a_resumed_run_comes_out_without_the_branch_it_gave_up(tmp_path: Path, sections: dict[str, Any]) -> None:
-    sections |= {"checkpoint": {"every_s": None, "every_updates": 20}}
-    half = {"epochs": 2, "storage": str(tmp_path)}
-    first = psgd.train(job(tmp_path, run=half, **sections), progress=False)
-    (Path(first.path) / "checkpoints" / str(first.checkpoint) / "server-0.safetensors").unlink()
-    second = psgd.train(job(tmp_path, **sections), resume=True, progress=False)
-    again = replayed(second)
-    assert (again.agrees, again.incarnations, again.updates) == (True, 2, second.updates), str(again)
-    lines = [json.loads(line) for line in (Path(second.path) / "events.jsonl").read_text().splitlines()]
-    assert [line["resumed"] for line in lines if line["event"] == "started"][1] < str(first.checkpoint)
+    sections |= {"checkpoint": {"every_s": None}}  # one, where a process of the run ends
+    first, second = (
+        psgd.train(job(tmp_path, run={"epochs": n, "storage": str(tmp_path)}, **sections), resume=n > 1, progress=False)
+        for n in (1, 2)
+    )
+    (Path(second.path) / "checkpoints" / str(second.checkpoint) / "server-0.safetensors").unlink()
+    third = psgd.train(job(tmp_path, **sections), resume=True, progress=False)
+    again = replayed(third)
+    assert (again.agrees, again.incarnations, again.updates) == (True, 2, third.updates), str(again)
+    resumed = [line["resumed"] for line in recorded(Path(third.path), "started")]
+    assert resumed == [None, first.checkpoint, first.checkpoint]

@@ -47,38 +47,67 @@ def test_a_save_that_failed_leaves_its_journal_to_the_next(tmp_path: Path) -> No
     assert segments == [[b"worker-0", b"worker-0"], [b"worker-1"]]
 
 
-def test_a_checkpoint_waits_for_the_one_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class SlowStorage:
+    """Parts of checkpoints are written once they may be."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.may = threading.Event()
+
+    def write_part(self, run: Storage, checkpoint: str, *arguments: Any) -> Part:
+        self.begun.append(checkpoint)
+        assert self.may.wait(10)
+        return write_part(run, checkpoint, *arguments)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> SlowStorage:
+    """What server actors write to."""
+    storage = SlowStorage()
+    monkeypatch.setattr("psgd.cluster.server_actor.write_part", storage.write_part)
+    return storage
+
+
+def only_server(tmp_path: Path, timeout_s: float) -> ServerActor:
     storage = Storage(str(tmp_path / "run"))
     owner = RunDirectory(storage).own()
     partition, layout = Partition(0, 0, len(START), len(START)), Layout.of({"weight": START})
-    made = job(failure={"timeout_s": 0.2})
-    facts = RunFacts(made, layout, GRID, (partition,), owner.driver, storage.url)
-    go_on, begun = threading.Event(), list[str]()
+    made = job(failure={"timeout_s": timeout_s})
+    return ServerActor(
+        RunFacts(made, layout, GRID, (partition,), owner.driver, storage.url), 0, owner.incarnation, START
+    )
 
-    def slow(run: Storage, checkpoint: str, *arguments: Any) -> Part:
-        begun.append(checkpoint)
-        assert go_on.wait(10)
-        return write_part(run, checkpoint, *arguments)
 
-    monkeypatch.setattr("psgd.cluster.server_actor.write_part", slow)
-
+def test_a_checkpoint_waits_for_the_one_that_is_being_written(tmp_path: Path, slow: SlowStorage) -> None:
     async def saves() -> None:
-        server = ServerActor(facts, 0, owner.incarnation, START)
+        server = only_server(tmp_path, timeout_s=10)
         first = asyncio.create_task(server.save("000001-1"))
         await asyncio.sleep(0)
         await server.join("worker-0")  # it is in no checkpoint yet
-        with pytest.raises(StorageError, match=r"still being written after 0\.2 s"):
-            await server.save("000002-1")
-        assert (await server.report(wait=False)).version.updates == 0  # it answers meanwhile
-        second = asyncio.create_task(server.save("000003-1"))
+        second = asyncio.create_task(server.save("000002-1"))
         await asyncio.sleep(0)
-        go_on.set()
+        assert (await server.report(wait=False)).version.updates == 0  # it answers meanwhile
+        slow.may.set()
         await asyncio.gather(first, second)
 
     asyncio.run(saves())
-    assert begun == ["000001-1", "000003-1"]
+    assert slow.begun == ["000001-1", "000002-1"]
     segments = [np.load(path)["worker"].tolist() for path in sorted((tmp_path / "run" / "journal").iterdir())]
     assert [worker for segment in segments for worker in segment] == [b"worker-0"]  # once
+
+
+def test_a_checkpoint_does_not_wait_for_ever(tmp_path: Path, slow: SlowStorage) -> None:
+    async def saves() -> None:
+        server = only_server(tmp_path, timeout_s=0.2)
+        first = asyncio.create_task(server.save("000001-1"))
+        await asyncio.sleep(0)
+        with pytest.raises(StorageError, match=r"still being written after 0\.2 s"):
+            await server.save("000002-1")
+        slow.may.set()
+        await first
+
+    asyncio.run(saves())
+    assert slow.begun == ["000001-1"]
 
 
 def test_a_server_is_restored_from_a_checkpoint_of_another_number_of_servers(tmp_path: Path) -> None:

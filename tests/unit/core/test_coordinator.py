@@ -87,7 +87,7 @@ def validate(weights: FloatArray) -> Evaluation:
 # Epochs
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(["async", "bsp"]), st.integers(1, 4), st.integers(0, 2**32))
 def test_every_batch_of_every_epoch_is_applied_exactly_once(mode: str, workers: int, seed: int) -> None:
     host = run(mode, workers, run={"epochs": 2}, compute_s=speeds(seed), evaluate=validate)
@@ -147,7 +147,7 @@ def test_round_r_of_bsp_consists_of_the_epochs_positions_from_r_times_n_on(worke
 # Limits
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(["async", "bsp"]), st.integers(1, 4), st.integers(1, 150), st.integers(0, 2**32))
 def test_max_updates_is_met_exactly(mode: str, workers: int, updates: int, seed: int) -> None:
     host = run(mode, workers, run={"max_updates": updates}, compute_s=speeds(seed))
@@ -155,7 +155,7 @@ def test_max_updates_is_met_exactly(mode: str, workers: int, updates: int, seed:
     assert host.servers[0].version.updates == updates == host.checkpoints[-1].updates
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from([kind for kind in FAULTS if kind != "late"]), st.integers(0, 5), st.integers(1, 60))
 def test_max_updates_of_async_is_met_exactly_whatever_dies(kind: FaultKind, pushes: int, updates: int) -> None:
     host = run(run={"max_updates": updates}, faults=[Fault("worker-0", pushes, kind)], failure={"timeout_s": 2.0})
@@ -194,7 +194,7 @@ def test_a_training_loss_target_needs_no_validation() -> None:
     assert len(losses) <= 5
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 5), st.integers(1, 60), st.integers(2, 4))
 def test_a_dead_workers_late_push_may_be_one_update_too_many(pushes: int, updates: int, workers: int) -> None:
     faults = [Fault("worker-0", pushes, "late")]
@@ -272,7 +272,7 @@ def test_a_push_that_arrives_after_its_batch_was_leased_again_is_a_duplicate() -
     assert host.coordinator.counts().duplicates == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["async", "bsp"]),
     st.integers(1, 4),
@@ -297,7 +297,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_dies(
     assert_exactly_once(host, 2)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 3), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), max_size=5))
 def test_a_batch_that_one_partition_lacks_is_pushed_to_both_and_counted_once_in_each(
     workers: int, faults: list[tuple[int, int]]
@@ -861,7 +861,7 @@ def halves(mode: str, workers: int, at: int, **options: Any) -> tuple[InProcess,
     return whole, first, run(mode, workers, resume=first.checkpoints[0], **spec)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, SIZE), st.integers(0, 2**32))
 def test_one_worker_resumed_ends_bit_for_bit_as_undisturbed(at: int, seed: int) -> None:
     whole, first, second = halves("async", 1, at, compute_s=speeds(seed))
@@ -871,7 +871,7 @@ def test_one_worker_resumed_ends_bit_for_bit_as_undisturbed(at: int, seed: int) 
     np.testing.assert_array_equal(first.weights, whole.weights)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 4), st.integers(1, 30), st.integers(0, 2**32))
 def test_bsp_of_constant_size_resumed_ends_bit_for_bit_as_undisturbed(workers: int, at: int, seed: int) -> None:
     whole, first, second = halves("bsp", workers, at, compute_s=speeds(seed))
@@ -879,7 +879,7 @@ def test_bsp_of_constant_size_resumed_ends_bit_for_bit_as_undisturbed(workers: i
     np.testing.assert_array_equal(second.weights, whole.weights)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from(["async", "bsp"]), st.integers(1, 100), st.integers(1, 4), st.sampled_from(FAULTS))
 def test_a_resumed_run_applies_what_was_missing(mode: str, at: int, workers: int, kind: FaultKind) -> None:
     spec: dict[str, Any] = {"run": {"epochs": 2}, "compute_s": speeds(at), "failure": {"timeout_s": 2.0}}

@@ -162,7 +162,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit(training: Training) -> None:
     np.testing.assert_array_equal(first.weights, second.weights)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(workers=st.integers(1, 6), seed=st.integers(0, 2**32))
 def test_staleness_is_conserved(workers: int, seed: int) -> None:
     """Σ staleness applied + Σ staleness in flight = (n - 1)·updates, at every instant at which all n compute."""
@@ -172,7 +172,7 @@ def test_staleness_is_conserved(workers: int, seed: int) -> None:
     assert all(late >= early for (early, _, _), (late, _, _) in pairwise(sums))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 4), st.integers(0, 2**32), st.integers(1, 3), st.integers(0, 2))
 def test_staleness_is_conserved_in_every_partition_and_with_batches_computed_ahead(
     workers: int, seed: int, servers: int, pipeline: int

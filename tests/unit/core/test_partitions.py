@@ -3,14 +3,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from psgd.core.partitions import Partition, split
 from psgd.errors import SpecError
 
 
-@settings(deadline=None)
 @given(st.data(), st.integers(1, 64))
 def test_slices_cover_the_weights_in_order_and_are_alike_in_size(data: st.DataObject, servers: int) -> None:
     size = data.draw(st.one_of(st.integers(servers, 20 * servers), st.integers(servers, 10**9)))

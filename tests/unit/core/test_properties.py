@@ -250,7 +250,7 @@ def assert_staleness(host: Recorded, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("name", MODES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_every_batch_counts_once_whatever_befalls_the_workers(name: str, data: st.DataObject) -> None:
     schedule = data.draw(rough())
@@ -286,7 +286,7 @@ def assert_exactly_once_everywhere(host: Recorded) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({*ON_SEVERAL, *AHEAD}))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_every_batch_counts_once_on_every_server_and_computed_ahead(name: str, data: st.DataObject) -> None:
     schedule = data.draw(rough())
@@ -299,7 +299,7 @@ def test_every_batch_counts_once_on_every_server_and_computed_ahead(name: str, d
 
 
 @pytest.mark.parametrize("name", MODES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data(), updates=st.integers(1, 20))
 def test_every_mode_comes_to_a_limit_of_steps(name: str, data: st.DataObject, updates: int) -> None:
     """Batches are leased by what a step takes; no round may wait for more than that allows."""
@@ -360,7 +360,7 @@ def test_one_worker_is_serial_gradient_descent_in_every_mode(mode: Mode) -> None
     "mode",
     [{"mode": "ringmaster", "r": HUGE}, {"mode": "ringmaster", "r": HUGE, "stop": True}, {"mode": "ssp", "s": HUGE}],
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(schedule=rough())
 def test_without_a_bound_on_staleness_it_is_async(mode: Mode, schedule: Schedule) -> None:
     bounded, asynchronous = (run(mode, schedule, quadratic) for mode in (mode, {"mode": "async"}))
@@ -368,14 +368,14 @@ def test_without_a_bound_on_staleness_it_is_async(mode: Mode, schedule: Schedule
     np.testing.assert_array_equal(bounded.weights, asynchronous.weights)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(rough())
 def test_softsync_of_all_workers_is_async(schedule: Schedule) -> None:
     softsync = run({"mode": "softsync", "s": schedule.workers}, schedule, quadratic)
     np.testing.assert_array_equal(softsync.weights, run({"mode": "async"}, schedule, quadratic).weights)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(calm())
 def test_k_sync_of_all_workers_is_bsp(schedule: Schedule) -> None:
     n = schedule.workers
@@ -388,7 +388,7 @@ def test_k_sync_of_all_workers_is_bsp(schedule: Schedule) -> None:
         np.testing.assert_array_equal(host.weights, bsp.weights)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(calm())
 def test_steps_on_one_gradient_without_staleness_are_the_same_in_three_modes(schedule: Schedule) -> None:
     ringmaster, *same = (
@@ -402,7 +402,7 @@ def test_steps_on_one_gradient_without_staleness_are_the_same_in_three_modes(sch
 
 
 @pytest.mark.parametrize("name", MODES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_the_same_order_of_pushes_gives_the_same_bits(name: str, data: st.DataObject) -> None:
     schedule = data.draw(rough())
@@ -419,7 +419,7 @@ def test_the_same_order_of_pushes_gives_the_same_bits(name: str, data: st.DataOb
 # Staleness
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(calm())
 def test_ringleaders_delays_are_at_most_two_rounds(schedule: Schedule) -> None:
     host = run({"mode": "ringleader"}, schedule)
@@ -441,7 +441,7 @@ class Starts(Recorded):
         return float(self._pace_s(worker, batch))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rough(), st.integers(0, 4))
 def test_in_ssp_nobody_starts_more_than_s_batches_ahead(schedule: Schedule, s: int) -> None:
     host = run({"mode": "ssp", "s": s}, schedule, host=Starts)
@@ -510,7 +510,7 @@ def test_a_mode_can_be_changed_for_any_other(before: Mode, after: Mode) -> None:
     assert [settings for name, settings, _ in host.calls if name == "change"] == [to]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_modes_can_be_changed_whatever_befalls_the_workers(data: st.DataObject) -> None:
     schedule = data.draw(rough())
@@ -530,7 +530,7 @@ def test_modes_can_be_changed_whatever_befalls_the_workers(data: st.DataObject) 
 
 
 @pytest.mark.parametrize("name", MODES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(data=st.data(), at=st.integers(1, 8))
 def test_a_killed_run_goes_on_from_a_checkpoint(name: str, data: st.DataObject, at: int) -> None:
     schedule, again = data.draw(rough()), data.draw(rough())

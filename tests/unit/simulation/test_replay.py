@@ -302,7 +302,7 @@ def test_a_resumed_run_on_several_servers_is_replayed_across_its_cut(
     assert pushed[0] != pushed[1] or "consistency" in sections
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.data())
 def test_whatever_befalls_a_run_on_several_servers_its_replay_agrees(data: st.DataObject) -> None:
     fault = st.builds(
