@@ -17,6 +17,7 @@ from rich.markup import escape
 from psgd.checkpoints import Checkpoint, Checkpoints
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.resuming import check_checkpoint, find_checkpoint, with_settings
+from psgd.cluster.saves import Saves
 from psgd.cluster.session import check_address, check_room, session
 from psgd.cluster.supervisor import Inputs, Supervisor
 from psgd.core.coordinator import Coordinator
@@ -166,11 +167,9 @@ def _supervise(
         facts,
         ray.put(job.dataset),
         ray.put(job.weights),
-        checkpoint,
         lambda batch: len(job.shards.examples(batch)),
-        job.dataset.fingerprint,
-        job.spec.identity_hash(),
     )
+    saves = Saves(run, facts, job.dataset.fingerprint, job.spec.identity_hash(), checkpoint)
     coordinator = Coordinator(
         spec,
         job.shards.grid,
@@ -180,8 +179,8 @@ def _supervise(
         saved_epochs=manifest.epochs if manifest else 0,
         requeued=manifest.requeued if manifest else 0,
     )
-    finish, checkpoint_name = _train(job, run, coordinator, inputs, progress)
-    result = _result(run, coordinator, finish, checkpoint_name)
+    finish = _train(job, run, coordinator, inputs, saves, progress)
+    result = _result(run, coordinator, finish, saves.committed[-1] if saves.committed else None)
     if run.is_ours:
         run.event("finished", status=finish.status, error=finish.error)
         run.finish(result)
@@ -189,13 +188,13 @@ def _supervise(
 
 
 def _train(
-    job: OpenJob, run: RunDirectory, coordinator: Coordinator, inputs: Inputs, progress: bool
-) -> tuple[Finish, str | None]:
-    """How it ended, and the newest checkpoint it committed or went on from."""
+    job: OpenJob, run: RunDirectory, coordinator: Coordinator, inputs: Inputs, saves: Saves, progress: bool
+) -> Finish:
+    """How it ended."""
     console = Console(stderr=True, quiet=not progress)
     with Display(job.spec, job.shards.grid.num_batches, console) as display:
         observer = Observer(run, display, _caution, time.monotonic())
-        supervisor = Supervisor(coordinator, inputs, run, observer)
+        supervisor = Supervisor(coordinator, inputs, run, saves, observer)
         try:
             with _signals(supervisor):
                 finish = supervisor.train()
@@ -203,7 +202,7 @@ def _train(
             finish = Finish("failed", f"{error}; {coordinator.saving.told}")
         if run.is_ours:
             observer.write(coordinator)
-    return finish, supervisor.committed[-1] if supervisor.committed else None
+    return finish
 
 
 def _result(run: RunDirectory, coordinator: Coordinator, finish: Finish, checkpoint: str | None) -> Result:

@@ -17,11 +17,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from psgd.checkpoints import Checkpoint, Checkpoints, Manifest, Part
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.failures import server_failure, worker_failure
 from psgd.cluster.gathering import Asked, Gathering
 from psgd.cluster.placement import choose_node, living_nodes
+from psgd.cluster.saves import Saves
 from psgd.cluster.server_actor import start_server
 from psgd.cluster.worker_actor import start_worker
 from psgd.core.coordinator import Coordinator
@@ -32,7 +32,6 @@ from psgd.core.events import (
     Change,
     ChangeServer,
     Commit,
-    Committed,
     Evaluate,
     Evaluated,
     EvaluationLost,
@@ -46,7 +45,6 @@ from psgd.core.events import (
     Note,
     Reported,
     Save,
-    Saved,
     SaveFailed,
     Scale,
     ServerLost,
@@ -61,7 +59,7 @@ from psgd.core.events import (
     WorkerLost,
     WorkerUp,
 )
-from psgd.errors import SpecError, StorageError
+from psgd.errors import SpecError
 from psgd.jobfile import change_settings, change_workers
 from psgd.monitoring.rundir import RunDirectory
 from psgd.spec import Settings
@@ -84,10 +82,7 @@ class Inputs:
     facts: RunFacts
     dataset: ray.ObjectRef[Any]
     weights: ray.ObjectRef[Any]  # initial
-    checkpoint: Checkpoint | None  # of a resumed run
     examples: Callable[[BatchId], int]  # in a batch
-    data_fingerprint: str
-    identity_hash: str  # of the job as it was given
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,29 +102,25 @@ class Supervisor:
         coordinator: decides.
         inputs: for the actors.
         run: the run directory, owned.
+        saves: its checkpoints.
         observe: shown the coordinator and the time after every event.
-
-    Attributes:
-        committed: names of the checkpoints that this run's state descends from, as far as this process knows.
     """
 
-    def __init__(self, coordinator: Coordinator, inputs: Inputs, run: RunDirectory, observe: Observer) -> None:
+    def __init__(
+        self, coordinator: Coordinator, inputs: Inputs, run: RunDirectory, saves: Saves, observe: Observer
+    ) -> None:
         self._coordinator = coordinator
         self._inputs = inputs
         self._run = run
+        self._saves = saves
         self._observe = observe
         self._spec = inputs.facts.spec
-        self._checkpoints = Checkpoints(run.storage)
         self._servers: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}  # that servers were started on
         self._lost_on = Counter[str]()  # how many servers, by node
         self._workers: dict[str, Any] = {}
         self._calls: dict[ray.ObjectRef[Any], _Call] = {}
         self._events: list[Event] = []
-        self._parts: dict[int, Part] = {}
-        self.committed = [inputs.checkpoint.manifest.name] if inputs.checkpoint else []
-        self._restoring = inputs.checkpoint  # what servers are started from; None: from the initial weights
-        self._saving = ""  # name of the checkpoint under way
         self._gathering = Gathering(len(inputs.facts.partitions))
         self._commands_at = 0.0
         self._finish: Finish | None = None
@@ -245,7 +236,7 @@ class Supervisor:
             case Save(checkpoint):
                 self._save(checkpoint)
             case Commit():
-                self._commit(action)
+                self._events.append(self._saves.commit(action, self._coordinator.ledger.requeued))
             case Note(event, facts):
                 self._run.event(event, **facts)
             case Finish():
@@ -276,28 +267,22 @@ class Supervisor:
             for asked in self._gathering.lost(partition):  # also who asked it when it was dead, but not yet replaced
                 self._note(EvaluationLost(asked.worker, asked.epochs))
             self._lost_on[self._nodes.pop(partition)] += 1
-            self._restoring = self._checkpoints.newest(self._refused, self._misfit) or self._restoring
+            self._saves.find_origin()
         incarnation = self._run.next_incarnation() if restarted else self._run.incarnation
-        origin = self._restoring or self._inputs.weights
+        origin = self._saves.origin
         node = self._nodes[partition] = choose_node(living_nodes(), self._nodes.values(), self._lost_on)
         facts = self._inputs.facts
-        if self._restoring:  # to the settings of now; who begins anew goes by those of the start, as its journal does
+        if origin:  # to the settings of now; who begins anew goes by those of the start, as its journal does
             facts = replace(facts, spec=self._spec)
-        server = self._servers[partition] = start_server(facts, partition, incarnation, origin, node)
-        checkpoint = self._restoring.manifest.name if self._restoring else None
+        state = origin or self._inputs.weights
+        server = self._servers[partition] = start_server(facts, partition, incarnation, state, node)
+        checkpoint = origin.manifest.name if origin else None
         self._run.event("server_started", partition=partition, incarnation=incarnation, checkpoint=checkpoint)
         if restarted:
             for name, worker in self._workers.items():
                 # A lease that waits for the old server would do so until its time limit, and what follows it as well.
                 for told in (worker.hang_up.remote(partition), worker.reroute.remote(partition, server)):
                     self._call_worker(name, told, lambda _: None, lease=None)
-
-    def _misfit(self, checkpoint: Checkpoint) -> str | None:
-        """A newer one than the run was resumed from is of a branch that was given up."""
-        return None if checkpoint.manifest.name in self.committed else "is none that this run goes on from"
-
-    def _refused(self, fault: str) -> None:
-        self._run.event("checkpoint_refused", fault=fault)
 
     def _end(self, actor: Any) -> None:
         """End an actor's process and hear no more of it."""
@@ -393,64 +378,17 @@ class Supervisor:
     # Checkpoints
 
     def _save(self, number: int) -> None:
-        self._parts = {}
-        self._saving = f"{number:06d}-{self._run.incarnation}"
+        name = self._saves.begin(number)
         for partition, server in self._servers.items():
-            ref = server.save.remote(self._saving)
-            self._call_server(partition, ref, partial(self._saved, number))
+            ref = server.save.remote(name)
+            self._call_server(partition, ref, partial(self._saves.take, number))
             failed = partial(self._save_failed, partition, server, number)
             # How long writing may take is the storage's to say; that the server lives is seen by its reports.
             self._calls[ref] = replace(self._calls[ref], failed=failed, deadline=float("inf"))
 
-    def _saved(self, number: int, part: Part) -> Event:
-        self._parts[part.partition] = part
-        return Saved(part.partition, number, part.updates, part.epochs)
-
     def _save_failed(self, partition: int, server: Any, number: int, error: RayError) -> Event | None:
         cause = error.cause if isinstance(error, RayTaskError) else None
         return SaveFailed(number, str(cause)) if cause else self._server_error(partition, server, error)
-
-    def _commit(self, commit: Commit) -> None:
-        manifest = self._manifest(commit)
-        try:
-            self._run.check_owner()
-            self._checkpoints.commit(manifest)
-        except StorageError as error:
-            self._events.append(SaveFailed(commit.checkpoint, str(error)))
-            return
-        self.committed.append(manifest.name)
-        deleted = self._prune()
-        self._run.event("checkpoint", name=manifest.name, updates=commit.updates, epochs=commit.epochs, deleted=deleted)
-        self._events.append(Committed(commit.checkpoint))
-
-    def _prune(self) -> list[str]:
-        """What cannot be deleted now is deleted later: the checkpoint stands."""
-        try:
-            return self._checkpoints.prune(self._spec.checkpoint.keep)
-        except StorageError as error:
-            self._run.event("not_deleted", fault=str(error))
-            return []
-
-    def _manifest(self, commit: Commit) -> Manifest:
-        facts = self._inputs.facts
-        return Manifest(
-            format=1,
-            name=self._saving,
-            incarnation=self._run.incarnation,
-            updates=commit.updates,
-            epochs=commit.epochs,
-            seed=self._spec.seed,
-            spec_hash=self._inputs.identity_hash,
-            settings=next(iter(self._parts.values())).settings,  # the saved ones: newer ones may be on their way
-            data_fingerprint=self._inputs.data_fingerprint,
-            names=facts.layout.names,
-            shapes=facts.layout.shapes,
-            num_trainable=facts.layout.num_trainable,
-            partitions=len(facts.partitions),
-            requeued=self._coordinator.ledger.requeued,
-            files={name: checksum for part in self._parts.values() for name, checksum in part.files.items()},
-            journal={name: checksum for part in self._parts.values() for name, checksum in part.journal.items()},
-        )
 
 
 def _snake_case(name: str) -> str:

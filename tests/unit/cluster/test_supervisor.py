@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 
 from psgd.cluster import supervisor
 from psgd.cluster.facts import RunFacts
+from psgd.cluster.saves import Saves
 from psgd.cluster.supervisor import Inputs, Supervisor
 from psgd.core.events import (
     Action,
@@ -148,9 +149,10 @@ def train(tmp_path: Path, script: Script) -> Finish:
         event=lambda kind, **_: None,
         take_commands=list,
     )
-    inputs: Any = Inputs(facts, None, None, None, len, "", "")  # type: ignore[arg-type]
+    inputs: Any = Inputs(facts, None, None, len)  # type: ignore[arg-type]
     coordinator: Any = script
-    return Supervisor(coordinator, inputs, run, lambda *_: None).train()
+    saves = Saves(run, facts, "", "", None)
+    return Supervisor(coordinator, inputs, run, saves, lambda *_: None).train()
 
 
 BOTH: list[Action] = [StartServer(0), StartServer(1), StartWorker("worker-0")]

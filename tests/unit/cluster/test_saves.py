@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from psgd.checkpoints import Checkpoints, Part, write_part
+from psgd.cluster.facts import RunFacts
+from psgd.cluster.saves import Saves
+from psgd.core.events import Commit, Committed, Saved, SaveFailed
+from psgd.core.journal import RECORD
+from psgd.core.partitions import split
+from psgd.core.server import ParameterServer
+from psgd.errors import OwnershipError, StorageError
+from psgd.monitoring.rundir import RunDirectory
+from psgd.storage import Storage
+from psgd_workers.layout import Layout
+from psgd_workers.messages import Version
+from tests.unit.core.jobs import GRID, START, job
+
+SERVERS = 2
+SPEC = job(checkpoint={"every_s": None, "keep": 2})
+LAYOUT = Layout.of({"weight": START})
+PARTITIONS = split(len(START), len(START), SERVERS)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A run of ours."""
+    run = RunDirectory(Storage(str(tmp_path / "run")))
+    run.begin(SPEC)
+    run.own()
+    return run
+
+
+def saves(run: RunDirectory, resumed: str | None = None) -> Saves:
+    facts = RunFacts(SPEC, LAYOUT, GRID, PARTITIONS, "driver", run.storage.url)
+    return Saves(run, facts, "data", "job", Checkpoints(run.storage).open(resumed) if resumed else None)
+
+
+def write(run: RunDirectory, name: str, updates: int) -> list[Part]:
+    """What the servers of a run would write."""
+    servers = [
+        ParameterServer(SPEC, part, START[part.start : part.stop], GRID, Version(1, updates + part.number))
+        for part in PARTITIONS
+    ]
+    return [write_part(run.storage, name, server.state(), np.zeros(0, RECORD)) for server in servers]
+
+
+def save(run: RunDirectory, kept: Saves, number: int, updates: int) -> Committed | SaveFailed:
+    """A whole checkpoint."""
+    name = kept.begin(number)
+    for part in write(run, name, updates):
+        assert kept.take(number, part) == Saved(part.partition, number, updates + part.partition, 0)
+    return kept.commit(Commit(number, updates, 0), requeued=3)
+
+
+def origin(kept: Saves) -> str | None:
+    """What a server that is started now goes on from."""
+    kept.find_origin()
+    return kept.origin.manifest.name if kept.origin else None
+
+
+def told(run: RunDirectory, kind: str) -> list[str]:
+    lines = run.read_lines("events.jsonl") if run.storage.exists("events.jsonl") else []
+    return [str(line.get("fault", line.get("name"))) for line in lines if line["event"] == kind]
+
+
+def test_what_is_committed_is_what_its_parts_and_the_run_say(run: RunDirectory) -> None:
+    kept = saves(run)
+    assert save(run, kept, 7, updates=20) == Committed(7)
+    assert kept.committed == told(run, "checkpoint") == ["000007-1"]
+    manifest = Checkpoints(run.storage).manifest("000007-1")
+    assert (manifest.updates, manifest.requeued, manifest.partitions) == (20, 3, SERVERS)
+    assert (manifest.spec_hash, manifest.data_fingerprint, manifest.layout) == ("job", "data", LAYOUT)
+    np.testing.assert_array_equal(Checkpoints(run.storage).open("000007-1").weights(), START)
+
+
+def test_as_many_are_kept_as_the_job_says(run: RunDirectory) -> None:
+    kept = saves(run)
+    for number in range(4):
+        save(run, kept, number, updates=10 * number)
+    assert Checkpoints(run.storage).committed() == ["000002-1", "000003-1"]
+    assert kept.committed == [f"00000{number}-1" for number in range(4)]
+
+
+def test_a_driver_that_lost_the_run_commits_nothing(run: RunDirectory) -> None:
+    kept = saves(run)
+    other = RunDirectory(Storage(run.storage.url))
+    other.own()
+    with pytest.raises(OwnershipError, match="taken over"):
+        save(run, kept, 0, updates=10)
+    assert Checkpoints(run.storage).committed() == kept.committed == []
+
+
+def test_a_commit_that_storage_refuses_is_told_and_the_next_one_made(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = saves(run)
+
+    def full(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "commit", full)
+        assert save(run, kept, 0, updates=10) == SaveFailed(0, "the disk is full")
+    assert kept.committed == []
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "prune", full)
+        assert save(run, kept, 1, updates=10) == Committed(1)
+    assert (kept.committed, told(run, "not_deleted")) == (["000001-1"], ["the disk is full"])
+
+
+def test_a_lost_servers_successor_goes_on_from_the_newest_that_is_whole(run: RunDirectory) -> None:
+    kept = saves(run)
+    assert origin(kept) is None  # the initial weights
+    for number in range(2):
+        save(run, kept, number, updates=10 * number)
+    assert origin(kept) == "000001-1"
+    run.storage.delete("checkpoints/000001-1/server-0.safetensors")
+    assert origin(kept) == "000000-1"
+    assert "000001-1" in told(run, "checkpoint_refused")[0]
+
+
+def test_a_newer_one_of_a_branch_that_was_given_up_is_passed_over(run: RunDirectory) -> None:
+    given_up = saves(run)
+    for number in range(2):
+        save(run, given_up, number, updates=10 * number)
+    resumed = saves(run, resumed="000000-1")
+    assert resumed.committed == ["000000-1"]
+    assert origin(resumed) == "000000-1"
+    assert told(run, "checkpoint_refused") == [
+        "checkpoint 000001-1 is none that this run goes on from; the one before it is tried"
+    ]
