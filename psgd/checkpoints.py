@@ -26,7 +26,7 @@ from safetensors.numpy import load, save
 
 from psgd.core.partitions import Partition
 from psgd.core.repartition import disagreement, repartition
-from psgd.core.server import ServerState
+from psgd.core.state import ServerState
 from psgd.errors import CheckpointError, StorageError
 from psgd.spec import Settings
 from psgd.storage import Storage

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.core.report import Report
-from psgd.core.server import ParameterServer, ServerState
+from psgd.core.server import ParameterServer
+from psgd.core.state import ServerState
 from psgd.errors import RunError, StorageError
 from psgd.spec import Settings
 from psgd_workers.errors import LaneError

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.core.partitions import Partition
-from psgd.core.server import ServerState
+from psgd.core.state import ServerState
 from psgd_workers.messages import Outcome
 
 __all__ = ["disagreement", "repartition"]

@@ -15,7 +15,6 @@ The host calls one method at a time and delivers the receipts each returns.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any, NamedTuple, Self
 
@@ -24,38 +23,26 @@ from numpy.typing import NDArray
 
 from psgd.core.aggregators import Member, Step, Taken
 from psgd.core.applied import AppliedSet
+from psgd.core.average import Average
 from psgd.core.consistency import Round, build_consistency
 from psgd.core.corrections import build_correction
 from psgd.core.journal import Journal, Kind
-from psgd.core.optimizers import build_optimizer, in_blocks
+from psgd.core.optimizers import build_optimizer
 from psgd.core.partitions import Partition
 from psgd.core.published import PrivateVector, Published
 from psgd.core.report import Mark, Report
 from psgd.core.schedules import build_schedule
+from psgd.core.state import ServerState
 from psgd.core.tally import Tally
 from psgd.spec import JobSpec, Settings
 from psgd_workers.compression import decode
 from psgd_workers.errors import LaneError
 from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
 
-__all__ = ["ParameterServer", "ServerState"]
+__all__ = ["ParameterServer"]
 
 KEPT_EPOCHS = 2  # the two newest ends, of which one may be under evaluation
 LONGEST_S = 1e9  # that a worker may say it computed
-
-
-@dataclass(frozen=True, slots=True)
-class ServerState:
-    """A partition's whole state: what a checkpoint holds. Arrays are copies."""
-
-    arrays: Mapping[
-        str, NDArray[Any]
-    ]  # weights, average, settled.EPOCH, skipped.EPOCH, {optimizer,aggregator,correction}.NAME
-    facts: Mapping[str, Any]  # plain JSON values
-
-    def part(self, name: str) -> dict[str, NDArray[Any]]:
-        """The arrays whose names begin with `name.`, without that."""
-        return {key.partition(".")[2]: array for key, array in self.arrays.items() if key.startswith(f"{name}.")}
 
 
 class _Parked(NamedTuple):
@@ -107,9 +94,8 @@ class ParameterServer:
         self._clipped = np.empty(size, np.float32)
         self._decoded = np.empty(size, np.float32)
         self._optimizer = build_optimizer(spec.optimizer, trainable)
-        self._ema = spec.optimizer.ema
-        self._average = None if self._ema is None else self._trained.copy()
-        self._blocks = [] if self._ema is None else in_blocks(trainable)  # of the average
+        decay = spec.optimizer.ema
+        self._average = None if decay is None else Average(decay, self._trained)
         self._grid = grid
         self._settled = AppliedSet(grid)
         self._history = [(version.incarnation, version.updates)]  # (incarnation, updates it forked at), oldest first
@@ -347,23 +333,12 @@ class ParameterServer:
         trained = gradient[:trainable] if self._has_buffers else gradient
         self._optimizer.step(self._trained, trained, rate * step.weight, self._correction.watch())
         if self._average is not None:
-            self._average_in(self._average)
+            self._average.take(self._trained, self.version.updates + 1)
         if self._has_buffers:
             self._weights[trainable:] -= gradient[trainable:]
         if self._correction.shifts:
             self._correction.published(self._trained, rate, self.published[:trainable])
             self.published[trainable:] = self._weights[trainable:]
-
-    def _average_in(self, average: FloatArray) -> None:
-        """avg ← d·avg + (1 - d)·w, with d = min(ema, (1 + k) / (10 + k)) at the k-th step: the start is forgotten."""
-        assert self._ema is not None
-        steps = self.version.updates + 1
-        decay = min(self._ema, (1 + steps) / (10 + steps))
-        for part, scratch, _ in self._blocks:
-            averaged = average[part]
-            np.subtract(self._trained[part], averaged, out=scratch)
-            scratch *= 1 - decay
-            averaged += scratch
 
     def _due(self) -> tuple[Receipt, ...]:
         """The receipts that nothing holds back any more."""
@@ -390,7 +365,7 @@ class ParameterServer:
     def _to_evaluate(self) -> FloatArray:
         weights = self._weights.copy()
         if self._average is not None:
-            weights[: self.partition.num_trainable] = self._average
+            weights[: self.partition.num_trainable] = self._average.values
         return weights
 
     def epoch_weights(self, epochs: int | None) -> FloatArray:
@@ -456,7 +431,7 @@ class ParameterServer:
             "changes": [settings.model_dump(mode="json") for settings in self.journal.settings],
         } | self._tally.state()
         if self._average is not None:
-            arrays["average"] = self._average.copy()
+            arrays["average"] = self._average.values.copy()
         return ServerState({"weights": self._weights.copy()} | arrays, facts)
 
     @classmethod
@@ -482,7 +457,7 @@ class ParameterServer:
         server._settled = AppliedSet(grid, facts["epochs"], settled, skipped)
         server._optimizer.load(state.part("optimizer"))
         if server._average is not None:
-            server._average[:] = state.arrays["average"]
+            server._average.values[:] = state.arrays["average"]
         server._aggregator.load(state.part("aggregator"), facts["aggregator"])
         server._correction.load(state.part("correction"), facts["correction"])
         server._round.collected = len(server._aggregator)

@@ -44,7 +44,8 @@ from psgd.core.events import (
 )
 from psgd.core.partitions import split
 from psgd.core.repartition import disagreement, repartition
-from psgd.core.server import ParameterServer, ServerState
+from psgd.core.server import ParameterServer
+from psgd.core.state import ServerState
 from psgd.errors import ResumeError, RunError
 from psgd.simulation.clock import VirtualClock, without_collector
 from psgd.simulation.problem import Problem, Timing

@@ -16,7 +16,8 @@ import numpy as np
 
 from psgd.core.aggregators import OneGradient
 from psgd.core.published import Published
-from psgd.core.server import ParameterServer, ServerState
+from psgd.core.server import ParameterServer
+from psgd.core.state import ServerState
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.problem import Problem
 from psgd.spec import JobSpec

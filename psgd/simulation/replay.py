@@ -26,7 +26,7 @@ from safetensors.numpy import save
 from psgd.checkpoints import Checkpoints, Manifest
 from psgd.core.journal import RECORD, Kind
 from psgd.core.partitions import Partition
-from psgd.core.server import ServerState
+from psgd.core.state import ServerState
 from psgd.errors import CheckpointError, DataError, JournalError, ModelError
 from psgd.job import OpenJob
 from psgd.jobfile import parse_spec

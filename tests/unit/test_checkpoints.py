@@ -11,7 +11,7 @@ import pytest
 
 from psgd.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
 from psgd.core.journal import RECORD
-from psgd.core.server import ServerState
+from psgd.core.state import ServerState
 from psgd.errors import CheckpointError
 from psgd.storage import Storage
 from psgd_workers.layout import Layout

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from psgd.core.events import Change, ChangeServer, Finish, Join, Leave
 from psgd.core.journal import Kind
 from psgd.core.partitions import Partition
-from psgd.core.server import ParameterServer, ServerState
+from psgd.core.server import ParameterServer
+from psgd.core.state import ServerState
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Outcome, Version
 from tests.inprocess import START_S, Checkpoint, Fault, FaultKind, InProcess

@@ -8,7 +8,8 @@ import pytest
 
 from psgd.core.partitions import split
 from psgd.core.repartition import disagreement, repartition
-from psgd.core.server import ParameterServer, ServerState
+from psgd.core.server import ParameterServer
+from psgd.core.state import ServerState
 from psgd.errors import ResumeError
 from psgd.spec import JobSpec
 from psgd_workers.messages import Gradient, Outcome, Version
