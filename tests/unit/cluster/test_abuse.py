@@ -33,7 +33,6 @@ from tests.unit.cluster.stage import (
     KINDS,
     LIMIT_S,
     PULL,
-    SECOND,
     V1,
     Kinds,
     Stages,
@@ -202,15 +201,17 @@ def test_a_crowd_that_fails_keeps_nobody_waiting_and_who_comes_later_has_a_threa
 
     stage = stages()
     crews = [stage.lane("crowd", worker) for worker in ("worker-0", "worker-1")]
+    for number, crew in enumerate(crews):  # from here on both are in the crowd
+        crew.lane.push(crew.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
     served = stage.listener._crowd
     assert served is not None
     served._poll = Broken(served._poll)  # type: ignore[assignment]
-    receipt = crews[0].lane.push(crews[0].gradient(0, FIRST, V1), 0, wants=False).receipt(LIMIT_S)
+    receipt = crews[0].lane.push(crews[0].gradient(0, batch(2), V1), 0, wants=False).receipt(LIMIT_S)
     assert receipt.outcome is Outcome.APPLIED, "what was taken is answered"
     stage.log.wait("the connections of all workers with small pushes were closed by the server's own fault")
     for crew in crews:
         with pytest.raises(LaneError, match="the server is gone"):
-            crew.lane.push(crew.gradient(0, SECOND, V1), 0, wants=False).receipt(LIMIT_S)
+            crew.lane.push(crew.gradient(0, batch(3), V1), 0, wants=False).receipt(LIMIT_S)
     works(stage, 5, kind="crowd")
     stage.log.wait("a worker is served by a thread of its own: the thread that serves the others has ended")
 
