@@ -29,7 +29,7 @@ from psgd.jobfile import parse_spec
 from psgd.monitoring.metrics import run_metrics
 from psgd.monitoring.observer import Observer
 from psgd.monitoring.progress import Display
-from psgd.monitoring.rundir import RunDirectory
+from psgd.monitoring.rundir import Owner, RunDirectory
 from psgd.result import Result
 from psgd.spec import JobSpec
 from psgd.storage import Storage
@@ -92,17 +92,21 @@ def run_job(
     spec = _named(spec, name, storage)
     check_address(address)
     run = RunDirectory(Storage(spec.run.storage, spec.failure.timeout_s).folder(name))
-    checkpoint = _check_run(run, spec, resume)
+    Storage(spec.run.storage, spec.failure.timeout_s).probe()
+    _check_run(run, spec, resume)
+    checkpoints, refused = Checkpoints(run.storage), partial(_warn, run)
+    committed, checkpoint = checkpoints.committed(), find_checkpoint(run, spec, refused)
     job = OpenJob.open(spec)
     partitions = split(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
-    if checkpoint:
-        check_checkpoint(checkpoint.manifest, job, name)
-        spec = with_settings(spec, checkpoint.manifest)
-    for warning in spec.warnings():
+    for warning in _going_on(job, checkpoint).warnings():
         _caution(warning)
     with session(spec, address):
         check_room(spec, job.layout.num_parameters)
-        return _supervise(job, spec, partitions, run, checkpoint, progress)
+        _check_run(run, spec, resume)  # again: Ray takes seconds, in which another driver may have begun it
+        owner = run.own()  # from here on no other driver commits a checkpoint, or deletes one
+        if checkpoints.committed() != committed:
+            checkpoint = find_checkpoint(run, spec, refused)
+        return _supervise(job, _going_on(job, checkpoint), partitions, run, owner, checkpoint, progress)
 
 
 def _named(spec: JobSpec, name: str, storage: str | None) -> JobSpec:
@@ -112,17 +116,23 @@ def _named(spec: JobSpec, name: str, storage: str | None) -> JobSpec:
     return parse_spec(tree, "the job")
 
 
-def _check_run(run: RunDirectory, spec: JobSpec, resume: bool) -> Checkpoint | None:
-    """Probe the storage, and find what to resume from."""
-    Storage(spec.run.storage, spec.failure.timeout_s).probe()
+def _check_run(run: RunDirectory, spec: JobSpec, resume: bool) -> None:
+    """Nothing that is there may be begun anew, or gone on with as another job."""
     if not run.exists:
-        return None
+        return
     if not resume:
         raise RunExistsError(
             f"there is a run in {run.storage.url} already: --resume continues it, another --name starts a new one"
         )
     run.check_identity(spec)
-    return find_checkpoint(run, spec, refused=partial(_warn, run))
+
+
+def _going_on(job: OpenJob, checkpoint: Checkpoint | None) -> JobSpec:
+    """The job with the settings that it goes on by; it must be the one that the checkpoint is of."""
+    if checkpoint is None:
+        return job.spec
+    check_checkpoint(checkpoint.manifest, job, str(job.spec.name))
+    return with_settings(job.spec, checkpoint.manifest)
 
 
 def _warn(run: RunDirectory, fault: str) -> None:
@@ -139,12 +149,12 @@ def _supervise(
     spec: JobSpec,
     partitions: tuple[Partition, ...],
     run: RunDirectory,
+    owner: Owner,
     checkpoint: Checkpoint | None,
     progress: bool,
 ) -> Result:
     """`spec` is the job's own, with the settings that it goes on by."""
     manifest = checkpoint.manifest if checkpoint else None
-    owner = run.own()
     run.begin(job.spec)
     run.event(
         "started",

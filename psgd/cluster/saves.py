@@ -80,6 +80,7 @@ class Saves:
     def _prune(self) -> list[str]:
         """What cannot be deleted now is deleted later: the checkpoint stands."""
         try:
+            self._run.check_owner()  # whoever has taken the run since may go on from what would be deleted
             return self._checkpoints.prune(self._facts.spec.checkpoint.keep)
         except StorageError as error:
             self._run.event("not_deleted", fault=str(error))

@@ -55,10 +55,10 @@ def assert_exactly_once(result: psgd.Result, epochs: int) -> None:
 
 
 @contextmanager
-def training(spec: psgd.JobSpec) -> Iterator[Future[psgd.Result]]:
+def training(spec: psgd.JobSpec, resume: bool = False) -> Iterator[Future[psgd.Result]]:
     """A run under way, which ends with the block at the latest."""
     with ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(psgd.train, spec, progress=False)
+        under_way = pool.submit(psgd.train, spec, resume=resume, progress=False)
         try:
             yield under_way
         finally:

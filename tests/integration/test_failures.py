@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import psgd
+from psgd.cluster.session import session
 from psgd.errors import RunFailedError
 from psgd.monitoring.rundir import RunDirectory
 from psgd.storage import Storage
 from tests.integration.commands import LIMIT_S, eventually, recorded
-from tests.integration.digits import BATCHES, ENDLESS, assert_stopped_exactly, job, stop_later, training
+from tests.integration.digits import (
+    BATCHES,
+    ENDLESS,
+    assert_stopped_exactly,
+    job,
+    stop_later,
+    training,
+)
 from tests.integration.killer import processes
 
 SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
@@ -55,6 +65,34 @@ def test_a_server_that_dies_before_the_first_checkpoint_begins_again(tmp_path: P
         result = under_way.result(LIMIT_S)
     assert_stopped_exactly(result)
     assert recorded(run, "server_started")[-1]["checkpoint"] is None
+
+
+def test_a_second_driver_goes_on_from_what_the_first_saved_until_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, begin = tmp_path / "run", session
+    checkpoint = {"every_s": None, "every_updates": 20, "keep": 1}
+
+    @contextmanager
+    def slowly(spec: psgd.JobSpec, address: str | None) -> Iterator[None]:
+        """Ray takes its time, in which the first driver deletes all that it had saved when the second came."""
+        seen = recorded(run, "checkpoint")[-1]["name"]
+        with begin(spec, address):
+            eventually(lambda: any(seen in event["deleted"] for event in recorded(run, "checkpoint")))
+            yield
+
+    with training(job(tmp_path, ENDLESS, checkpoint=checkpoint)) as first:
+        eventually(lambda: recorded(run, "checkpoint"))
+        monkeypatch.setattr("psgd.cluster.run.session", slowly)
+        with training(job(tmp_path, ENDLESS, checkpoint=checkpoint), resume=True) as second:
+            with pytest.raises(RunFailedError, match="taken over"):
+                first.result(LIMIT_S)
+            stop_later(run)
+            result = second.result(LIMIT_S)
+    assert_stopped_exactly(result)
+    (_, taken), saved = recorded(run, "started"), [event["name"] for event in recorded(run, "checkpoint")]
+    before = [name for name in saved if name.endswith("-1")]
+    assert taken["resumed"] in before[-2:]  # one may have been committed while the run was taken
 
 
 def test_a_batch_that_kills_its_workers_is_named_or_done_without(tmp_path: Path) -> None:

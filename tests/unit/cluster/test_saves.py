@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psgd.checkpoints import Checkpoints, Part, write_part
+from psgd.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.saves import Saves
 from psgd.core.events import Commit, Committed, Saved, SaveFailed
@@ -92,6 +92,24 @@ def test_a_driver_that_lost_the_run_commits_nothing(run: RunDirectory) -> None:
     with pytest.raises(OwnershipError, match="taken over"):
         save(run, kept, 0, updates=10)
     assert Checkpoints(run.storage).committed() == kept.committed == []
+
+
+def test_a_driver_that_loses_the_run_at_a_commit_deletes_nothing(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, commit = saves(run), Checkpoints.commit
+    for number in range(2):
+        save(run, kept, number, updates=10 * number)
+
+    def commits_late(checkpoints: Checkpoints, manifest: Manifest) -> None:
+        RunDirectory(Storage(run.storage.url)).own()
+        assert Checkpoints(run.storage).committed() == ["000000-1", "000001-1"]  # either may be gone on from
+        commit(checkpoints, manifest)
+
+    monkeypatch.setattr(Checkpoints, "commit", commits_late)
+    with pytest.raises(OwnershipError):
+        save(run, kept, 2, updates=20)
+    assert Checkpoints(run.storage).committed() == ["000000-1", "000001-1", "000002-1"]
 
 
 def test_a_commit_that_storage_refuses_is_told_and_the_next_one_made(
