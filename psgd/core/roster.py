@@ -91,8 +91,8 @@ class Roster:
 
     @property
     def complete(self) -> bool:
-        """Whether as many workers are up as there must be."""
-        return len(self.up) >= self.least
+        """Whether as many workers are up as there must be, or as there are to be now."""
+        return len(self.up) >= min(self.least, self.target)
 
     def hire(self, wanted: int, now: float) -> list[WorkerRecord]:
         """New records for the slots below `wanted` that have none."""

@@ -665,6 +665,21 @@ def test_a_restored_server_is_told_again_what_to_do_without() -> None:
 # Scaling
 
 
+@pytest.mark.parametrize("workers", [3, {"min": 3, "max": 4}])
+@pytest.mark.parametrize("mode", ["async", "bsp"])
+@pytest.mark.parametrize("at", [START_S / 2, START_S + 0.1])
+def test_a_run_scaled_down_before_all_are_up_begins_with_those_left(mode: str, workers: Any, at: float) -> None:
+    host = run(
+        mode,
+        scaling={"workers": workers},
+        start_s=lambda worker: START_S if worker == "worker-0" else 2 * START_S,
+        events=[(at, Scale(1))],
+    )
+    assert host.finish == Finish("finished")
+    assert_exactly_once(host, 1)
+    assert len(host.did(StartWorker)) == host.coordinator.roster.least + (workers != 3)
+
+
 def test_scaled_down_the_run_goes_on_with_fewer_and_up_with_more() -> None:
     grid = EpochGrid((300,), 300)
     counts: list[tuple[float, int]] = []
