@@ -8,6 +8,7 @@ that finished, or a `ViolationError`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
 from random import Random
@@ -17,7 +18,8 @@ import numpy as np
 
 from psgd.core.events import Action, Change, Commit, Save, SaveFailed, Scale, WorkerLost
 from psgd.core.server import ParameterServer
-from psgd.errors import RunError
+from psgd.errors import RunError, SpecError
+from psgd.jobfile import change_workers
 from psgd.simulation.clock import without_collector
 from psgd.simulation.cluster import Checkpoint, VirtualCluster
 from psgd.simulation.invariants import WatchedServer, check_end, one_hot
@@ -68,7 +70,7 @@ class Plan:
     epochs: int
     timing: Timing
     lease_s: float
-    strikes: tuple[tuple[float, str], ...]  # virtual seconds after training began, kind
+    strikes: tuple[tuple[float, str], ...]  # virtual seconds after the process began, kind
     rough_s: float  # so long messages are lost, doubled and late
     lost: float  # share of the messages
     late: float
@@ -104,7 +106,9 @@ def draw_plan(seed: int) -> Plan:
     )
     shards = tuple(random.randint(1, 5) for _ in range(random.randint(1, 4)))
     kinds, weights = list(STRIKES), list(STRIKES.values())
-    strikes = sorted((random.uniform(0, 5), kind) for kind in random.choices(kinds, weights, k=random.randint(0, 10)))
+    strikes = sorted(
+        (random.uniform(0, START_S + 5), kind) for kind in random.choices(kinds, weights, k=random.randint(0, 10))
+    )
     lost, late, doubled = (random.choice((0.0, 0.0, 0.03, 0.1)) for _ in range(3))
     timing = Timing(
         start_s=START_S,
@@ -198,7 +202,8 @@ class Chaos(VirtualCluster):
         self._hangs: dict[str, float] = {}  # worker -> seconds, once
         self._slow: dict[str, float] = {}  # worker -> factor
         self._cuts: dict[tuple[str, int], float] = {}  # link -> until when
-        self._began = False
+        for strike in strikes:
+            self.after(strike[0], self._strike, strike)
 
     def run(self, max_events: int = MAX_EVENTS) -> Chaos:
         """Run to the end, or to the driver's death.
@@ -216,10 +221,6 @@ class Chaos(VirtualCluster):
                 break
             if not self.advance(self._deadline):
                 self._tell_tick()
-            if not self._began and self.coordinator.phase == "training":
-                self._began = True
-                for strike in self._strikes:
-                    self.after(strike[0], self._strike, strike)
         raise RunError(f"no end at {self.now:.1f} s: {self.coordinator.phase}")
 
     # What is drawn as it happens
@@ -321,8 +322,7 @@ class Chaos(VirtualCluster):
         elif kind == "driver":
             self.dead = True
         elif kind == "scale":
-            most, least = self._plan.spec.scaling.most_workers, self._plan.spec.scaling.least_workers
-            self.tell_soon(Scale(self._dice.randint(least, most)))
+            self._scale()
         elif kind == "set":
             self._change()
         elif names := sorted(self.workers):
@@ -347,6 +347,13 @@ class Chaos(VirtualCluster):
     def _lose(self, name: str, cause: str) -> None:
         self.kill(name)
         self.tell_soon(WorkerLost(name, cause, preempted=cause == "preempt"), self.timing.death_s)
+
+    def _scale(self) -> None:
+        spec = self._plan.spec
+        workers = self._dice.randint(1, spec.scaling.most_workers)
+        with suppress(SpecError):  # too few for the mode: this is refused
+            change_workers(spec, str(workers))
+            self.tell_soon(Scale(workers))
 
     def _change(self) -> None:
         """The same mode with other numbers, or from one that needs no pipeline to another."""
