@@ -397,7 +397,10 @@ class Coordinator:
         for worker in list(self.roster):
             ends = self.roster.patience_ends(worker, limits, servers.ready)
             if now >= ends and (not worker.at_work or servers.reported_at >= ends):
-                cause = f"no sign of life for {now - worker.alive_at:.1f} s (see failure.timeout_s)"
+                silent_s = now - worker.alive_at
+                cause = f"no sign of life for {silent_s:.1f} s (see failure.timeout_s)"
+                if not worker.up:
+                    cause = f"not up after {silent_s:.1f} s (see failure.start_timeout_s)"
                 self._actions.append(StopWorker(worker.name, cause))
                 self._lose(worker, now, suspicious=worker.up)
                 self._charge("worker_silent", f"{worker.name}: {cause}")

@@ -357,9 +357,11 @@ def test_a_worker_that_never_starts_is_replaced_after_the_time_limit() -> None:
 
 
 def test_if_nobody_ever_starts_the_run_fails() -> None:
-    host = run(start_s=lambda worker: float("inf"), failure={"timeout_s": 2.0, "max_failures": 3})
+    limits = {"start_timeout_s": 7.0, "timeout_s": 2.0, "max_failures": 3}
+    host = run(start_s=lambda worker: float("inf"), failure=limits)
     assert host.finish
     assert host.finish.status == "failed"
+    assert "not up after 9.0 s (see failure.start_timeout_s)" in str(host.finish.error)
 
 
 def test_the_models_own_error_fails_the_run_at_once() -> None:
