@@ -103,7 +103,7 @@ def run_job(
     with session(spec, address):
         check_room(spec, job.layout.num_parameters)
         _check_run(run, spec, resume)  # again: Ray takes seconds, in which another driver may have begun it
-        owner = run.own()  # from here on no other driver commits a checkpoint, or deletes one
+        owner = run.own()  # whoever had it deletes nothing any more, and commits at most what it is about to
         if checkpoints.committed() != committed:
             checkpoint = find_checkpoint(run, spec, refused)
         return _supervise(job, _going_on(job, checkpoint), partitions, run, owner, checkpoint, progress)
