@@ -24,9 +24,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from psgd.core.partitions import Partition
-from psgd.core.repartition import disagreement, repartition
-from psgd.core.state import ServerState
+from psgd.core.server.partitions import Partition
+from psgd.core.server.repartition import disagreement, repartition
+from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, StorageError
 from psgd.spec import Settings
 from psgd.storage import Storage
@@ -100,7 +100,7 @@ def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArr
         run: the run directory.
         checkpoint: the directory's name.
         state: of the server.
-        journal: records of `psgd.core.journal.RECORD`.
+        journal: records of `psgd.core.server.journal.RECORD`.
 
     Raises:
         StorageError: something could not be written.

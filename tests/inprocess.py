@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
-from psgd.core.events import Action, Commit, Save, SaveFailed, WorkerLost
+from psgd.core.driver.events import Action, Commit, Save, SaveFailed, WorkerLost
 from psgd.simulation.cluster import Checkpoint, VirtualCluster
 from psgd.simulation.problem import Problem, Timing
 from psgd.simulation.worker import Slot, VirtualWorker

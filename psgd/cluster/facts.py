@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psgd.core.partitions import Partition
+from psgd.core.server.partitions import Partition
 from psgd.spec import JobSpec
 from psgd_workers.layout import Layout
 from psgd_workers.messages import EpochGrid

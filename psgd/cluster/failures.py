@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from psgd.core.events import LaneFailed, ServerLost, WorkerFailed, WorkerLost
+from psgd.core.driver.events import LaneFailed, ServerLost, WorkerFailed, WorkerLost
 from psgd_workers.errors import LaneError, WorkerError
 
 __all__ = ["server_failure", "worker_failure"]

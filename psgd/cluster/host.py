@@ -13,9 +13,9 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.report import Report
-from psgd.core.server import ParameterServer
-from psgd.core.state import ServerState
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.report import Report
+from psgd.core.server.state import ServerState
 from psgd.errors import RunError, StorageError
 from psgd.spec import Settings
 from psgd_workers.errors import LaneError

@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
-from psgd.core.partitions import Partition
+from psgd.core.server.partitions import Partition
 from psgd.spec import JobSpec
 from psgd_workers.errors import LaneError, LaneTimeoutError
 from psgd_workers.frames import PushForm

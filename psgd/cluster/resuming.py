@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from psgd.checkpoints import Checkpoint, Checkpoints, Manifest
-from psgd.core.repartition import disagreement
+from psgd.core.server.repartition import disagreement
 from psgd.errors import CheckpointError, ResumeError
 from psgd.job import OpenJob
 from psgd.jobfile import parse_spec

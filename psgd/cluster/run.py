@@ -20,9 +20,9 @@ from psgd.cluster.resuming import check_checkpoint, find_checkpoint, with_settin
 from psgd.cluster.saves import Saves
 from psgd.cluster.session import check_address, check_room, session
 from psgd.cluster.supervisor import Inputs, Supervisor
-from psgd.core.coordinator import Coordinator
-from psgd.core.events import Finish, Stop
-from psgd.core.partitions import Partition, split
+from psgd.core.driver.coordinator import Coordinator
+from psgd.core.driver.events import Finish, Stop
+from psgd.core.server.partitions import Partition, split
 from psgd.errors import CheckpointError, OwnershipError, RunExistsError, RunFailedError, StorageError
 from psgd.job import OpenJob
 from psgd.jobfile import parse_spec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from psgd.checkpoints import Checkpoint, Checkpoints, Manifest, Part
 from psgd.cluster.facts import RunFacts
-from psgd.core.events import Commit, Committed, Saved, SaveFailed
+from psgd.core.driver.events import Commit, Committed, Saved, SaveFailed
 from psgd.errors import StorageError
 from psgd.monitoring.rundir import RunDirectory
 

@@ -20,9 +20,9 @@ from psgd.cluster.heap import return_large_blocks
 from psgd.cluster.host import ServerHost
 from psgd.cluster.lanes import push_form
 from psgd.cluster.listener import Listener
-from psgd.core.journal import RECORD
-from psgd.core.report import Report
-from psgd.core.server import ParameterServer
+from psgd.core.server.journal import RECORD
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.report import Report
 from psgd.errors import StorageError
 from psgd.spec import JobSpec, Settings
 from psgd.storage import Storage

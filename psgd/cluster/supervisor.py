@@ -19,13 +19,12 @@ from ray.exceptions import RayError, RayTaskError
 
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.failures import server_failure, worker_failure
-from psgd.cluster.gathering import Asked, Gathering
 from psgd.cluster.placement import choose_node, living_nodes
 from psgd.cluster.saves import Saves
 from psgd.cluster.server_actor import start_server
 from psgd.cluster.worker_actor import start_worker
-from psgd.core.coordinator import Coordinator
-from psgd.core.events import (
+from psgd.core.driver.coordinator import Coordinator
+from psgd.core.driver.events import (
     Action,
     AskReport,
     Cancel,
@@ -59,6 +58,7 @@ from psgd.core.events import (
     WorkerLost,
     WorkerUp,
 )
+from psgd.core.driver.weights_gather import Asked, Gathering
 from psgd.errors import SpecError
 from psgd.jobfile import change_settings, change_workers
 from psgd.monitoring.rundir import RunDirectory

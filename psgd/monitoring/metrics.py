@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from psgd.core.coordinator import Coordinator
-from psgd.core.report import Report, staleness_summary
+from psgd.core.driver.coordinator import Coordinator
+from psgd.core.server.report import Report, staleness_summary
 from psgd_workers.messages import Evaluation
 
 __all__ = ["run_metrics"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from psgd.core.coordinator import Coordinator
-from psgd.core.saving import Saving
+from psgd.core.driver.checkpoint_schedule import Saving
+from psgd.core.driver.coordinator import Coordinator
 from psgd.monitoring.metrics import run_metrics
 from psgd.monitoring.progress import Display
 from psgd.monitoring.rundir import RunDirectory

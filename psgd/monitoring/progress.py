@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from psgd.core.coordinator import Coordinator
+from psgd.core.driver.coordinator import Coordinator
 from psgd.monitoring.metrics import run_metrics
 from psgd.spec import JobSpec
 

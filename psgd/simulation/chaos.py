@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from psgd.core.events import Action, Change, Commit, Save, SaveFailed, Scale, WorkerLost
-from psgd.core.server import ParameterServer
+from psgd.core.driver.events import Action, Change, Commit, Save, SaveFailed, Scale, WorkerLost
+from psgd.core.server.parameter_server import ParameterServer
 from psgd.errors import RunError, SpecError
 from psgd.jobfile import change_workers
 from psgd.simulation.clock import without_collector

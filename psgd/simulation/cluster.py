@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.coordinator import Coordinator
-from psgd.core.events import (
+from psgd.core.driver.coordinator import Coordinator
+from psgd.core.driver.events import (
     Action,
     AskReport,
     Cancel,
@@ -42,10 +42,10 @@ from psgd.core.events import (
     WorkerLost,
     WorkerUp,
 )
-from psgd.core.partitions import split
-from psgd.core.repartition import disagreement, repartition
-from psgd.core.server import ParameterServer
-from psgd.core.state import ServerState
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.partitions import split
+from psgd.core.server.repartition import disagreement, repartition
+from psgd.core.server.state import ServerState
 from psgd.errors import ResumeError, RunError
 from psgd.simulation.clock import VirtualClock, without_collector
 from psgd.simulation.problem import Problem, Timing

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from psgd.core.journal import RECORD
+from psgd.core.server.journal import RECORD
 from psgd.errors import RunNotFoundError, SpecError, StorageError
 from psgd.job import OpenJob
 from psgd.simulation.delays import parse_delays

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.journal import Kind
+from psgd.core.server.journal import Kind
 from psgd.errors import SpecError
 
 __all__ = ["Constant", "Delays", "Exponential", "Gamma", "Linear", "Lognormal", "Measured", "Slow", "parse_delays"]
@@ -157,7 +157,7 @@ class Measured:
         """The compute times in a journal; its workers in the order of their numbers.
 
         Args:
-            records: of dtype `psgd.core.journal.RECORD`.
+            records: of dtype `psgd.core.server.journal.RECORD`.
 
         Raises:
             SpecError: no gradient's time is among them.

@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from psgd.core.aggregators import OneGradient
-from psgd.core.published import Published
-from psgd.core.server import ParameterServer
-from psgd.core.state import ServerState
+from psgd.core.server.aggregators import OneGradient
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.published import Published
+from psgd.core.server.state import ServerState
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.problem import Problem
 from psgd.spec import JobSpec

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.checkpoints import Checkpoints, Manifest
-from psgd.core.journal import RECORD, Kind
+from psgd.core.server.journal import RECORD, Kind
 from psgd.errors import JournalError
 from psgd.monitoring.rundir import RunDirectory
 from psgd_workers.messages import BatchId, Outcome, Version
@@ -29,7 +29,7 @@ OUTCOMES = tuple(Outcome)
 
 
 class Record(NamedTuple):
-    """One record, its fields those of `psgd.core.journal.RECORD`."""
+    """One record, its fields those of `psgd.core.server.journal.RECORD`."""
 
     kind: int
     code: int

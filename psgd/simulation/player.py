@@ -15,7 +15,7 @@ from itertools import product
 
 import numpy as np
 
-from psgd.core.journal import Kind
+from psgd.core.server.journal import Kind
 from psgd.errors import ReplayError
 from psgd.job import OpenJob
 from psgd.simulation.lineage import Record

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.journal import Kind
+from psgd.core.server.journal import Kind
 from psgd_workers.messages import Outcome, Version
 
 __all__ = ["Pushes"]
@@ -25,7 +25,7 @@ class Pushes:
     """All pushes, numbered.
 
     Args:
-        journals: records of `psgd.core.journal.RECORD`, by partition.
+        journals: records of `psgd.core.server.journal.RECORD`, by partition.
     """
 
     def __init__(self, journals: Sequence[NDArray[np.void]]) -> None:

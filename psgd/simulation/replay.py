@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from psgd.checkpoints import Checkpoints, Manifest
-from psgd.core.journal import RECORD, Kind
-from psgd.core.partitions import Partition
-from psgd.core.state import ServerState
+from psgd.core.server.journal import RECORD, Kind
+from psgd.core.server.partitions import Partition
+from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, DataError, JournalError, ModelError
 from psgd.job import OpenJob
 from psgd.jobfile import parse_spec

@@ -8,9 +8,9 @@ from math import nan
 
 import numpy as np
 
-from psgd.core.journal import Kind
-from psgd.core.partitions import Partition
-from psgd.core.server import ParameterServer
+from psgd.core.server.journal import Kind
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.partitions import Partition
 from psgd.errors import JournalError, ReplayError
 from psgd.job import OpenJob
 from psgd.simulation.lineage import Record, Stretch

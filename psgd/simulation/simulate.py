@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.consistency import build_consistency
-from psgd.core.journal import OUTCOMES, Kind
-from psgd.core.report import staleness_summary
+from psgd.core.server.consistency import build_consistency
+from psgd.core.server.journal import OUTCOMES, Kind
+from psgd.core.server.report import staleness_summary
 from psgd.errors import SpecError
 from psgd.job import OpenJob
 from psgd.simulation.cluster import VirtualCluster

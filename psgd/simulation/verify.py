@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from psgd.core.optimizers import build_optimizer
-from psgd.core.partitions import split
-from psgd.core.schedules import build_schedule
+from psgd.core.server.optimizers import build_optimizer
+from psgd.core.server.partitions import split
+from psgd.core.server.schedules import build_schedule
 from psgd.job import OpenJob
 from psgd.jobfile import override_spec
 from psgd.simulation.cluster import Checkpoint, VirtualCluster

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from psgd.core.events import Evaluated, Event, LaneFailed, LeaseClosed, WorkerFailed
+from psgd.core.driver.events import Evaluated, Event, LaneFailed, LeaseClosed, WorkerFailed
 from psgd.errors import WorkerError
 from psgd.simulation.problem import Problem, Timing
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Lease, Receipt, Version

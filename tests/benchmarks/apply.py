@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from psgd.core.optimizers import build_optimizer
+from psgd.core.server.optimizers import build_optimizer
 from psgd.spec import AdagradOptimizer, AdamOptimizer, OptimizerSpec, SgdOptimizer
 from tests.benchmarks.command import begin, conclude, parser
 from tests.benchmarks.findings import Finding, ratio

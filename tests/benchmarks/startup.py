@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from psgd.core.journal import RECORD, Kind
+from psgd.core.server.journal import RECORD, Kind
 from psgd_workers.messages import Outcome
 from tests.benchmarks.command import begin, conclude, parser
 from tests.benchmarks.findings import Finding

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from psgd.cluster import session
-from psgd.core.journal import Journal, Kind
+from psgd.core.server.journal import Journal, Kind
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, Outcome, Version
 from tests.benchmarks.peers.psgd_job import job

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from psgd.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
-from psgd.core.journal import RECORD
-from psgd.core.state import ServerState
+from psgd.core.server.journal import RECORD
+from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError
 from psgd.storage import Storage
 from psgd_workers.layout import Layout

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from psgd.checkpoints import Checkpoints, write_part
-from psgd.core.state import ServerState
+from psgd.core.server.state import ServerState
 from psgd.storage import Storage
 from tests.unit.test_checkpoints import NO_RECORDS, fail, manifest, state
 

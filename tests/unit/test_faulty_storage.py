@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from psgd.checkpoints import Checkpoints
-from psgd.core.state import ServerState
+from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, StorageError
 from psgd.storage import Storage
 from tests.faulty_storage import Faulty

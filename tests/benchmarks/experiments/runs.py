@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from psgd.core.report import Report
+from psgd.core.server.report import Report
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.delays import parse_delays
 from psgd.simulation.problem import Problem, Timing

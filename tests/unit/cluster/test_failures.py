@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RaySystemError, RayTaskError
 
 from psgd.cluster.failures import server_failure, worker_failure
-from psgd.core.events import LaneFailed, ServerLost, WorkerFailed, WorkerLost
+from psgd.core.driver.events import LaneFailed, ServerLost, WorkerFailed, WorkerLost
 from psgd_workers.errors import LaneError, WorkerError
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "model.py", line 3\nKeyError: no such layer\n'

@@ -11,9 +11,9 @@ import pytest
 
 from psgd.cluster import host as host_module
 from psgd.cluster.host import ServerHost
-from psgd.core.journal import Kind
-from psgd.core.partitions import Partition
-from psgd.core.server import ParameterServer
+from psgd.core.server.journal import Kind
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.partitions import Partition
 from psgd.errors import RunError, StorageError
 from psgd_workers.errors import LaneError
 from psgd_workers.messages import BatchId, EpochGrid, Gradient, Outcome, Receipt, Version

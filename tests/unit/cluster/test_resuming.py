@@ -9,8 +9,8 @@ import pytest
 
 from psgd.checkpoints import Checkpoints, write_part
 from psgd.cluster.resuming import check_checkpoint, find_checkpoint
-from psgd.core.partitions import split
-from psgd.core.server import ParameterServer
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.partitions import split
 from psgd.errors import JournalError, ResumeError
 from psgd.job import OpenJob
 from psgd.monitoring.rundir import RunDirectory

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from psgd.cluster.run import train
-from psgd.core.events import Change
+from psgd.core.driver.events import Change
 from psgd.errors import SpecError
 from psgd.jobfile import change_settings
 from psgd.spec import JobSpec

@@ -8,10 +8,10 @@ import pytest
 from psgd.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.saves import Saves
-from psgd.core.events import Commit, Committed, Saved, SaveFailed
-from psgd.core.journal import RECORD
-from psgd.core.partitions import split
-from psgd.core.server import ParameterServer
+from psgd.core.driver.events import Commit, Committed, Saved, SaveFailed
+from psgd.core.server.journal import RECORD
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.partitions import split
 from psgd.errors import OwnershipError, StorageError
 from psgd.monitoring.rundir import RunDirectory
 from psgd.storage import Storage

@@ -12,9 +12,9 @@ import pytest
 from psgd.checkpoints import Checkpoints, Part, write_part
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.server_actor import ServerActor
-from psgd.core.journal import RECORD, Kind
-from psgd.core.partitions import Partition, split
-from psgd.core.server import ParameterServer
+from psgd.core.server.journal import RECORD, Kind
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.partitions import Partition, split
 from psgd.errors import StorageError
 from psgd.monitoring.rundir import RunDirectory
 from psgd.storage import Storage

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from psgd.cluster import peer
-from psgd.core.partitions import Partition
+from psgd.core.server.partitions import Partition
 from psgd_workers import memory, sockets
 from psgd_workers.errors import LaneError, LaneTimeoutError
 from psgd_workers.frames import HEADER_SIZE

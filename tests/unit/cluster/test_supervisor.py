@@ -15,7 +15,7 @@ from psgd.cluster import supervisor
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.saves import Saves
 from psgd.cluster.supervisor import Inputs, Supervisor
-from psgd.core.events import (
+from psgd.core.driver.events import (
     Action,
     AskReport,
     Evaluate,
@@ -31,7 +31,7 @@ from psgd.core.events import (
     Tick,
     WorkerUp,
 )
-from psgd.core.partitions import split
+from psgd.core.server.partitions import split
 from psgd.job import OpenJob
 from psgd.storage import Storage
 from tests.unit.core.jobs import job

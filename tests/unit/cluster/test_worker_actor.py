@@ -14,8 +14,8 @@ from ray.exceptions import RayActorError
 
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.worker_actor import WorkerActor
-from psgd.core.partitions import split
-from psgd.core.server import ParameterServer
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.partitions import split
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchRange, FloatArray, Gradient, Lease, LeaseEnd, Receipt, Version

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from psgd.core.events import Change, ChangeServer, Finish, Join, Leave
-from psgd.core.journal import Kind
-from psgd.core.partitions import Partition
-from psgd.core.server import ParameterServer
-from psgd.core.state import ServerState
+from psgd.core.driver.events import Change, ChangeServer, Finish, Join, Leave
+from psgd.core.server.journal import Kind
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.partitions import Partition
+from psgd.core.server.state import ServerState
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Outcome, Version
 from tests.inprocess import START_S, Checkpoint, Fault, FaultKind, InProcess

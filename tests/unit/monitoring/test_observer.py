@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from psgd.core.events import Action, Stop
-from psgd.core.saving import PAUSES_S
+from psgd.core.driver.checkpoint_schedule import PAUSES_S
+from psgd.core.driver.events import Action, Stop
 from psgd.monitoring.observer import METRICS_S, Observer
 from psgd.monitoring.progress import Display
 from psgd.monitoring.rundir import RunDirectory

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from psgd.core.coordinator import Coordinator
+from psgd.core.driver.coordinator import Coordinator
 from psgd.monitoring.progress import REFRESH_S, Display
 from tests.inprocess import InProcess
 from tests.unit.core.jobs import GRID, START, job, quadratic

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.checkpoints import Checkpoints, Manifest, Part, write_part
-from psgd.core.events import Action, Commit
+from psgd.core.driver.events import Action, Commit
 from psgd.job import OpenJob
 from psgd.monitoring.rundir import RunDirectory
 from psgd.spec import JobSpec

@@ -5,8 +5,8 @@ from typing import Any, Self
 
 import pytest
 
-from psgd.core.applied import AppliedSet
-from psgd.core.events import Note
+from psgd.core.driver.events import Note
+from psgd.core.server.applied import AppliedSet
 from psgd.errors import RunError
 from psgd.simulation.chaos import STRIKES, Chaos, draw_plan, run_chaos
 from psgd.simulation.invariants import ViolationError, WatchedServer

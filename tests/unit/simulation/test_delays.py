@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from psgd.core.journal import RECORD, Kind
+from psgd.core.server.journal import RECORD, Kind
 from psgd.errors import RunNotFoundError, SpecError
 from psgd.simulation.delays import (
     Constant,

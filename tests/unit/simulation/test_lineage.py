@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from psgd.checkpoints import Checkpoints
-from psgd.core.journal import Kind
+from psgd.core.server.journal import Kind
 from psgd.errors import JournalError
 from psgd.monitoring.rundir import RunDirectory
 from psgd.simulation.lineage import Stretch, read_lineage

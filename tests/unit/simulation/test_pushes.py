@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.journal import OUTCOMES, RECORD, Kind
+from psgd.core.server.journal import OUTCOMES, RECORD, Kind
 from psgd.simulation.pushes import NONE, Pushes
 from psgd_workers.messages import Outcome, Version
 

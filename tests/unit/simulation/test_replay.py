@@ -16,8 +16,8 @@ from safetensors.numpy import load, load_file, save
 import psgd
 from psgd.checkpoints import Checkpoints
 from psgd.cli import main
-from psgd.core.events import Change
-from psgd.core.journal import Kind
+from psgd.core.driver.events import Change
+from psgd.core.server.journal import Kind
 from psgd.errors import CheckpointError, DataError, JournalError, ReplayError, RunNotFoundError
 from psgd.job import OpenJob
 from psgd.jobfile import change_settings

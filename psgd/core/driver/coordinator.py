@@ -1,0 +1,506 @@
+"""The coordinator: drives a run's epochs. Events in, actions out; it owns no process, no clock and no disk.
+
+A run starts servers and workers, leases batches until a limit of the job is reached, then ends: leases are cancelled,
+doubts settled, the state saved and committed, the last weights evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from psgd.core.driver.checkpoint_schedule import Saving
+from psgd.core.driver.evaluations import Evaluations
+from psgd.core.driver.events import (
+    Action,
+    Change,
+    ChangeServer,
+    Committed,
+    Evaluated,
+    EvaluationLost,
+    Event,
+    Finish,
+    Join,
+    LaneFailed,
+    LeaseClosed,
+    Leave,
+    Note,
+    Reported,
+    Saved,
+    SaveFailed,
+    Scale,
+    ServerLost,
+    Started,
+    StartWorker,
+    Stop,
+    StopWorker,
+    Tick,
+    WorkerFailed,
+    WorkerLost,
+    WorkerUp,
+)
+from psgd.core.driver.failures import Incidents
+from psgd.core.driver.leasing import Leasing
+from psgd.core.driver.ledger import Ledger
+from psgd.core.driver.limits import Limits
+from psgd.core.driver.poison import Suspects
+from psgd.core.driver.server_reports import Servers
+from psgd.core.driver.workers import LEASE_S, LEAST_PATIENCE_S, Roster, WorkerRecord
+from psgd.core.server.report import Report
+from psgd.result import LedgerCounts, Status
+from psgd.spec import JobSpec, Settings
+from psgd_workers.messages import BatchId, EpochGrid
+
+__all__ = ["Coordinator"]
+
+INTERRUPT_S = 1.0  # for batches in hand after a signal: Ray's job manager kills 3 s after it
+EVALUATIONS_BEHIND = 2  # open evaluations at which the next epoch waits: servers keep copies of so many epochs
+LANE_TRIES = 3  # leases in a row in which a worker may not reach a server that the driver reaches
+
+WorkerEvent = WorkerUp | LeaseClosed | LaneFailed | WorkerLost | WorkerFailed | Evaluated | EvaluationLost
+
+
+class Coordinator:
+    """Decides everything about one run.
+
+    Args:
+        spec: the job.
+        grid: the shape of an epoch.
+        validates: whether there is a validation part.
+        checkpoint: the number of the next checkpoint.
+        saved_updates: version of the checkpoint the run resumes from; None for a new run.
+        saved_epochs: complete epochs in it.
+        requeued: batches leased again before this process.
+        lease_s: seconds of work in a lease. Longer: fewer calls, and more is done again when a worker dies.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        grid: EpochGrid,
+        *,
+        validates: bool,
+        checkpoint: int = 0,
+        saved_updates: int | None = None,
+        saved_epochs: int = 0,
+        requeued: int = 0,
+        lease_s: float = LEASE_S,
+    ) -> None:
+        self._spec = spec
+        self._grid = grid
+        self._partitions = partitions = spec.scaling.servers
+        self._limits = Limits(spec.run)
+        self.phase: Literal["starting", "training", "ending"] = "starting"
+        self.ledger = Ledger(grid, partitions)
+        self.ledger.requeued = requeued
+        self.servers = Servers(partitions, self.ledger.ask)
+        self.roster = Roster(spec.scaling.most_workers, spec.scaling.least_workers, lease_s)
+        self.evaluations = Evaluations(self.roster, validates)
+        self.saving = Saving(spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs)
+        self._leasing = Leasing(spec, self.ledger, self.roster, self.servers, self._limits)
+        self.incidents = Incidents()
+        self._suspects = Suspects(grid, spec.failure.poison_tries)
+        self.began: float | None = None
+        self._started: float | None = None
+        self._rejected_before: int | None = None
+        self._end_status: Status = "finished"
+        self._end_deadline = float("inf")
+        self._settings: Settings | None = None  # that the run was changed to
+        self._look_at = 0.0  # when the next worker may have to be given up
+        self._overdue = False  # whether the next report decides that
+        self._actions: list[Action] = []
+        self._finish: Finish | None = None
+
+    def handle(self, event: Event, now: float) -> tuple[Action, ...]:
+        """Take one event.
+
+        Args:
+            event: what happened.
+            now: the host's clock, in seconds; it never runs backwards.
+
+        Returns:
+            What the host is to do, in this order. `Finish` comes alone, and nothing after it.
+        """
+        if self._finish:
+            return ()
+        self._actions = []
+        self._take(event, now)
+        if not self._finish:
+            self._decide(now)
+        if not self._finish and (self.phase == "ending" or isinstance(event, Reported)):
+            self._actions += self._leasing.leave_idle()
+        return (self._finish,) if self._finish else tuple(self._actions)
+
+    def next_deadline(self) -> float | None:
+        """When the host must send a `Tick`, if nothing happens before; None: never."""
+        deadlines = [self._end_deadline, self._look_at, self.saving.retry_at]
+        if self.phase == "training" and self.servers.ready:  # while one is restored, its report is waited for
+            deadlines += [self._limits.deadline(self.began), self.saving.deadline(self.updates)]
+        return None if (soonest := min(deadlines)) == float("inf") else soonest
+
+    def counts(self) -> LedgerCounts:
+        """What became of the batches so far."""
+        pushes = [report.pushes for report in self.reports.values()]
+        return LedgerCounts(
+            batches=self.ledger.epoch * self._grid.num_batches + self.ledger.done,
+            applied=min((p["applied"] for p in pushes), default=0),
+            duplicates=sum(p["duplicate"] for p in pushes),
+            requeued=self.ledger.requeued,
+            discarded=max((p["discarded"] for p in pushes), default=0),
+        )
+
+    @property
+    def reports(self) -> Mapping[int, Report]:
+        """The newest of each partition."""
+        return self.servers.reports
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that every partition contains."""
+        return self.servers.epochs
+
+    @property
+    def updates(self) -> int:
+        """Steps taken, by the partition that is least far."""
+        return self.servers.updates
+
+    @property
+    def failures(self) -> int:
+        """Those that count against `failure.max_failures`."""
+        return self.incidents.charged
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of the computed batches of this process that no failure wasted; None: none was computed."""
+        return self.incidents.goodput(self.servers.pushes)
+
+    # Events: what they change
+
+    def _take(self, event: Event, now: float) -> None:
+        match event:
+            case Started():
+                self._started = now
+                for partition in range(self._partitions):
+                    self._actions += self.servers.start(partition)
+            case Reported():
+                self._on_report(event, now)
+            case Stop(status):
+                self._end(status, now)
+            case Change(settings):
+                self._change(settings)
+            case Scale(workers):
+                self.roster.target = workers
+            case ServerLost():
+                self._on_server_lost(event, now)
+            case Saved() | SaveFailed() | Committed():
+                self._on_save(event, now)
+            case Tick():
+                pass  # deciding is all
+            case _:
+                self._take_from_worker(event, now)
+
+    def _take_from_worker(self, event: WorkerEvent, now: float) -> None:
+        if event.worker not in self.roster:
+            return  # it was given up before its answer came
+        worker = self.roster[event.worker]
+        match event:
+            case WorkerUp():
+                self.roster.rise(worker.name, now)
+            case LeaseClosed(_, lease, residual_norm):
+                worker.residual_norm, worker.lane_failures = residual_norm, 0
+                self._close(worker, lease, now, whole=lease > worker.called_off and lease not in self.ledger.overtaken)
+            case LaneFailed(_, lease, cause):
+                self._on_lane_failed(worker, lease, cause, now)
+            case WorkerLost(_, cause, preempted):
+                self._lose(worker, now, suspicious=not preempted)
+                if preempted:
+                    self.incidents.count("preempted")
+                else:
+                    self._charge("worker_lost", f"{worker.name} was lost: {cause}")
+            case WorkerFailed(_, cause):
+                self._fail(f"{worker.name}: {cause}")
+            case Evaluated(_, epochs, evaluation):
+                self.evaluations.done(worker, epochs, evaluation, now)
+            case EvaluationLost(_, epochs):
+                self.evaluations.cancelled(worker, epochs, now)
+
+    def _on_lane_failed(self, worker: WorkerRecord, lease: int, cause: str, now: float) -> None:
+        """Its server is gone, of which we hear soon; or only this worker cannot reach it."""
+        self._leasing.hold(worker, lease)
+        worker.lane_failures += 1
+        self._close(worker, lease, now)
+        if worker.lane_failures == LANE_TRIES:
+            self._actions.append(StopWorker(worker.name, cause))
+            self._lose(worker, now)
+            self._charge("lane_failed", f"{worker.name} could not reach its server: {cause}")
+
+    def _on_server_lost(self, event: ServerLost, now: float) -> None:
+        partition, cause = event.partition, event.cause
+        if partition not in self.reports and not event.died:
+            self._fail(f"server {partition} could not be started: {cause}")
+            return
+        self.servers.lost(partition, now)
+        self.saving.abandon(now)
+        if self.phase == "ending":
+            self.evaluations.forget(self.epochs)
+        if self.phase == "ending" and self._end_status == "finished":
+            self.phase, self._end_deadline = "training", float("inf")  # what it lacks has to be done again
+        self._actions += self.servers.start(partition)
+        self._charge("server_lost", f"server {partition} was lost: {cause}")
+
+    def _on_report(self, event: Reported, now: float) -> None:
+        partition = event.report.partition
+        before = self.reports.get(partition)
+        taken = self.servers.take(event, now)
+        if taken is None:
+            return
+        report, absent_s = taken
+        for lease, lost in self.ledger.reported(report, event.asked):
+            self._on_settled(lease, lost.tolist(), now)
+        self.incidents.progressed(self.ledger.epoch * self._grid.num_batches + self.ledger.done)
+        self.roster.heard(report, now)
+        if self._overdue:
+            self._look_at = now
+        if absent_s is not None and before is not None:
+            again = max(0, before.contained(self._grid) - report.contained(self._grid))  # as far as it had reported
+            self._on_restored(partition, absent_s, again, now)
+        self._watch_divergence()
+        for batch in self._suspects.rejected(report.rejected.items()):
+            self._on_poison(batch)
+        if self.phase == "training":
+            self._actions += self._leasing.call_off()
+
+    def _on_restored(self, partition: int, absent_s: float, again: int, now: float) -> None:
+        """It knows no workers and nothing decided since its checkpoint; and nobody is given up for its absence."""
+        self._note("server_restored", partition=partition, seconds=absent_s, batches_lost=again)
+        for worker in self.roster:
+            worker.alive_at, worker.lane_failures = now, 0
+        if self._settings:
+            self._actions.append(ChangeServer(partition, self._settings))
+        self._actions += [Join(worker.name) for worker in self.roster if worker.joined]
+        self._actions += self._suspects.skips(self.ledger)
+
+    def _on_settled(self, lease: int, lost: list[int], now: float) -> None:
+        """What a dead worker's lease left undone is known."""
+        incident = self.incidents.settled(lease)
+        if incident is None:
+            return
+        self._note("worker_recovered", worker=incident.worker, seconds=now - incident.at, batches_again=len(lost))
+        if not lost or not incident.suspicious:
+            return
+        batch = self._grid.batch(self.ledger.epoch, lost[0])  # what it was at, or about to be
+        if self._suspects.died(batch):
+            self._on_poison(batch)
+        else:
+            self.ledger.isolate(lost[0])
+
+    def _on_poison(self, batch: BatchId) -> None:
+        self.incidents.count("poison")
+        tries = self._suspects.tries(batch)
+        said = f"{batch} was tried {tries} times, and each time its worker died or its gradient was not finite"
+        if self._spec.failure.poison == "fail":
+            self._fail(f"{said}. Look at its examples, or set failure.poison to skip")
+            return
+        self._note("poison_skipped", batch=batch, tries=tries)
+        self._actions += self._suspects.skips(self.ledger)
+
+    def _watch_divergence(self) -> None:
+        """Count the gradients that were not finite; those before a resumption are past."""
+        if not self.servers.ready:
+            return
+        rejected = max(report.pushes["rejected"] for report in self.reports.values())
+        if self._rejected_before is None:
+            self._rejected_before = rejected
+        if rejected - self._rejected_before > self._spec.failure.max_rejected:
+            self._fail(
+                f"training diverged: {rejected - self._rejected_before} gradients were not finite, and "
+                f"failure.max_rejected is {self._spec.failure.max_rejected}. Lower optimizer.lr, or set max_grad_norm"
+            )
+
+    def _on_save(self, event: Saved | SaveFailed | Committed, now: float) -> None:
+        if not self.saving.concerns(event):
+            return
+        commit = self.saving.take(event, now)
+        if commit:
+            self._actions.append(commit)
+        if isinstance(event, SaveFailed):
+            self.incidents.count("save_failed")
+            if self.saving.last and not self.saving.pauses(now):
+                self._finish_unsaved(event.cause)
+
+    def _finish_unsaved(self, cause: str) -> None:
+        self._finish = self._finish or Finish(
+            "unsaved",
+            f"training came to {self.updates} updates and {self.epochs} complete epochs, but the last checkpoint could "
+            f"not be written: {cause}; {self.saving.told}. Mend the storage, and --resume continues from there",
+        )
+
+    def _change(self, settings: Settings) -> None:
+        self._settings = settings
+        self._leasing.change(settings.consistency)
+        self._actions += [ChangeServer(partition, settings) for partition in range(self._partitions)]
+
+    def _close(self, worker: WorkerRecord, lease: int, now: float, whole: bool = False) -> None:
+        self.roster.closed(worker, lease, now, whole)
+        self.ledger.close(lease)
+
+    def _lose(self, worker: WorkerRecord, now: float, suspicious: bool = False) -> None:
+        if worker.leases:
+            self.incidents.died(next(iter(worker.leases)), worker.name, now, suspicious)
+        for lease in list(worker.leases):
+            self._close(worker, lease, now)
+        self.evaluations.lost(worker)
+        if worker.joined:
+            self._actions.append(Leave(worker.name))
+        self.roster.remove(worker.name)
+
+    def _charge(self, kind: str, cause: str) -> None:
+        self.incidents.count(kind)
+        allowed = self._spec.failure.max_failures
+        if 0 <= allowed < self.incidents.charged:
+            self._fail(
+                f"{cause}. That is failure {self.incidents.charged}, and failure.max_failures is {allowed}; "
+                "--resume continues from the newest checkpoint"
+            )
+
+    def _note(self, event: str, **facts: Any) -> None:
+        self._actions.append(Note(event, facts))
+
+    def _fail(self, cause: str) -> None:
+        self._finish = self._finish or Finish("failed", cause)
+
+    # Decisions: what follows from the state
+
+    def _decide(self, now: float) -> None:
+        self._give_up_silent(now)
+        self._staff(now)
+        if self.phase == "starting":
+            self._begin(now)
+        if self.phase == "training" and self.servers.ready:
+            self._turn_epoch()
+            self._end_if_due(now)
+        if self.phase == "training" and self.servers.ready:
+            self._actions += self._leasing.lease(now)
+            if self.saving.due(self.updates, now):
+                self._actions.append(self.saving.begin(self.updates))
+        if self.phase == "ending":
+            self._finish_if_done(now)
+        if self.servers.ready:
+            self._actions += self.evaluations.assign(now)
+        hurry = self.phase == "ending" or not self.ledger.pending or self._leasing.holds
+        self._actions += self.servers.ask(self.ledger.newest_doubt, hurry)
+
+    def _give_up_silent(self, now: float) -> None:
+        if now < self._look_at:
+            return
+        limits, servers = self._spec.failure, self.servers
+        for worker in list(self.roster):
+            ends = self.roster.patience_ends(worker, limits, servers.ready)
+            if now >= ends and (not worker.at_work or servers.reported_at >= ends):
+                silent_s = now - worker.alive_at
+                cause = f"no sign of life for {silent_s:.1f} s (see failure.timeout_s)"
+                if not worker.up:
+                    cause = f"not up after {silent_s:.1f} s (see failure.start_timeout_s)"
+                self._actions.append(StopWorker(worker.name, cause))
+                self._lose(worker, now, suspicious=worker.up)
+                self._charge("worker_silent", f"{worker.name}: {cause}")
+        # Whoever is granted something from now on is given at least so much patience.
+        later = now + min(LEAST_PATIENCE_S, self._spec.failure.timeout_s)
+        soonest = min((self.roster.patience_ends(w, limits, servers.ready) for w in self.roster), default=later)
+        self._overdue = soonest <= now
+        self._look_at = later if self._overdue else min(later, soonest)
+
+    def _staff(self, now: float) -> None:
+        """As many workers as there should be."""
+        wanted = self.roster.target
+        if self.phase == "ending":
+            wanted = 1 if self.evaluations.waiting and self._end_status != "interrupted" else 0
+        else:
+            for worker in self.roster.surplus():
+                self._actions.append(self._leasing.cancel(worker))
+            for worker in [worker for worker in self.roster.draining if not worker.busy]:
+                self._actions.append(StopWorker(worker.name, "there are to be fewer workers"))
+                self._lose(worker, now)
+        self._actions += [StartWorker(worker.name) for worker in self.roster.hire(wanted, now)]
+
+    def _begin(self, now: float) -> None:
+        """Train once the servers have reported and a worker is up; lock-step modes wait for all of them."""
+        enough = self._leasing.in_lockstep or self.roster.least < self.roster.target
+        ready = self.roster.complete if enough else bool(self.roster.up)
+        if self.servers.ready and ready:
+            self.phase = "training"
+            self.began = self.saving.closed_at = now
+            self._start_epoch()
+            self.incidents.begin(self.ledger.epoch * self._grid.num_batches + self.ledger.done)
+
+    def _start_epoch(self) -> None:
+        self.ledger.advance(self.epochs)
+        for report in self.reports.values():
+            self.ledger.reported(report, asked=0)
+        self._actions += self._suspects.skips(self.ledger)
+
+    def _turn_epoch(self) -> None:
+        """Lease the next epoch once this one is complete in every partition; or one again that is not any more."""
+        epochs = self.epochs
+        if epochs < self.ledger.epoch:
+            self._note("epoch_reopened", epoch=epochs)
+            self.evaluations.forget(epochs)
+            self._start_epoch()
+            return
+        if not self.ledger.complete:
+            return
+        self.evaluations.want(epochs)
+        if self.evaluations.open < EVALUATIONS_BEHIND or self._limits.reached(epochs, self.updates):
+            self._start_epoch()
+
+    def _end_if_due(self, now: float) -> None:
+        epochs, results = self.epochs, self.evaluations.results.values()
+        target = self._limits.target_reached(epochs, self.reports.values(), results)
+        out_of_time = now >= self._limits.deadline(self.began)
+        if target or out_of_time or self._limits.reached(epochs, self.updates):
+            self._end("finished", now)
+
+    # The end
+
+    def _end(self, status: Status, now: float) -> None:
+        """Lease no more; batches in hand are finished. A signal after a limit only adds haste."""
+        limit = INTERRUPT_S if status == "interrupted" else self._spec.failure.timeout_s
+        self._end_deadline = min(self._end_deadline, now + limit)
+        if status == "interrupted":
+            self.saving.hurry()
+        if self.phase != "ending" or status == "interrupted":
+            self._end_status = status
+        if self.phase != "ending":
+            self._actions += [self._leasing.cancel(worker) for worker in self.roster if worker.leases]
+        self.phase = "ending"
+
+    def _finish_if_done(self, now: float) -> None:
+        if now >= self._end_deadline:
+            self._abandon_leases(now)
+            if self._end_status == "interrupted" and not self.servers.ready and self.reports:
+                self._finish = Finish(self._end_status)  # without what the lost server had
+                return
+        if not self.ledger.settled or self.saving.busy or (self.reports and not self.servers.ready):
+            return
+        if self.reports and (self.saving.lacks(self.updates) or self.saving.saved_epochs < self.epochs):
+            if not self.saving.pauses(now):
+                self._actions.append(self.saving.begin(self.updates, last=True))
+            return
+        if self._end_status == "interrupted":
+            self._finish = Finish(self._end_status)
+            return
+        self.evaluations.want(self._final_weights())
+        if not self.evaluations.open:
+            self._finish = Finish(self._end_status)
+
+    def _abandon_leases(self, now: float) -> None:
+        self._end_deadline = float("inf")
+        for worker in [worker for worker in self.roster if worker.leases]:
+            self._actions.append(StopWorker(worker.name, "it did not end its lease in time"))
+            self._lose(worker, now)
+
+    def _final_weights(self) -> int | None:
+        """The name of the weights that the run ends with: an epoch's last ones, if it ends there."""
+        epochs = self.epochs
+        at_an_end = epochs > 0 and all(r.epochs == epochs and not r.settled for r in self.reports.values())
+        return epochs if at_an_end else None

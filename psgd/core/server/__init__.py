@@ -1,0 +1,1 @@
+"""One partition of the weights, and the way of a push through it, hook by hook."""

@@ -1,0 +1,477 @@
+"""ParameterServer: one partition of the weights and everything that decides what happens to it.
+
+A push goes through six hooks:
+
+    ADMIT      is the batch new, finite, and read in this server's history? does the mode take it?
+    DECODE     values as sent -> float32
+    CORRECT    what the whole gradient's norm asks (clipping), and what staleness does
+    AGGREGATE  into the round; when it closes, the round's mean
+    STEP       the optimizer, in place
+    REPLY      the weights workers are shown, and the receipts now due
+
+The host calls one method at a time and delivers the receipts each returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psgd.core.server.aggregators import Member, Step, Taken
+from psgd.core.server.applied import AppliedSet
+from psgd.core.server.average import Average
+from psgd.core.server.consistency import Round, build_consistency
+from psgd.core.server.corrections import build_correction
+from psgd.core.server.journal import Journal, Kind
+from psgd.core.server.optimizers import build_optimizer
+from psgd.core.server.partitions import Partition
+from psgd.core.server.published import PrivateVector, Published
+from psgd.core.server.report import Mark, Report
+from psgd.core.server.schedules import build_schedule
+from psgd.core.server.state import ServerState
+from psgd.core.server.tally import Tally
+from psgd.spec import JobSpec, Settings
+from psgd_workers.compression import decode
+from psgd_workers.errors import LaneError
+from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
+
+__all__ = ["ParameterServer"]
+
+KEPT_EPOCHS = 2  # the two newest ends, of which one may be under evaluation
+LONGEST_S = 1e9  # that a worker may say it computed
+
+
+class _Parked(NamedTuple):
+    """A push whose receipt is not yet given."""
+
+    worker: str
+    batch: BatchId
+    outcome: Outcome
+    updates: int  # of the server when it came: a later version has it applied
+
+
+class ParameterServer:
+    """One partition of the weights.
+
+    Args:
+        spec: the job.
+        partition: which slice of the weights `weights` is.
+        weights: `[partition size]` float32; copied.
+        grid: the shape of an epoch.
+        version: where versions start.
+        published: where to keep the weights that workers are shown; None: in memory of its own.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        partition: Partition,
+        weights: FloatArray,
+        grid: EpochGrid,
+        version: Version,
+        published: Published | None = None,
+    ) -> None:
+        size, trainable = partition.stop - partition.start, partition.num_trainable
+        assert weights.shape == (size,), (weights.shape, partition)
+        self.partition = partition
+        self.version = version
+        self.settings = spec.settings
+        self._size = size
+        self._reads_weights = spec.correction.reads_weights
+        self._correction = build_correction(spec, trainable)
+        self._board = published or PrivateVector(size)
+        self._board.begin()
+        np.copyto(self._board.values, weights)
+        self._board.end(version)
+        # What workers are shown is the weights themselves, unless a correction shows them others.
+        self._weights = self._board.values.copy() if self._correction.shifts else self._board.values
+        self._trained = self._weights[:trainable]
+        self._has_buffers = trainable < size
+        self._clipped = np.empty(size, np.float32)
+        self._decoded = np.empty(size, np.float32)
+        self._optimizer = build_optimizer(spec.optimizer, trainable)
+        decay = spec.optimizer.ema
+        self._average = None if decay is None else Average(decay, self._trained)
+        self._grid = grid
+        self._settled = AppliedSet(grid)
+        self._history = [(version.incarnation, version.updates)]  # (incarnation, updates it forked at), oldest first
+        self._round = Round()
+        self._refused = -1  # the newest epoch of which a batch was refused: one that has begun, if it is not complete
+        self._parked: list[_Parked] = []
+        self._tally = Tally()
+        self._epoch_weights: dict[int, FloatArray] = {}
+        self._kept = 0  # the newest epoch's end that weights were kept of, or could have been
+        self._counted = 0  # examples applied and skipped: what the schedule goes by
+        self.journal = Journal()
+        self._set(spec.settings)
+
+    def _set(self, settings: Settings) -> None:
+        self.settings = settings
+        self._mode = build_consistency(settings.consistency)
+        self._late = Outcome.DISCARDED if getattr(settings.consistency, "late", "") == "discard" else Outcome.REQUEUED
+        self._aggregator = self._mode.aggregator(self._size, self.partition.num_trainable)
+        optimizer = settings.optimizer
+        self._max_norm, self._clip_value = optimizer.max_grad_norm, optimizer.clipvalue
+        self._correction.rate = optimizer.lr
+        self._untouched = self._max_norm is None and self._clip_value is None and not self._correction.elementwise
+        self._schedule = build_schedule(optimizer.schedule, optimizer.lr, self._grid.num_examples)
+
+    @property
+    def published(self) -> FloatArray:
+        """The weights that workers are shown; they change with the next step."""
+        return self._board.values
+
+    @property
+    def epochs(self) -> int:
+        """Complete epochs: every batch of those before this one is in the state, or skipped."""
+        return self._settled.epochs
+
+    @property
+    def samples(self) -> int:
+        """Examples applied."""
+        return self._tally.samples
+
+    @property
+    def can_save(self) -> bool:
+        """Whether `state()` would hold everything: an open round of a mode in lock-step is in no state."""
+        return not (self._aggregator.keeps and len(self._aggregator))
+
+    def join(self, worker: str, now: float) -> tuple[Receipt, ...]:
+        """A worker got a lease: rounds wait for it from now on. It enters at the slowest one's clock."""
+        live = self._round.live
+        live.setdefault(worker, min(live.values(), default=0))
+        self.journal.member(Kind.JOIN, now, worker, self.version)
+        return ()
+
+    def leave(self, worker: str, now: float) -> tuple[Receipt, ...]:
+        """A worker is idle, gone or dead: rounds no longer wait for it. What it pushed stays."""
+        self._round.live.pop(worker, None)
+        self._correction.leave(worker)
+        self._close_if_due(now)
+        self.journal.member(Kind.LEAVE, now, worker, self.version)
+        return self._due()
+
+    def change(self, settings: Settings, now: float) -> tuple[Receipt, ...]:
+        """Go on by other settings: what is collected becomes a step first, and everybody is let go."""
+        while self._round.collected:
+            self._close(now)
+        self._round.heard.clear()
+        self._set(settings)
+        self.journal.change(now, settings, self.version)
+        return self._due()
+
+    def push(self, gradient: Gradient, now: float) -> tuple[Receipt, ...]:
+        """Take one gradient through the six hooks.
+
+        Returns:
+            Every receipt that is due now: this worker's, those of workers that waited for it, or none.
+
+        Raises:
+            LaneError: the values were not sent as this partition reads them; nothing happened.
+        """
+        updates, round_ = self.version.updates, self._round
+        self._tally.bytes += gradient.nbytes
+        outcome = self._admit(gradient)
+        if outcome is Outcome.BUFFERED:
+            self._collect(gradient)
+        else:
+            self._tally.refused(gradient, outcome)
+            self._refused = max(self._refused, gradient.batch.epoch)
+            if outcome is Outcome.DISCARDED:
+                self._settled.add(gradient.batch, skip=True)
+                self._counted += gradient.examples
+        if gradient.worker in round_.live:
+            round_.live[gradient.worker] += 1
+        if self._mode.belongs(outcome):
+            round_.heard.add(gradient.worker)
+        taken = outcome
+        self._close_if_due(now)
+        if outcome is Outcome.BUFFERED and self.version.updates > updates:
+            outcome = Outcome.APPLIED
+        self.journal.push(now, gradient, outcome, self.version)
+        if not self._parked and not self._mode.waiting(round_)(gradient.worker):  # the usual case
+            return (Receipt(gradient.worker, gradient.batch, outcome, self.version),)
+        self._parked.append(_Parked(gradient.worker, gradient.batch, taken, updates))
+        return self._due()
+
+    def skip(self, batch: BatchId, examples: int, now: float) -> tuple[Receipt, ...]:
+        """Do without a batch, which is settled from now on as if it had been discarded; nothing, if it is settled."""
+        if batch not in self._settled:
+            self._settled.add(batch, skip=True)
+            self._counted += examples
+            self.journal.skip(now, batch, examples, self.version)
+            self._close_if_due(now)
+        return self._due()
+
+    # ADMIT
+
+    def _admit(self, gradient: Gradient) -> Outcome:
+        if gradient.batch in self._settled:
+            return Outcome.DUPLICATE
+        if not (isfinite(gradient.norm) and isfinite(gradient.loss)):
+            return Outcome.REJECTED
+        if not self._in_history(gradient.read):
+            return Outcome.REQUEUED
+        if not self._mode.admits(self.version.updates - gradient.read.updates):
+            return self._late
+        return Outcome.BUFFERED
+
+    def _in_history(self, read: Version) -> bool:
+        """Whether the weights of that version are ancestors of these."""
+        end = self.version.updates
+        for incarnation, fork in reversed(self._history):
+            if read.incarnation == incarnation:
+                return fork <= read.updates <= end
+            end = fork
+        return False
+
+    def check(self, gradient: Gradient) -> None:
+        """Refuse what no worker of this run sends, before anything happens; a host calls it before `push`.
+
+        Raises:
+            LaneError: there is no such batch; a number or a vector is none that a worker computes; or what must come
+                along is missing.
+        """
+        self._check_batch(gradient)
+        # Inf and nan are an answer of the norm's; a time must fit the journal.
+        if gradient.norm < 0 or not 0 <= gradient.compute_s < LONGEST_S:
+            raise LaneError(f"a push with norm {gradient.norm}, computed in {gradient.compute_s} s")
+        size, trainable = self._size, self.partition.num_trainable
+        if isinstance(gradient.values, Encoded):
+            decode(gradient.values, self._decoded[:trainable])
+            if trainable < size:
+                _check_vector("buffers", gradient.buffers, size - trainable)
+        else:
+            _check_vector("values", gradient.values, size)
+        if self._reads_weights:
+            _check_vector("weights_read", gradient.weights_read, size)
+
+    def _check_batch(self, gradient: Gradient) -> None:
+        (epoch, shard, index), per_shard = gradient.batch, self._grid.batches_per_shard
+        # A partition that was restored may be an epoch behind the others.
+        exists = epoch <= self._settled.epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
+        if not exists or min(gradient.batch) < 0 or not 0 < gradient.examples <= self._grid.num_examples:
+            raise LaneError(
+                f"a push of {gradient.batch} with {gradient.examples} examples: epochs up to {self.epochs + 1} are of "
+                f"{per_shard} batches by shard, {self._grid.num_examples} examples in all"
+            )
+
+    # DECODE, CORRECT, AGGREGATE
+
+    def _collect(self, gradient: Gradient) -> None:
+        staleness = self.version.updates - gradient.read.updates
+        weight = self._mode.weight(staleness) * self._correction.factor(gradient, staleness)
+        values, scale = self._decode(gradient), 1.0
+        if not self._untouched:
+            values, scale = self._correct(gradient, values, self._clip(gradient))
+        self._settled.add(gradient.batch)
+        member = Member(gradient.read.updates, gradient.examples)
+        self._aggregator.add(Taken(gradient.worker, gradient.batch, member, values, scale, weight))
+        self._round.collected += 1
+        self._tally.collected(gradient)
+
+    def _decode(self, gradient: Gradient) -> FloatArray:
+        if not isinstance(gradient.values, Encoded):
+            return gradient.values
+        out = np.empty_like(self._decoded) if self._aggregator.keeps else self._decoded
+        trainable = self.partition.num_trainable
+        decode(gradient.values, out[:trainable])
+        out[trainable:] = 0 if gradient.buffers is None else gradient.buffers
+        return out
+
+    def _clip(self, gradient: Gradient) -> float:
+        if self._max_norm is None:
+            return 1.0
+        return min(1.0, self._max_norm / (gradient.norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+
+    def _correct(self, gradient: Gradient, values: FloatArray, scale: float) -> tuple[FloatArray, float]:
+        """What the whole gradient is multiplied by stays a factor, unless its values change one by one."""
+        if self._clip_value is None and not self._correction.elementwise:
+            return values, scale
+        trainable, limit = self.partition.num_trainable, self._clip_value
+        out = np.empty_like(self._clipped) if self._aggregator.keeps else self._clipped
+        np.multiply(values, scale, out=out)
+        out[trainable:] = values[trainable:]  # buffers are no gradients
+        if limit is not None:
+            np.clip(out[:trainable], -limit, limit, out=out[:trainable])
+        read = None if gradient.weights_read is None else gradient.weights_read[:trainable]
+        out[:trainable] = self._correction.correct(gradient.worker, out[:trainable], self._trained, read)
+        return out, 1.0
+
+    # STEP, REPLY
+
+    def _close_if_due(self, now: float) -> None:
+        self._round.outstanding = not self._settled.between_epochs or self._refused >= self._settled.epochs
+        while self._mode.closes(self._round):  # an epoch's end may make two steps of what is left
+            self._close(now)
+        if self._kept < self._settled.epochs:
+            self._keep_epoch_weights()
+        if self._round.outstanding:
+            return
+        live = self._round.live  # everybody is let go at an epoch's end: nobody is ahead at the next one's start
+        self._round.live = dict.fromkeys(live, max(live.values(), default=0))
+
+    def _close(self, now: float) -> None:
+        self._round.heard.clear()
+        if not self._round.collected:
+            return
+        step = self._aggregator.close()
+        self._board.begin()
+        self._step(step)
+        self._board.end(version := Version(self.version.incarnation, self.version.updates + 1))
+        self._counted += self._tally.stepped(step.members, version.updates, now)
+        self._round.collected = len(self._aggregator)
+        self.version = version
+
+    def _step(self, step: Step) -> None:
+        trainable, gradient = self.partition.num_trainable, step.gradient
+        rate = self._schedule.rate(self._counted)
+        trained = gradient[:trainable] if self._has_buffers else gradient
+        self._optimizer.step(self._trained, trained, rate * step.weight, self._correction.watch())
+        if self._average is not None:
+            self._average.take(self._trained, self.version.updates + 1)
+        if self._has_buffers:
+            self._weights[trainable:] -= gradient[trainable:]
+        if self._correction.shifts:
+            self._correction.published(self._trained, rate, self.published[:trainable])
+            self.published[trainable:] = self._weights[trainable:]
+
+    def _due(self) -> tuple[Receipt, ...]:
+        """The receipts that nothing holds back any more."""
+        if not self._parked:
+            return ()
+        waits, version = self._mode.waiting(self._round), self.version
+        due: list[Receipt] = []
+        held: list[_Parked] = []
+        for push in self._parked:
+            if waits(push.worker):
+                held.append(push)
+                continue
+            applied = push.outcome is Outcome.BUFFERED and version.updates > push.updates
+            due.append(Receipt(push.worker, push.batch, Outcome.APPLIED if applied else push.outcome, version))
+        self._parked = held
+        return tuple(due)
+
+    def _keep_epoch_weights(self) -> None:
+        self._kept = self.epochs
+        self._epoch_weights[self._kept] = self._to_evaluate()
+        for old in sorted(self._epoch_weights)[:-KEPT_EPOCHS]:
+            del self._epoch_weights[old]
+
+    def _to_evaluate(self) -> FloatArray:
+        weights = self._weights.copy()
+        if self._average is not None:
+            weights[: self.partition.num_trainable] = self._average.values
+        return weights
+
+    def epoch_weights(self, epochs: int | None) -> FloatArray:
+        """What is to be evaluated, as it was the instant `epochs` epochs were complete; None: as it is. A copy.
+
+        That is the weights, or their average if the job keeps one. The two newest are kept; an older or a future one is
+        a KeyError.
+        """
+        return self._to_evaluate() if epochs is None else self._epoch_weights[epochs].copy()
+
+    @property
+    def weights(self) -> FloatArray:
+        """A copy of the weights, whatever workers are shown and whatever is evaluated."""
+        return self._weights.copy()
+
+    # What others may know
+
+    def report(self) -> Report:
+        """What the driver may know and believe."""
+        tally, updates = self._tally, self.version.updates
+        pushes = {outcome.value: tally.pushes[outcome] for outcome in Outcome}
+        pushes[Outcome.BUFFERED.value] = self._round.collected
+        return Report(
+            self.partition.number,
+            self.version,
+            self._settled.epochs,
+            self._settled.settled(),
+            pushes,
+            dict(tally.staleness),
+            tally.losses(),
+            tally.samples,
+            dict(self._round.live),
+            frozenset(push.worker for push in self._parked),
+            tally.bytes,
+            tally.first,
+            None if tally.stepped_at is None else Mark(tally.stepped_at, updates, tally.samples),
+            tally.longest_s,
+            tally.rejected(self.epochs),
+        )
+
+    def state(self) -> ServerState:
+        """Everything `restore` needs. Only while `can_save`."""
+        assert self.can_save, "a round is open: its gradients are in the applied set, but in no state"
+        collected, collecting = self._aggregator.state()
+        corrected, correcting = self._correction.state()
+        parts: dict[str, Mapping[Any, NDArray[Any]]] = {
+            "settled": self._settled.settled(),
+            "skipped": self._settled.skipped(),
+            "optimizer": {name: array.copy() for name, array in self._optimizer.state().items()},
+            "aggregator": collected,
+            "correction": corrected,
+        }
+        arrays = {f"{part}.{name}": array for part, named in parts.items() for name, array in named.items()}
+        facts = {
+            "version": list(self.version),
+            "history": [list(fork) for fork in self._history],
+            "partition": list(self.partition),
+            "epochs": self._settled.epochs,
+            "counted": self._counted,
+            "aggregator": collecting,
+            "correction": correcting,
+            "settings": self.settings.model_dump(mode="json"),
+            "changes": [settings.model_dump(mode="json") for settings in self.journal.settings],
+        } | self._tally.state()
+        if self._average is not None:
+            arrays["average"] = self._average.values.copy()
+        return ServerState({"weights": self._weights.copy()} | arrays, facts)
+
+    @classmethod
+    def restore(
+        cls,
+        spec: JobSpec,
+        grid: EpochGrid,
+        state: ServerState,
+        incarnation: int,
+        now: float,
+        published: Published | None = None,
+    ) -> Self:
+        """A new incarnation of the partition that `state` was taken of, its versions counting on from there."""
+        facts = state.facts
+        origin = Version(*facts["version"])
+        version = Version(incarnation, origin.updates)
+        server = cls(spec, Partition(*facts["partition"]), state.arrays["weights"], grid, version, published)
+        server._set(Settings.model_validate(facts["settings"]))
+        server._history = [tuple(fork) for fork in facts["history"]] + server._history
+        settled, skipped = (
+            {int(epoch): bitmap for epoch, bitmap in state.part(name).items()} for name in ("settled", "skipped")
+        )
+        server._settled = AppliedSet(grid, facts["epochs"], settled, skipped)
+        server._optimizer.load(state.part("optimizer"))
+        if server._average is not None:
+            server._average.values[:] = state.arrays["average"]
+        server._aggregator.load(state.part("aggregator"), facts["aggregator"])
+        server._correction.load(state.part("correction"), facts["correction"])
+        server._round.collected = len(server._aggregator)
+        server._counted = facts["counted"]
+        server._tally.load(facts)
+        server._kept = server.epochs
+        if server._settled.between_epochs:
+            server._keep_epoch_weights()
+        server.journal.settings += [Settings.model_validate(settings) for settings in facts["changes"]]
+        server.journal.fork(now, origin, server.version)
+        return server
+
+
+def _check_vector(name: str, vector: object, length: int) -> None:
+    if not (isinstance(vector, np.ndarray) and vector.shape == (length,) and vector.dtype == np.float32):
+        given = f"{vector.dtype} {vector.shape}" if isinstance(vector, np.ndarray) else type(vector).__name__
+        raise LaneError(f"a push whose {name} are {given}, not float32 ({length},)")

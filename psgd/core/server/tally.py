@@ -1,0 +1,97 @@
+"""The tally: what a server counts of the pushes it takes and the steps it makes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from psgd.core.server.aggregators import Member
+from psgd.core.server.report import EpochLoss, Mark
+from psgd_workers.messages import BatchId, Gradient, Outcome
+
+__all__ = ["Tally"]
+
+LOSS_EPOCHS = 2  # the open one and the newest complete one
+
+
+class Tally:
+    """One partition's.
+
+    Attributes:
+        pushes: by what became of them at once, and of those in a step.
+        staleness: how many applied gradients were how stale.
+        samples: examples applied.
+        bytes: of the vectors of all pushes.
+        longest_s: that a batch has taken to compute, in this process.
+        first: this process's first step.
+        stepped_at: its newest one.
+    """
+
+    def __init__(self) -> None:
+        self.pushes = Counter[Outcome]()
+        self.staleness = Counter[int]()
+        self.samples = 0
+        self.bytes = 0
+        self.longest_s = 0.0
+        self.first: Mark | None = None
+        self.stepped_at: float | None = None
+        self._losses: dict[int, list[Any]] = {}  # epoch -> what an EpochLoss is made of, added up in place
+        self._rejected = Counter[BatchId]()
+
+    def refused(self, gradient: Gradient, outcome: Outcome) -> None:
+        """A gradient is in no round."""
+        self.pushes[outcome] += 1
+        if outcome is Outcome.REJECTED:
+            self._rejected[gradient.batch] += 1
+
+    def collected(self, gradient: Gradient) -> None:
+        """A gradient is in a round."""
+        self.longest_s = max(self.longest_s, gradient.compute_s)
+        epoch = gradient.batch.epoch
+        loss = self._losses.get(epoch)
+        if loss is None:
+            loss = self._losses[epoch] = [0.0, 0]
+            for old in sorted(self._losses)[:-LOSS_EPOCHS]:
+                del self._losses[old]
+        loss[0] += gradient.loss * gradient.examples
+        loss[1] += gradient.examples
+
+    def stepped(self, members: Sequence[Member], updates: int, now: float) -> int:
+        """A round became a step, the server's newest; returns the examples in it."""
+        examples = 0
+        for read, count in members:
+            self.staleness[updates - 1 - read] += 1
+            examples += count
+        self.samples += examples
+        self.pushes[Outcome.APPLIED] += len(members)
+        self.stepped_at = now
+        if self.first is None:
+            self.first = Mark(now, updates, self.samples)
+        return examples
+
+    def losses(self) -> dict[int, EpochLoss]:
+        """Of the newest epochs."""
+        return {epoch: EpochLoss(*loss) for epoch, loss in self._losses.items()}
+
+    def rejected(self, epochs: int) -> dict[BatchId, int]:
+        """How often a batch's gradient was not finite, by batch; those of epochs before `epochs` are forgotten."""
+        self._rejected = Counter({batch: n for batch, n in self._rejected.items() if batch.epoch >= epochs})
+        return dict(self._rejected)
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs, in plain JSON values."""
+        return {
+            "samples": self.samples,
+            "bytes": self.bytes,
+            "pushes": {outcome.value: count for outcome, count in self.pushes.items()},
+            "staleness": sorted(self.staleness.items()),
+            "losses": [[epoch, *loss] for epoch, loss in sorted(self._losses.items())],
+        }
+
+    def load(self, facts: Mapping[str, Any]) -> None:
+        """Count on from there."""
+        self.samples, self.bytes = facts["samples"], facts["bytes"]
+        self.pushes.update({Outcome(name): count for name, count in facts["pushes"].items()})
+        self.staleness.update({int(value): count for value, count in facts["staleness"]})
+        self._losses = {epoch: [total, examples] for epoch, total, examples in facts["losses"]}

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+from psgd.core.server.average import Average
+from psgd.core.server.optimizers import BLOCK
+
+
+def walk(size: int, steps: int) -> list[np.ndarray[tuple[int], np.dtype[np.float32]]]:
+    """Weights after each step."""
+    rng = np.random.default_rng(0)
+    return list(np.cumsum(rng.standard_normal((steps, size), dtype=np.float32), axis=0))
+
+
+@pytest.mark.parametrize("size", [1, 6, BLOCK + 7])
+def test_it_is_torchs_once_the_start_is_forgotten(size: int) -> None:
+    start, *path = walk(size, 40)
+    late = 890  # (10 d - 1) / (1 - d): from there on d alone counts
+    ours = Average(0.99, start)
+    module, decay = torch.nn.Linear(size, 1, bias=False), get_ema_avg_fn(0.99)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(start))
+        theirs: Any = AveragedModel(module, avg_fn=decay)
+        theirs.update_parameters(module)  # the first one copies
+        for steps, weights in enumerate(path, late):
+            ours.take(weights, steps)
+            module.weight.copy_(torch.from_numpy(weights))
+            theirs.update_parameters(module)
+    expected = theirs.module.weight.detach().numpy()[0]
+    np.testing.assert_allclose(ours.values, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_early_steps_weigh_more_than_the_start() -> None:
+    start, *path = walk(6, 10)
+    average, expected = Average(0.99, start), start.copy()
+    for steps, weights in enumerate(path, 1):
+        average.take(weights, steps)
+        decay = (1 + steps) / (10 + steps)
+        expected = decay * expected + (1 - decay) * weights
+    np.testing.assert_allclose(average.values, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_it_begins_as_a_copy() -> None:
+    start = np.ones(3, np.float32)
+    average = Average(0.5, start)
+    start[:] = 9
+    np.testing.assert_array_equal(average.values, [1, 1, 1])
