@@ -16,14 +16,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from psgd.checkpoints import Checkpoint, Part, write_part
 from psgd.cluster.facts import RunFacts
-from psgd.cluster.heap import return_large_blocks
-from psgd.cluster.host import ServerHost
 from psgd.cluster.lanes import push_form
-from psgd.cluster.listener import Listener
 from psgd.core.server.journal import RECORD
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.report import Report
 from psgd.errors import StorageError
+from psgd.serving.host import ServerHost
+from psgd.serving.listener import Listener
+from psgd.serving.malloc import return_large_blocks
 from psgd.spec import JobSpec, Settings
 from psgd.storage import Storage
 from psgd_workers.errors import LaneError

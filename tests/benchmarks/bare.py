@@ -104,10 +104,10 @@ class BareServer:
 
 def _serve(pipe: Connection, size: int, workers: int) -> None:
     # Here, so that 64 worker processes need not import the core.
-    from psgd.cluster.host import ServerHost
-    from psgd.cluster.listener import Listener
     from psgd.core.server.parameter_server import ParameterServer
     from psgd.core.server.partitions import Partition
+    from psgd.serving.host import ServerHost
+    from psgd.serving.listener import Listener
     from tests.unit.core.jobs import job
 
     published = PublishedVector(size)

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from psgd.cluster.host import Reply, ServerHost
-from psgd.cluster.listener import Listener
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.report import Report
+from psgd.serving.host import Reply, ServerHost
+from psgd.serving.listener import Listener
 from psgd.spec import JobSpec
 from psgd_workers import frames
 from psgd_workers.frames import Frame, Kind, PushForm

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from psgd.cluster import peer
 from psgd.core.server.partitions import Partition
+from psgd.serving import connection as peer
 from psgd_workers import memory, sockets
 from psgd_workers.errors import LaneError, LaneTimeoutError
 from psgd_workers.frames import HEADER_SIZE

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psgd.cluster import host as host_module
-from psgd.cluster.host import ServerHost
 from psgd.core.server.journal import Kind
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.errors import RunError, StorageError
+from psgd.serving import host as host_module
+from psgd.serving.host import ServerHost
 from psgd_workers.errors import LaneError
 from psgd_workers.messages import BatchId, EpochGrid, Gradient, Outcome, Receipt, Version
 from tests.unit.core.jobs import GRID, START, job, push

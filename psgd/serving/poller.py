@@ -13,7 +13,7 @@ from collections.abc import Callable
 from socket import socket
 from threading import Lock
 
-from psgd.cluster.peer import Peer
+from psgd.serving.connection import Peer
 from psgd_workers.memory import PublishedVector
 from psgd_workers.streams import limit, shut
 

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from psgd.cluster.host import ServerHost
+from psgd.serving.host import ServerHost
 from psgd_workers.errors import LaneError
 from psgd_workers.frames import HEADER_SIZE, Frame, Kind, PushForm
 from psgd_workers.handshake import Hello

@@ -11,7 +11,7 @@ SIZE, THREADS = 1 << 20, 8
 PROGRAM = f"""
 import os, sys, threading
 import numpy as np
-from psgd.cluster.heap import return_large_blocks
+from psgd.serving.malloc import return_large_blocks
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -19,8 +19,8 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from psgd.cluster import crowd
-from psgd.cluster import listener as listener_module
+from psgd.serving import listener as listener_module
+from psgd.serving import poller as crowd
 from psgd_workers import memory
 from psgd_workers.errors import LaneError
 from psgd_workers.frames import HEADER_SIZE, Frame, Kind

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from threading import BoundedSemaphore, Event, Lock, Thread
 from time import monotonic
 
-from psgd.cluster.crowd import Crowd
-from psgd.cluster.host import ServerHost
-from psgd.cluster.peer import Peer
+from psgd.serving.connection import Peer
+from psgd.serving.host import ServerHost
+from psgd.serving.poller import Crowd
 from psgd_workers.errors import LaneError
 from psgd_workers.frames import PushForm
 from psgd_workers.handshake import HELLO_SIZE, KEY_SIZE, Address, Greeting, Hello
