@@ -12,17 +12,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from psgd.checkpoints import load_weights
     from psgd.cluster.run import train
     from psgd.result import Result
     from psgd.spec import JobSpec
+    from psgd.store.checkpoints import load_weights
 
 __all__ = ["JobSpec", "Result", "__version__", "load_weights", "train"]
 
 _HOMES = {
     "JobSpec": "psgd.spec",
     "Result": "psgd.result",
-    "load_weights": "psgd.checkpoints",
+    "load_weights": "psgd.store.checkpoints",
     "train": "psgd.cluster.run",
 }
 

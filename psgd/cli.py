@@ -88,7 +88,7 @@ def train(
 def _run(
     job: Path, overrides: list[str] | None, storage: str | None, name: str | None, address: str | None, resume: bool
 ) -> Any:
-    from psgd.jobfile import load_spec
+    from psgd.spec.reader import load_spec
 
     spec = load_spec(job, overrides or ())
     from psgd.cluster.run import run_job
@@ -138,7 +138,7 @@ def submit(
 
     The driver runs there, as a job of Ray's Jobs API; the run of that name is continued if there is one.
     """
-    from psgd.jobfile import load_spec
+    from psgd.spec.reader import load_spec
 
     settings = [
         *(overrides or ()),
@@ -253,8 +253,8 @@ def replay(
 
 
 def _directory(run: str, storage: str | None) -> Any:
-    from psgd.monitoring.rundir import RunDirectory
-    from psgd.storage import Storage
+    from psgd.store.run_directory import RunDirectory
+    from psgd.store.storage import Storage
 
     return RunDirectory(Storage(storage or "runs").folder(run))
 
@@ -285,8 +285,8 @@ def verify_(
     One worker is a serial loop, many are a mean, partitions agree, a resumed run ends as if undisturbed, the gradient
     is the loss's: each is tried on a few batches, here, in under a minute. Exit code 3 if one does not hold.
     """
-    from psgd.jobfile import load_spec
     from psgd.simulation.verify import verify
+    from psgd.spec.reader import load_spec
 
     spec = load_spec(job, overrides or ())
     with redirect_stdout(sys.stderr):  # the user's own model may print
@@ -343,8 +343,8 @@ def simulate_(
     The production core runs on a virtual clock, with the job's own model and data or a quadratic: what a mode does to
     time, throughput, staleness and each worker's share, before paying for the workers.
     """
-    from psgd.jobfile import load_spec
     from psgd.simulation.command import Asked, run
+    from psgd.spec.reader import load_spec
 
     spec = load_spec(job, overrides or ())
     asked = Asked(workers, delays, modes, model, size, pushes, link, crashes, joins, seed, until, html)
@@ -359,7 +359,7 @@ def validate(job: JobFile, overrides: Overrides = None) -> None:
     """Check a job, and print it with its defaults."""
     import yaml
 
-    from psgd.jobfile import load_spec
+    from psgd.spec.reader import load_spec
 
     typer.echo(yaml.safe_dump(load_spec(job, overrides or ()).model_dump(mode="json"), sort_keys=False), nl=False)
 

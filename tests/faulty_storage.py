@@ -1,4 +1,4 @@
-"""A filesystem that fails when it is told to, below `psgd.storage`."""
+"""A filesystem that fails when it is told to, below `psgd.store.storage`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from fsspec.implementations.memory import MemoryFileSystem
 
-from psgd.storage import Storage
+from psgd.store.storage import Storage
 
 __all__ = ["Faulty"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from psgd.checkpoints import Checkpoint, Checkpoints, Manifest
 from psgd.core.server.repartition import disagreement
 from psgd.errors import CheckpointError, ResumeError
 from psgd.job import OpenJob
-from psgd.jobfile import parse_spec
-from psgd.monitoring.rundir import RunDirectory
 from psgd.spec import JobSpec
+from psgd.spec.reader import parse_spec
+from psgd.store.checkpoints import Checkpoint, Checkpoints, Manifest
+from psgd.store.run_directory import RunDirectory
 
 __all__ = ["check_checkpoint", "find_checkpoint", "with_settings"]
 

@@ -14,7 +14,6 @@ import ray
 from rich.console import Console
 from rich.markup import escape
 
-from psgd.checkpoints import Checkpoint, Checkpoints
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.resuming import check_checkpoint, find_checkpoint, with_settings
 from psgd.cluster.saves import Saves
@@ -25,14 +24,15 @@ from psgd.core.driver.events import Finish, Stop
 from psgd.core.server.partitions import Partition, split
 from psgd.errors import CheckpointError, OwnershipError, RunExistsError, RunFailedError, StorageError
 from psgd.job import OpenJob
-from psgd.jobfile import parse_spec
 from psgd.monitoring.metrics import run_metrics
 from psgd.monitoring.observer import Observer
 from psgd.monitoring.progress import Display
-from psgd.monitoring.rundir import Owner, RunDirectory
 from psgd.result import Result
 from psgd.spec import JobSpec
-from psgd.storage import Storage
+from psgd.spec.reader import parse_spec
+from psgd.store.checkpoints import Checkpoint, Checkpoints
+from psgd.store.run_directory import Owner, RunDirectory
+from psgd.store.storage import Storage
 
 __all__ = ["run_job", "train"]
 

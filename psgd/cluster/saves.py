@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from psgd.checkpoints import Checkpoint, Checkpoints, Manifest, Part
 from psgd.cluster.facts import RunFacts
 from psgd.core.driver.events import Commit, Committed, Saved, SaveFailed
 from psgd.errors import StorageError
-from psgd.monitoring.rundir import RunDirectory
+from psgd.store.checkpoints import Checkpoint, Checkpoints, Manifest, Part
+from psgd.store.run_directory import RunDirectory
 
 __all__ = ["Saves"]
 

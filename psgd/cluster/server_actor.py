@@ -14,7 +14,6 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from psgd.checkpoints import Checkpoint, Part, write_part
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.lanes import push_form
 from psgd.core.server.journal import RECORD
@@ -25,7 +24,8 @@ from psgd.serving.host import ServerHost
 from psgd.serving.listener import Listener
 from psgd.serving.malloc import return_large_blocks
 from psgd.spec import JobSpec, Settings
-from psgd.storage import Storage
+from psgd.store.checkpoints import Checkpoint, Part, write_part
+from psgd.store.storage import Storage
 from psgd_workers.errors import LaneError
 from psgd_workers.handshake import Address
 from psgd_workers.memory import PublishedVector, has_shared_memory

@@ -60,9 +60,9 @@ from psgd.core.driver.events import (
 )
 from psgd.core.driver.weights_gather import Asked, Gathering
 from psgd.errors import SpecError
-from psgd.jobfile import change_settings, change_workers
-from psgd.monitoring.rundir import RunDirectory
 from psgd.spec import Settings
+from psgd.spec.reader import change_settings, change_workers
+from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Version
 
 __all__ = ["Inputs", "Supervisor"]

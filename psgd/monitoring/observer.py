@@ -8,7 +8,7 @@ from psgd.core.driver.checkpoint_schedule import Saving
 from psgd.core.driver.coordinator import Coordinator
 from psgd.monitoring.metrics import run_metrics
 from psgd.monitoring.progress import Display
-from psgd.monitoring.rundir import RunDirectory
+from psgd.store.run_directory import RunDirectory
 
 __all__ = ["Observer"]
 

@@ -19,13 +19,13 @@ import numpy as np
 from psgd.core.driver.events import Action, Change, Commit, Save, SaveFailed, Scale, WorkerLost
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.errors import RunError, SpecError
-from psgd.jobfile import change_workers
 from psgd.simulation.clock import without_collector
 from psgd.simulation.cluster import Checkpoint, VirtualCluster
 from psgd.simulation.invariants import WatchedServer, check_end, one_hot
 from psgd.simulation.problem import Timing
 from psgd.simulation.worker import Slot, VirtualWorker
 from psgd.spec import JobSpec, Settings
+from psgd.spec.reader import change_workers
 from psgd_workers.errors import LaneError
 from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Gradient, Receipt, Version
 

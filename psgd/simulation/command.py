@@ -19,7 +19,7 @@ from psgd.simulation.delays import parse_delays
 from psgd.simulation.scenario import Scenario, Target, contenders, parse_target
 from psgd.simulation.simulate import FIGURES, JobSubject, QuadraticSubject, Simulated, Subject, figures, simulate
 from psgd.spec import JobSpec
-from psgd.storage import Storage
+from psgd.store.storage import Storage
 
 __all__ = ["Asked", "run"]
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.checkpoints import Checkpoints, Manifest
 from psgd.core.server.journal import RECORD, Kind
 from psgd.errors import JournalError
-from psgd.monitoring.rundir import RunDirectory
+from psgd.store.checkpoints import Checkpoints, Manifest
+from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, Outcome, Version
 
 __all__ = ["Record", "Stretch", "read_lineage"]

@@ -23,20 +23,20 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from psgd.checkpoints import Checkpoints, Manifest
 from psgd.core.server.journal import RECORD, Kind
 from psgd.core.server.partitions import Partition
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, DataError, JournalError, ModelError
 from psgd.job import OpenJob
-from psgd.jobfile import parse_spec
-from psgd.monitoring.rundir import RunDirectory
 from psgd.simulation.lineage import Stretch, read_lineage
 from psgd.simulation.player import Player
 from psgd.simulation.pushes import Pushes
 from psgd.simulation.replay_server import ReplayServer
 from psgd.spec import Settings
-from psgd.storage import Storage
+from psgd.spec.reader import parse_spec
+from psgd.store.checkpoints import Checkpoints, Manifest
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 from psgd_workers.layout import Layout
 from psgd_workers.messages import FloatArray
 from psgd_workers.spec import NoCompression

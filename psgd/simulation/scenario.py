@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from psgd.errors import SpecError
-from psgd.jobfile import override_spec, parse_spec, parse_value
 from psgd.simulation.delays import Constant, Delays
 from psgd.spec import JobSpec
+from psgd.spec.reader import override_spec, parse_spec, parse_value
 
 __all__ = ["Scenario", "Target", "contenders", "parse_target"]
 

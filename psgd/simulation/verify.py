@@ -19,10 +19,10 @@ from psgd.core.server.optimizers import build_optimizer
 from psgd.core.server.partitions import split
 from psgd.core.server.schedules import build_schedule
 from psgd.job import OpenJob
-from psgd.jobfile import override_spec
 from psgd.simulation.cluster import Checkpoint, VirtualCluster
 from psgd.simulation.problem import Problem
 from psgd.spec import JobSpec, ScalingConfig
+from psgd.spec.reader import override_spec
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from psgd_workers.models import build_model
 

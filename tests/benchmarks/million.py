@@ -9,10 +9,10 @@ from argparse import ArgumentParser
 from pathlib import Path
 from time import perf_counter
 
-from psgd.jobfile import load_spec
 from psgd.simulation.delays import Lognormal
 from psgd.simulation.scenario import Scenario, contenders
 from psgd.simulation.simulate import QuadraticSubject, simulate
+from psgd.spec.reader import load_spec
 
 __all__ = ["main"]
 

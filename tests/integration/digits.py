@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import psgd
-from psgd.monitoring.rundir import RunDirectory
-from psgd.storage import Storage
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 from tests.integration.commands import eventually, recorded
 
 __all__ = [

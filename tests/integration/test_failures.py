@@ -13,8 +13,8 @@ import pytest
 import psgd
 from psgd.cluster.session import session
 from psgd.errors import RunFailedError
-from psgd.monitoring.rundir import RunDirectory
-from psgd.storage import Storage
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 from tests.integration.commands import LIMIT_S, eventually, recorded
 from tests.integration.digits import (
     BATCHES,

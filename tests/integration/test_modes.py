@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import psgd
-from psgd.monitoring.rundir import RunDirectory
-from psgd.storage import Storage
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 from tests.integration.commands import LIMIT_S, eventually, recorded
 from tests.integration.digits import DATA
 

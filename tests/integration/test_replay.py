@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import psgd
-from psgd.monitoring.rundir import RunDirectory
 from psgd.simulation.replay import Replay, replay
-from psgd.storage import Storage
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 from tests.integration.commands import recorded
 from tests.integration.digits import DATA
 

@@ -12,11 +12,11 @@ import yaml
 
 from psgd.cli import main
 from psgd.errors import RunFailedError
-from psgd.jobfile import load_spec
-from psgd.monitoring.rundir import RunDirectory
 from psgd.result import LedgerCounts, Result
 from psgd.spec import JobSpec
-from psgd.storage import Storage
+from psgd.spec.reader import load_spec
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 
 JOB = """
 model: {kind: linear}

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from ray.autoscaler.sdk import bootstrap_config
 
-from psgd.jobfile import load_spec
+from psgd.spec.reader import load_spec
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from psgd.checkpoints import Checkpoints
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, StorageError
-from psgd.storage import Storage
+from psgd.store.checkpoints import Checkpoints
+from psgd.store.storage import Storage
 from tests.faulty_storage import Faulty
-from tests.unit.test_checkpoints import fail, save, state
+from tests.unit.store.test_checkpoints import fail, save, state
 
 
 @pytest.fixture

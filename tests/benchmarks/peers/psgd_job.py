@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from psgd.checkpoints import load_weights
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
+from psgd.store.checkpoints import load_weights
 from tests.benchmarks.measurement import Measurement, seconds_parser
 from tests.benchmarks.mnist import mnist_path
 from tests.benchmarks.setting import BATCH_SIZE, LEARNING_RATE, NUM_WORKERS, SIZES

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psgd.checkpoints import Checkpoints, write_part
 from psgd.cluster.resuming import check_checkpoint, find_checkpoint
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import split
 from psgd.errors import JournalError, ResumeError
 from psgd.job import OpenJob
-from psgd.monitoring.rundir import RunDirectory
 from psgd.simulation.replay import replay
 from psgd.spec import JobSpec
+from psgd.store.checkpoints import Checkpoints, write_part
+from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import Version
 from tests.unit.simulation.recorded import digits, run_directory
-from tests.unit.test_checkpoints import fail, manifest
+from tests.unit.store.test_checkpoints import fail, manifest
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from psgd.cluster.run import train
 from psgd.core.driver.events import Change
 from psgd.errors import SpecError
-from psgd.jobfile import change_settings
 from psgd.spec import JobSpec
+from psgd.spec.reader import change_settings
 from tests.unit.simulation.recorded import digits, record, run_directory
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psgd.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.saves import Saves
 from psgd.core.driver.events import Commit, Committed, Saved, SaveFailed
@@ -13,8 +12,9 @@ from psgd.core.server.journal import RECORD
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import split
 from psgd.errors import OwnershipError, StorageError
-from psgd.monitoring.rundir import RunDirectory
-from psgd.storage import Storage
+from psgd.store.checkpoints import Checkpoints, Manifest, Part, write_part
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 from psgd_workers.layout import Layout
 from psgd_workers.messages import Version
 from tests.unit.core.jobs import GRID, START, job

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psgd.checkpoints import Checkpoints, Part, write_part
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.server_actor import ServerActor
 from psgd.core.server.journal import RECORD, Kind
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition, split
 from psgd.errors import StorageError
-from psgd.monitoring.rundir import RunDirectory
-from psgd.storage import Storage
+from psgd.store.checkpoints import Checkpoints, Part, write_part
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 from psgd_workers.layout import Layout
 from psgd_workers.messages import FloatArray, Version
 from tests.unit.core.jobs import GRID, START, job
-from tests.unit.test_checkpoints import manifest
+from tests.unit.store.test_checkpoints import manifest
 
 
 def test_a_save_that_failed_leaves_its_journal_to_the_next(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from psgd.core.driver.events import (
 )
 from psgd.core.server.partitions import split
 from psgd.job import OpenJob
-from psgd.storage import Storage
+from psgd.store.storage import Storage
 from tests.unit.core.jobs import job
 
 SERVERS = 2

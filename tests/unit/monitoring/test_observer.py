@@ -11,8 +11,8 @@ from psgd.core.driver.checkpoint_schedule import PAUSES_S
 from psgd.core.driver.events import Action, Stop
 from psgd.monitoring.observer import METRICS_S, Observer
 from psgd.monitoring.progress import Display
-from psgd.monitoring.rundir import RunDirectory
-from psgd.storage import Storage
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 from psgd_workers.messages import EpochGrid
 from tests.inprocess import InProcess
 from tests.unit.core.jobs import START, job, quadratic

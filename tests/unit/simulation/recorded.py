@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.core.driver.events import Action, Commit
 from psgd.job import OpenJob
-from psgd.monitoring.rundir import RunDirectory
 from psgd.spec import JobSpec
-from psgd.storage import Storage
+from psgd.store.checkpoints import Checkpoints, Manifest, Part, write_part
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 from psgd_workers.messages import BatchId, FloatArray, Gradient
 from tests.inprocess import Checkpoint, InProcess
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from psgd.checkpoints import Checkpoints
 from psgd.core.server.journal import Kind
 from psgd.errors import JournalError
-from psgd.monitoring.rundir import RunDirectory
 from psgd.simulation.lineage import Stretch, read_lineage
+from psgd.store.checkpoints import Checkpoints
+from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import Outcome
 from tests.unit.simulation.recorded import digits, record, run_directory
 

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, load_file, save
 
 import psgd
-from psgd.checkpoints import Checkpoints
 from psgd.cli import main
 from psgd.core.driver.events import Change
 from psgd.core.server.journal import Kind
 from psgd.errors import CheckpointError, DataError, JournalError, ReplayError, RunNotFoundError
 from psgd.job import OpenJob
-from psgd.jobfile import change_settings
-from psgd.monitoring.rundir import RunDirectory
 from psgd.simulation.lineage import read_lineage
 from psgd.simulation.replay import replay
+from psgd.spec.reader import change_settings
+from psgd.store.checkpoints import Checkpoints
+from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Outcome, Receipt
 from tests.inprocess import Fault
 from tests.unit.simulation.recorded import Recorded, digits, record, run_directory

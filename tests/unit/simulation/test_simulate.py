@@ -10,12 +10,12 @@ import pytest
 
 from psgd.cli import main
 from psgd.errors import RunNotFoundError, SpecError
-from psgd.jobfile import load_spec, override_spec
 from psgd.simulation.command import read_journal
 from psgd.simulation.delays import Constant, Exponential, Slow
 from psgd.simulation.quadratic import Quadratic
 from psgd.simulation.scenario import Scenario, Target, contenders, parse_target
 from psgd.simulation.simulate import QuadraticSubject, Simulated, simulate
+from psgd.spec.reader import load_spec, override_spec
 from psgd_workers.messages import BatchId
 
 JOB = """

@@ -6,7 +6,7 @@ from uuid import uuid4
 import pytest
 
 from psgd.errors import StorageError
-from psgd.storage import Storage
+from psgd.store.storage import Storage
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psgd.checkpoints import Checkpoints, write_part
 from psgd.core.server.state import ServerState
-from psgd.storage import Storage
-from tests.unit.test_checkpoints import NO_RECORDS, fail, manifest, state
+from psgd.store.checkpoints import Checkpoints, write_part
+from psgd.store.storage import Storage
+from tests.unit.store.test_checkpoints import NO_RECORDS, fail, manifest, state
 
 KILLS, KEEP = 120, 2
 NUMBER = struct.Struct("<I")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from psgd.errors import SpecError
-from psgd.jobfile import load_spec, parse_spec
 from psgd.spec import JobSpec
+from psgd.spec.reader import load_spec, parse_spec
 from psgd_workers.spec import MlpModel, PythonModel
 
 TEXT = """\

@@ -9,11 +9,11 @@ from uuid import uuid4
 import numpy as np
 import pytest
 
-from psgd.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
 from psgd.core.server.journal import RECORD
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError
-from psgd.storage import Storage
+from psgd.store.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
+from psgd.store.storage import Storage
 from psgd_workers.layout import Layout
 from tests.unit.core.jobs import job
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from psgd.errors import StorageError
-from psgd.storage import Storage
+from psgd.store.storage import Storage
 
 __all__ = ["Log"]
 

@@ -3,7 +3,7 @@
 spec.yaml          the job as it was given      resolved.json   ... with every default
 env.json           versions of what ran it      owner           the driver that may commit
 metrics.jsonl      numbers over time            events.jsonl    what happened, and why
-checkpoints/       see psgd.checkpoints         journal/        one record per push
+checkpoints/       see psgd.store.checkpoints         journal/        one record per push
 commands/          what `psgd stop` asked for   result.json     how it ended
 """
 
@@ -23,10 +23,10 @@ from uuid import uuid4
 import yaml
 
 from psgd.errors import OwnershipError, ResumeError, RunNotFoundError, StorageError
-from psgd.monitoring.log import Log
 from psgd.result import Result
 from psgd.spec import JobSpec
-from psgd.storage import Storage
+from psgd.store.event_log import Log
+from psgd.store.storage import Storage
 
 __all__ = ["Owner", "RunDirectory"]
 

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from psgd.errors import OwnershipError, ResumeError, RunNotFoundError, StorageError
-from psgd.monitoring.rundir import RunDirectory
 from psgd.result import LedgerCounts, Result
 from psgd.spec import JobSpec
-from psgd.storage import Storage
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 
 
 def job(**sections: Any) -> JobSpec:
@@ -140,8 +140,8 @@ class Flaky(Storage):
 def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     """A run that has begun, on storage that can be turned off."""
     monkeypatch.setattr(Flaky, "down", False)
-    monkeypatch.setattr("psgd.monitoring.log.Storage", Flaky)
-    monkeypatch.setattr("psgd.monitoring.log.RETRY_S", 0.0)
+    monkeypatch.setattr("psgd.store.event_log.Storage", Flaky)
+    monkeypatch.setattr("psgd.store.event_log.RETRY_S", 0.0)
     run = RunDirectory(Flaky(str(tmp_path / "run")))
     run.begin(job())
     run.own()
@@ -176,7 +176,7 @@ def test_while_training_what_cannot_be_written_waits_and_is_told_once(flaky: Run
 
 
 def test_storage_that_failed_a_moment_ago_is_left_alone(flaky: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psgd.monitoring.log.RETRY_S", 1e9)
+    monkeypatch.setattr("psgd.store.event_log.RETRY_S", 1e9)
     flaky.bear_faults(lambda fault: None)
     Flaky.down = True
     flaky.event("lost")

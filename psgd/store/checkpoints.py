@@ -29,7 +29,7 @@ from psgd.core.server.repartition import disagreement, repartition
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, StorageError
 from psgd.spec import Settings
-from psgd.storage import Storage
+from psgd.store.storage import Storage
 from psgd_workers.layout import Layout
 from psgd_workers.messages import FloatArray
 from psgd_workers.spec import Spec

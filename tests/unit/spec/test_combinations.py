@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from psgd.errors import SpecError
-from psgd.jobfile import change_settings
 from psgd.spec import BspConsistency, CosineSchedule, JobSpec, RingmasterConsistency, SspConsistency
+from psgd.spec.reader import change_settings
 from psgd_workers.spec import Int8Compression, LocalSteps, NoCompression, TopKCompression, WorkRules
 
 MINIMAL: dict[str, Any] = {
