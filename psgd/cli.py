@@ -244,7 +244,7 @@ def replay(
     job = directory.read_json("resolved.json")
     # Before NumPy is imported: other numbers of threads sum in other orders. Ray gave its workers so many.
     os.environ.setdefault("OMP_NUM_THREADS", str(job["scaling"]["cpus_per_worker"]))
-    from psgd.simulation.replay import replay as recompute
+    from psgd.replay.replay import replay as recompute
 
     with redirect_stdout(sys.stderr):  # the user's own model may print
         result = recompute(directory, until=until, out=out)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import psgd
-from psgd.simulation.replay import Replay, replay
+from psgd.replay.replay import Replay, replay
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from tests.integration.commands import recorded

@@ -12,12 +12,12 @@ from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import split
 from psgd.errors import JournalError, ResumeError
 from psgd.job import OpenJob
-from psgd.simulation.replay import replay
+from psgd.replay.replay import replay
 from psgd.spec import JobSpec
 from psgd.store.checkpoints import Checkpoints, write_part
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import Version
-from tests.unit.simulation.recorded import digits, run_directory
+from tests.support.recorded_run import digits, run_directory
 from tests.unit.store.test_checkpoints import fail, manifest
 
 

@@ -10,7 +10,7 @@ from psgd.core.driver.events import Change
 from psgd.errors import SpecError
 from psgd.spec import JobSpec
 from psgd.spec.reader import change_settings
-from tests.unit.simulation.recorded import digits, record, run_directory
+from tests.support.recorded_run import digits, record, run_directory
 
 
 def resume(folder: Path, spec: JobSpec) -> Any:

@@ -18,9 +18,9 @@ import numpy as np
 from psgd.core.server.journal import Kind
 from psgd.errors import ReplayError
 from psgd.job import OpenJob
-from psgd.simulation.lineage import Record
-from psgd.simulation.pushes import Pushes
-from psgd.simulation.replay_server import ReplayServer
+from psgd.replay.lineage import Record
+from psgd.replay.pushes import Pushes
+from psgd.replay.server import ReplayServer
 from psgd_workers.messages import FloatArray, Gradient, Outcome, Version
 from psgd_workers.sender import TAKEN, Sender, gradient_norm
 from psgd_workers.spec import NoCompression

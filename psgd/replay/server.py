@@ -13,7 +13,7 @@ from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.errors import JournalError, ReplayError
 from psgd.job import OpenJob
-from psgd.simulation.lineage import Record, Stretch
+from psgd.replay.lineage import Record, Stretch
 from psgd.spec import JobSpec, ScalingConfig, Settings
 from psgd_workers.messages import FloatArray, Gradient, Outcome, Version
 

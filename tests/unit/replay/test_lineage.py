@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from psgd.core.server.journal import Kind
 from psgd.errors import JournalError
-from psgd.simulation.lineage import Stretch, read_lineage
+from psgd.replay.lineage import Stretch, read_lineage
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import Outcome
-from tests.unit.simulation.recorded import digits, record, run_directory
+from tests.support.recorded_run import digits, record, run_directory
 
 FIRST = "journal/000000-1-server-0.npy"  # its checkpoint was deleted, and its checksum with it
 

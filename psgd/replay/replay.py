@@ -28,10 +28,10 @@ from psgd.core.server.partitions import Partition
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, DataError, JournalError, ModelError
 from psgd.job import OpenJob
-from psgd.simulation.lineage import Stretch, read_lineage
-from psgd.simulation.player import Player
-from psgd.simulation.pushes import Pushes
-from psgd.simulation.replay_server import ReplayServer
+from psgd.replay.lineage import Stretch, read_lineage
+from psgd.replay.pushes import Pushes
+from psgd.replay.replayer import Player
+from psgd.replay.server import ReplayServer
 from psgd.spec import Settings
 from psgd.spec.reader import parse_spec
 from psgd.store.checkpoints import Checkpoints, Manifest

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.core.server.journal import OUTCOMES, RECORD, Kind
-from psgd.simulation.pushes import NONE, Pushes
+from psgd.replay.pushes import NONE, Pushes
 from psgd_workers.messages import Outcome, Version
 
 

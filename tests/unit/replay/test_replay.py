@@ -19,14 +19,14 @@ from psgd.core.driver.events import Change
 from psgd.core.server.journal import Kind
 from psgd.errors import CheckpointError, DataError, JournalError, ReplayError, RunNotFoundError
 from psgd.job import OpenJob
-from psgd.simulation.lineage import read_lineage
-from psgd.simulation.replay import replay
+from psgd.replay.lineage import read_lineage
+from psgd.replay.replay import replay
 from psgd.spec.reader import change_settings
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Outcome, Receipt
 from tests.inprocess import Fault
-from tests.unit.simulation.recorded import Recorded, digits, record, run_directory
+from tests.support.recorded_run import Recorded, digits, record, run_directory
 
 PLAIN = {"lr": 0.1}
 

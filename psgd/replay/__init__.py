@@ -1,0 +1,1 @@
+"""A run recomputed from its journal, to be compared bit for bit."""
