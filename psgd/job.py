@@ -10,13 +10,13 @@ import numpy as np
 
 from psgd.errors import ModelError, SpecError, WorkerError
 from psgd.spec import JobSpec
-from psgd_workers.datasets import Dataset, open_dataset
-from psgd_workers.layout import Layout
-from psgd_workers.memory import free_memory
+from psgd_workers.data import Dataset, open_dataset
+from psgd_workers.data.shards import Shards
+from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, FloatArray
 from psgd_workers.models import Model, ModelWithBuffers, build_model, fit_labels
-from psgd_workers.models.network import Network
-from psgd_workers.shards import Shards
+from psgd_workers.models.numpy.network import Network
+from psgd_workers.transport.memory import free_memory
 from psgd_workers.worker import Route, Worker
 
 __all__ = ["OpenJob", "build_shards", "build_worker"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from psgd.core.server.partitions import Partition
 from psgd.spec import JobSpec
-from psgd_workers.layout import Layout
+from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import EpochGrid
 
 __all__ = ["RunFacts"]

@@ -17,12 +17,12 @@ from ray.exceptions import GetTimeoutError, RayError
 from psgd.core.server.partitions import Partition
 from psgd.spec import JobSpec
 from psgd_workers.errors import LaneError, LaneTimeoutError
-from psgd_workers.frames import PushForm
-from psgd_workers.handshake import Address
-from psgd_workers.lanes import Connect, Lane, LaneKind, Pending
-from psgd_workers.memory import Segment
 from psgd_workers.messages import FloatArray, Gradient, Receipt, Version
-from psgd_workers.sockets import ShmLane, TcpLane
+from psgd_workers.transport.frames import PushForm
+from psgd_workers.transport.handshake import Address
+from psgd_workers.transport.lane import Connect, Lane, LaneKind, Pending
+from psgd_workers.transport.memory import Segment
+from psgd_workers.transport.sockets import ShmLane, TcpLane
 from psgd_workers.worker import Route
 
 __all__ = ["RayLane", "push_form", "route"]

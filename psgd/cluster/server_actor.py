@@ -27,9 +27,9 @@ from psgd.spec import JobSpec, Settings
 from psgd.store.checkpoints import Checkpoint, Part, write_part
 from psgd.store.storage import Storage
 from psgd_workers.errors import LaneError
-from psgd_workers.handshake import Address
-from psgd_workers.memory import PublishedVector, has_shared_memory
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
+from psgd_workers.transport.handshake import Address
+from psgd_workers.transport.memory import PublishedVector, has_shared_memory
 
 __all__ = ["ServerActor", "start_server"]
 

@@ -16,10 +16,10 @@ from ray.actor import ActorHandle
 from psgd.cluster.facts import RunFacts
 from psgd.cluster.lanes import route
 from psgd.job import build_worker
-from psgd_workers.datasets import Dataset
+from psgd_workers.data import Dataset
 from psgd_workers.errors import LaneError
-from psgd_workers.lanes import LaneKind
 from psgd_workers.messages import Evaluation, FloatArray, Lease, LeaseEnd
+from psgd_workers.transport.lane import LaneKind
 
 __all__ = ["WorkerActor", "start_worker"]
 

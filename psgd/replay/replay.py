@@ -37,7 +37,7 @@ from psgd.spec.reader import parse_spec
 from psgd.store.checkpoints import Checkpoints, Manifest
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
-from psgd_workers.layout import Layout
+from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import FloatArray
 from psgd_workers.spec import NoCompression
 

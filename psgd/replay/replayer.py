@@ -21,8 +21,8 @@ from psgd.job import OpenJob
 from psgd.replay.lineage import Record
 from psgd.replay.pushes import Pushes
 from psgd.replay.server import ReplayServer
+from psgd_workers.gradients.sender import TAKEN, Sender, gradient_norm
 from psgd_workers.messages import FloatArray, Gradient, Outcome, Version
-from psgd_workers.sender import TAKEN, Sender, gradient_norm
 from psgd_workers.spec import NoCompression
 
 __all__ = ["Player"]

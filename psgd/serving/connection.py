@@ -20,12 +20,12 @@ import numpy as np
 
 from psgd.serving.host import ServerHost
 from psgd_workers.errors import LaneError
-from psgd_workers.frames import HEADER_SIZE, Frame, Kind, PushForm
-from psgd_workers.handshake import Hello
-from psgd_workers.memory import Segment, Slot
 from psgd_workers.messages import FloatArray, Receipt, Version
-from psgd_workers.processor import NOWHERE, allowed_processors, run_on
-from psgd_workers.streams import receive, send, shut
+from psgd_workers.transport.affinity import NOWHERE, allowed_processors, run_on
+from psgd_workers.transport.frames import HEADER_SIZE, Frame, Kind, PushForm
+from psgd_workers.transport.handshake import Hello
+from psgd_workers.transport.memory import Segment, Slot
+from psgd_workers.transport.streams import receive, send, shut
 
 __all__ = ["Peer"]
 

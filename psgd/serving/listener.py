@@ -20,11 +20,11 @@ from psgd.serving.connection import Peer
 from psgd.serving.host import ServerHost
 from psgd.serving.poller import Crowd
 from psgd_workers.errors import LaneError
-from psgd_workers.frames import PushForm
-from psgd_workers.handshake import HELLO_SIZE, KEY_SIZE, Address, Greeting, Hello
-from psgd_workers.memory import PublishedVector, Segment
-from psgd_workers.processor import allowed_processors
-from psgd_workers.streams import shut
+from psgd_workers.transport.affinity import allowed_processors
+from psgd_workers.transport.frames import PushForm
+from psgd_workers.transport.handshake import HELLO_SIZE, KEY_SIZE, Address, Greeting, Hello
+from psgd_workers.transport.memory import PublishedVector, Segment
+from psgd_workers.transport.streams import shut
 
 __all__ = ["Listener"]
 

@@ -14,8 +14,8 @@ from socket import socket
 from threading import Lock
 
 from psgd.serving.connection import Peer
-from psgd_workers.memory import PublishedVector
-from psgd_workers.streams import limit, shut
+from psgd_workers.transport.memory import PublishedVector
+from psgd_workers.transport.streams import limit, shut
 
 __all__ = ["Crowd"]
 

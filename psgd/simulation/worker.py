@@ -17,8 +17,8 @@ import numpy as np
 from psgd.core.driver.events import Evaluated, Event, LaneFailed, LeaseClosed, WorkerFailed
 from psgd.errors import WorkerError
 from psgd.simulation.problem import Problem, Timing
+from psgd_workers.gradients.sender import Sender, gradient_norm
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Lease, Receipt, Version
-from psgd_workers.sender import Sender, gradient_norm
 from psgd_workers.spec import WorkRules
 
 __all__ = ["Readers", "Site", "Slot", "Validation", "VirtualWorker"]

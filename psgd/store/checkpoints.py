@@ -30,7 +30,7 @@ from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, StorageError
 from psgd.spec import Settings
 from psgd.store.storage import Storage
-from psgd_workers.layout import Layout
+from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import FloatArray
 from psgd_workers.spec import Spec
 

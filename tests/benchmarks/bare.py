@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from psgd_workers.frames import PushForm
-from psgd_workers.handshake import Address
-from psgd_workers.lanes import Lane, LaneKind
-from psgd_workers.memory import PublishedVector, Segment
 from psgd_workers.messages import BatchId, EpochGrid, Gradient, Outcome, Version
-from psgd_workers.sockets import ShmLane, TcpLane
+from psgd_workers.transport.frames import PushForm
+from psgd_workers.transport.handshake import Address
+from psgd_workers.transport.lane import Lane, LaneKind
+from psgd_workers.transport.memory import PublishedVector, Segment
+from psgd_workers.transport.sockets import ShmLane, TcpLane
 from tests.benchmarks.crew import SPAWN
 
 __all__ = ["BareServer", "BareWorker", "Mark", "Stop", "stop_flag"]

@@ -18,7 +18,7 @@ from statistics import median
 import numpy as np
 from rich.console import Console
 
-from psgd_workers.handshake import Address
+from psgd_workers.transport.handshake import Address
 from tests.benchmarks.bare import BareServer, BareWorker, Mark, Stop, stop_flag
 from tests.benchmarks.command import begin, conclude, parser
 from tests.benchmarks.contender import Failure, run_contender

@@ -14,7 +14,7 @@ import ray
 from numpy.typing import NDArray
 
 from psgd_workers.messages import FloatArray
-from psgd_workers.models.network import Network
+from psgd_workers.models.numpy.network import Network
 
 __all__ = ["OneSlow", "Sleepy", "delay_s"]
 

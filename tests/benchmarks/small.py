@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.synchronize import Barrier
 from statistics import median
 
-from psgd_workers.handshake import Address
-from psgd_workers.lanes import LaneKind
+from psgd_workers.transport.handshake import Address
+from psgd_workers.transport.lane import LaneKind
 from tests.benchmarks.bare import BareServer, BareWorker, Mark, Stop, stop_flag
 from tests.benchmarks.command import begin, conclude, parser
 from tests.benchmarks.crew import SPAWN, crew

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from psgd_workers.lanes import LaneKind
+from psgd_workers.transport.lane import LaneKind
 from tests.benchmarks.bare import VALUE, BareServer, BareWorker, Mark
 
 

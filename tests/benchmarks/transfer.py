@@ -18,7 +18,7 @@ from time import perf_counter
 
 import numpy as np
 
-from psgd_workers.lanes import LaneKind
+from psgd_workers.transport.lane import LaneKind
 from tests.benchmarks.bare import HOST, BareServer, BareWorker
 from tests.benchmarks.command import begin, conclude, parser
 from tests.benchmarks.crew import crew

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from psgd_workers.messages import FloatArray
-from psgd_workers.models.network import Network
+from psgd_workers.models.numpy.network import Network
 
 __all__ = ["dies_once", "mnist", "poisoned", "raises", "slow"]
 

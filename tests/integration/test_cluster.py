@@ -166,7 +166,7 @@ def test_a_submitted_job_is_followed_by_status_and_logs(cluster: Cluster, comman
 MODEL = """
 from pathlib import Path
 import psgd_workers
-from psgd_workers.models.network import Network
+from psgd_workers.models.numpy.network import Network
 
 def build(told):
     Path(told).write_text(f"{__file__}\\n{psgd_workers.__file__}")

@@ -12,11 +12,11 @@ from ray._private.state import actors
 
 import psgd
 from psgd.errors import CheckpointError, InputError, ModelError, ResumeError, RunExistsError, RunFailedError
-from psgd_workers.datasets import Dataset, open_dataset
-from psgd_workers.layout import Layout
+from psgd_workers.data import Dataset, open_dataset
+from psgd_workers.data.shards import Shards
+from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, FloatArray
 from psgd_workers.models import Model, build_model, fit_labels
-from psgd_workers.shards import Shards
 from tests.integration.commands import LIMIT_S, eventually, recorded
 from tests.integration.digits import DATA, ENDLESS, stop_later, training
 

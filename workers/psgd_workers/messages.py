@@ -138,7 +138,7 @@ class LeaseEnd:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What travels instead of a float32 slice; see `psgd_workers.compression`."""
+    """What travels instead of a float32 slice; see `psgd_workers.gradients.compression`."""
 
     kind: str  # the compressor's name in the spec
     size: int  # length of the decoded vector

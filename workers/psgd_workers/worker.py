@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd_workers.datasets.examples import Examples
+from psgd_workers.data.examples import Examples
+from psgd_workers.data.shards import Shards
 from psgd_workers.errors import LaneError, WorkerError
-from psgd_workers.lanes import Connect, Lane, LaneKind, Pending
-from psgd_workers.layout import Layout
-from psgd_workers.memory import Segment, Slot
+from psgd_workers.gradients.layout import Layout
+from psgd_workers.gradients.sender import Sender, gradient_norm
 from psgd_workers.messages import (
     BatchId,
     Evaluation,
@@ -31,9 +31,9 @@ from psgd_workers.messages import (
     Version,
 )
 from psgd_workers.models import Model, evaluate
-from psgd_workers.sender import Sender, gradient_norm
-from psgd_workers.shards import Shards
 from psgd_workers.spec import WorkRules
+from psgd_workers.transport.lane import Connect, Lane, LaneKind, Pending
+from psgd_workers.transport.memory import Segment, Slot
 
 __all__ = ["Route", "Worker", "batch_seed"]
 

@@ -35,8 +35,8 @@ from psgd.core.server.schedules import build_schedule
 from psgd.core.server.state import ServerState
 from psgd.core.server.tally import Tally
 from psgd.spec import JobSpec, Settings
-from psgd_workers.compression import decode
 from psgd_workers.errors import LaneError
+from psgd_workers.gradients.compression import decode
 from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
 
 __all__ = ["ParameterServer"]

@@ -20,13 +20,13 @@ from psgd.core.server.report import Report
 from psgd.serving.host import Reply, ServerHost
 from psgd.serving.listener import Listener
 from psgd.spec import JobSpec
-from psgd_workers import frames
-from psgd_workers.frames import Frame, Kind, PushForm
-from psgd_workers.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
-from psgd_workers.memory import PublishedVector, Segment
+from psgd_workers.gradients.sender import Sender, gradient_norm
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
-from psgd_workers.sender import Sender, gradient_norm
-from psgd_workers.sockets import ShmLane, TcpLane
+from psgd_workers.transport import frames
+from psgd_workers.transport.frames import Frame, Kind, PushForm
+from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
+from psgd_workers.transport.memory import PublishedVector, Segment
+from psgd_workers.transport.sockets import ShmLane, TcpLane
 
 __all__ = [
     "BIG",

@@ -15,7 +15,7 @@ from psgd.errors import OwnershipError, StorageError
 from psgd.store.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
-from psgd_workers.layout import Layout
+from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import Version
 from tests.unit.core.jobs import GRID, START, job
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.problem import Problem
 from psgd.spec import JobSpec
-from psgd_workers.datasets.examples import Examples
-from psgd_workers.layout import Layout
+from psgd_workers.data.examples import Examples
+from psgd_workers.data.shards import Shards
+from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
-from psgd_workers.models.network import Network
-from psgd_workers.shards import Shards
+from psgd_workers.models.numpy.network import Network
 from psgd_workers.worker import Worker
 from tests.inprocess import InProcess
 from tests.unit.core.jobs import GRID, START, job, quadratic

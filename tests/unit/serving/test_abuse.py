@@ -21,11 +21,11 @@ import pytest
 
 from psgd.serving import listener as listener_module
 from psgd.serving import poller as crowd
-from psgd_workers import memory
 from psgd_workers.errors import LaneError
-from psgd_workers.frames import HEADER_SIZE, Frame, Kind
-from psgd_workers.handshake import GREETING_SIZE, WELCOME_SIZE
 from psgd_workers.messages import Outcome, Version
+from psgd_workers.transport import memory
+from psgd_workers.transport.frames import HEADER_SIZE, Frame, Kind
+from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE
 from tests.unit.cluster.stage import (
     BIG,
     FIRST,

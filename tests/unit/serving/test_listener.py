@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from psgd.serving import listener as listener_module
-from psgd_workers import memory
 from psgd_workers.errors import LaneError
-from psgd_workers.frames import HEADER_SIZE, Frame, Kind
-from psgd_workers.handshake import GREETING_SIZE, HELLO_SIZE, WELCOME_SIZE, Greeting
 from psgd_workers.messages import BatchId, Outcome, Version
+from psgd_workers.transport import memory
+from psgd_workers.transport.frames import HEADER_SIZE, Frame, Kind
+from psgd_workers.transport.handshake import GREETING_SIZE, HELLO_SIZE, WELCOME_SIZE, Greeting
 from tests.unit.cluster.stage import (
     FIRST,
     KINDS,

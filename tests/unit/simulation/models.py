@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from psgd_workers.messages import FloatArray
-from psgd_workers.models.network import Network
+from psgd_workers.models.numpy.network import Network
 
 __all__ = ["Restless", "Wrong"]
 

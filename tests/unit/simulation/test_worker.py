@@ -8,7 +8,7 @@ import pytest
 
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.problem import Problem, Timing
-from psgd_workers.compression import ErrorFeedback, TopK, decode
+from psgd_workers.gradients.compression import ErrorFeedback, TopK, decode
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from tests.unit.core.jobs import START, job, quadratic
 

@@ -14,7 +14,7 @@ from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError
 from psgd.store.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
 from psgd.store.storage import Storage
-from psgd_workers.layout import Layout
+from psgd_workers.gradients.layout import Layout
 from tests.unit.core.jobs import job
 
 TENSORS = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.full(2, -1, np.float32)}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from math import prod
 
-from psgd_workers.datasets.examples import Dataset
+from psgd_workers.data.examples import Dataset
 from psgd_workers.models.evaluation import evaluate
 from psgd_workers.models.factory import build_python_model
 from psgd_workers.models.labels import fit_labels, num_outputs
-from psgd_workers.models.network import Network
+from psgd_workers.models.numpy.network import Network
 from psgd_workers.models.protocol import Model, ModelWithBuffers
 from psgd_workers.spec import LinearModel, MlpModel, ModelSpec, PythonModel, TorchModel
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd_workers.datasets.examples import Examples
+from psgd_workers.data.examples import Examples
 from psgd_workers.messages import Evaluation, FloatArray
 from psgd_workers.models.protocol import Model
 

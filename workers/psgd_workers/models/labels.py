@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd_workers.datasets.examples import Dataset, Examples
+from psgd_workers.data.examples import Dataset, Examples
 from psgd_workers.errors import DataError
 from psgd_workers.spec import LossName, ModelSpec, PythonModel
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from psgd_workers.errors import MissingExtraError, ModelError
 from psgd_workers.messages import FloatArray
 from psgd_workers.models.factory import build
-from psgd_workers.models.losses import LOSSES
+from psgd_workers.models.numpy.losses import LOSSES
 from psgd_workers.spec import TorchModel
 
 try:

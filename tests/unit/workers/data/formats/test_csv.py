@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from psgd_workers.data.formats.csv import read_csv
+from psgd_workers.data.raw import RawPart
+from psgd_workers.errors import DataError
+from psgd_workers.spec import CsvData
+
+IRIS = "length,width,species\n5.1,3.5,setosa\n7,3.2,versicolor\n6.3,3.3,virginica\n"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "table.csv"
+
+
+def read(path: Path, content: str | bytes, **fields: Any) -> RawPart:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (part,) = read_csv(CsvData(format="csv", path=str(path), **fields)).parts
+    return part
+
+
+def labels_of(path: Path, *cells: str) -> NDArray[Any]:
+    return read(path, "".join(f"0,{cell}\n" for cell in cells), header=False).labels.values
+
+
+@pytest.mark.parametrize("label", ["species", 2, -1])
+def test_the_label_is_one_column_and_the_features_are_the_others(path: Path, label: str | int) -> None:
+    part = read(path, IRIS, label=label)
+    np.testing.assert_array_equal(part.features.values, [[5.1, 3.5], [7, 3.2], [6.3, 3.3]])
+    assert part.labels.values.tolist() == ["setosa", "versicolor", "virginica"]
+    assert part.labels.name == f"{path}: species"
+
+
+@pytest.mark.parametrize("label", ["width", 1, -2])
+def test_the_label_may_lie_between_the_features(path: Path, label: str | int) -> None:
+    part = read(path, "length,width,depth\n1,2,3\n4,5,6\n", label=label)
+    np.testing.assert_array_equal(part.features.values, [[1, 3], [4, 6]])
+    np.testing.assert_array_equal(part.labels.values, [2, 5])
+
+
+@given(st.lists(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=4, max_size=4), min_size=1))
+def test_numbers_come_back_as_they_were_written(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[float]]
+) -> None:
+    text = "".join(",".join(map(repr, row)) + "\n" for row in rows)
+    part = read(tmp_path_factory.getbasetemp() / "written.csv", text, header=False)
+    np.testing.assert_array_equal(part.features.values, np.array(rows)[:, :3], strict=True)
+    np.testing.assert_array_equal(part.labels.values, np.array(rows)[:, 3], strict=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        IRIS.replace("\n", "\r\n"),
+        "\ufeff" + IRIS,
+        IRIS.replace("\n", "\n\n"),
+        IRIS.replace(",", ", ").replace("\n", " \n"),
+        IRIS.replace("setosa", '"setosa"').rstrip("\n"),
+    ],
+    ids=["windows", "byte-order mark", "blank lines", "spaces", "quotes"],
+)
+def test_habits_of_other_programs_change_nothing(path: Path, content: str) -> None:
+    part = read(path, content, label="species")
+    np.testing.assert_array_equal(part.features.values, [[5.1, 3.5], [7, 3.2], [6.3, 3.3]])
+    assert part.labels.values.tolist() == ["setosa", "versicolor", "virginica"]
+
+
+def test_another_delimiter_is_told(path: Path) -> None:
+    part = read(path, IRIS.replace(",", "\t"), delimiter="\t")
+    assert part.features.values.shape == (3, 2)
+
+
+def test_labels_written_as_integers_are_integers(path: Path) -> None:
+    labels = labels_of(path, "3", "+0", "-7")
+    np.testing.assert_array_equal(labels, np.array([3, 0, -7], np.int64), strict=True)
+
+
+@pytest.mark.parametrize("odd", ["3.0", "1e2", "12345678901234567890"])
+def test_labels_written_as_other_numbers_are_floats(path: Path, odd: str) -> None:
+    np.testing.assert_array_equal(labels_of(path, "3", odd), np.array([3, float(odd)]), strict=True)
+
+
+def test_other_labels_are_text(path: Path) -> None:
+    assert labels_of(path, "3", "yes", "4.5").tolist() == ["3", "yes", "4.5"]
+
+
+@pytest.mark.parametrize("cell", ["tall", "", "?", "nan", "-inf", "1;2"])
+def test_a_cell_that_is_no_finite_number_is_named(path: Path, cell: str) -> None:
+    message = f"table.csv, line 3, column 'width': {cell!r} is not a finite number"
+    with pytest.raises(DataError, match=re.escape(message)):
+        read(path, IRIS.replace("3.2", cell))
+
+
+def test_columns_without_a_header_are_named_by_number(path: Path) -> None:
+    with pytest.raises(DataError, match=re.escape("line 1, column '2': 'x' is not a finite number")):
+        read(path, "1,2,x\n", header=False, label=1)
+
+
+def test_lines_are_counted_as_an_editor_does(path: Path) -> None:
+    with pytest.raises(DataError, match="line 5, column 'width'"):
+        read(path, '"the\nlength",width,species\n\n1,2,a\n3,x,b\n')
+
+
+def test_an_empty_label_is_refused(path: Path) -> None:
+    with pytest.raises(DataError, match="line 4, column 'species': the label is empty"):
+        read(path, IRIS.replace("virginica", " "))
+
+
+@pytest.mark.parametrize(("row", "cells"), [("1,2", 2), ("1,2,a,", 4)])
+def test_a_ragged_row_is_refused(path: Path, row: str, cells: int) -> None:
+    with pytest.raises(DataError, match=f"line 5: {cells} cells, expected 3"):
+        read(path, f"{IRIS}{row}\n")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_refused(path: Path, content: str) -> None:
+    with pytest.raises(DataError, match=r"table\.csv is empty"):
+        read(path, content)
+
+
+def test_a_header_alone_is_refused(path: Path) -> None:
+    with pytest.raises(DataError, match="a header but no rows"):
+        read(path, "length,species\n")
+
+
+def test_a_single_column_hints_at_the_delimiter(path: Path) -> None:
+    with pytest.raises(DataError, match=r"one column, 'length;width'; .* set `delimiter`"):
+        read(path, "length;width\n1;2\n")
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("specie", "no column 'specie'; did you mean 'species'?"),
+        ("price", "no column 'price'; it has length, width, species"),
+        (3, "no column 3; it has 3, numbered from 0"),
+        (-4, "no column -4; it has 3, numbered from 0"),
+    ],
+)
+def test_a_label_column_that_is_not_there_is_refused(path: Path, label: str | int, message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        read(path, IRIS, label=label)
+
+
+def test_a_label_name_that_two_columns_bear_is_refused(path: Path) -> None:
+    with pytest.raises(DataError, match="several columns named 'y'"):
+        read(path, "y,x,y\n1,2,3\n", label="y")
+
+
+@pytest.mark.parametrize("content", [b"x,y\n1,caf\xe9\n", b"\x89PNG\r\n\x1a\n\xff", b'x,y\n1,"open\n'])
+def test_what_is_not_csv_in_utf_8_is_refused(path: Path, content: bytes) -> None:
+    with pytest.raises(DataError, match=r"table\.csv is not a CSV file in UTF-8"):
+        read(path, content)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from psgd_workers.models.numpy.layers import ACTIVATIONS, ActivationName, Dense
+
+NumericalGradient = Callable[[Callable[[], float], NDArray[Any]], NDArray[np.float64]]
+
+TORCH_ACTIVATIONS: dict[ActivationName, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": torch.nn.ReLU(),
+    "tanh": torch.nn.Tanh(),
+    "gelu": torch.nn.GELU(approximate="tanh"),
+}
+
+each_activation = pytest.mark.parametrize("name", ACTIVATIONS)
+
+
+def doubles(*shape: int, seed: int = 0) -> NDArray[np.float64]:
+    return np.random.default_rng(seed).normal(0, 2, shape)
+
+
+def test_dense_is_torch_linear() -> None:
+    inputs, weight, bias, slope = doubles(5, 3), doubles(4, 3, seed=1), doubles(4, seed=2), doubles(5, 4, seed=3)
+    tensors = [torch.from_numpy(array.copy()).requires_grad_() for array in (inputs, weight, bias)]
+    expected = torch.nn.functional.linear(*tensors)
+    expected.backward(torch.from_numpy(slope))  # type: ignore[no-untyped-call]
+
+    layer = Dense()
+    weight_gradient, bias_gradient = np.full_like(weight, np.nan), np.full_like(bias, np.nan)
+    np.testing.assert_allclose(layer.forward(inputs, weight, bias), expected.detach(), rtol=1e-12)
+    layer.parameter_gradient(inputs, slope, weight_gradient, bias_gradient)
+    gradients = layer.input_gradient(slope, weight), weight_gradient, bias_gradient
+    for gradient, tensor in zip(gradients, tensors, strict=True):
+        assert tensor.grad is not None
+        np.testing.assert_allclose(gradient, tensor.grad, rtol=1e-6)
+
+
+def test_dense_matches_central_differences(numerical_gradient: NumericalGradient) -> None:
+    inputs, weight, bias, slope = doubles(5, 3), doubles(4, 3, seed=1), doubles(4, seed=2), doubles(5, 4, seed=3)
+    layer = Dense()
+
+    def objective() -> float:
+        return float(np.sum(slope * layer.forward(inputs, weight, bias)))
+
+    weight_gradient, bias_gradient = np.empty_like(weight), np.empty_like(bias)
+    layer.parameter_gradient(inputs, slope, weight_gradient, bias_gradient)
+    np.testing.assert_allclose(weight_gradient, numerical_gradient(objective, weight), rtol=1e-6)
+    np.testing.assert_allclose(bias_gradient, numerical_gradient(objective, bias), rtol=1e-6)
+    np.testing.assert_allclose(layer.input_gradient(slope, weight), numerical_gradient(objective, inputs), rtol=1e-6)
+
+
+@each_activation
+def test_activation_is_torchs(name: ActivationName) -> None:
+    values, slope = doubles(6, 7), doubles(6, 7, seed=1)
+    tensor = torch.from_numpy(values.copy()).requires_grad_()
+    expected = TORCH_ACTIVATIONS[name](tensor)
+    expected.backward(torch.from_numpy(slope.copy()))  # type: ignore[no-untyped-call]
+
+    activation = ACTIVATIONS[name]()
+    activation.forward(values)
+    np.testing.assert_allclose(values, expected.detach(), rtol=1e-6, atol=1e-12)
+    activation.backward(values, slope)
+    assert tensor.grad is not None
+    np.testing.assert_allclose(slope, tensor.grad, rtol=1e-6, atol=1e-12)
+
+
+@each_activation
+def test_activation_matches_central_differences(name: ActivationName, numerical_gradient: NumericalGradient) -> None:
+    inputs, slope = doubles(6, 7), doubles(6, 7, seed=1)
+    activation = ACTIVATIONS[name]()
+
+    def objective() -> float:
+        values = inputs.copy()
+        ACTIVATIONS[name]().forward(values)
+        return float(np.sum(slope * values))
+
+    expected = numerical_gradient(objective, inputs)
+    values = inputs.copy()
+    activation.forward(values)
+    activation.backward(values, slope)
+    np.testing.assert_allclose(slope, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_relu_has_slope_zero_at_zero() -> None:
+    values, slope = np.array([[-1.0, 0.0, 1.0]]), np.ones((1, 3))
+    relu = ACTIVATIONS["relu"]()
+    relu.forward(values)
+    relu.backward(values, slope)
+    np.testing.assert_array_equal(slope, [[0, 0, 1]])
+
+
+@each_activation
+def test_activation_saturates_without_warnings(name: ActivationName) -> None:
+    values, slope = np.array([[-1e4, 1e4]], np.float32), np.ones((1, 2), np.float32)
+    activation = ACTIVATIONS[name]()
+    activation.forward(values)
+    activation.backward(values, slope)
+    np.testing.assert_allclose(slope, [[0, 0 if name == "tanh" else 1]], atol=1e-6)
+
+
+@each_activation
+def test_a_layer_keeps_the_dtype_and_its_buffers_serve_shorter_batches(name: ActivationName) -> None:
+    weight, bias = doubles(4, 3, seed=1).astype(np.float32), doubles(4, seed=2).astype(np.float32)
+    dense, activation = Dense(), ACTIVATIONS[name]()
+
+    def passes(inputs: NDArray[np.float32], dense: Dense = dense, activation: Any = activation) -> NDArray[Any]:
+        values = dense.forward(inputs, weight, bias)
+        slope = np.ones_like(values)
+        activation.forward(values)
+        activation.backward(values, slope)
+        return dense.input_gradient(slope, weight)
+
+    long, short = doubles(8, 3).astype(np.float32), doubles(5, 3, seed=9).astype(np.float32)
+    first = passes(long)
+    assert first.dtype == np.float32
+    first_values = first.copy()
+    shorter = passes(short)
+    assert np.shares_memory(first, shorter)
+    np.testing.assert_array_equal(shorter, passes(short, Dense(), ACTIVATIONS[name]()))
+    np.testing.assert_array_equal(passes(long), first_values)
+
+
+@each_activation
+def test_a_step_allocates_no_arrays_once_its_buffers_are_there(name: ActivationName) -> None:
+    inputs, weight, bias = doubles(1024, 128), doubles(128, 128, seed=1), doubles(128, seed=2)
+    weight_gradient, bias_gradient = np.empty_like(weight), np.empty_like(bias)
+    slope = doubles(1024, 128, seed=3)
+    dense, activation = Dense(), ACTIVATIONS[name]()
+
+    def step() -> None:
+        values = dense.forward(inputs, weight, bias)
+        activation.forward(values)
+        activation.backward(values, slope)
+        dense.parameter_gradient(inputs, slope, weight_gradient, bias_gradient)
+        dense.input_gradient(slope, weight)
+
+    step()
+    tracemalloc.start()
+    try:
+        step()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < slope.nbytes / 8  # one boolean mask; NumPy's own casting buffer has 64 KiB

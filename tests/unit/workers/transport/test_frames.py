@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from math import nan
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from psgd_workers.errors import LaneError
+from psgd_workers.gradients.compression import build_compressor, decode
+from psgd_workers.messages import BatchId, Encoded, FloatArray, Gradient, Outcome, Receipt, Version
+from psgd_workers.spec import (
+    CompressionSpec,
+    Fp16Compression,
+    Int8Compression,
+    NoCompression,
+    ScaledSignCompression,
+    TopKCompression,
+)
+from psgd_workers.transport.frames import HEADER_SIZE, Frame, Kind, PushForm
+from psgd_workers.transport.memory import Slot
+
+BYTE, SHORT, WORD, LONG = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32, 64))
+FRAMES = st.builds(
+    Frame,
+    kind=st.sampled_from(Kind),
+    slot=BYTE,
+    code=BYTE,
+    wants=st.booleans(),
+    incarnation=WORD,
+    payload=LONG,
+    batch=st.builds(BatchId, WORD, WORD, WORD),
+    examples=WORD,
+    version=st.builds(Version, WORD, LONG),
+    loss=st.floats(allow_nan=False),
+    norm=st.floats(allow_nan=False),
+    compute_s=st.floats(allow_nan=False),
+    processor=SHORT,
+)
+FRAME = Frame(Kind.PUSH, 1, 0, True, 3, 400, BatchId(1, 2, 3), 32, Version(3, 17), 0.25, 1.5, 0.01)
+SIZE, TRAINABLE = 37, 30  # odd, so that arrays are filled up
+COMPRESSIONS: list[CompressionSpec] = [
+    NoCompression(),
+    Fp16Compression(name="fp16"),
+    TopKCompression(name="top_k", ratio=0.2),
+    ScaledSignCompression(name="scaled_sign"),
+    Int8Compression(name="int8"),
+]
+
+
+def with_checksum(header: bytes) -> bytes:
+    fields = header[: HEADER_SIZE - 4]
+    return fields + struct.pack("<I", crc32(fields))
+
+
+# Headers
+
+
+@given(FRAMES)
+def test_a_frame_is_read_as_it_was_written(frame: Frame) -> None:
+    header = frame.pack()
+    assert len(header) == HEADER_SIZE
+    assert Frame.unpack(header) == frame
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_a_frame_of_each_kind_is_read_as_that_kind(kind: Kind) -> None:
+    assert Frame.unpack(bytearray(FRAME._replace(kind=kind).pack())).kind is kind
+
+
+def test_a_gradient_that_is_not_finite_can_be_told_of() -> None:
+    read = Frame.unpack(FRAME._replace(norm=nan, loss=-np.inf).pack())
+    assert np.isnan(read.norm)
+    assert read.loss == -np.inf
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, HEADER_SIZE - 1, HEADER_SIZE + 1])
+def test_a_header_of_another_length_is_refused(length: int) -> None:
+    with pytest.raises(LaneError, match=f"header of {length} bytes, expected {HEADER_SIZE}"):
+        Frame.unpack((FRAME.pack() + b"\0")[:length])
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, b"P", r"begins with b'Psgd' and format 1, expected b'psgd' and 1"),
+        (4, b"\2", r"begins with b'psgd' and format 2"),
+        (5, b"\0", "of kind 0 .* there are kinds 1 to 6"),
+        (5, b"\7", "of kind 7"),
+        (8, b"\2", "that wants 2"),
+        (9, b"\1", "that wants 257"),
+    ],
+)
+def test_what_no_frame_says_is_refused_whatever_its_checksum(place: int, value: bytes, message: str) -> None:
+    header = FRAME.pack()
+    changed = header[:place] + value + header[place + 1 :]
+    with pytest.raises(LaneError):
+        Frame.unpack(changed)
+    with pytest.raises(LaneError, match=message):
+        Frame.unpack(with_checksum(changed))
+
+
+def test_any_flipped_bit_is_noticed() -> None:
+    header = int.from_bytes(FRAME.pack())
+    for bit in range(8 * HEADER_SIZE):
+        with pytest.raises(LaneError):
+            Frame.unpack((header ^ 1 << bit).to_bytes(HEADER_SIZE))
+
+
+def damaged(rng: np.random.Generator) -> Iterator[bytes]:
+    """100,000 headers: flipped bits, overwritten bytes, cut and random ones, and mutations with the right checksum."""
+    good = np.frombuffer(FRAME.pack(), np.uint8)
+    flipped = np.tile(good, (30_000, 1))
+    for _ in range(4):
+        places = rng.integers(HEADER_SIZE, size=len(flipped))
+        flipped[np.arange(len(flipped)), places] ^= (1 << rng.integers(8, size=len(flipped))).astype(np.uint8)
+    written = np.tile(good, (30_000, 1))
+    changed = rng.random(written.shape) < 0.05
+    written[changed] = rng.integers(256, size=np.count_nonzero(changed))
+    for header in flipped:
+        yield header.tobytes()
+    for number, header in enumerate(written):
+        yield with_checksum(header.tobytes()) if number % 2 else header.tobytes()
+    for length in rng.integers(HEADER_SIZE, size=10_000):
+        yield good[:length].tobytes()
+    for header in rng.integers(256, size=(30_000, HEADER_SIZE), dtype=np.uint8):
+        yield header.tobytes()
+
+
+def test_damaged_headers_are_refused_or_say_what_their_bytes_say() -> None:
+    read = refused = 0
+    for header in damaged(np.random.default_rng(0)):
+        try:
+            frame = Frame.unpack(header)
+        except LaneError:
+            refused += 1
+        else:
+            assert frame.pack() == header
+            read += 1
+    assert read + refused == 100_000
+    assert read > 1000
+
+
+# Receipts
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_a_receipt_is_read_as_it_was_given(outcome: Outcome) -> None:
+    receipt = Receipt("worker-7", BatchId(4, 5, 6), outcome, Version(2, 99))
+    frame = Frame.unpack(Frame.of_receipt(receipt, slot=3, wants=True, payload=12).pack())
+    assert (frame.slot, frame.wants, frame.payload, frame.incarnation) == (3, True, 12, 2)
+    assert frame.receipt("worker-7") == receipt
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"code": 6}, "RECEIPT with code 6"), ({"kind": Kind.WEIGHTS}, "WEIGHTS with code 0")]
+)
+def test_what_is_no_receipt_is_refused(change: dict[str, Any], message: str) -> None:
+    frame = Frame.of_receipt(Receipt("w", BatchId(0, 0, 0), Outcome.APPLIED, Version(1, 1)), 0, False, 0)
+    with pytest.raises(LaneError, match=message):
+        frame._replace(**change).receipt("w")
+
+
+# Pushes
+
+
+def randoms(size: int, seed: int) -> FloatArray:
+    return np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
+
+
+def made(compression: CompressionSpec, weights: bool, trainable: int = TRAINABLE) -> tuple[PushForm, Slot, Gradient]:
+    """The pushes of such a job, a slot, and what was computed in it."""
+    slot, compressor = Slot(randoms(SIZE, 1), randoms(SIZE, 2)), build_compressor(compression)
+    values: FloatArray | Encoded = slot.gradient
+    buffers = None
+    if compressor:
+        values = compressor.encode(slot.gradient[:trainable])
+        buffers = slot.gradient[trainable:] if trainable < SIZE else None
+    read = slot.weights if weights else None
+    gradient = Gradient("worker-0", BatchId(0, 1, 2), 16, Version(1, 5), values, 0.5, 2.0, 0.01, buffers, read)
+    return PushForm(SIZE, trainable, compression.name if compressor else "", weights), slot, gradient
+
+
+def arrays(gradient: Gradient) -> list[NDArray[Any]]:
+    values = gradient.values.arrays if isinstance(gradient.values, Encoded) else (gradient.values,)
+    return [*values, *(vector for vector in (gradient.buffers, gradient.weights_read) if vector is not None)]
+
+
+@pytest.mark.parametrize("trainable", [SIZE, TRAINABLE])
+@pytest.mark.parametrize("shared", [False, True], ids=["inline", "shared"])
+@pytest.mark.parametrize("weights", [False, True], ids=["plain", "weights"])
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda spec: spec.name)
+def test_a_push_arrives_as_it_was_sent(
+    compression: CompressionSpec, weights: bool, shared: bool, trainable: int
+) -> None:
+    form, slot, gradient = made(compression, weights, trainable)
+    parts = form.payload(gradient, shared)
+    sent = bytearray(b"".join(parts))
+    header = Frame.of_push(gradient, slot=1, wants=True, incarnation=1, payload=len(sent)).pack()
+    frame = Frame.unpack(header)
+    form.check(frame, form.sizes(shared))
+    came = form.gradient(frame, memoryview(sent), "worker-0", slot if shared else None)
+    assert came[:4] == gradient[:4]
+    assert came[5:8] == gradient[5:8]
+    assert came.nbytes == gradient.nbytes
+    for mine, its in zip(arrays(gradient), arrays(came), strict=True):
+        assert (mine.dtype, mine.shape) == (its.dtype, its.shape)
+        assert mine.tobytes() == its.tobytes()
+    assert (came.buffers is None, came.weights_read is None) == (
+        gradient.buffers is None,
+        gradient.weights_read is None,
+    )
+    assert len(sent) in form.sizes(shared)
+
+
+def test_what_lies_in_shared_memory_does_not_travel() -> None:
+    form, slot, gradient = made(NoCompression(), weights=True)
+    assert form.payload(gradient, shared=True) == []
+    assert form.sizes(shared=True) == range(1)
+    came = form.gradient(Frame.of_push(gradient, 0, False, 1, 0), memoryview(b""), "worker-0", slot)
+    assert came.values is slot.gradient
+    assert came.weights_read is slot.weights
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["inline", "shared"])
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda spec: spec.name)
+def test_a_push_of_another_form_is_refused_by_its_header(compression: CompressionSpec, shared: bool) -> None:
+    form, _, gradient = made(compression, weights=True)
+    size = sum(map(len, form.payload(gradient, shared)))
+    frame = Frame.of_push(gradient, 0, False, 1, size)
+    form.check(frame, form.sizes(shared))
+    for code in {*range(256)} - {frame.code}:
+        with pytest.raises(LaneError, match=f"values of code {code}, expected {frame.code}"):
+            form.check(frame._replace(code=code), form.sizes(shared))
+    longest = form.sizes(shared)[-1]
+    with pytest.raises(LaneError, match=f"expected .*{longest}"):
+        form.check(frame._replace(payload=longest + 1), form.sizes(shared))
+    if not shared:
+        with pytest.raises(LaneError, match="a push with 100 bytes of payload"):
+            form.check(frame._replace(payload=100), form.sizes(shared))
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["plain", "weights"])
+@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda spec: spec.name)
+def test_a_payload_of_any_other_length_is_refused(compression: CompressionSpec, weights: bool) -> None:
+    form, _, gradient = made(compression, weights)
+    sent = bytearray(b"".join(form.payload(gradient, shared=False)))
+    frame = Frame.of_push(gradient, 0, False, 1, len(sent))
+    for length in range(len(sent)):
+        with pytest.raises(LaneError):
+            form.gradient(frame, memoryview(sent)[:length], "worker-0", None)
+    with pytest.raises(LaneError, match="1 bytes too many"):
+        form.gradient(frame, memoryview(sent + b"\0"), "worker-0", None)
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS[1:], ids=lambda spec: spec.name)
+def test_damaged_encoded_payloads_are_refused_or_decoded(compression: CompressionSpec) -> None:
+    form, _, gradient = made(compression, weights=True)
+    good = np.frombuffer(b"".join(form.payload(gradient, shared=False)), np.uint8)
+    frame, rng, out = (
+        Frame.of_push(gradient, 0, False, 1, len(good)),
+        np.random.default_rng(1),
+        np.empty(TRAINABLE, "f4"),
+    )
+    refused = 0
+    for number in range(1500):
+        bad = good.copy()
+        end = 16 if number % 2 else len(good)  # the lengths, or anything
+        bad[rng.integers(end, size=3)] = rng.integers(256, size=3) if number % 3 else rng.integers(40, size=3)
+        try:
+            came = form.gradient(frame, bad.data, "worker-0", None)
+            assert isinstance(came.values, Encoded)
+            decode(came.values, out)
+        except LaneError:
+            refused += 1
+    assert 500 < refused < 1500

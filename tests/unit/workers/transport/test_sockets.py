@@ -1,0 +1,554 @@
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psgd.core.server.partitions import Partition
+from psgd.serving import connection as peer
+from psgd_workers.transport import memory, sockets
+from psgd_workers.errors import LaneError, LaneTimeoutError
+from psgd_workers.messages import Outcome, Receipt, Version
+from psgd_workers.transport.affinity import NOWHERE
+from psgd_workers.transport.frames import HEADER_SIZE
+from psgd_workers.transport.handshake import HELLO_SIZE, WELCOME_SIZE, Greeting, Hello
+from psgd_workers.transport.memory import Segment
+from psgd_workers.transport.streams import receive
+from tests.unit.cluster.stage import (
+    BIG,
+    DC_ASGD,
+    FIRST,
+    INT8,
+    KINDS,
+    LIMIT_S,
+    NUM_PARAMETERS,
+    PART,
+    SECOND,
+    V1,
+    Crew,
+    Kinds,
+    Stages,
+    batch,
+    exactly,
+    randoms,
+)
+
+if not memory.has_shared_memory():
+    pytest.skip("needs Linux' nameless shared memory", allow_module_level=True)
+
+
+# Lanes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reads_itself", [True, False], ids=["", "copied"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"compression": {"name": "fp16"}},
+        {"compression": {"name": "top_k", "ratio": 0.2}},
+        {"compression": {"name": "scaled_sign"}},
+        INT8,
+        DC_ASGD,
+        DC_ASGD | INT8,
+        {"correction": {"name": "dana", "momentum": 0.5}},
+    ],
+    ids=lambda sections: "-".join(section["name"] for section in sections.values()),
+)
+def test_a_lane_gives_the_bits_of_a_server_called_directly(
+    monkeypatch: pytest.MonkeyPatch, stages: Stages, kind: Kinds, sections: Any, reads_itself: bool
+) -> None:
+    monkeypatch.setattr(sockets, "stores_are_ordered", lambda: reads_itself)
+    stage = stages(sections=sections)
+    direct, crew = stage.reference(), stage.lane(kind)
+    outside = crew.segment.slots[0].weights
+    outside[:] = 5
+    read = [crew.lane.pull(slot, LIMIT_S) for slot in (0, 1)]
+    assert read == [V1, V1]
+    for number in range(6):
+        slot = number % 2
+        gradient = crew.gradient(slot, batch(number), read[slot], seed=number)
+        expected = direct.push(gradient, now=1.0)
+        receipt = crew.lane.push(gradient, slot, wants=True).receipt(LIMIT_S)
+        assert (receipt,) == expected
+        assert crew.weights(slot).tobytes() == direct.published.tobytes()
+        assert crew.lane.version(LIMIT_S) == direct.version
+        read[slot] = receipt.version
+    assert stage.untouched() is False
+    assert stage.report().staleness == {0: 1, 1: 5}
+    assert outside[: PART.start].tolist() == [5] * PART.start
+    assert outside[PART.stop :].tolist() == [5] * (NUM_PARAMETERS - PART.stop)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pushes_of_several_slots_are_answered_whatever_is_asked_for_first(stages: Stages, kind: Kinds) -> None:
+    stage = stages()
+    direct, crew = stage.reference(), stage.lane(kind)
+    gradients = [crew.gradient(slot, batch(slot), V1, seed=slot) for slot in range(3)]
+    expected = [direct.push(gradient, now=1.0)[0] for gradient in gradients]
+    pending = [crew.lane.push(gradient, slot, wants=False) for slot, gradient in enumerate(gradients)]
+    receipts = [pending[slot].receipt(LIMIT_S) for slot in (2, 0, 1)]
+    assert receipts == [expected[slot] for slot in (2, 0, 1)]
+    assert crew.lane.pull(1, LIMIT_S) == Version(1, 3)
+    assert crew.weights(1).tobytes() == direct.published.tobytes()
+
+
+WHOLE = {"partition": Partition(0, 0, NUM_PARAMETERS, NUM_PARAMETERS)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "slots", "follows"),
+    [
+        ("shm", WHOLE, 1, True),
+        ("shm", WHOLE, 2, False),
+        ("shm", {}, 1, False),
+        ("crowd", WHOLE, 1, False),
+        ("tcp", WHOLE, 1, False),
+    ],
+    ids=["waits", "computes-ahead", "has-other-servers", "crowd", "tcp"],
+)
+def test_a_servers_thread_follows_a_worker_that_waits_for_it_alone(
+    processors: set[int], stages: Stages, kind: Kinds, given: dict[str, Any], slots: int, follows: bool
+) -> None:
+    name = "psgd-crowd" if kind == "crowd" else "psgd-peer"
+    stage = stages(**given)
+    crew = stage.lane(kind, slots=slots)
+    positions = count()
+    for processor in sorted(processors)[:3]:
+        os.sched_setaffinity(0, {processor})
+        for _ in range(peer.SETTLED + 1):  # what it does after a push is done at the next one's receipt
+            gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
+            crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        (thread,) = (one for one in threading.enumerate() if one.name == name)
+        assert os.sched_getaffinity(thread.native_id or 0) == ({processor} if follows else processors)
+
+
+@pytest.mark.parametrize(("kind", "patient"), [("shm", False), ("crowd", True), ("tcp", False)])
+def test_workers_that_share_processors_do_not_interrupt_the_thread_that_answers_all_of_them(
+    processors: set[int], stages: Stages, kind: Kinds, patient: bool
+) -> None:
+    stage, positions = stages(), count()
+
+    def pushed(crew: Crew) -> Crew:
+        """Who is answered is counted."""
+        gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
+        crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        return crew
+
+    def policy() -> int:
+        pushed(crew)
+        return os.sched_getscheduler(0)
+
+    crew, *_ = [pushed(stage.lane(kind, f"worker-{number}")) for number in range(len(processors))]
+    assert policy() == os.SCHED_OTHER, "each of them can have a processor"
+    another = pushed(stage.lane(kind, "one-too-many"))
+    assert policy() == (os.SCHED_BATCH if patient else os.SCHED_OTHER)
+    another.lane.close()
+    with stage.listener._left:
+        assert stage.listener._left.wait_for(lambda: len(stage.listener._streams) == len(processors), LIMIT_S)
+    assert policy() == os.SCHED_OTHER
+
+
+def test_a_closed_lane_leaves_its_thread_as_it_was(processors: set[int], stages: Stages) -> None:
+    stage = stages()
+    for number in range(len(processors) + 1):
+        crew = stage.lane("crowd", f"worker-{number}")
+        crew.lane.push(crew.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
+    assert os.sched_getscheduler(0) == os.SCHED_BATCH
+    crew.lane.close()
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@pytest.mark.parametrize(("given", "slots"), [(WHOLE, 2), ({}, 1)], ids=["computes-ahead", "has-other-servers"])
+def test_or_one_that_does_not_while_no_processor_is_free(
+    processors: set[int], stages: Stages, given: dict[str, Any], slots: int
+) -> None:
+    stage = stages(**given)
+    crew, positions = stage.lane("shm", slots=slots), count()
+    (thread,) = (one for one in threading.enumerate() if one.name == "psgd-peer")
+    processor = min(processors)
+    os.sched_setaffinity(0, {processor})
+    others = [stage.lane("shm", f"worker-{number}") for number in range(1, len(processors) + 1)]
+
+    def affinity() -> set[int]:
+        for _ in range(peer.SETTLED + 1):
+            gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
+            crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        return os.sched_getaffinity(thread.native_id or 0)
+
+    assert affinity() == {processor}
+    for other in others:
+        other.lane.close()
+    with stage.listener._left:
+        assert stage.listener._left.wait_for(lambda: stage.listener._local == 1, LIMIT_S)
+    assert affinity() == processors
+
+
+def test_a_servers_thread_does_not_follow_a_worker_that_moves_on(
+    monkeypatch: pytest.MonkeyPatch, processors: set[int], stages: Stages
+) -> None:
+    first, second, *_ = [*processors, *processors]
+    seen = [*[first] * (peer.SETTLED + 1), second, NOWHERE, NOWHERE, NOWHERE]
+    where = iter(seen)
+    monkeypatch.setattr(sockets, "current_processor", lambda: next(where))
+    stage = stages(**WHOLE)
+    crew = stage.lane("shm", slots=1)
+    found = []
+    for number in range(len(seen)):
+        gradient = crew.gradient(0, batch(number), stage.server.version, seed=number)
+        crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        (thread,) = (one for one in threading.enumerate() if one.name == "psgd-peer")
+        found.append(os.sched_getaffinity(thread.native_id or 0))
+    assert found[peer.SETTLED] == {first}
+    assert found[-1] == processors
+    assert found[: peer.SETTLED - 1] == [processors] * (peer.SETTLED - 1)
+
+
+@pytest.fixture
+def processors() -> Iterator[set[int]]:
+    """Those that this thread may run on, again after the test."""
+    allowed = os.sched_getaffinity(0)
+    yield allowed
+    os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_push_that_wants_no_weights_leaves_the_slots_as_they_are(stages: Stages, kind: Kinds) -> None:
+    stage = stages()
+    crew = stage.lane(kind)
+    crew.weights(0)[:] = 3
+    crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=False).receipt(LIMIT_S)
+    assert crew.weights(0).tolist() == [3] * stage.size
+
+
+@pytest.mark.parametrize("kinds", [("shm", "shm"), ("crowd", "crowd"), ("tcp", "tcp"), ("shm", "tcp")])
+def test_a_parked_receipt_comes_when_the_last_worker_has_pushed(stages: Stages, kinds: tuple[Kinds, Kinds]) -> None:
+    stage = stages("bsp", 2)
+    stage.join("worker-0", "worker-1")
+    direct = stage.reference()
+    for worker in ("worker-0", "worker-1"):
+        direct.join(worker, now=0.0)
+    crews = [stage.lane(kind, f"worker-{number}") for number, kind in enumerate(kinds)]
+    for step in range(3):
+        gradients = [crew.gradient(step, batch(2 * step + n), Version(1, step), n) for n, crew in enumerate(crews)]
+        assert direct.push(gradients[0], now=1.0) == ()
+        expected = direct.push(gradients[1], now=1.0)
+        first = crews[0].lane.push(gradients[0], step, wants=True)
+        stage.arrived()
+        assert stage.report().parked == {"worker-0"}
+        second = crews[1].lane.push(gradients[1], step, wants=True)
+        stage.arrived()
+        assert (first.receipt(LIMIT_S), second.receipt(LIMIT_S)) == expected
+        for crew in crews:
+            assert crew.weights(step).tobytes() == direct.published.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_whose_push_is_parked_may_ask_for_the_version_and_pull_elsewhere(stages: Stages, kind: Kinds) -> None:
+    stage = stages("bsp", 2)
+    stage.join("worker-0", "worker-1")
+    crew = stage.lane(kind)
+    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True)
+    stage.arrived()
+    assert crew.lane.version(LIMIT_S) == V1
+    assert crew.lane.pull(1, LIMIT_S) == V1
+    assert crew.weights(1).tobytes() == stage.weights.tobytes()
+    stage.host.leave("worker-1")
+    assert pending.receipt(LIMIT_S).version == Version(1, 1)
+    assert crew.weights(0).tobytes() == stage.published.values.tobytes()
+
+
+def test_a_server_that_is_always_in_the_middle_is_asked_for_a_copy(stages: Stages) -> None:
+    stage = stages()
+    crew = stage.lane("shm")
+    stage.published.begin()
+    assert crew.lane.pull(2, LIMIT_S) == V1
+    stage.published.end(V1)
+    assert crew.weights(2).tobytes() == stage.weights.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_pushed_again_over_a_new_connection_is_a_duplicate(stages: Stages, kind: Kinds) -> None:
+    stage = stages()
+    for outcome in (Outcome.APPLIED, Outcome.DUPLICATE):
+        crew = stage.lane(kind)
+        assert crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=False).receipt(LIMIT_S).outcome is outcome
+        crew.lane.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_pushed_before_a_worker_hung_up_is_in_the_step(stages: Stages, kind: Kinds) -> None:
+    """Its memory is read when the round closes, long after its connection is gone."""
+    stage = stages("bsp", 2)
+    stage.join("worker-0", "worker-1")
+    direct = stage.reference()
+    for worker in ("worker-0", "worker-1"):
+        direct.join(worker, now=0.0)
+    gone, crew = stage.lane(kind, "worker-0"), stage.lane(kind, "worker-1")
+    lost = gone.gradient(0, batch(0), V1, seed=0)
+    direct.push(lost._replace(values=randoms(0)[stage.part]), now=1.0)
+    gone.lane.push(lost, 0, wants=True)
+    stage.arrived()
+    gone.lane.close()
+    del gone, lost
+    gradient = crew.gradient(0, batch(1), V1, seed=1)
+    expected = direct.push(gradient, now=1.0)
+    assert crew.lane.push(gradient, 0, wants=True).receipt(LIMIT_S) == expected[1]
+    assert crew.weights(0).tobytes() == direct.published.tobytes()
+
+
+@contextmanager
+def false_server(kind: Kinds, answer: Callable[[socket.socket], object]) -> Iterator[dict[str, Any]]:
+    """Where somebody listens who is no server of this run; yields what changes in its address."""
+    listening = socket.socket(socket.AF_UNIX if kind != "tcp" else socket.AF_INET)
+    listening.bind(("127.0.0.1", 0) if kind == "tcp" else f"\0psgd-false-{os.getpid()}")
+    listening.listen()
+    listening.settimeout(LIMIT_S)
+
+    def serve() -> None:
+        with listening.accept()[0] as stream:
+            stream.settimeout(LIMIT_S)
+            answer(stream)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    name = listening.getsockname()
+    yield {"port": name[1]} if kind == "tcp" else {"path": name[1:].decode()}
+    thread.join(LIMIT_S)
+    listening.close()
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_gives_nothing_to_a_server_without_the_key(stages: Stages, kind: Kinds) -> None:
+    heard: list[bytes] = []
+
+    def pretend(stream: socket.socket) -> None:
+        stream.sendall(Greeting.new().pack())
+        heard.append(exactly(stream, HELLO_SIZE))
+        if kind != "tcp":
+            socket.send_fds(stream, [bytes(WELCOME_SIZE)], [stage.published.file])
+        else:
+            stream.sendall(bytes(WELCOME_SIZE))
+        message, files, _, _ = socket.recv_fds(stream, 1, 1)
+        heard.append(message)
+        assert files == []
+
+    stage = stages()
+    with (
+        false_server(kind, pretend) as changes,
+        pytest.raises(LaneError, match="who answers there does not have this run's key"),
+    ):
+        stage.lane(kind, address=stage.address._replace(**changes))
+    assert [len(message) for message in heard] == [HELLO_SIZE, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_does_not_wait_for_a_server_that_says_nothing(stages: Stages, kind: Kinds) -> None:
+    stage = stages()
+    began = time.monotonic()
+    with (
+        false_server(kind, lambda stream: stream.recv(1)) as changes,
+        pytest.raises(LaneTimeoutError, match=r"no answer from the server within 0\.1 s"),
+    ):
+        stage.lane(kind, address=stage.address._replace(**changes), timeout_s=0.1)
+    assert time.monotonic() - began < LIMIT_S / 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(stages: Stages, kind: Kinds) -> None:
+    stage = stages()
+
+    def welcome(stream: socket.socket) -> None:
+        greeting = Greeting.new()
+        stream.sendall(greeting.pack())
+        hello = Hello.unpack(exactly(stream, HELLO_SIZE), stage.listener.key, greeting)
+        if kind != "tcp":
+            socket.send_fds(stream, [hello.welcome(stage.listener.key)], [stage.published.file])
+
+    with false_server(kind, welcome) as changes, pytest.raises(LaneError):
+        stage.lane(kind, address=stage.address._replace(**changes))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_nobody_listens_is_a_lane_error(stages: Stages, kind: Kinds) -> None:
+    stage = stages()
+    stage.listener.close()
+    with pytest.raises(LaneError, match="cannot reach the server at"):
+        stage.lane(kind)
+
+
+@pytest.mark.parametrize(("kind", "change"), [("shm", {"path": None}), ("tcp", {"port": None})])
+def test_a_lane_that_a_server_does_not_offer_is_refused(stages: Stages, kind: Kinds, change: dict[str, None]) -> None:
+    stage = stages(tcp=False)
+    with pytest.raises(LaneError, match="the server listens on no"):
+        stage.lane(kind, address=stage.address._replace(**change))  # type: ignore[arg-type]
+
+
+# Endings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_goes_while_a_receipt_is_awaited_is_a_lane_error(stages: Stages, kind: Kinds) -> None:
+    stage = stages("bsp", 2)
+    stage.join("worker-0", "worker-1")
+    crew = stage.lane(kind)
+    pending = [crew.lane.push(crew.gradient(slot, batch(slot), V1), slot, wants=True) for slot in (0, 1)]
+    stage.arrived(2)
+    stage.listener.close()
+    for push in pending:
+        with pytest.raises(LaneError, match="the server is gone") as error:
+            push.receipt(60 * LIMIT_S)
+        assert not isinstance(error.value, LaneTimeoutError)
+    with pytest.raises(LaneError, match="the server is gone"):
+        crew.lane.push(crew.gradient(2, batch(2), V1), 2, wants=True).receipt(60 * LIMIT_S)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_receipt_of_a_server_that_is_gone_without_a_word_is_not_waited_for(stages: Stages, kind: Kinds) -> None:
+    stage = stages("bsp", 2)
+    stage.join("worker-0", "worker-1")
+    crew = stage.lane(kind)
+    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True)
+    stage.arrived()
+    hanging_up = threading.Timer(0.1, crew.lane.hang_up)  # most likely while it waits; right in any case
+    hanging_up.start()
+    with pytest.raises(LaneError, match="the server is gone") as error:
+        pending.receipt(60 * LIMIT_S)
+    assert not isinstance(error.value, LaneTimeoutError)
+    hanging_up.join(LIMIT_S)
+
+
+def test_a_server_that_goes_in_the_middle_of_its_weights_is_a_lane_error(stages: Stages) -> None:
+    stage = stages("bsp", 2, **BIG)
+    stage.join("worker-0", "worker-1")
+    crew = stage.lane("tcp", slots=1)
+    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True)
+    stage.arrived()
+
+    stage.host.leave("worker-1")  # the receipt is due; the weights are more than the socket takes at once
+    stage.listener.close()
+    with pytest.raises(LaneError, match="the server is gone") as error:
+        pending.receipt(60 * LIMIT_S)
+    assert not isinstance(error.value, LaneTimeoutError)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_receipt_in_time_is_a_timeout(stages: Stages, kind: Kinds) -> None:
+    stage = stages("bsp", 2)
+    stage.join("worker-0", "worker-1")
+    crew = stage.lane(kind)
+    pending, began = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True), time.monotonic()
+    with pytest.raises(LaneTimeoutError, match=r"no answer from the server within 0\.1 s"):
+        pending.receipt(0.1)
+    assert 0.1 <= time.monotonic() - began < LIMIT_S / 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_hangs_is_a_timeout(monkeypatch: pytest.MonkeyPatch, stages: Stages, kind: Kinds) -> None:
+    monkeypatch.setattr(sockets, "stores_are_ordered", lambda: False)  # shm asks, too
+    stage = stages()
+    crew, began = stage.lane(kind), time.monotonic()
+    with stage.frozen(), pytest.raises(LaneTimeoutError, match=r"no answer from the server within 0\.1 s"):
+        crew.lane.pull(0, 0.1)
+    assert 0.1 <= time.monotonic() - began < LIMIT_S / 2
+
+
+def test_a_push_that_the_server_does_not_take_can_be_given_up(monkeypatch: pytest.MonkeyPatch, stages: Stages) -> None:
+    """The network's sending thread is in the middle of it."""
+    stage = stages(**BIG)
+    given_up = threading.Event()
+
+    def no_payload(stream: socket.socket, into: memoryview, rest_s: float | None) -> int:
+        if len(into) > HEADER_SIZE:
+            assert given_up.wait(LIMIT_S)
+        return receive(stream, into, rest_s)
+
+    monkeypatch.setattr(peer, "receive", no_payload)
+    crew, began = stage.lane("tcp", slots=1), time.monotonic()
+    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=False)
+    with pytest.raises(LaneTimeoutError):
+        pending.receipt(0.1)
+    crew.lane.close()
+    given_up.set()
+    assert time.monotonic() - began < LIMIT_S / 2
+    stage.log.wait("of worker-0 was closed: it hung up in the middle of a frame")
+    assert stage.untouched()
+
+
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_gc")
+@pytest.mark.parametrize("kind", ["shm", "crowd"])
+def test_the_memory_of_a_worker_that_has_hung_up_is_let_go(stages: Stages, kind: Kinds) -> None:
+    stage = stages()
+    before = mapped()
+    for position in range(5):
+        crew = stage.lane(kind)
+        crew.lane.push(crew.gradient(0, batch(position), V1), 0, wants=True).receipt(LIMIT_S)
+        assert mapped() == before + 2
+        crew.lane.close()
+        stage.forget(crew)
+        del crew
+        stage.listener.all_gone()
+        assert stage.streams() == []
+        assert mapped() == before
+
+
+@pytest.mark.usefixtures("no_gc")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_of_a_worker_whose_server_is_gone_is_let_go(stages: Stages, kind: Kinds) -> None:
+    """It may be large, and a worker that has lost its server soon needs as much again."""
+    stage = stages("bsp", 2)
+    stage.join("worker-0", "worker-1")
+    before = mapped()
+    crew = stage.lane(kind)
+    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True)
+    stage.arrived()
+    stage.listener.close()
+    with pytest.raises(LaneError, match="the server is gone"):
+        pending.receipt(LIMIT_S)
+    with pytest.raises(LaneError, match="the server is gone"):
+        crew.lane.push(crew.gradient(1, SECOND, V1), 1, wants=True).receipt(LIMIT_S)
+    stage.host.leave("worker-1")  # the server itself needs it until the step
+    crew.lane.close()
+    stage.forget(crew)
+    del crew, pending
+    assert mapped() == before
+
+
+@pytest.mark.usefixtures("no_gc")
+def test_the_memory_of_a_worker_that_was_gone_before_its_receipt_is_let_go(stages: Stages) -> None:
+    stage = stages()
+    before = mapped()
+    ours, its = socket.socketpair()
+    segment = Segment(NUM_PARAMETERS, 1)
+    served = peer.Peer(stage.host, stage.form, stage.part, ours, stage.hello("shm"), segment)
+    its.close()
+    served._receipt(0, False, Receipt("by-hand", FIRST, Outcome.APPLIED, V1))()
+    assert "Broken pipe" in served._answers.fault
+    segment.close()
+    ours.close()
+    del served, segment
+    assert mapped() == before
+
+
+def mapped() -> int:
+    """Segments that this process has mapped."""
+    return Path("/proc/self/maps").read_text(encoding="ascii").count("/memfd:psgd-segment")

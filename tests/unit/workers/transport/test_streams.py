@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import pytest
+
+from psgd_workers.transport.streams import limit, receive, send, shut
+
+LIMIT_S = 10.0
+MUCH = 2**22  # bytes, more than a socket's buffers hold
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        for end in (one, other):
+            limit(end, LIMIT_S)
+        yield one, other
+
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+def test_what_no_buffer_holds_arrives_whole_and_in_order(pair: Pair) -> None:
+    one, other = pair
+    parts: list[bytes | memoryview] = [b"head", memoryview(bytes(range(256)) * (MUCH // 256)), b"", b"tail"]
+    into = bytearray(4 + MUCH + 4)
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(send, one, *parts)
+        assert receive(other, memoryview(into)) == len(into)
+        sending.result(LIMIT_S)
+    assert bytes(into) == b"".join(parts)
+
+
+def test_who_hangs_up_early_is_told_by_the_number_of_bytes(pair: Pair) -> None:
+    one, other = pair
+    send(one, b"half")
+    one.close()
+    into = bytearray(8)
+    assert receive(other, memoryview(into)) == 4
+    assert bytes(into) == b"half\0\0\0\0"
+    assert receive(other, memoryview(into)) == 0
+
+
+def test_no_wait_is_longer_than_its_limit(pair: Pair) -> None:
+    one, other = pair
+    limit(one, 0.02)
+    with pytest.raises(BlockingIOError):
+        receive(one, memoryview(bytearray(1)))
+    with pytest.raises(BlockingIOError):
+        send(one, bytes(MUCH))
+    limit(one, None)
+    send(other, b"x")
+    assert receive(one, memoryview(bytearray(1))) == 1
+
+
+def test_what_has_begun_to_come_must_come_soon(pair: Pair) -> None:
+    one, other = pair
+    stop = Event()
+
+    def drip() -> None:
+        for _ in range(1000):
+            send(one, b"x")
+            if stop.wait(0.005):
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        dripping = pool.submit(drip)
+        with pytest.raises(TimeoutError, match=r"the rest of a message did not come within 0\.05 s"):
+            receive(other, memoryview(bytearray(2000)), rest_s=0.05)
+        stop.set()
+        dripping.result(LIMIT_S)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_shutting_ends_a_wait_at_either_end(pair: Pair, who: int) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(receive, pair[0], memoryview(bytearray(1)))
+        shut(pair[who])
+        assert waiting.result(LIMIT_S) == 0
+    shut(pair[who])  # again does no harm

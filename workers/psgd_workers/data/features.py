@@ -1,0 +1,52 @@
+"""Features, one example a row: finite float32, as every model wants them, or bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psgd_workers.data.examples import Features
+from psgd_workers.data.raw import RawArray
+from psgd_workers.errors import DataError
+from psgd_workers.messages import FloatArray
+
+__all__ = ["check_finite", "row_features"]
+
+
+def row_features(raw: RawArray) -> Features:
+    """The features as `[num_examples, *example_shape]`, C-contiguous; `[num_examples]` gets one column.
+
+    Bytes (uint8) stay what they are; everything else becomes float32.
+
+    Raises:
+        DataError: they are not numbers, are empty, or hold a value that is not finite in float32.
+    """
+    if raw.values.dtype.kind not in "biuf":
+        raise DataError(
+            f"{raw.name} has dtype {raw.values.dtype}; expected integers, floats or bools: convert it first"
+        )
+    if raw.values.size == 0 or raw.values.ndim == 0:
+        raise DataError(f"{raw.name} has shape {raw.values.shape}; expected [examples, ...] with at least one example")
+    values = raw.values[:, np.newaxis] if raw.values.ndim == 1 else raw.values
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
+    with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused below
+        features = np.ascontiguousarray(values, np.float32)
+    check_finite(raw.name, features)
+    return features
+
+
+def check_finite(name: str, values: FloatArray) -> None:
+    """Refuse NaN and infinities, naming the first.
+
+    Args:
+        name: what to call the values in the message.
+        values: `[examples, ...]`, not empty.
+    """
+    if np.isfinite(values.min()) and np.isfinite(values.max()):  # both carry a NaN on, and need no memory
+        return
+    row, *rest = np.argwhere(~np.isfinite(values))[0].tolist()
+    column = rest[0] if len(rest) == 1 else tuple(rest)
+    raise DataError(
+        f"{name}: row {row}, column {column} (from 0) is {values[row, *rest]} in float32; expected finite numbers: "
+        "fill or drop it"
+    )

@@ -1,0 +1,114 @@
+"""Tables of numbers in CSV files, one example a row, after RFC 4180."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from array import array
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psgd_workers.data.file import open_file
+from psgd_workers.data.raw import RawArray, RawData, RawPart
+from psgd_workers.errors import DataError
+from psgd_workers.spec import CsvData
+
+__all__ = ["read_csv"]
+
+INTEGER = re.compile(r"[+-]?[0-9]{1,18}")  # what int64 holds for certain
+
+Rows = Iterable[tuple[int, list[str]]]  # each with the number of its last line, from 1
+
+
+def read_csv(spec: CsvData) -> RawData:
+    """The table's features and labels; labels are integers, else numbers, else text.
+
+    Raises:
+        DataError: the file cannot be read, or is no table of numbers; the message names line and column.
+    """
+    with open_file(spec.path, "rt", encoding="utf-8-sig", newline="") as file:
+        try:
+            return _parse(_rows(file, spec.delimiter), spec)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{spec.path} is not a CSV file in UTF-8: {error}; export it again as one") from error
+
+
+def _rows(file: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    return ((reader.line_num, row) for row in reader if row)  # a blank line is an empty row
+
+
+def _parse(rows: Iterator[tuple[int, list[str]]], spec: CsvData) -> RawData:
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{spec.path} is empty; expected one example a row")
+    columns = [name.strip() for name in first[1]] if spec.header else [str(i) for i in range(len(first[1]))]
+    if len(columns) < 2:
+        raise DataError(
+            f"{spec.path} has one column, {columns[0]!r}; expected features and a label separated by "
+            f"{spec.delimiter!r}: set `delimiter` to what separates them"
+        )
+    label = _label_column(spec, columns)
+    features, labels = _columns(spec.path, columns, label, rows if spec.header else chain([first], rows))
+    return RawData(
+        (RawPart(RawArray(f"{spec.path}: features", features), RawArray(f"{spec.path}: {columns[label]}", labels)),)
+    )
+
+
+def _label_column(spec: CsvData, columns: list[str]) -> int:
+    if isinstance(spec.label, int):
+        if not -len(columns) <= spec.label < len(columns):
+            raise DataError(f"{spec.path} has no column {spec.label}; it has {len(columns)}, numbered from 0")
+        return spec.label % len(columns)
+    if columns.count(spec.label) > 1:
+        raise DataError(f"{spec.path} has several columns named {spec.label!r}; give the label's number, from 0")
+    if spec.label not in columns:
+        close = get_close_matches(spec.label, columns, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(columns)}"
+        raise DataError(f"{spec.path} has no column {spec.label!r}; {hint}")
+    return columns.index(spec.label)
+
+
+def _columns(path: str, columns: list[str], label: int, rows: Rows) -> tuple[NDArray[np.float64], NDArray[Any]]:
+    names = columns[:label] + columns[label + 1 :]
+    features, labels = array("d"), []
+    for line, cells in rows:
+        if len(cells) != len(columns):
+            raise DataError(f"{path}, line {line}: {len(cells)} cells, expected {len(columns)}; complete the row")
+        labels.append(cells.pop(label).strip())
+        if not labels[-1]:
+            raise DataError(f"{path}, line {line}, column {columns[label]!r}: the label is empty; fill or drop the row")
+        features.extend(_numbers(f"{path}, line {line}", names, cells))
+    if not labels:
+        raise DataError(f"{path} has a header but no rows; expected one example a row")
+    return np.frombuffer(features, np.float64).reshape(len(labels), -1), _typed(labels)
+
+
+def _numbers(where: str, names: list[str], cells: list[str]) -> list[float]:
+    numbers = [_number(cell) for cell in cells]
+    if not all(map(math.isfinite, numbers)):
+        name, cell = next((n, c) for n, c in zip(names, cells, strict=True) if not math.isfinite(_number(c)))
+        raise DataError(f"{where}, column {name!r}: {cell!r} is not a finite number; encode, fill or drop it")
+    return numbers
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
+
+
+def _typed(labels: list[str]) -> NDArray[Any]:
+    if all(map(INTEGER.fullmatch, labels)):
+        return np.array([int(label) for label in labels], np.int64)
+    try:
+        return np.array([float(label) for label in labels], np.float64)
+    except ValueError:
+        return np.array(labels, np.str_)

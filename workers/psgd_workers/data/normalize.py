@@ -1,0 +1,68 @@
+"""Normalisation by the statistics of the training part, in place and piece by piece: the data may be most of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psgd_workers.data.examples import Examples, Features
+
+__all__ = ["normalize"]
+
+PIECE = 1 << 20  # float64 values held at a time: 8 MiB
+
+Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def normalize(kind: Literal["none", "unit", "standardize"], train: Examples, *others: Examples) -> tuple[Examples, ...]:
+    """Replace x by (x - shift) / scale, computed in float64.
+
+    `unit`: shift = min, scale = max - min, one pair over all the training features. `standardize`: shift = mean, scale
+    = standard deviation (of the population), per feature. A scale of 0 is taken as 1, so that constants become 0.
+
+    Args:
+        kind: which; `none` leaves everything as it is.
+        train: from which shift and scale are taken; features that are float32 are overwritten.
+        others: to transform alike.
+
+    Returns:
+        All parts. Bytes are still bytes after `unit`, and are normalised batch by batch; after `standardize`, they are
+        float32.
+    """
+    parts = (train, *others)
+    if kind == "none":
+        return parts
+    if kind == "standardize":
+        parts = tuple(replace(part, features=part.features.astype(np.float32, copy=False)) for part in parts)
+    shift, scale = _range(train.features) if kind == "unit" else _moments(parts[0].features)
+    scale = np.where(scale == 0, 1.0, scale)
+    for part in parts:
+        if part.features.dtype == np.float32:
+            for piece in _pieces(part.features):
+                piece[...] = (piece - shift) / scale
+    return tuple(
+        part if part.features.dtype == np.float32 else replace(part, shift=float(shift), scale=float(scale))
+        for part in parts
+    )
+
+
+def _range(features: Features) -> Moments:
+    low, high = (np.asarray(bound, np.float64) for bound in (features.min(), features.max()))
+    return low, np.asarray(high - low)
+
+
+def _moments(features: Features) -> Moments:
+    mean = features.mean(axis=0, dtype=np.float64)
+    squares = np.zeros_like(mean)
+    for piece in _pieces(features):
+        squares += np.square(piece - mean).sum(axis=0)
+    return mean, np.sqrt(squares / len(features))
+
+
+def _pieces(features: Features) -> Iterator[Features]:
+    rows = max(1, PIECE * len(features) // features.size)
+    return (features[start : start + rows] for start in range(0, len(features), rows))

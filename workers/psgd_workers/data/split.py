@@ -1,0 +1,39 @@
+"""Setting a part of the examples aside to validate on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psgd_workers.data.examples import Examples
+from psgd_workers.errors import DataError
+
+__all__ = ["split"]
+
+SPAWN_KEY = (0,)  # sets this stream apart from those of `Shards`, whose keys have another length
+
+
+def split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Draw the validation part at random; both parts keep the order of the file.
+
+    Args:
+        examples: at least two.
+        fraction: share of the examples to validate on, in (0, 1); rounded, but neither part is left empty.
+        seed: of the job, not negative.
+
+    Returns:
+        The training part and the validation part.
+    """
+    if len(examples) < 2:
+        raise DataError("one example cannot be split: drop validation_fraction, or give more data")
+    size = min(max(round(fraction * len(examples)), 1), len(examples) - 1)
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=SPAWN_KEY))
+    chosen = np.zeros(len(examples), np.bool_)
+    chosen[generator.permutation(len(examples))[:size]] = True
+    return _where(examples, ~chosen), _where(examples, chosen)
+
+
+def _where(examples: Examples, mask: NDArray[np.bool_]) -> Examples:
+    return replace(examples, features=examples.features[mask], labels=examples.labels[mask])

@@ -1,0 +1,1 @@
+"""A gradient as a flat vector: its layout, its cutting by partition, its compression."""

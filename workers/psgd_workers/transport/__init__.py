@@ -1,0 +1,1 @@
+"""How a gradient reaches a server: the lane port, sockets, shared memory and what they carry."""
