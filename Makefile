@@ -35,12 +35,12 @@ unit: .venv/dev.stamp ## fast tests, one file per module; those of the benchmark
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 tests/unit tests/benchmarks
 
 integration: .venv/dev.stamp ## tests on a real, local Ray cluster; as root, on several hosts in network namespaces, too
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration tests/cluster
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration tests/hosts
 
 chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, kills at random on real Ray and of hosts, hosts cut off; about 40 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --hypothesis-profile anew tests/unit/core
-	$(BIN)/pytest -m chaos tests/integration tests/cluster
+	$(BIN)/pytest -m chaos tests/integration tests/hosts
 
 bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published experiments; into bench/; about an hour
 	$(BIN)/python -m tests.benchmarks.throughput

@@ -24,7 +24,7 @@ from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.lane import Lane, LaneKind
 from psgd_workers.transport.memory import PublishedVector, Segment
 from psgd_workers.transport.sockets import ShmLane, TcpLane
-from tests.benchmarks.crew import SPAWN
+from tests.benchmarks.process_group import SPAWN
 
 __all__ = ["BareServer", "BareWorker", "Mark", "Stop", "stop_flag"]
 
@@ -108,7 +108,7 @@ def _serve(pipe: Connection, size: int, workers: int) -> None:
     from psgd.core.server.partitions import Partition
     from psgd.serving.host import ServerHost
     from psgd.serving.listener import Listener
-    from tests.unit.core.jobs import job
+    from tests.support.jobs import job
 
     published = PublishedVector(size)
     grid = EpochGrid((BATCHES,) * workers, BATCHES * workers)

@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from tests.benchmarks.crew import ONE_THREAD
 from tests.benchmarks.findings import Finding, document, table
+from tests.benchmarks.process_group import ONE_THREAD
 from tests.benchmarks.setting import NUM_WORKERS
 
 __all__ = ["begin", "conclude", "parser", "write"]

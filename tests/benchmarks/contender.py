@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from tests.benchmarks.crew import ONE_THREAD
 from tests.benchmarks.measurement import Measurement
+from tests.benchmarks.process_group import ONE_THREAD
 
 __all__ = ["CONTENDERS", "LIMIT", "Contender", "Failure", "run_contender"]
 

@@ -26,7 +26,7 @@ from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.problem import Problem, Timing
 from psgd_workers.messages import BatchId
 from psgd_workers.worker import batch_seed
-from tests.benchmarks.crew import ONE_THREAD
+from tests.benchmarks.process_group import ONE_THREAD
 from tests.benchmarks.sleepy import delay_s
 
 __all__ = ["main", "real_s", "simulated_s"]

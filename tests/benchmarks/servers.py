@@ -22,8 +22,8 @@ from psgd_workers.transport.handshake import Address
 from tests.benchmarks.bare import BareServer, BareWorker, Mark, Stop, stop_flag
 from tests.benchmarks.command import begin, conclude, parser
 from tests.benchmarks.contender import Failure, run_contender
-from tests.benchmarks.crew import SPAWN, crew
 from tests.benchmarks.findings import Finding, ratio
+from tests.benchmarks.process_group import SPAWN, process_group
 
 __all__ = ["findings", "main"]
 
@@ -83,7 +83,7 @@ def _measured(workers: int, arguments: Namespace) -> Mark:
     start, stop = SPAWN.Barrier(workers + 1), stop_flag()
     with (
         BareServer(SIZE, workers) as server,
-        crew(workers, _push, workers / PUSHES_PER_S, server.address, start, stop) as answers,
+        process_group(workers, _push, workers / PUSHES_PER_S, server.address, start, stop) as answers,
     ):
         start.wait(START_S)
         time.sleep(SETTLE_S)

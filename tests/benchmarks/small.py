@@ -17,8 +17,8 @@ from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.lane import LaneKind
 from tests.benchmarks.bare import BareServer, BareWorker, Mark, Stop, stop_flag
 from tests.benchmarks.command import begin, conclude, parser
-from tests.benchmarks.crew import SPAWN, crew
 from tests.benchmarks.findings import Finding
+from tests.benchmarks.process_group import SPAWN, process_group
 
 __all__ = ["findings", "main"]
 
@@ -61,7 +61,10 @@ def _measured(kind: LaneKind, arguments: Namespace) -> Mark:
     """What the server does while all workers are at it."""
     workers, stop = arguments.workers, stop_flag()
     start = SPAWN.Barrier(workers + 1)
-    with BareServer(SIZE, workers) as server, crew(workers, _push, kind, server.address, start, stop) as answers:
+    with (
+        BareServer(SIZE, workers) as server,
+        process_group(workers, _push, kind, server.address, start, stop) as answers,
+    ):
         start.wait(START_S)
         time.sleep(SETTLE_S)
         before = server.mark()

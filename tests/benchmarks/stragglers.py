@@ -24,13 +24,13 @@ from torch import nn
 
 import psgd
 from tests.benchmarks.command import begin, conclude, parser
-from tests.benchmarks.crew import run_crew
 from tests.benchmarks.findings import Finding, ratio
 from tests.benchmarks.measurement import Span
 from tests.benchmarks.mnist import Batches, Mnist, mnist_path
 from tests.benchmarks.network import backpropagate
 from tests.benchmarks.peers.ddp_gloo import World, in_lock_step
 from tests.benchmarks.peers.psgd_job import check_lanes
+from tests.benchmarks.process_group import run_process_group
 from tests.benchmarks.setting import LEARNING_RATE, SIZES
 
 __all__ = ["findings", "main"]
@@ -118,7 +118,7 @@ def _psgd(batch_size: int, limit: dict[str, float], slow_s: float) -> float:
 def _ddp(seconds: float, slow_s: float) -> float:
     """Examples per second, from the first step to the last."""
     with TemporaryDirectory() as folder:
-        spans = run_crew(WORKERS, _train, World.of(WORKERS, folder), slow_s, seconds)
+        spans = run_process_group(WORKERS, _train, World.of(WORKERS, folder), slow_s, seconds)
     span = Span.over(spans)
     return BATCHES["long"] * (span.updates - WORKERS) / span.seconds
 

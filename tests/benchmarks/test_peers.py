@@ -13,7 +13,6 @@ import torch
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId
-from tests.benchmarks.crew import run_crew
 from tests.benchmarks.measurement import Span
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import backpropagate, network
@@ -21,6 +20,7 @@ from tests.benchmarks.peers.ddp_gloo import World, in_lock_step
 from tests.benchmarks.peers.numpy_loops import NumpyMlp
 from tests.benchmarks.peers.own_loops import OwnLoop
 from tests.benchmarks.peers.psgd_job import check_lanes, job, measurement
+from tests.benchmarks.process_group import run_process_group
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def steps(rank: int, world: World) -> tuple[Span, list[int]]:
 
 
 def test_processes_in_lock_step_take_as_many_batches_and_none_twice(tmp_path: Path) -> None:
-    (first, mine), (second, others) = run_crew(2, steps, World.of(2, str(tmp_path)))
+    (first, mine), (second, others) = run_process_group(2, steps, World.of(2, str(tmp_path)))
     assert first.updates == second.updates == len(mine) == len(others)
     assert sorted(mine + others) == list(range(2 * first.updates))
 

@@ -12,7 +12,7 @@ from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, Outcome, Version
 from tests.benchmarks.peers.psgd_job import job
 from tests.benchmarks.startup import OPTIONS, STAGES, findings, first_applied
-from tests.unit.core.jobs import push
+from tests.support.jobs import push
 
 
 def test_the_first_push_that_was_applied_counts(tmp_path: Path) -> None:

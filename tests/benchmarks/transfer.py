@@ -21,8 +21,8 @@ import numpy as np
 from psgd_workers.transport.lane import LaneKind
 from tests.benchmarks.bare import HOST, BareServer, BareWorker
 from tests.benchmarks.command import begin, conclude, parser
-from tests.benchmarks.crew import crew
 from tests.benchmarks.findings import Finding, ratio
+from tests.benchmarks.process_group import process_group
 
 __all__ = ["InOneProcess", "findings", "main"]
 
@@ -104,7 +104,7 @@ def _seconds(round_: Round) -> float:
 def _loopback(size: int) -> Iterator[Round]:
     """Yields what sends so many bytes to another process and receives as many from it."""
     data = memoryview(bytearray(size))
-    with socket.create_server((HOST, 0)) as listening, crew(1, _echo, listening.getsockname()[1], size):
+    with socket.create_server((HOST, 0)) as listening, process_group(1, _echo, listening.getsockname()[1], size):
         stream, _ = listening.accept()
         with stream:
 

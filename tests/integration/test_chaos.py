@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import psgd
-from tests.integration.commands import eventually
-from tests.integration.disturbed import BATCHES, assert_as_if_undisturbed, job
-from tests.integration.killer import Killer, one_of, processes
+from tests.support.command_line import eventually
+from tests.support.disturbed import BATCHES, assert_as_if_undisturbed, job
+from tests.support.killer import Killer, one_of, processes
 
 SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
 SECONDS = 0.008  # of a gradient

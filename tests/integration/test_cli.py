@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.commands import DIGITS, LIMIT_S, CommandLine, eventually, recorded
+from tests.support.command_line import DIGITS, LIMIT_S, CommandLine, eventually, recorded
 
 BATCHES, EXAMPLES = 90, 1438  # of an epoch
 ENDLESS = 100_000  # epochs: what is done to a run while it trains is done to one that cannot be faster

@@ -23,7 +23,7 @@ import yaml
 
 import psgd
 import psgd_workers
-from tests.integration.commands import DIGITS, LIMIT_S, CommandLine, eventually, recorded
+from tests.support.command_line import DIGITS, LIMIT_S, CommandLine, eventually, recorded
 
 PORTS = (
     *("port", "node-manager-port", "object-manager-port", "ray-client-server-port", "metrics-export-port"),

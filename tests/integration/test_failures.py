@@ -15,8 +15,8 @@ from psgd.cluster.session import session
 from psgd.errors import RunFailedError
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
-from tests.integration.commands import LIMIT_S, eventually, recorded
-from tests.integration.digits import (
+from tests.support.command_line import LIMIT_S, eventually, recorded
+from tests.support.digits import (
     BATCHES,
     ENDLESS,
     assert_stopped_exactly,
@@ -24,7 +24,7 @@ from tests.integration.digits import (
     stop_later,
     training,
 )
-from tests.integration.killer import processes
+from tests.support.killer import processes
 
 SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
 
@@ -96,7 +96,7 @@ def test_a_second_driver_goes_on_from_what_the_first_saved_until_then(
 
 
 def test_a_batch_that_kills_its_workers_is_named_or_done_without(tmp_path: Path) -> None:
-    model = {"kind": "python", "path": "tests.integration.faulty:poisoned", "kwargs": {"row": 100}}
+    model = {"kind": "python", "path": "tests.support.faulty_models:poisoned", "kwargs": {"row": 100}}
     with pytest.raises(RunFailedError, match=r"BatchId\(epoch=0, shard=0, index=\d+\) was tried 2 times"):
         psgd.train(job(tmp_path, 1, model=model, failure={"poison_tries": 2}), name="fails", progress=False)
     failure = {"poison": "skip", "poison_tries": 2}

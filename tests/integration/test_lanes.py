@@ -12,8 +12,8 @@ import pytest
 
 import psgd
 from psgd.errors import RunFailedError
-from tests.integration.commands import LIMIT_S, eventually, recorded
-from tests.integration.digits import DATA, ENDLESS, stop_later, training
+from tests.support.command_line import LIMIT_S, eventually, recorded
+from tests.support.digits import DATA, ENDLESS, stop_later, training
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

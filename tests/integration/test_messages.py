@@ -8,7 +8,7 @@ from tempfile import mkdtemp
 
 import pytest
 
-from tests.integration.commands import DIGITS, CommandLine, recorded
+from tests.support.command_line import DIGITS, CommandLine, recorded
 
 BATCHES, EXAMPLES, EPOCHS = 90, 1438, 6
 # Of the calls to actors, in percent: those that do not arrive, and those whose answer does not.

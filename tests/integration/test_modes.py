@@ -12,8 +12,8 @@ import pytest
 import psgd
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
-from tests.integration.commands import LIMIT_S, eventually, recorded
-from tests.integration.digits import DATA
+from tests.support.command_line import LIMIT_S, eventually, recorded
+from tests.support.digits import DATA
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -49,7 +49,7 @@ def test_modes_that_wait_refuse_and_collect_apply_every_example_once(tmp_path: P
 
 
 def test_late_gradients_are_dropped_where_the_job_says_so(tmp_path: Path) -> None:
-    model = {"kind": "python", "path": "tests.integration.faulty:slow", "kwargs": {"seconds": 0.03}}
+    model = {"kind": "python", "path": "tests.support.faulty_models:slow", "kwargs": {"seconds": 0.03}}
     spec = job(
         tmp_path,
         model=model,  # long enough that the workers, who do not start at one instant, work side by side

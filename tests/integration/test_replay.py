@@ -11,8 +11,8 @@ import psgd
 from psgd.replay.replay import Replay, replay
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
-from tests.integration.commands import recorded
-from tests.integration.digits import DATA
+from tests.support.command_line import recorded
+from tests.support.digits import DATA
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

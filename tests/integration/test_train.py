@@ -17,8 +17,8 @@ from psgd_workers.data.shards import Shards
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, FloatArray
 from psgd_workers.models import Model, build_model, fit_labels
-from tests.integration.commands import LIMIT_S, eventually, recorded
-from tests.integration.digits import DATA, ENDLESS, stop_later, training
+from tests.support.command_line import LIMIT_S, eventually, recorded
+from tests.support.digits import DATA, ENDLESS, stop_later, training
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -130,7 +130,7 @@ def test_bsp_steps_on_the_mean_of_every_worker_bit_for_bit(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("mode", ["async", "bsp"])
 def test_a_worker_killed_mid_epoch_is_replaced_and_every_batch_counts_once(tmp_path: Path, mode: str) -> None:
-    model = {"kind": "python", "path": "tests.integration.faulty:dies_once"}
+    model = {"kind": "python", "path": "tests.support.faulty_models:dies_once"}
     model["kwargs"] = {"at": 10, "marker": str(tmp_path / "dead")}  # type: ignore[assignment]
     both, run = {"scaling": {"workers": 2}, "consistency": {"mode": mode}}, tmp_path / "run"
     with training(job(tmp_path, model=model, run={"epochs": ENDLESS}, **both)) as under_way:
@@ -193,7 +193,7 @@ def test_a_target_ends_the_run_early_and_time_does_too(tmp_path: Path) -> None:
 
 
 def test_a_model_that_raises_fails_the_run_with_its_message(tmp_path: Path) -> None:
-    model = {"kind": "python", "path": "tests.integration.faulty:raises", "kwargs": {"at": 5}}
+    model = {"kind": "python", "path": "tests.support.faulty_models:raises", "kwargs": {"at": 5}}
     with pytest.raises(RunFailedError, match="ArithmeticError: scripted") as failure:
         psgd.train(job(tmp_path, model=model), progress=False)
     assert failure.value.result.status == "failed"
@@ -201,7 +201,7 @@ def test_a_model_that_raises_fails_the_run_with_its_message(tmp_path: Path) -> N
 
 
 def test_a_model_that_does_not_fit_the_data_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    model = {"kind": "python", "path": "tests.integration.faulty:raises", "kwargs": {"at": 1}}
+    model = {"kind": "python", "path": "tests.support.faulty_models:raises", "kwargs": {"at": 1}}
     with pytest.raises(ModelError, match="first batch"):
         psgd.train(job(tmp_path, model=model), progress=False)
     assert not (tmp_path / "run").exists()
@@ -215,7 +215,7 @@ def test_a_diverged_run_fails_and_says_what_to_lower(tmp_path: Path) -> None:
 
 def test_torch_and_its_twin_mlp_reach_the_same_accuracy(tmp_path: Path) -> None:
     models: dict[str, dict[str, Any]] = {
-        "torch": {"kind": "torch", "path": "tests.integration.modules:mlp", "kwargs": {"hidden": 32}},
+        "torch": {"kind": "torch", "path": "tests.support.torch_modules:mlp", "kwargs": {"hidden": 32}},
         "mlp": {"kind": "mlp", "hidden": [32]},
     }
     accuracies = []
@@ -228,7 +228,7 @@ def test_torch_and_its_twin_mlp_reach_the_same_accuracy(tmp_path: Path) -> None:
 
 def test_nothing_is_left_on_the_cluster_after_success_and_failure(tmp_path: Path) -> None:
     psgd.train(job(tmp_path, run={"epochs": 1}), progress=False)
-    bad = {"kind": "python", "path": "tests.integration.faulty:raises", "kwargs": {"at": 5}}
+    bad = {"kind": "python", "path": "tests.support.faulty_models:raises", "kwargs": {"at": 5}}
     with pytest.raises(RunFailedError):
         psgd.train(job(tmp_path, model=bad), name="bad", progress=False)
     # Ray ends a process a moment after it was asked to.

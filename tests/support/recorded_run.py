@@ -16,7 +16,7 @@ from psgd.store.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.messages import BatchId, FloatArray, Gradient
-from tests.inprocess import Checkpoint, InProcess
+from tests.support.in_process import Checkpoint, InProcess
 
 __all__ = ["Recorded", "digits", "record", "run_directory"]
 

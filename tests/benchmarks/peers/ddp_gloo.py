@@ -24,10 +24,10 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.benchmarks.crew import SPAWN, run_crew, take
 from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import accuracy, backpropagate, network
+from tests.benchmarks.process_group import SPAWN, run_process_group, take
 from tests.benchmarks.setting import LEARNING_RATE, NUM_WORKERS
 
 __all__ = ["World", "in_lock_step", "measure"]
@@ -87,7 +87,7 @@ def in_lock_step(
 def measure(seconds: float) -> Measurement:
     """Gradients of both processes together."""
     with TemporaryDirectory() as folder:
-        answers = run_crew(NUM_WORKERS, _train, World.of(NUM_WORKERS, folder), seconds)
+        answers = run_process_group(NUM_WORKERS, _train, World.of(NUM_WORKERS, folder), seconds)
     spans, accuracies = zip(*answers, strict=True)
     span = Span.over(spans)
     steps_per_s = (span.updates - NUM_WORKERS) / NUM_WORKERS / span.seconds

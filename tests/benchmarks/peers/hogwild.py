@@ -16,10 +16,10 @@ from multiprocessing.synchronize import Barrier
 import torch
 from torch import nn
 
-from tests.benchmarks.crew import SPAWN, run_crew, take
 from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import accuracy, backpropagate, network
+from tests.benchmarks.process_group import SPAWN, run_process_group, take
 from tests.benchmarks.setting import LEARNING_RATE, NUM_WORKERS
 
 __all__ = ["measure"]
@@ -29,7 +29,7 @@ def measure(seconds: float) -> Measurement:
     """Updates of both processes together."""
     model = network()
     model.share_memory()
-    spans = run_crew(NUM_WORKERS, _train, SPAWN.Barrier(NUM_WORKERS), SPAWN.Value(c_int64, 0), model, seconds)
+    spans = run_process_group(NUM_WORKERS, _train, SPAWN.Barrier(NUM_WORKERS), SPAWN.Value(c_int64, 0), model, seconds)
     return Measurement.of("hogwild", Span.over(spans), accuracy(model, Mnist.load()))
 
 

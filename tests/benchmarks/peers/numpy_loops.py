@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd_workers.messages import FloatArray
-from tests.benchmarks.crew import SPAWN, run_crew
 from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
 from tests.benchmarks.mnist import Batches, Mnist
+from tests.benchmarks.process_group import SPAWN, run_process_group
 from tests.benchmarks.setting import LEARNING_RATE, NUM_WORKERS, SIZES
 
 __all__ = ["NumpyMlp", "measure"]
@@ -67,7 +67,7 @@ class NumpyMlp:
 
 def measure(seconds: float) -> Measurement:
     """Updates of both loops together."""
-    spans, accuracies = zip(*run_crew(NUM_WORKERS, _loop, SPAWN.Barrier(NUM_WORKERS), seconds), strict=True)
+    spans, accuracies = zip(*run_process_group(NUM_WORKERS, _loop, SPAWN.Barrier(NUM_WORKERS), seconds), strict=True)
     return Measurement.of("numpy_loops", Span.over(spans), accuracies[0])
 
 

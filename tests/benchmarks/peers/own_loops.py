@@ -12,9 +12,9 @@ import numpy as np
 
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
-from tests.benchmarks.crew import SPAWN, run_crew
 from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
 from tests.benchmarks.peers.psgd_job import job
+from tests.benchmarks.process_group import SPAWN, run_process_group
 from tests.benchmarks.setting import NUM_WORKERS
 
 __all__ = ["OwnLoop", "measure"]
@@ -50,7 +50,7 @@ class OwnLoop:
 
 def measure(seconds: float) -> Measurement:
     """Updates of both loops together."""
-    spans, accuracies = zip(*run_crew(NUM_WORKERS, _loop, SPAWN.Barrier(NUM_WORKERS), seconds), strict=True)
+    spans, accuracies = zip(*run_process_group(NUM_WORKERS, _loop, SPAWN.Barrier(NUM_WORKERS), seconds), strict=True)
     return Measurement.of("own_loops", Span.over(spans), accuracies[0])
 
 

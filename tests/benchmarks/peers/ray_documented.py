@@ -20,10 +20,10 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from tests.benchmarks.crew import ONE_THREAD
 from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import accuracy, backpropagate, network
+from tests.benchmarks.process_group import ONE_THREAD
 from tests.benchmarks.setting import LEARNING_RATE, NUM_WORKERS
 
 __all__ = ["DataWorker", "ParameterServer", "measure"]

@@ -17,7 +17,7 @@ from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import Version
-from tests.unit.core.jobs import GRID, START, job
+from tests.support.jobs import GRID, START, job
 
 SERVERS = 2
 SPEC = job(checkpoint={"every_s": None, "keep": 2})

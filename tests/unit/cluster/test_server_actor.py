@@ -20,7 +20,7 @@ from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import FloatArray, Version
-from tests.unit.core.jobs import GRID, START, job
+from tests.support.jobs import GRID, START, job
 from tests.unit.store.test_checkpoints import manifest
 
 

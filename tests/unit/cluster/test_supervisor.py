@@ -34,7 +34,7 @@ from psgd.core.driver.events import (
 from psgd.core.server.partitions import split
 from psgd.job import OpenJob
 from psgd.store.storage import Storage
-from tests.unit.core.jobs import job
+from tests.support.jobs import job
 
 SERVERS = 2
 DONE = Finish("finished")

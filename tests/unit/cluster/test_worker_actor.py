@@ -19,7 +19,7 @@ from psgd.core.server.partitions import split
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchRange, FloatArray, Gradient, Lease, LeaseEnd, Receipt, Version
-from tests.unit.core.jobs import job
+from tests.support.jobs import job
 
 SERVERS = 2
 LEASE = Lease(3, (BatchRange(0, 0, 5),))

@@ -19,8 +19,8 @@ from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from psgd_workers.models.numpy.network import Network
 from psgd_workers.worker import Worker
-from tests.inprocess import InProcess
-from tests.unit.core.jobs import GRID, START, job, quadratic
+from tests.support.in_process import InProcess
+from tests.support.jobs import GRID, START, job, quadratic
 
 LR = np.float32(0.1)
 EPOCHS = 3

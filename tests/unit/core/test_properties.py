@@ -22,8 +22,8 @@ from psgd.core.server.partitions import Partition
 from psgd.core.server.state import ServerState
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Outcome, Version
-from tests.inprocess import START_S, Checkpoint, Fault, FaultKind, InProcess
-from tests.unit.core.jobs import START, job, push, quadratic
+from tests.support.in_process import START_S, Checkpoint, Fault, FaultKind, InProcess
+from tests.support.jobs import START, job, push, quadratic
 
 GRID = EpochGrid((8, 7), 15)
 EPOCHS = 2

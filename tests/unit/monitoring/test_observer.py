@@ -14,8 +14,8 @@ from psgd.monitoring.progress import Display
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.messages import EpochGrid
-from tests.inprocess import InProcess
-from tests.unit.core.jobs import START, job, quadratic
+from tests.support.in_process import InProcess
+from tests.support.jobs import START, job, quadratic
 
 GRID = EpochGrid((60,), 60)
 EVERY = {"every_s": None, "every_updates": 20}

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from psgd.core.driver.coordinator import Coordinator
 from psgd.monitoring.progress import REFRESH_S, Display
-from tests.inprocess import InProcess
-from tests.unit.core.jobs import GRID, START, job, quadratic
+from tests.support.in_process import InProcess
+from tests.support.jobs import GRID, START, job, quadratic
 
 
 def training(epochs: int, done: int = 0, phase: str = "training") -> Coordinator:

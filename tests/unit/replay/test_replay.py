@@ -25,7 +25,7 @@ from psgd.spec.reader import change_settings
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Outcome, Receipt
-from tests.inprocess import Fault
+from tests.support.in_process import Fault
 from tests.support.recorded_run import Recorded, digits, record, run_directory
 
 PLAIN = {"lr": 0.1}

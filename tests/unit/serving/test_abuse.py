@@ -26,7 +26,7 @@ from psgd_workers.messages import Outcome, Version
 from psgd_workers.transport import memory
 from psgd_workers.transport.frames import HEADER_SIZE, Frame, Kind
 from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE
-from tests.unit.cluster.stage import (
+from tests.support.server_harness import (
     BIG,
     FIRST,
     INT8,

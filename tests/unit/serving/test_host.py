@@ -17,7 +17,7 @@ from psgd.serving import host as host_module
 from psgd.serving.host import ServerHost
 from psgd_workers.errors import LaneError
 from psgd_workers.messages import BatchId, EpochGrid, Gradient, Outcome, Receipt, Version
-from tests.unit.core.jobs import GRID, START, job, push
+from tests.support.jobs import GRID, START, job, push
 
 LIMIT_S = 10.0
 V0 = Version(1, 0)

@@ -20,7 +20,7 @@ from psgd_workers.messages import BatchId, Outcome, Version
 from psgd_workers.transport import memory
 from psgd_workers.transport.frames import HEADER_SIZE, Frame, Kind
 from psgd_workers.transport.handshake import GREETING_SIZE, HELLO_SIZE, WELCOME_SIZE, Greeting
-from tests.unit.cluster.stage import (
+from tests.support.server_harness import (
     FIRST,
     KINDS,
     LIMIT_S,

@@ -51,7 +51,7 @@ def broken(found: list[Check]) -> set[str]:
         {"optimizer": {"lr": 0.1, "max_grad_norm": 0.5, "clipvalue": 0.01}, "consistency": {"mode": "ssp", "s": 1}},
         {"consistency": {"mode": "local", "h": 3, "lr": 0.1}, "compression": {"name": "int8"}},
         {"model": {"kind": "linear"}, "data": {"format": "sklearn", "dataset": "iris", "batch_size": 40}},
-        {"model": {"kind": "torch", "path": "tests.integration.modules:mlp", "kwargs": {"hidden": 8}}},
+        {"model": {"kind": "torch", "path": "tests.support.torch_modules:mlp", "kwargs": {"hidden": 8}}},
         {"scaling": {"servers": 2, "pipeline": 1}},
     ],
     ids=["sgd", "nesterov", "adamw", "clipped ssp", "local", "short last batch", "torch", "2 servers, pipelined"],
@@ -63,13 +63,13 @@ def test_every_promise_is_kept_whatever_the_job_asks_for(sections: dict[str, Any
 
 
 def test_a_wrong_gradient_is_found_and_its_tensor_named() -> None:
-    found = checks(model={"kind": "python", "path": "tests.unit.simulation.models:Wrong"})
+    found = checks(model={"kind": "python", "path": "tests.support.models:Wrong"})
     assert broken(found) == {"gradient"}
     assert "layers.0.weight" in found[0].observed
 
 
 def test_a_model_that_remembers_is_found() -> None:
-    found = checks(model={"kind": "python", "path": "tests.unit.simulation.models:Restless"})
+    found = checks(model={"kind": "python", "path": "tests.support.models:Restless"})
     assert broken(found) >= {"a batch computed again", "1 asynchronous worker", "3 partitions", "kill and resume"}
     assert "killed workers" not in broken(found)
 
@@ -82,7 +82,7 @@ def test_the_command_tells_and_its_exit_code_says_whether_all_hold(
     model: str,
     code: int,
 ) -> None:
-    wrong = {"kind": "python", "path": "tests.unit.simulation.models:Wrong"}
+    wrong = {"kind": "python", "path": "tests.support.models:Wrong"}
     job = tree(model={"kind": "linear"} if model == "linear" else wrong)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     monkeypatch.setattr(sys, "argv", ["psgd", "verify", str(tmp_path / "job.yaml"), "--json"])

@@ -10,7 +10,7 @@ from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.problem import Problem, Timing
 from psgd_workers.gradients.compression import ErrorFeedback, TopK, decode
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
-from tests.unit.core.jobs import START, job, quadratic
+from tests.support.jobs import START, job, quadratic
 
 BATCHES = 14  # in one lease
 GRID = EpochGrid((BATCHES,), BATCHES)

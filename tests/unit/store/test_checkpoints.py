@@ -15,7 +15,7 @@ from psgd.errors import CheckpointError
 from psgd.store.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
 from psgd.store.storage import Storage
 from psgd_workers.gradients.layout import Layout
-from tests.unit.core.jobs import job
+from tests.support.jobs import job
 
 TENSORS = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.full(2, -1, np.float32)}
 LAYOUT = Layout.of(TENSORS)

@@ -7,8 +7,8 @@ import pytest
 from psgd.core.driver.checkpoint_schedule import Saving
 from psgd.core.driver.events import Commit, Committed, Save, Saved, SaveFailed
 from psgd.spec import CheckpointConfig
-from tests.inprocess import InProcess
-from tests.unit.core.jobs import GRID, START, job, quadratic
+from tests.support.in_process import InProcess
+from tests.support.jobs import GRID, START, job, quadratic
 
 NEVER = float("inf")
 

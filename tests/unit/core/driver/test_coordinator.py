@@ -43,8 +43,8 @@ from psgd.result import LedgerCounts
 from psgd.simulation.problem import Timing
 from psgd_workers.errors import WorkerError
 from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Lease, Version
-from tests.inprocess import EVALUATE_S, START_S, Fault, FaultKind, InProcess
-from tests.unit.core.jobs import START, job, push, quadratic
+from tests.support.in_process import EVALUATE_S, START_S, Fault, FaultKind, InProcess
+from tests.support.jobs import START, job, push, quadratic
 
 GRID = EpochGrid((37, 36), 73)
 SIZE = GRID.num_batches

@@ -14,7 +14,7 @@ from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.report import Report
 from psgd_workers.messages import EpochGrid, Lease, Version
-from tests.unit.core.jobs import GRID, START, job
+from tests.support.jobs import GRID, START, job
 
 SIZE = GRID.num_batches
 

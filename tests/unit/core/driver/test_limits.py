@@ -11,7 +11,7 @@ from psgd.core.server.partitions import Partition
 from psgd.core.server.report import EpochLoss, Report
 from psgd.spec import RunConfig
 from psgd_workers.messages import Evaluation, Version
-from tests.unit.core.jobs import GRID, START, job
+from tests.support.jobs import GRID, START, job
 
 
 def limits(**run: Any) -> Limits:

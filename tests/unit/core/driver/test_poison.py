@@ -4,7 +4,7 @@ from psgd.core.driver.events import Skip
 from psgd.core.driver.ledger import Ledger
 from psgd.core.driver.poison import Suspects
 from psgd_workers.messages import BatchId
-from tests.unit.core.jobs import GRID
+from tests.support.jobs import GRID
 
 ONE, OTHER = BatchId(0, 0, 1), BatchId(0, 0, 2)
 

@@ -11,7 +11,7 @@ from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.report import Report
 from psgd_workers.messages import Version
-from tests.unit.core.jobs import GRID, START, job
+from tests.support.jobs import GRID, START, job
 
 
 def report(partition: int = 0, incarnation: int = 1, duplicates: int = 0, epochs: int = 0) -> Report:

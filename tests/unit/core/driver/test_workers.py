@@ -8,7 +8,7 @@ from psgd.core.driver.workers import FIRST_LEASE, LEASE_S, LEAST_PATIENCE_S, PAT
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd_workers.messages import Version
-from tests.unit.core.jobs import GRID, START, job
+from tests.support.jobs import GRID, START, job
 
 EMPTY = ParameterServer(job(), Partition(0, 0, 6, 6), START, GRID, Version(1, 0)).report()
 

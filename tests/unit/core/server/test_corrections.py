@@ -16,7 +16,7 @@ from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Version
-from tests.unit.core.jobs import GRID, START, job, push
+from tests.support.jobs import GRID, START, job, push
 
 SIZE = len(START)
 LR = 0.1

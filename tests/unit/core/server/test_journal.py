@@ -5,7 +5,7 @@ import pytest
 
 from psgd.core.server.journal import OUTCOMES, Journal, Kind
 from psgd_workers.messages import BatchId, Outcome, Version
-from tests.unit.core.jobs import push
+from tests.support.jobs import push
 
 
 def test_a_push_is_recorded_whole() -> None:

@@ -16,7 +16,7 @@ from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, FloatArray, Outcome, Receipt, Version
-from tests.unit.core.jobs import GRID, START, job, push, quadratic
+from tests.support.jobs import GRID, START, job, push, quadratic
 
 V0 = Version(1, 0)
 FIRST = BatchId(0, 0, 0)

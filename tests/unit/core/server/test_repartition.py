@@ -13,8 +13,8 @@ from psgd.core.server.state import ServerState
 from psgd.errors import ResumeError
 from psgd.spec import JobSpec
 from psgd_workers.messages import Gradient, Outcome, Version
-from tests.inprocess import Checkpoint, InProcess
-from tests.unit.core.jobs import GRID, job, quadratic
+from tests.support.in_process import Checkpoint, InProcess
+from tests.support.jobs import GRID, job, quadratic
 
 START = np.linspace(-1, 1, 103, dtype=np.float32)
 SIZE = GRID.num_batches

@@ -12,7 +12,7 @@ from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.report import EpochLoss, Mark, Report, staleness_summary
 from psgd_workers.messages import Version
-from tests.unit.core.jobs import GRID, START, job
+from tests.support.jobs import GRID, START, job
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def test_a_module_that_raises_is_a_model_error(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_missing_attribute_is_named() -> None:
-    with pytest.raises(ModelError, match=r"'psgd_workers\.models\.network' has no 'Missing'"):
+    with pytest.raises(ModelError, match=r"'psgd_workers\.models\.numpy\.network' has no 'Missing'"):
         load_factory("psgd_workers.models.numpy.network:Missing")
 
 

@@ -15,15 +15,15 @@ import pytest
 
 from psgd.core.server.partitions import Partition
 from psgd.serving import connection as peer
-from psgd_workers.transport import memory, sockets
 from psgd_workers.errors import LaneError, LaneTimeoutError
 from psgd_workers.messages import Outcome, Receipt, Version
+from psgd_workers.transport import memory, sockets
 from psgd_workers.transport.affinity import NOWHERE
 from psgd_workers.transport.frames import HEADER_SIZE
 from psgd_workers.transport.handshake import HELLO_SIZE, WELCOME_SIZE, Greeting, Hello
 from psgd_workers.transport.memory import Segment
 from psgd_workers.transport.streams import receive
-from tests.unit.cluster.stage import (
+from tests.support.server_harness import (
     BIG,
     DC_ASGD,
     FIRST,

@@ -10,8 +10,8 @@ from secrets import token_hex
 
 import ray
 
-from tests.cluster.network import Host
-from tests.integration.commands import LIMIT_S
+from tests.support.command_line import LIMIT_S
+from tests.support.namespaces import Host
 
 __all__ = ["Nodes"]
 

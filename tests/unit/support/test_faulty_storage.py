@@ -11,7 +11,7 @@ from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, StorageError
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.storage import Storage
-from tests.faulty_storage import Faulty
+from tests.support.faulty_storage import Faulty
 from tests.unit.store.test_checkpoints import fail, save, state
 
 

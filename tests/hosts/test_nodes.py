@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import psgd
-from tests.cluster.driving import SERVER, WORKER, WORKERS, training
-from tests.cluster.network import Host
-from tests.cluster.nodes import Nodes
-from tests.integration.commands import LIMIT_S, eventually, recorded
-from tests.integration.digits import ENDLESS, assert_exactly_once, assert_stopped_exactly, job, stop_later
+from tests.support.command_line import LIMIT_S, eventually, recorded
+from tests.support.digits import ENDLESS, assert_exactly_once, assert_stopped_exactly, job, stop_later
+from tests.support.hosts_run import SERVER, WORKER, WORKERS, training
+from tests.support.namespaces import Host
+from tests.support.nodes import Nodes
 
 # Three nodes take half a minute to start where other tests run beside them.
 pytestmark = pytest.mark.timeout(240)
@@ -120,7 +120,7 @@ def test_a_slow_cable_only_takes_time(nodes: Nodes, tmp_path: Path) -> None:
 def test_who_is_cut_off_for_a_minute_is_replaced_and_changes_nothing(nodes: Nodes, tmp_path: Path, side: str) -> None:
     """On the wrong side a server goes on for a while, with a worker of its own; or a worker comes back with a push."""
     run, servers = tmp_path / "run", 2 if side == "server" else 1
-    model = {"kind": "python", "path": "tests.integration.faulty:slow", "kwargs": {"seconds": 0.03}}
+    model = {"kind": "python", "path": "tests.support.faulty_models:slow", "kwargs": {"seconds": 0.03}}
     with training(nodes, slow_job(tmp_path, ENDLESS, servers, model=model), limit_s=250.0) as result:
         under_way(nodes, run)
         cut = next(host for host in nodes.hosts[1:] if bool(host.processes(SERVER)) == (side == "server"))

@@ -14,7 +14,7 @@ from typing import Any
 import psgd
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
-from tests.integration.commands import eventually, recorded
+from tests.support.command_line import eventually, recorded
 
 __all__ = [
     "BATCHES",
@@ -37,7 +37,7 @@ def job(tmp_path: Path, epochs: int, **sections: Any) -> psgd.JobSpec:
     """A job on digits whose gradients take 10 ms."""
     tree: dict[str, Any] = {
         "name": "run",
-        "model": {"kind": "python", "path": "tests.integration.faulty:slow", "kwargs": {"seconds": 0.01}},
+        "model": {"kind": "python", "path": "tests.support.faulty_models:slow", "kwargs": {"seconds": 0.01}},
         "data": DATA,
         "optimizer": {"lr": 0.2},
         "scaling": {"workers": 2},

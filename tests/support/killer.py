@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
-from tests.integration.commands import LIMIT_S
+from tests.support.command_line import LIMIT_S
 
 __all__ = ["Killer", "one_of", "processes"]
 

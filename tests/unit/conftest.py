@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.cluster.stage import Stage, Stages
-from tests.unit.core.jobs import job
+from tests.support.jobs import job
+from tests.support.server_harness import Stage, Stages
 
 
 @pytest.fixture

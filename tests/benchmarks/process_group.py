@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
 from typing import Concatenate, ParamSpec, TypeVar
 
-__all__ = ["ONE_THREAD", "SPAWN", "crew", "run_crew", "take"]
+__all__ = ["ONE_THREAD", "SPAWN", "process_group", "run_process_group", "take"]
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 SPAWN = get_context("spawn")
@@ -21,7 +21,7 @@ Work = Callable[Concatenate[int, Given], Answer]
 
 
 @contextmanager
-def crew(
+def process_group(
     size: int, work: Work[Given, Answer], *args: Given.args, **kwargs: Given.kwargs
 ) -> Iterator[Callable[[], list[Answer]]]:
     """Run `work(rank, ...)` in a process for each rank, with one thread for BLAS, while the block lasts.
@@ -49,9 +49,9 @@ def crew(
         yield answers
 
 
-def run_crew(size: int, work: Work[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> list[Answer]:
+def run_process_group(size: int, work: Work[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> list[Answer]:
     """Run `work(rank, ...)` in a process for each rank, and collect the answers by rank; see `crew`."""
-    with crew(size, work, *args, **kwargs) as answers:
+    with process_group(size, work, *args, **kwargs) as answers:
         return answers()
 
 

@@ -13,9 +13,9 @@ import yaml
 
 import psgd
 from psgd.result import LedgerCounts
-from tests.cluster.nodes import Nodes
-from tests.integration.commands import CommandLine
-from tests.integration.digits import stop
+from tests.support.command_line import CommandLine
+from tests.support.digits import stop
+from tests.support.nodes import Nodes
 
 __all__ = ["SERVER", "WORKER", "WORKERS", "training"]
 

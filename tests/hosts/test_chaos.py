@@ -8,11 +8,11 @@ from threading import Event
 
 import pytest
 
-from tests.cluster.driving import SERVER, WORKER, WORKERS, training
-from tests.cluster.nodes import Nodes
-from tests.integration.commands import LIMIT_S, eventually
-from tests.integration.disturbed import assert_as_if_undisturbed, job
-from tests.integration.killer import Killer, one_of
+from tests.support.command_line import LIMIT_S, eventually
+from tests.support.disturbed import assert_as_if_undisturbed, job
+from tests.support.hosts_run import SERVER, WORKER, WORKERS, training
+from tests.support.killer import Killer, one_of
+from tests.support.nodes import Nodes
 
 EPOCHS = 80
 SECONDS = 0.02  # of a gradient

@@ -8,7 +8,7 @@ from multiprocessing.sharedctypes import Synchronized
 
 import pytest
 
-from tests.benchmarks.crew import SPAWN, crew, run_crew, take
+from tests.benchmarks.process_group import SPAWN, process_group, run_process_group, take
 
 
 def taken(rank: int, counter: Synchronized[int]) -> list[int]:
@@ -20,11 +20,11 @@ def broken(rank: int) -> None:
 
 
 def test_no_number_is_taken_twice() -> None:
-    answers = run_crew(3, taken, SPAWN.Value(c_int64, 0))
+    answers = run_process_group(3, taken, SPAWN.Value(c_int64, 0))
     assert [len(answer) for answer in answers] == [100] * 3
     assert sorted(chain(*answers)) == list(range(300))
 
 
 def test_a_process_without_an_answer_ends_the_benchmark() -> None:
-    with crew(1, broken) as answers, pytest.raises(SystemExit):
+    with process_group(1, broken) as answers, pytest.raises(SystemExit):
         answers()

@@ -15,7 +15,7 @@ BATCHES, EXAMPLES = 469, 60_000  # of an epoch
 def job(tmp_path: Path, mnist_file: Path, epochs: int, seconds: float, **sections: Any) -> psgd.JobSpec:
     """A job of two workers and two servers, whose gradients take so much longer than their computation."""
     tree: dict[str, Any] = {
-        "model": {"kind": "python", "path": "tests.integration.faulty:mnist", "kwargs": {"seconds": seconds}},
+        "model": {"kind": "python", "path": "tests.support.faulty_models:mnist", "kwargs": {"seconds": seconds}},
         "data": {"format": "npz", "path": str(mnist_file), "batch_size": 128, "normalize": "unit"},
         "optimizer": {"lr": 0.1},
         "scaling": {"workers": 2, "servers": 2},

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.commands import LIMIT_S, eventually
+from tests.support.command_line import LIMIT_S, eventually
 
 __all__ = ["Host", "missing", "network"]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.network import missing, network
-from tests.cluster.nodes import Nodes
+from tests.support.namespaces import missing, network
+from tests.support.nodes import Nodes
 
 LACKING = missing()
 
