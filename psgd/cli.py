@@ -192,8 +192,8 @@ def logs(run: RunName, storage: StorageOption = None, address: Dashboard = None)
 
     for line in _directory(run, storage).read_lines("events.jsonl"):
         when = datetime.fromtimestamp(line.pop("time")).astimezone().isoformat(sep=" ", timespec="seconds")
-        facts = "  ".join(f"{key}={value}" for key, value in line.items() if key != "event" and value is not None)
-        typer.echo(f"{when}  {line['event']:<18} {facts}")
+        fields = "  ".join(f"{key}={value}" for key, value in line.items() if key != "event" and value is not None)
+        typer.echo(f"{when}  {line['event']:<18} {fields}")
 
 
 @app.command()
@@ -267,7 +267,7 @@ def set_(
 ) -> None:
     """Change a run's settings while it trains.
 
-    What can change is consistency, and the optimizer's lr, schedule, max_grad_norm and clipvalue. `psgd logs` tells
+    What can change is consistency, and the optimizer's lr, schedule, max_grad_norm and clip_value. `psgd logs` tells
     from which version on, or why not.
     """
     _directory(run, storage).command("set", settings)
@@ -343,13 +343,13 @@ def simulate_(
     The production core runs on a virtual clock, with the job's own model and data or a quadratic: what a mode does to
     time, throughput, staleness and each worker's share, before paying for the workers.
     """
-    from psgd.simulation.command import Asked, run
+    from psgd.simulation.command import SimulationRequest, run
     from psgd.spec.reader import load_spec
 
     spec = load_spec(job, overrides or ())
-    asked = Asked(workers, delays, modes, model, size, pushes, link, crashes, joins, seed, until, html)
+    request = SimulationRequest(workers, delays, modes, model, size, pushes, link, crashes, joins, seed, until, html)
     with redirect_stdout(sys.stderr):  # the user's own model may print
-        results = run(spec, asked)
+        results = run(spec, request)
     if as_json:
         typer.echo(json.dumps({"results": [result.to_dict() for result in results]}))
 

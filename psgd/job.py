@@ -62,7 +62,7 @@ class OpenJob:
 
 def build_shards(spec: JobSpec, dataset: Dataset) -> Shards:
     """Which examples make which batch of a job."""
-    data, local = spec.data, spec.rules.local
+    data, local = spec.data, spec.worker_options.local
     steps = local.steps if local else 1
     return Shards(len(dataset.train), data.num_shards, data.batch_size, spec.seed, data.shuffle, steps)
 
@@ -76,7 +76,7 @@ def build_worker(spec: JobSpec, name: str, dataset: Dataset, layout: Layout, rou
         dataset.train,
         build_shards(spec, dataset),
         spec.seed,
-        spec.rules,
+        spec.worker_options,
         routes,
         spec.failure.timeout_s,
         spec.scaling.pipeline,

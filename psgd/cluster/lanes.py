@@ -18,14 +18,14 @@ from psgd.core.server.partitions import Partition
 from psgd.spec import JobSpec
 from psgd_workers.errors import LaneError, LaneTimeoutError
 from psgd_workers.messages import FloatArray, Gradient, Receipt, Version
-from psgd_workers.transport.frames import PushForm
+from psgd_workers.transport.frames import PushFormat
 from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.lane import Connect, Lane, LaneKind, Pending
 from psgd_workers.transport.memory import Segment
 from psgd_workers.transport.sockets import ShmLane, TcpLane
 from psgd_workers.worker import Route
 
-__all__ = ["RayLane", "push_form", "route"]
+__all__ = ["RayLane", "push_format_of", "route"]
 
 SOCKETS: dict[LaneKind, type[ShmLane | TcpLane]] = {"shm": ShmLane, "tcp": TcpLane}
 
@@ -92,11 +92,11 @@ def _get(reply: ray.ObjectRef[Any], timeout_s: float, what: str) -> Any:
         raise LaneError(f"the server did not answer: {error}") from error
 
 
-def push_form(spec: JobSpec, partition: Partition) -> PushForm:
+def push_format_of(spec: JobSpec, partition: Partition) -> PushFormat:
     """What the pushes of a job to a partition look like."""
     encoding = "" if spec.compression.name == "none" or not partition.num_trainable else spec.compression.name
     size = partition.stop - partition.start
-    return PushForm(size, partition.num_trainable, encoding, spec.rules.sends_weights)
+    return PushFormat(size, partition.num_trainable, encoding, spec.worker_options.sends_weights)
 
 
 def route(spec: JobSpec, worker: str, partition: Partition, find: Callable[[], Any], node: str) -> Route:
@@ -110,14 +110,14 @@ def route(spec: JobSpec, worker: str, partition: Partition, find: Callable[[], A
         node: Ray's id of the worker's node.
     """
     part = slice(partition.start, partition.stop)
-    form = push_form(spec, partition)
+    push_format = push_format_of(spec, partition)
 
     def by_ray(segment: Segment) -> Lane:
         return RayLane(find(), segment, part)
 
     def by_socket(kind: LaneKind, address: Address) -> Connect:
         limit_s = min(CONNECT_S, spec.failure.timeout_s)
-        return lambda segment: SOCKETS[kind](worker, segment, part, form, address, limit_s)
+        return lambda segment: SOCKETS[kind](worker, segment, part, push_format, address, limit_s)
 
     def connect(segment: Segment) -> Lane:
         if spec.scaling.lane == "ray":

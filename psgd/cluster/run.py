@@ -14,14 +14,13 @@ import ray
 from rich.console import Console
 from rich.markup import escape
 
-from psgd.cluster.facts import RunFacts
 from psgd.cluster.resuming import check_checkpoint, find_checkpoint, with_settings
-from psgd.cluster.saves import Saves
 from psgd.cluster.session import check_address, check_room, session
 from psgd.cluster.supervisor import Inputs, Supervisor
+from psgd.core.context import RunContext
 from psgd.core.driver.coordinator import Coordinator
 from psgd.core.driver.events import Finish, Stop
-from psgd.core.server.partitions import Partition, split
+from psgd.core.server.partitions import Partition, partition_weights
 from psgd.errors import CheckpointError, OwnershipError, RunExistsError, RunFailedError, StorageError
 from psgd.job import OpenJob
 from psgd.monitoring.metrics import run_metrics
@@ -30,6 +29,7 @@ from psgd.monitoring.progress import Display
 from psgd.result import Result
 from psgd.spec import JobSpec
 from psgd.spec.reader import parse_spec
+from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.checkpoints import Checkpoint, Checkpoints
 from psgd.store.run_directory import Owner, RunDirectory
 from psgd.store.storage import Storage
@@ -97,7 +97,7 @@ def run_job(
     checkpoints, refused = Checkpoints(run.storage), partial(_warn, run)
     committed, checkpoint = checkpoints.committed(), find_checkpoint(run, spec, refused)
     job = OpenJob.open(spec)
-    partitions = split(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
+    partitions = partition_weights(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
     for warning in _going_on(job, checkpoint).warnings():
         _caution(warning)
     with session(spec, address):
@@ -165,7 +165,7 @@ def _supervise(
         servers=len(partitions),
     )
     run.bear_faults(_caution)  # from here on it is not stopped by its own log
-    facts = RunFacts(
+    context = RunContext(
         spec,
         job.layout,
         job.shards.grid,
@@ -174,12 +174,12 @@ def _supervise(
         run.storage.url,
     )
     inputs = Inputs(
-        facts,
+        context,
         ray.put(job.dataset),
         ray.put(job.weights),
         lambda batch: len(job.shards.examples(batch)),
     )
-    saves = Saves(run, facts, job.dataset.fingerprint, job.spec.identity_hash(), checkpoint)
+    checkpoint_writer = CheckpointWriter(run, context, job.dataset.fingerprint, job.spec.identity_hash(), checkpoint)
     coordinator = Coordinator(
         spec,
         job.shards.grid,
@@ -189,8 +189,8 @@ def _supervise(
         saved_epochs=manifest.epochs if manifest else 0,
         requeued=manifest.requeued if manifest else 0,
     )
-    finish = _train(job, run, coordinator, inputs, saves, progress)
-    result = _result(run, coordinator, finish, saves.committed[-1] if saves.committed else None)
+    finish = _train(job, run, coordinator, inputs, checkpoint_writer, progress)
+    result = _result(run, coordinator, finish, checkpoint_writer.committed[-1] if checkpoint_writer.committed else None)
     if run.is_ours:
         run.event("finished", status=finish.status, error=finish.error)
         run.finish(result)
@@ -198,18 +198,23 @@ def _supervise(
 
 
 def _train(
-    job: OpenJob, run: RunDirectory, coordinator: Coordinator, inputs: Inputs, saves: Saves, progress: bool
+    job: OpenJob,
+    run: RunDirectory,
+    coordinator: Coordinator,
+    inputs: Inputs,
+    checkpoint_writer: CheckpointWriter,
+    progress: bool,
 ) -> Finish:
     """How it ended."""
     console = Console(stderr=True, quiet=not progress)
     with Display(job.spec, job.shards.grid.num_batches, console) as display:
         observer = Observer(run, display, _caution, time.monotonic())
-        supervisor = Supervisor(coordinator, inputs, run, saves, observer)
+        supervisor = Supervisor(coordinator, inputs, run, checkpoint_writer, observer)
         try:
             with _signals(supervisor):
                 finish = supervisor.train()
         except (StorageError, CheckpointError, OwnershipError) as error:  # no input any more: it worked at the start
-            finish = Finish("failed", f"{error}; {coordinator.saving.told}")
+            finish = Finish("failed", f"{error}; {coordinator.checkpoint_schedule.told}")
         if run.is_ours:
             observer.write(coordinator)
     return finish
@@ -227,7 +232,7 @@ def _result(run: RunDirectory, coordinator: Coordinator, finish: Finish, checkpo
         duration_s=time.monotonic() - coordinator.began if coordinator.began is not None else 0.0,
         metrics=run_metrics(coordinator),
         ledger=coordinator.counts(),
-        failures=dict(coordinator.incidents.failures),
+        failures=dict(coordinator.failure_counts.failures),
         goodput=coordinator.goodput,
         checkpoint=checkpoint,
         error=finish.error,

@@ -14,8 +14,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from psgd.cluster.facts import RunFacts
-from psgd.cluster.lanes import push_form
+from psgd.cluster.lanes import push_format_of
+from psgd.core.context import RunContext
 from psgd.core.server.journal import RECORD
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.report import Report
@@ -46,26 +46,26 @@ class ServerActor:
         origin: `[num_parameters]`, the initial weights of all partitions; or the checkpoint to restore.
     """
 
-    def __init__(self, facts: RunFacts, number: int, incarnation: int, origin: FloatArray | Checkpoint) -> None:
+    def __init__(self, context: RunContext, number: int, incarnation: int, origin: FloatArray | Checkpoint) -> None:
         return_large_blocks()  # weights are copied in several threads, for checkpoints and evaluations
-        self._run = Storage(facts.storage, facts.spec.failure.timeout_s)
-        self._check_storage(facts.driver)
-        self._facts = facts
-        self._partition = partition = facts.partitions[number]
-        self._published = published = _shared_vector(facts.spec, partition.stop - partition.start)
+        self._run = Storage(context.storage, context.spec.failure.timeout_s)
+        self._check_storage(context.driver)
+        self._context = context
+        self._partition = partition = context.partitions[number]
+        self._published = published = _shared_vector(context.spec, partition.stop - partition.start)
         if isinstance(origin, Checkpoint):
-            state = origin.cut(partition, len(facts.partitions))
+            state = origin.cut(partition, len(context.partitions))
             now = time.monotonic()
-            server = ParameterServer.restore(facts.spec, facts.grid, state, incarnation, now, published)
-            if server.settings != facts.spec.settings:  # they were changed after this part was saved
-                server.change(facts.spec.settings, now)
+            server = ParameterServer.restore(context.spec, context.grid, state, incarnation, now, published)
+            if server.settings != context.spec.settings:  # they were changed after this part was saved
+                server.change(context.spec.settings, now)
         else:
             part = origin[partition.start : partition.stop]
-            server = ParameterServer(facts.spec, partition, part, facts.grid, Version(incarnation, 0), published)
+            server = ParameterServer(context.spec, partition, part, context.grid, Version(incarnation, 0), published)
         self._host = ServerHost(server)
         self._unwritten = np.zeros(0, RECORD)  # of the journal, taken for a checkpoint that could not be written
         self._writing: asyncio.Task[Part] | None = None  # a part of a checkpoint
-        self._timeout_s = facts.spec.failure.timeout_s
+        self._timeout_s = context.spec.failure.timeout_s
         self._listener: Listener | None = None
 
     def _check_storage(self, driver: str) -> None:
@@ -85,9 +85,9 @@ class ServerActor:
         return self._listener.address(ray.get_runtime_context().get_node_id(), host)
 
     def _listen(self, host: str) -> Listener:
-        spec, partition = self._facts.spec, self._partition
-        part, form = slice(partition.start, partition.stop), push_form(spec, partition)
-        listener = Listener(self._host, form, self._facts.layout.num_parameters, part, self._published)
+        spec, partition = self._context.spec, self._partition
+        part, push_format = slice(partition.start, partition.stop), push_format_of(spec, partition)
+        listener = Listener(self._host, push_format, self._context.layout.num_parameters, part, self._published)
         try:
             if self._published:
                 listener.listen_unix()
@@ -180,7 +180,7 @@ def _shared_vector(spec: JobSpec, size: int) -> PublishedVector | None:
 
 
 def start_server(
-    facts: RunFacts, number: int, incarnation: int, origin: ray.ObjectRef[Any] | Checkpoint, node: str
+    context: RunContext, number: int, incarnation: int, origin: ray.ObjectRef[Any] | Checkpoint, node: str
 ) -> ActorHandle[Any]:
     """Start a server's process on a node, or elsewhere if that is gone.
 
@@ -190,9 +190,9 @@ def start_server(
         "num_cpus": 0,
         # A byte: who asks for nothing is placed by way of any node, and waits for it if that one is cut off.
         "memory": 1,
-        "max_concurrency": 4 * facts.spec.scaling.most_workers + 16,
+        "max_concurrency": 4 * context.spec.scaling.most_workers + 16,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
     }
     actor: Any = ray.remote(ServerActor)
-    handle: ActorHandle[Any] = actor.options(**options).remote(facts, number, incarnation, origin)
+    handle: ActorHandle[Any] = actor.options(**options).remote(context, number, incarnation, origin)
     return handle

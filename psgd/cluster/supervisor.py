@@ -17,12 +17,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from psgd.cluster.facts import RunFacts
 from psgd.cluster.failures import server_failure, worker_failure
 from psgd.cluster.placement import choose_node, living_nodes
-from psgd.cluster.saves import Saves
 from psgd.cluster.server_actor import start_server
 from psgd.cluster.worker_actor import start_worker
+from psgd.core.context import RunContext
 from psgd.core.driver.coordinator import Coordinator
 from psgd.core.driver.events import (
     Action,
@@ -58,10 +57,11 @@ from psgd.core.driver.events import (
     WorkerLost,
     WorkerUp,
 )
-from psgd.core.driver.weights_gather import Asked, Gathering
+from psgd.core.driver.weights_gather import EvaluationRequest, WeightsGather
 from psgd.errors import SpecError
 from psgd.spec import Settings
 from psgd.spec.reader import change_settings, change_workers
+from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Version
 
@@ -79,7 +79,7 @@ Observer = Callable[[Coordinator, float], None]
 class Inputs:
     """What the actors are started with."""
 
-    facts: RunFacts
+    context: RunContext
     dataset: ray.ObjectRef[Any]
     weights: ray.ObjectRef[Any]  # initial
     examples: Callable[[BatchId], int]  # in a batch
@@ -107,21 +107,26 @@ class Supervisor:
     """
 
     def __init__(
-        self, coordinator: Coordinator, inputs: Inputs, run: RunDirectory, saves: Saves, observe: Observer
+        self,
+        coordinator: Coordinator,
+        inputs: Inputs,
+        run: RunDirectory,
+        checkpoint_writer: CheckpointWriter,
+        observe: Observer,
     ) -> None:
         self._coordinator = coordinator
         self._inputs = inputs
         self._run = run
-        self._saves = saves
+        self._checkpoint_writer = checkpoint_writer
         self._observe = observe
-        self._spec = inputs.facts.spec
+        self._spec = inputs.context.spec
         self._servers: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}  # that servers were started on
         self._lost_on = Counter[str]()  # how many servers, by node
         self._workers: dict[str, Any] = {}
         self._calls: dict[ray.ObjectRef[Any], _Call] = {}
         self._events: list[Event] = []
-        self._gathering = Gathering(len(inputs.facts.partitions))
+        self._weights_gather = WeightsGather(len(inputs.context.partitions))
         self._commands_at = 0.0
         self._finish: Finish | None = None
 
@@ -236,9 +241,9 @@ class Supervisor:
             case Save(checkpoint):
                 self._save(checkpoint)
             case Commit():
-                self._events.append(self._saves.commit(action, self._coordinator.ledger.requeued))
-            case Note(event, facts):
-                self._run.event(event, **facts)
+                self._events.append(self._checkpoint_writer.commit(action, self._coordinator.ledger.requeued))
+            case Note(event, context):
+                self._run.event(event, **context)
             case Finish():
                 self._finish = action
             case Grant() | Cancel() | Evaluate():
@@ -251,7 +256,7 @@ class Supervisor:
                 self._start_server(partition)
             case StartWorker(name):
                 servers = [self._servers[partition] for partition in sorted(self._servers)]
-                self._workers[name] = start_worker(inputs.facts, name, inputs.dataset, servers)
+                self._workers[name] = start_worker(inputs.context, name, inputs.dataset, servers)
                 self._run.event("worker_started", worker=name)
                 ready = self._workers[name].ready.remote()
                 self._call_worker(name, ready, lambda up: WorkerUp(name, *up), lease=None)
@@ -264,18 +269,20 @@ class Supervisor:
         restarted = partition in self._servers
         if restarted:
             self._end(self._servers[partition])
-            for asked in self._gathering.lost(partition):  # also who asked it when it was dead, but not yet replaced
+            for asked in self._weights_gather.lost(
+                partition
+            ):  # also who asked it when it was dead, but not yet replaced
                 self._note(EvaluationLost(asked.worker, asked.epochs))
             self._lost_on[self._nodes.pop(partition)] += 1
-            self._saves.find_origin()
+            self._checkpoint_writer.find_origin()
         incarnation = self._run.next_incarnation() if restarted else self._run.incarnation
-        origin = self._saves.origin
+        origin = self._checkpoint_writer.origin
         node = self._nodes[partition] = choose_node(living_nodes(), self._nodes.values(), self._lost_on)
-        facts = self._inputs.facts
+        context = self._inputs.context
         if origin:  # to the settings of now; who begins anew goes by those of the start, as its journal does
-            facts = replace(facts, spec=self._spec)
+            context = replace(context, spec=self._spec)
         state = origin or self._inputs.weights
-        server = self._servers[partition] = start_server(facts, partition, incarnation, state, node)
+        server = self._servers[partition] = start_server(context, partition, incarnation, state, node)
         checkpoint = origin.manifest.name if origin else None
         self._run.event("server_started", partition=partition, incarnation=incarnation, checkpoint=checkpoint)
         if restarted:
@@ -321,23 +328,23 @@ class Supervisor:
                 ref = worker.work.remote(lease)
                 self._call_worker(name, ref, lambda end: LeaseClosed(name, lease.id, end.residual_norm), lease.id)
             case Evaluate(name, epochs):
-                asked = self._gathering.begin(name, epochs)
+                asked = self._weights_gather.begin(name, epochs)
                 for partition, server in self._servers.items():
                     gathered, refused = partial(self._evaluate, asked, partition), partial(self._give_up, asked)
                     self._call_server(partition, server.epoch_weights.remote(epochs), gathered, refused)
             case Cancel(name, newest):
                 self._call_worker(name, worker.cancel.remote(newest), lambda _: None, lease=None)
 
-    def _evaluate(self, asked: Asked, partition: int, part: FloatArray) -> None:
+    def _evaluate(self, asked: EvaluationRequest, partition: int, part: FloatArray) -> None:
         """Let a worker evaluate once every partition's weights are there."""
-        parts, worker, epochs = self._gathering.add(asked, partition, part), asked.worker, asked.epochs
+        parts, worker, epochs = self._weights_gather.add(asked, partition, part), asked.worker, asked.epochs
         if parts is not None and worker in self._workers:
             ref = self._workers[worker].evaluate.remote(*parts)
             self._call_worker(worker, ref, lambda result: Evaluated(worker, epochs, result), lease=None)
 
-    def _give_up(self, asked: Asked) -> Event | None:
+    def _give_up(self, asked: EvaluationRequest) -> Event | None:
         """A server has no such weights any more."""
-        return EvaluationLost(asked.worker, asked.epochs) if self._gathering.give_up(asked) else None
+        return EvaluationLost(asked.worker, asked.epochs) if self._weights_gather.give_up(asked) else None
 
     def _call_worker(
         self, name: str, ref: ray.ObjectRef[Any], answered: Callable[[Any], Event | None], lease: int | None
@@ -378,10 +385,10 @@ class Supervisor:
     # Checkpoints
 
     def _save(self, number: int) -> None:
-        name = self._saves.begin(number)
+        name = self._checkpoint_writer.begin(number)
         for partition, server in self._servers.items():
             ref = server.save.remote(name)
-            self._call_server(partition, ref, partial(self._saves.take, number))
+            self._call_server(partition, ref, partial(self._checkpoint_writer.take, number))
             failed = partial(self._save_failed, partition, server, number)
             # How long writing may take is the storage's to say; that the server lives is seen by its reports.
             self._calls[ref] = replace(self._calls[ref], failed=failed, deadline=float("inf"))

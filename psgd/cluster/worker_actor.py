@@ -13,8 +13,8 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from psgd.cluster.facts import RunFacts
 from psgd.cluster.lanes import route
+from psgd.core.context import RunContext
 from psgd.job import build_worker
 from psgd_workers.data import Dataset
 from psgd_workers.errors import LaneError
@@ -34,16 +34,16 @@ class WorkerActor:
         servers: by partition.
     """
 
-    def __init__(self, facts: RunFacts, name: str, dataset: Dataset, servers: Sequence[ActorHandle[Any]]) -> None:
+    def __init__(self, context: RunContext, name: str, dataset: Dataset, servers: Sequence[ActorHandle[Any]]) -> None:
         self._validation = dataset.validation
         self._cancelled = -1  # leases up to this one are
         self._servers = list(servers)
         node = ray.get_runtime_context().get_node_id()
         routes = [
-            route(facts.spec, name, partition, partial(self._servers.__getitem__, partition.number), node)
-            for partition in facts.partitions
+            route(context.spec, name, partition, partial(self._servers.__getitem__, partition.number), node)
+            for partition in context.partitions
         ]
-        self._worker = build_worker(facts.spec, name, dataset, facts.layout, routes)
+        self._worker = build_worker(context.spec, name, dataset, context.layout, routes)
 
     def ready(self) -> tuple[str, tuple[LaneKind, ...]]:
         """Its `host:pid` and its lanes, once it is built; no lanes if a server cannot be reached just now."""
@@ -77,12 +77,12 @@ class WorkerActor:
 
 
 def start_worker(
-    facts: RunFacts, name: str, dataset: ray.ObjectRef[Any], servers: Sequence[ActorHandle[Any]]
+    context: RunContext, name: str, dataset: ray.ObjectRef[Any], servers: Sequence[ActorHandle[Any]]
 ) -> ActorHandle[Any]:
     """Start a worker's process. Ray gives it as many BLAS threads as CPUs."""
-    scaling = facts.spec.scaling
+    scaling = context.spec.scaling
     remote: Any = ray.remote  # its stubs do not know concurrency groups
     actor = remote(concurrency_groups={"control": 1})(WorkerActor)
     options = {"num_cpus": scaling.cpus_per_worker, "num_gpus": scaling.gpus_per_worker}
-    handle: ActorHandle[Any] = actor.options(**options).remote(facts, name, dataset, servers)
+    handle: ActorHandle[Any] = actor.options(**options).remote(context, name, dataset, servers)
     return handle

@@ -28,7 +28,7 @@ def run_metrics(coordinator: Coordinator) -> dict[str, float | None]:
         "perf/updates_per_s": min(rates["updates"], default=None),
         "perf/samples_per_s": min(rates["samples"], default=None),
         "perf/bytes_per_push": _bytes_per_push(reports),
-        "compression/residual_norm": coordinator.roster.residual_norm,
+        "compression/residual_norm": coordinator.worker_table.residual_norm,
     } | {f"async/staleness_{name}": value for name, value in staleness_summary(histogram).items()}
 
 

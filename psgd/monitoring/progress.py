@@ -93,4 +93,4 @@ class Display:
             ("p95", metrics["async/staleness_p95"], "{:.0f}"),
         ]
         parts = [f"{name} {form.format(value)}" for name, value, form in shown if value is not None]
-        return "  ".join([*parts, f"workers {len(coordinator.roster.up)}/{self._workers}"])
+        return "  ".join([*parts, f"workers {len(coordinator.worker_table.up)}/{self._workers}"])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.server.journal import RECORD, Kind
+from psgd.core.server.journal import RECORD, RecordKind
 from psgd.errors import JournalError
 from psgd.store.checkpoints import Checkpoints, Manifest
 from psgd.store.run_directory import RunDirectory
@@ -70,13 +70,13 @@ class Record(NamedTuple):
         """What happened, and what came of it."""
         after = f"version {self.updates} of incarnation {self.incarnation}"
         match self.kind:
-            case Kind.PUSH:
+            case RecordKind.PUSH:
                 batch, read = tuple(self.batch), tuple(self.read)
                 return f"a push by {self.worker} of batch {batch}, read at {read}: {self.outcome.value}, {after}"
-            case Kind.FORK:
+            case RecordKind.FORK:
                 return f"a fork from {tuple(self.read)}: {after}"
             case _:
-                return f"a {Kind(self.kind).name.lower()} of {self.worker or self.place}: {after}"
+                return f"a {RecordKind(self.kind).name.lower()} of {self.worker or self.place}: {after}"
 
 
 class Stretch(NamedTuple):
@@ -221,7 +221,7 @@ class _Names:
 def _check_records(path: str, records: NDArray[np.void], incarnation: int) -> None:
     """They must be records of this format, and of that incarnation."""
     known = records.dtype == RECORD and records.ndim == 1
-    if not known or (records["kind"] >= len(Kind)).any() or (records["outcome"] >= len(OUTCOMES)).any():
+    if not known or (records["kind"] >= len(RecordKind)).any() or (records["outcome"] >= len(OUTCOMES)).any():
         raise JournalError(
             f"{path} has records that this psgd does not know: use the psgd that wrote it (see env.json)"
         )
@@ -235,7 +235,7 @@ def _check_records(path: str, records: NDArray[np.void], incarnation: int) -> No
 def _check_forks(run: RunDirectory, stretch: Stretch, resumed: str | None) -> None:
     """An incarnation that goes on from a checkpoint begins with a fork, another with none, and nothing else forks."""
     kinds = np.concatenate([np.zeros(0, np.uint8), *(segment["kind"] for segment in stretch.segments)])
-    forks = np.flatnonzero(kinds == Kind.FORK).tolist()
+    forks = np.flatnonzero(kinds == RecordKind.FORK).tolist()
     if forks != ([] if resumed is None else [0]):
         origin = "nothing" if resumed is None else f"checkpoint {resumed}"
         raise JournalError(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.server.journal import Kind
+from psgd.core.server.journal import RecordKind
 from psgd_workers.messages import Outcome, Version
 
 __all__ = ["Pushes"]
@@ -80,13 +80,13 @@ class Pushes:
             if (known := self._places[partition, other]) != NONE:
                 return Version(int(incarnation), int(mine["updates"][known]))
         began = _begin(mine, incarnation)
-        joins = np.flatnonzero((mine["worker"][began:] == worker) & (mine["kind"][began:] == Kind.JOIN))
+        joins = np.flatnonzero((mine["worker"][began:] == worker) & (mine["kind"][began:] == RecordKind.JOIN))
         return Version(int(incarnation), int(mine["updates"][began + joins[0]]) if len(joins) else 0)
 
 
 def _match(journals: Sequence[NDArray[np.void]]) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
     """The push of each record, by partition; and the record of each push, `[partitions, pushes]`."""
-    places = [np.flatnonzero(records["kind"] == Kind.PUSH) for records in journals]
+    places = [np.flatnonzero(records["kind"] == RecordKind.PUSH) for records in journals]
     keys = [_keys(records[place]) for records, place in zip(journals, places, strict=True)]
     _, groups = np.unique(np.concatenate(keys), return_inverse=True)
     ends = np.cumsum([len(key) for key in keys])[:-1]

@@ -23,14 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from psgd.core.server.journal import RECORD, Kind
+from psgd.core.server.journal import RECORD, RecordKind
 from psgd.core.server.partitions import Partition
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, DataError, JournalError, ModelError
 from psgd.job import OpenJob
 from psgd.replay.lineage import Stretch, read_lineage
 from psgd.replay.pushes import Pushes
-from psgd.replay.replayer import Player
+from psgd.replay.replayer import Replayer
 from psgd.replay.server import ReplayServer
 from psgd.spec import Settings
 from psgd.spec.reader import parse_spec
@@ -99,10 +99,10 @@ def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = No
     lineages = [read_lineage(run, manifest, partition) for partition in range(manifest.partitions)]
     pipeline = _check_lineages(run, job, lineages)
     servers = [_server(job, state, lineage) for state, lineage in zip(states, lineages, strict=True)]
-    player = Player(job, servers, Pushes([_journal(lineage) for lineage in lineages]), pipeline)
+    replayer = Replayer(job, servers, Pushes([_journal(lineage) for lineage in lineages]), pipeline)
     with np.errstate(over="ignore", invalid="ignore"):
-        updates, weights = player.play(until)
-    saved = [int(state.facts["version"][1]) for state in states]
+        updates, weights = replayer.play(until)
+    saved = [int(state.metadata["version"][1]) for state in states]
     if until is None and updates != saved:
         raise JournalError(
             f"the journal of {run.storage.url} ends at {_listed(updates)} updates, and checkpoint {manifest.name} has "
@@ -163,7 +163,7 @@ def _check_lineages(run: RunDirectory, job: OpenJob, lineages: Sequence[Sequence
 
 def _check_batches(run: RunDirectory, job: OpenJob, segment: NDArray[np.void]) -> None:
     sizes = np.array(job.shards.grid.batches_per_shard)
-    pushes = segment[segment["kind"] == Kind.PUSH]
+    pushes = segment[segment["kind"] == RecordKind.PUSH]
     known = pushes["shard"] < len(sizes)
     known &= pushes["index"] < sizes[np.minimum(pushes["shard"], len(sizes) - 1)]
     if not known.all():
@@ -175,8 +175,8 @@ def _check_batches(run: RunDirectory, job: OpenJob, segment: NDArray[np.void]) -
 
 
 def _server(job: OpenJob, state: ServerState, lineage: Sequence[Stretch]) -> ReplayServer:
-    partition = Partition(*state.facts["partition"])
-    changes = [Settings.model_validate(settings) for settings in state.facts["changes"]]
+    partition = Partition(*state.metadata["partition"])
+    changes = [Settings.model_validate(settings) for settings in state.metadata["changes"]]
     return ReplayServer(job, partition, lineage, changes)
 
 

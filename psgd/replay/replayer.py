@@ -15,7 +15,7 @@ from itertools import product
 
 import numpy as np
 
-from psgd.core.server.journal import Kind
+from psgd.core.server.journal import RecordKind
 from psgd.errors import ReplayError
 from psgd.job import OpenJob
 from psgd.replay.lineage import Record
@@ -25,12 +25,12 @@ from psgd_workers.gradients.sender import TAKEN, Sender, gradient_norm
 from psgd_workers.messages import FloatArray, Gradient, Outcome, Version
 from psgd_workers.spec import NoCompression
 
-__all__ = ["Player"]
+__all__ = ["Replayer"]
 
 Reads = tuple[Version, ...]  # by partition
 
 
-class Player:
+class Replayer:
     """All servers, and what workers sent them.
 
     Args:
@@ -99,7 +99,7 @@ class Player:
 
     def _again(self, server: ReplayServer, record: Record) -> bool:
         gradient = None
-        if record.kind == Kind.PUSH:
+        if record.kind == RecordKind.PUSH:
             gradient = self._gradient(server, record)
             if gradient is None:
                 return False
@@ -201,7 +201,7 @@ class Player:
         if key not in self._senders:
             oldest = min(server.version.incarnation for server in self._servers)
             self._senders = {known: sender for known, sender in self._senders.items() if known[0] >= oldest}
-            layout, rules = self._job.layout, self._job.spec.rules
+            layout, worker_options = self._job.layout, self._job.spec.worker_options
             parts = [server.slice for server in self._servers]
-            self._senders[key] = Sender(record.worker, parts, layout.num_trainable, rules)
+            self._senders[key] = Sender(record.worker, parts, layout.num_trainable, worker_options)
         return self._senders[key]

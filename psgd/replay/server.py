@@ -8,7 +8,7 @@ from math import nan
 
 import numpy as np
 
-from psgd.core.server.journal import Kind
+from psgd.core.server.journal import RecordKind
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.errors import JournalError, ReplayError
@@ -133,15 +133,15 @@ class ReplayServer:
         """
         worker, now = record.worker, record.now
         match record.kind:
-            case Kind.FORK:
+            case RecordKind.FORK:
                 self._fork(now)
-            case Kind.JOIN:
+            case RecordKind.JOIN:
                 self._server.join(worker, now)
-            case Kind.LEAVE:
+            case RecordKind.LEAVE:
                 self._server.leave(worker, now)
-            case Kind.CHANGE:
+            case RecordKind.CHANGE:
                 self._server.change(self._settings(record), now)
-            case Kind.PUSH:
+            case RecordKind.PUSH:
                 assert gradient is not None
                 self._server.push(gradient, now)
                 self.pushes += 1

@@ -22,12 +22,12 @@ from psgd.serving.host import ServerHost
 from psgd_workers.errors import LaneError
 from psgd_workers.messages import FloatArray, Receipt, Version
 from psgd_workers.transport.affinity import NOWHERE, allowed_processors, run_on
-from psgd_workers.transport.frames import HEADER_SIZE, Frame, Kind, PushForm
+from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind, PushFormat
 from psgd_workers.transport.handshake import Hello
 from psgd_workers.transport.memory import Segment, Slot
 from psgd_workers.transport.streams import receive, send, shut
 
-__all__ = ["Peer"]
+__all__ = ["WorkerConnection"]
 
 log = logging.getLogger("psgd.lanes")
 
@@ -36,7 +36,7 @@ CUT = "it hung up in the middle of a frame"
 GREEDY = "it asks for more and does not read what it is answered"
 
 
-class Peer:
+class WorkerConnection:
     """One worker's connection.
 
     Args:
@@ -54,25 +54,25 @@ class Peer:
     def __init__(
         self,
         host: ServerHost,
-        form: PushForm,
+        push_format: PushFormat,
         part: slice,
         stream: socket.socket,
         hello: Hello,
         segment: Segment | None,
     ) -> None:
         self._host = host
-        self._form = form
+        self._push_format = push_format
         self._stream = stream
         self._worker = hello.worker
         self._incarnation = host.server.version.incarnation
         self._shared = [Slot(slot.weights[part], slot.gradient[part]) for slot in segment.slots] if segment else None
         # What comes inline for a slot, and later the weights that go back: never both at once.
-        self._sizes = form.sizes(segment is not None)
-        limit = max(self._sizes[-1], 0 if segment else 4 * form.size)
+        self._sizes = push_format.sizes(segment is not None)
+        limit = max(self._sizes[-1], 0 if segment else 4 * push_format.size)
         self._inline = [np.empty(limit, np.uint8).data for _ in range(hello.slots)]
         self._busy = [False] * hello.slots  # a push whose receipt is not given
         # With one server and one batch in hand, a worker that has pushed leaves its processor to that server.
-        self._leaves = hello.slots == 1 and form.size == hello.num_parameters
+        self._leaves = hello.slots == 1 and push_format.size == hello.num_parameters
         self._seen, self._times = NOWHERE, 0  # the processor that the last push came from, and how often in a row
         self._header = memoryview(bytearray(HEADER_SIZE))
         self.frame_s: float | None = None
@@ -132,30 +132,30 @@ class Peer:
     def _check(self, frame: Frame) -> None:
         if frame.incarnation != self._incarnation:
             raise LaneError(f"a frame for incarnation {frame.incarnation}, and this is {self._incarnation}")
-        if frame.slot >= len(self._busy) or (self._busy[frame.slot] and frame.kind is not Kind.ASK):
+        if frame.slot >= len(self._busy) or (self._busy[frame.slot] and frame.kind is not FrameKind.ASK):
             raise LaneError(f"a frame from slot {frame.slot}, which does not exist, or whose receipt is not given")
         if self._answers.backlog > len(self._busy) + 1:  # an answer for each slot, and a version
             raise LaneError(GREEDY)
-        if frame.kind is Kind.PUSH:
-            self._form.check(frame, self._sizes)
-        elif frame.kind not in (Kind.PULL, Kind.ASK) or frame.payload:
+        if frame.kind is FrameKind.PUSH:
+            self._push_format.check(frame, self._sizes)
+        elif frame.kind not in (FrameKind.PULL, FrameKind.ASK) or frame.payload:
             raise LaneError(f"a frame {frame.kind.name} with {frame.payload} bytes of payload, which no worker sends")
 
     def _take(self, frame: Frame, payload: memoryview) -> None:
         slot, host = frame.slot, self._host
         match frame.kind:
-            case Kind.PUSH:
+            case FrameKind.PUSH:
                 shared = self._shared[slot] if self._shared else None
-                gradient = self._form.gradient(frame, payload, self._worker, shared)
+                gradient = self._push_format.gradient(frame, payload, self._worker, shared)
                 self._busy[slot] = True
                 self._times = self._times + 1 if frame.processor == self._seen else 1
                 self._seen = frame.processor
                 host.push(gradient, partial(self._receipt, slot, frame.wants))
-            case Kind.PULL:
+            case FrameKind.PULL:
                 into, weights = self._room(slot)
-                self._answers.put(_header(Kind.WEIGHTS, slot, host.pull(into), _length(weights)), weights)
+                self._answers.put(_header(FrameKind.WEIGHTS, slot, host.pull(into), _length(weights)), weights)
             case _:
-                self._answers.put(_header(Kind.VERSION, slot, host.server.version, 0), None)
+                self._answers.put(_header(FrameKind.VERSION, slot, host.server.version, 0), None)
 
     def _receipt(self, slot: int, wants: bool, receipt: Receipt) -> Callable[[], None]:
         """Prepare the answer to a push, at the instant it is due."""
@@ -171,7 +171,7 @@ class Peer:
         """Where weights for the worker are put, and what of that is sent: nothing, in memory that it shares."""
         if self._shared:
             return self._shared[slot].weights, None
-        payload = self._inline[slot][: 4 * self._form.size]
+        payload = self._inline[slot][: 4 * self._push_format.size]
         return np.frombuffer(payload, np.float32), payload
 
 
@@ -251,7 +251,7 @@ class _Queued:
         self._thread.join()
 
 
-def _header(kind: Kind, slot: int, version: Version, payload: int) -> bytes:
+def _header(kind: FrameKind, slot: int, version: Version, payload: int) -> bytes:
     return Frame(kind, slot, 0, False, version.incarnation, payload, version=version).pack()
 
 

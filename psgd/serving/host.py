@@ -45,7 +45,7 @@ class ServerHost:
 
     def __init__(self, server: ParameterServer) -> None:
         self.server = server
-        self._turn = _Turn()
+        self._lock_server = ServerLock()
         self._replies: dict[tuple[str, BatchId], list[Reply]] = {}  # of pushes that wait, oldest first
         self._epochs = server.epochs
         self._news = Event()  # an epoch is complete
@@ -53,13 +53,13 @@ class ServerHost:
 
     def pull(self, into: FloatArray) -> Version:
         """Copy the published weights `[partition size]`."""
-        with self._turn:
+        with self._lock_server:
             np.copyto(into, self.server.published)
             return self.server.version
 
     def epoch_weights(self, epochs: int | None) -> FloatArray:
         """See `ParameterServer.epoch_weights`."""
-        with self._turn, suppress(KeyError):
+        with self._lock_server, suppress(KeyError):
             return self.server.epoch_weights(epochs)
         raise KeyError(epochs)
 
@@ -69,7 +69,7 @@ class ServerHost:
         Raises:
             LaneError: it is none of this partition's.
         """
-        with self._turn:
+        with self._lock_server:
             self.server.check(gradient)
             receipts = self.server.push(gradient, time.monotonic())
             if receipts and not self._replies:  # the usual case: nobody waits, so the one receipt is this push's
@@ -82,25 +82,25 @@ class ServerHost:
 
     def join(self, worker: str) -> None:
         """The worker gets a lease."""
-        with self._turn:
+        with self._lock_server:
             due = self._due(self.server.join(worker, time.monotonic()))
         _send(due)
 
     def leave(self, worker: str) -> None:
         """The worker has no lease any more."""
-        with self._turn:
+        with self._lock_server:
             due = self._due(self.server.leave(worker, time.monotonic()))
         _send(due)
 
     def skip(self, batch: BatchId, examples: int) -> None:
         """Do without a batch."""
-        with self._turn:
+        with self._lock_server:
             due = self._due(self.server.skip(batch, examples, time.monotonic()))
         _send(due)
 
     def change(self, settings: Settings) -> Version:
         """Go on by other settings, from the version that is returned."""
-        with self._turn:
+        with self._lock_server:
             due, version = self._due(self.server.change(settings, time.monotonic())), self.server.version
         _send(due)
         return version
@@ -131,7 +131,7 @@ class ServerHost:
         """At once, or when an epoch completes, or after a moment."""
         if wait:
             await asyncio.to_thread(self._news.wait, REPORT_S)
-        with self._turn:
+        with self._lock_server:
             self._news.clear()
             return self.server.report()
 
@@ -142,7 +142,7 @@ class ServerHost:
             StorageError: no round closed in time.
         """
         wanted: Future[tuple[ServerState, NDArray[np.void]]] = Future()
-        with self._turn:
+        with self._lock_server:
             self._snapshot = wanted
             self._due(())
         try:
@@ -150,7 +150,7 @@ class ServerHost:
             # journal that was taken for it would be lost.
             await asyncio.wait([asyncio.wrap_future(wanted)], timeout=timeout_s)
         finally:
-            with self._turn:
+            with self._lock_server:
                 if self._snapshot is wanted:
                     self._snapshot = None
         if not wanted.done():
@@ -158,7 +158,7 @@ class ServerHost:
         return wanted.result()
 
 
-class _Turn:
+class ServerLock:
     """Whose turn it is to call the server; nobody's any more, once something broke in the middle of one."""
 
     def __init__(self) -> None:

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from threading import BoundedSemaphore, Event, Lock, Thread
 from time import monotonic
 
-from psgd.serving.connection import Peer
+from psgd.serving.connection import WorkerConnection
 from psgd.serving.host import ServerHost
-from psgd.serving.poller import Crowd
+from psgd.serving.poller import SharedPoller
 from psgd_workers.errors import LaneError
 from psgd_workers.transport.affinity import allowed_processors
-from psgd_workers.transport.frames import PushForm
+from psgd_workers.transport.frames import PushFormat
 from psgd_workers.transport.handshake import HELLO_SIZE, KEY_SIZE, Address, Greeting, Hello
 from psgd_workers.transport.memory import PublishedVector, Segment
 from psgd_workers.transport.streams import shut
@@ -56,10 +56,15 @@ class Listener:
     """
 
     def __init__(
-        self, host: ServerHost, form: PushForm, num_parameters: int, part: slice, published: PublishedVector | None
+        self,
+        host: ServerHost,
+        push_format: PushFormat,
+        num_parameters: int,
+        part: slice,
+        published: PublishedVector | None,
     ) -> None:
         self._host = host
-        self._form = form
+        self._push_format = push_format
         self._num_parameters = num_parameters
         self._part = part
         self._published = published
@@ -73,7 +78,7 @@ class Listener:
         self._streams: set[socket.socket] = set()  # of peers
         self._local = 0  # workers of this machine, each served by a thread of its own
         self._threads: set[Thread] = set()
-        self._crowd: Crowd | None = None
+        self._poller: SharedPoller | None = None
 
     def listen_unix(self) -> None:
         """On a Unix socket in Linux' abstract namespace: it has no file, so none is left behind.
@@ -137,9 +142,9 @@ class Listener:
             self._closing.set()
             for stream in (*self._sockets, *self._streams):
                 shut(stream)  # which ends its thread
-            if self._crowd is not None:
-                self._crowd.close()
-                self._crowd = None
+            if self._poller is not None:
+                self._poller.close()
+                self._poller = None
             threads = list(self._threads)
         for thread in threads:
             thread.join(JOIN_S)
@@ -190,31 +195,31 @@ class Listener:
         """One peer, from its first word to its last, unless the crowd takes it over."""
         crowded = False
         try:
-            crowded = self._served_by_crowd(stream, shared, handshakes)
+            crowded = self._served_by_poller(stream, shared, handshakes)
         finally:
             if not crowded:
                 self._forget(stream)
 
-    def _served_by_crowd(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> bool:
-        peer = self._admit(stream, shared, handshakes)
-        if peer is None:
+    def _served_by_poller(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> bool:
+        connection = self._admit(stream, shared, handshakes)
+        if connection is None:
             return False
-        if shared and self._form.is_small:
+        if shared and self._push_format.is_small:
             try:
                 with self._lock:
                     if not self._closing.is_set():
-                        self._join_crowd(peer, stream)
+                        self._join_poller(connection, stream)
                         return True
             except (OSError, RuntimeError) as error:  # too many files or threads, say: this thread is there already
                 log.warning("a worker is served by a thread of its own: %s", error)
-        self._serve_alone(peer, shared)
+        self._serve_alone(connection, shared)
         return False
 
-    def _serve_alone(self, peer: Peer, shared: bool) -> None:
+    def _serve_alone(self, connection: WorkerConnection, shared: bool) -> None:
         with self._lock:
             self._local += shared
         try:
-            peer.run(self._is_full)
+            connection.run(self._is_full)
         finally:
             with self._lock:
                 self._local -= shared
@@ -223,24 +228,24 @@ class Listener:
         """Whether every processor of this machine has a worker."""
         return self._local >= self._processors
 
-    def _join_crowd(self, peer: Peer, stream: socket.socket) -> None:
-        if self._crowd is None:
+    def _join_poller(self, connection: WorkerConnection, stream: socket.socket) -> None:
+        if self._poller is None:
             assert self._published is not None, "local workers share it"
-            crowd = Crowd(self._published, self._forget)
+            poller = SharedPoller(self._published, self._forget)
             try:
-                self._start("psgd-crowd", crowd.run)
+                self._start("psgd-crowd", poller.run)
             except RuntimeError:
-                crowd.release()
+                poller.release()
                 raise
-            self._crowd = crowd
-        self._crowd.add(peer, stream)
+            self._poller = poller
+        self._poller.add(connection, stream)
 
     def _forget(self, stream: socket.socket) -> None:
         with self._lock:
             self._streams.discard(stream)
         stream.close()
 
-    def _admit(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> Peer | None:
+    def _admit(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> WorkerConnection | None:
         try:
             return self._shake_hands(stream, shared)
         except TimeoutError:
@@ -251,22 +256,22 @@ class Listener:
             handshakes.release()
         return None
 
-    def _shake_hands(self, stream: socket.socket, shared: bool) -> Peer:
-        talk, greeting = _Talk(stream, monotonic() + HANDSHAKE_S), Greeting.new()
-        talk.say(greeting.pack())
-        hello = Hello.unpack(talk.hear(HELLO_SIZE), self.key, greeting)
+    def _shake_hands(self, stream: socket.socket, shared: bool) -> WorkerConnection:
+        handshake, greeting = HandshakeStream(stream, monotonic() + HANDSHAKE_S), Greeting.new()
+        handshake.send(greeting.pack())
+        hello = Hello.unpack(handshake.recv(HELLO_SIZE), self.key, greeting)
         self._check(hello, shared)
         welcome, segment = hello.welcome(self.key), None
         if shared:
             assert self._published is not None
             socket.send_fds(stream, [welcome], [self._published.file])
-            segment = Segment(self._num_parameters, hello.slots, talk.descriptor())
-            talk.say(b"\0")
+            segment = Segment(self._num_parameters, hello.slots, handshake.descriptor())
+            handshake.send(b"\0")
         else:
             _keep_alive(stream)
-            talk.say(welcome)
+            handshake.send(welcome)
         stream.settimeout(None)  # from here on closing ends every wait
-        return Peer(self._host, self._form, self._part, stream, hello, segment)
+        return WorkerConnection(self._host, self._push_format, self._part, stream, hello, segment)
 
     def _check(self, hello: Hello, shared: bool) -> None:
         expected = (self._host.server.version.incarnation, self._num_parameters, shared)
@@ -277,7 +282,7 @@ class Listener:
             )
 
 
-class _Talk:
+class HandshakeStream:
     """A handshake's words, all of them before a deadline of the machine's monotonic clock.
 
     Raises:
@@ -294,11 +299,11 @@ class _Talk:
             raise TimeoutError
         self._stream.settimeout(left)
 
-    def say(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         self._limit()
         self._stream.sendall(data)
 
-    def hear(self, size: int) -> bytes:
+    def recv(self, size: int) -> bytes:
         data = b""
         while len(data) < size:
             self._limit()

@@ -13,18 +13,18 @@ from collections.abc import Callable
 from socket import socket
 from threading import Lock
 
-from psgd.serving.connection import Peer
+from psgd.serving.connection import WorkerConnection
 from psgd_workers.transport.memory import PublishedVector
 from psgd_workers.transport.streams import limit, shut
 
-__all__ = ["Crowd"]
+__all__ = ["SharedPoller"]
 
 log = logging.getLogger("psgd.lanes")
 
 FRAME_S = 1.0  # that the rest of a header or a payload may take, which its worker sends as a whole
 
 
-class Crowd:
+class SharedPoller:
     """Takes whose turn it is from the kernel. Linux only, as shared memory is.
 
     Args:
@@ -37,12 +37,12 @@ class Crowd:
         self._forget = forget
         self._lock = Lock()  # of who is in it, and whether anybody can be
         self._ended = False
-        self._peers: dict[int, tuple[Peer, socket]] = {}
+        self._connections: dict[int, tuple[WorkerConnection, socket]] = {}
         self._poll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll.register(self._bell, select.EPOLLIN)
 
-    def add(self, peer: Peer, stream: socket) -> None:
+    def add(self, connection: WorkerConnection, stream: socket) -> None:
         """Serve it from now on; to be called by any thread.
 
         Raises:
@@ -51,25 +51,25 @@ class Crowd:
         with self._lock:
             if self._ended:
                 raise OSError("the thread that serves the others has ended")
-            self._add(peer, stream)
+            self._add(connection, stream)
 
-    def _add(self, peer: Peer, stream: socket) -> None:
+    def _add(self, connection: WorkerConnection, stream: socket) -> None:
         number = stream.fileno()
-        peer.frame_s = FRAME_S
+        connection.frame_s = FRAME_S
         limit(stream, FRAME_S)
-        self._peers[number] = peer, stream
+        self._connections[number] = connection, stream
         self._count()  # so that who is answered is counted
         try:
             self._poll.register(stream, select.EPOLLIN)
         except OSError:
-            del self._peers[number]
+            del self._connections[number]
             self._count()
-            peer.frame_s = None
+            connection.frame_s = None
             limit(stream, None)
             raise
 
     def _count(self) -> None:
-        self._published.crowd = len(self._peers)
+        self._published.poller = len(self._connections)
 
     def run(self) -> None:
         """Take frames until `close`, and then from nobody any more."""
@@ -79,9 +79,9 @@ class Crowd:
             log.exception("the connections of all workers with small pushes were closed by the server's own fault")
         with self._lock:
             self._ended = True
-        for number, (peer, stream) in list(self._peers.items()):
+        for number, (connection, stream) in list(self._connections.items()):
             shut(stream)
-            while peer.take():  # to its end
+            while connection.take():  # to its end
                 pass
             self._leave(number)
         self.release()
@@ -92,7 +92,7 @@ class Crowd:
             for number, _ in self._poll.poll():
                 if number == self._bell:
                     rung = True
-                elif not self._peers[number][0].take():
+                elif not self._connections[number][0].take():
                     self._leave(number)
 
     def release(self) -> None:
@@ -101,7 +101,7 @@ class Crowd:
         os.close(self._bell)
 
     def _leave(self, number: int) -> None:
-        stream = self._peers.pop(number)[1]
+        stream = self._connections.pop(number)[1]
         self._count()
         self._poll.unregister(stream)
         self._forget(stream)

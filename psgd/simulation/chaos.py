@@ -20,7 +20,7 @@ from psgd.core.driver.events import Action, Change, Commit, Save, SaveFailed, Sc
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.errors import RunError, SpecError
 from psgd.simulation.clock import without_collector
-from psgd.simulation.cluster import Checkpoint, VirtualCluster
+from psgd.simulation.cluster import VirtualCheckpoint, VirtualCluster
 from psgd.simulation.invariants import WatchedServer, check_end, one_hot
 from psgd.simulation.problem import Timing
 from psgd.simulation.worker import Slot, VirtualWorker
@@ -175,7 +175,7 @@ class Chaos(VirtualCluster):
         plan: Plan,
         random: Random,
         strikes: list[tuple[float, str]],
-        resume: Checkpoint | None,
+        resume: VirtualCheckpoint | None,
         server: type[ParameterServer],
     ) -> None:
         problem = one_hot(plan.grid, plan.epochs, plan.spec.scaling.servers)
@@ -188,7 +188,7 @@ class Chaos(VirtualCluster):
         problem = replace(problem, gradient=perhaps_finite, evaluate=_evaluate if plan.evaluates else None)
         spec = plan.spec
         if resume:
-            settings = Settings.model_validate(resume.states[0].facts["settings"])
+            settings = Settings.model_validate(resume.states[0].metadata["settings"])
             spec = spec.model_copy(update=dict(settings))
         self.server = server
         super().__init__(spec, problem, self._pace, timing=plan.timing, resume=resume, lease_s=plan.lease_s)

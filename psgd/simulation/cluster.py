@@ -43,7 +43,7 @@ from psgd.core.driver.events import (
     WorkerUp,
 )
 from psgd.core.server.parameter_server import ParameterServer
-from psgd.core.server.partitions import split
+from psgd.core.server.partitions import partition_weights
 from psgd.core.server.repartition import disagreement, repartition
 from psgd.core.server.state import ServerState
 from psgd.errors import ResumeError, RunError
@@ -53,13 +53,13 @@ from psgd.simulation.worker import Readers, Slot, Validation, VirtualWorker
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
 
-__all__ = ["Checkpoint", "VirtualCluster"]
+__all__ = ["VirtualCheckpoint", "VirtualCluster"]
 
 MAX_EVENTS = 1 << 40
 USUAL = Timing()
 
 
-class Checkpoint(NamedTuple):
+class VirtualCheckpoint(NamedTuple):
     """A committed checkpoint."""
 
     states: tuple[ServerState, ...]  # by partition
@@ -104,7 +104,7 @@ class VirtualCluster(VirtualClock):
         crashes: Callable[[], float] | None = None,
         seed: int = 0,
         events: Sequence[tuple[float, Event]] = (),
-        resume: Checkpoint | None = None,
+        resume: VirtualCheckpoint | None = None,
         lease_s: float = 2.0,
         observe: Callable[[VirtualCluster], None] | None = None,
     ) -> None:
@@ -117,7 +117,7 @@ class VirtualCluster(VirtualClock):
         self._random = np.random.default_rng(seed)
         self._resume = resume
         self._observe = observe
-        self._partitions = split(len(problem.weights), problem.trainable, spec.scaling.servers)
+        self._partitions = partition_weights(len(problem.weights), problem.trainable, spec.scaling.servers)
         self.parts: Sequence[slice] = [slice(part.start, part.stop) for part in self._partitions]
         self.coordinator = Coordinator(
             spec,
@@ -125,13 +125,13 @@ class VirtualCluster(VirtualClock):
             validates=problem.evaluate is not None,
             checkpoint=resume.number + 1 if resume else 0,
             saved_updates=resume.updates if resume else None,
-            saved_epochs=min(state.facts["epochs"] for state in resume.states) if resume else 0,
+            saved_epochs=min(state.metadata["epochs"] for state in resume.states) if resume else 0,
             requeued=resume.requeued if resume else 0,
             lease_s=lease_s,
         )
         self.servers: dict[int, ParameterServer] = {}
         self.workers: dict[str, VirtualWorker] = {}
-        self.checkpoint: Checkpoint | None = None
+        self.checkpoint: VirtualCheckpoint | None = None
         self.finish: Finish | None = None
         self._deadline = float("inf")
         self._incarnations: dict[int, int] = {}  # the highest of each partition so far
@@ -140,7 +140,7 @@ class VirtualCluster(VirtualClock):
         self._asked: dict[int, list[AskReport]] = {}  # of servers that are not there yet
         self._saving: int | None = None
         self._states: dict[int, ServerState] = {}
-        self.readers = None if spec.rules.stop_at is None else Readers(spec.rules.stop_at)
+        self.readers = None if spec.worker_options.stop_at is None else Readers(spec.worker_options.stop_at)
         for at, event in events:
             self.after(at, self._tell, event)
         if crashes:
@@ -152,7 +152,7 @@ class VirtualCluster(VirtualClock):
         return np.concatenate([self.servers[partition].weights for partition in range(len(self.parts))])
 
     @property
-    def newest_checkpoint(self) -> Checkpoint | None:
+    def newest_checkpoint(self) -> VirtualCheckpoint | None:
         """The newest committed one, of this run or the one it resumed."""
         return self.checkpoint or self._resume
 
@@ -226,7 +226,7 @@ class VirtualCluster(VirtualClock):
         """A server is there, of the newest checkpoint or, if there is none, of the initial weights."""
         origin = self.newest_checkpoint
         state = self._state(origin.states, partition) if origin else None
-        saved = state.facts["version"][0] if state else 0
+        saved = state.metadata["version"][0] if state else 0
         incarnation = self._incarnations[partition] = max(saved, self._incarnations.get(partition, 0)) + 1
         if state:
             server = self.server.restore(self._spec, self.problem.grid, state, incarnation, self.now)
@@ -258,7 +258,7 @@ class VirtualCluster(VirtualClock):
 
     def _on_start_worker(self, action: StartWorker) -> None:
         spec, name = self._spec, action.worker
-        self.workers[name] = VirtualWorker(name, self, spec.rules, spec.scaling.pipeline)
+        self.workers[name] = VirtualWorker(name, self, spec.worker_options, spec.scaling.pipeline)
         self.after(self.start_s(name), self._up, name)
 
     def start_s(self, worker: str) -> float:
@@ -345,7 +345,7 @@ class VirtualCluster(VirtualClock):
     def _on_commit(self, action: Commit) -> None:
         states = tuple(self._states[partition] for partition in sorted(self._states))
         requeued = self.coordinator.ledger.requeued
-        self.checkpoint = Checkpoint(states, action.checkpoint, action.updates, requeued)
+        self.checkpoint = VirtualCheckpoint(states, action.checkpoint, action.updates, requeued)
         self.tell_soon(Committed(action.checkpoint))
 
     # Servers

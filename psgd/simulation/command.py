@@ -21,11 +21,11 @@ from psgd.simulation.simulate import FIGURES, JobSubject, QuadraticSubject, Simu
 from psgd.spec import JobSpec
 from psgd.store.storage import Storage
 
-__all__ = ["Asked", "run"]
+__all__ = ["SimulationRequest", "run"]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SimulationRequest:
     """The arguments, as they were given."""
 
     workers: int | None  # None: the job's
@@ -42,43 +42,43 @@ class Asked:
     html: Path | None
 
 
-def run(spec: JobSpec, asked: Asked) -> list[Simulated]:
+def run(spec: JobSpec, request: SimulationRequest) -> list[Simulated]:
     """Simulate each mode, show a table, and write the page.
 
     Raises:
         InputError: something asked for makes no sense; nothing was simulated.
     """
-    workers = asked.workers or spec.scaling.most_workers
-    target = parse_target(asked.until) if asked.until else None
-    delays = parse_delays(asked.delays, read_journal)
-    scenario = Scenario(workers, delays, asked.link_s, asked.crash_s, asked.join_s, asked.seed)
-    jobs = contenders(spec, workers, asked.modes)
-    if asked.html:
+    workers = request.workers or spec.scaling.most_workers
+    target = parse_target(request.until) if request.until else None
+    delays = parse_delays(request.delays, read_journal)
+    scenario = Scenario(workers, delays, request.link_s, request.crash_s, request.join_s, request.seed)
+    jobs = contenders(spec, workers, request.modes)
+    if request.html:
         from psgd.simulation import comparison  # before anything runs: matplotlib may be missing
     console = Console(stderr=True, highlight=False)
     results = []
     for name, job in jobs.items():
-        subject = _subject(job, asked, target)
-        results.append(simulate(name, _for_quadratic(job) if asked.model else job, subject, scenario, target))
+        subject = _subject(job, request, target)
+        results.append(simulate(name, _for_quadratic(job) if request.model else job, subject, scenario, target))
         console.print(f"simulated {name}: {results[-1].updates} updates in {results[-1].time_s:.4g} virtual s")
     console.print(_table(results))
-    if asked.html:
-        lead = f"{workers} workers, {asked.delays} virtual seconds a gradient, seed {asked.seed}."
-        asked.html.parent.mkdir(parents=True, exist_ok=True)
-        asked.html.write_text(comparison.page(results, lead), encoding="utf-8")
-        console.print(f"figures: {asked.html}", soft_wrap=True)
+    if request.html:
+        lead = f"{workers} workers, {request.delays} virtual seconds a gradient, seed {request.seed}."
+        request.html.parent.mkdir(parents=True, exist_ok=True)
+        request.html.write_text(comparison.page(results, lead), encoding="utf-8")
+        console.print(f"figures: {request.html}", soft_wrap=True)
     return results
 
 
-def _subject(job: JobSpec, asked: Asked, target: Target | None) -> Subject:
+def _subject(job: JobSpec, request: SimulationRequest, target: Target | None) -> Subject:
     metric = target.metric if target else None
-    if asked.model is None:
+    if request.model is None:
         return JobSubject(OpenJob.open(job), metric)
-    if asked.model != "quadratic":
-        raise SpecError(f"--model {asked.model!r}: expected quadratic, or leave it out for the job's own model")
+    if request.model != "quadratic":
+        raise SpecError(f"--model {request.model!r}: expected quadratic, or leave it out for the job's own model")
     if metric not in (None, "excess"):
         raise SpecError(f"--until {metric}: a quadratic has no loss on data; use --until excess=VALUE")
-    return QuadraticSubject(asked.size, asked.pushes, asked.seed)
+    return QuadraticSubject(request.size, request.pushes, request.seed)
 
 
 def _for_quadratic(job: JobSpec) -> JobSpec:

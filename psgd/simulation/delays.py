@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.server.journal import Kind
+from psgd.core.server.journal import RecordKind
 from psgd.errors import SpecError
 
 __all__ = ["Constant", "Delays", "Exponential", "Gamma", "Linear", "Lognormal", "Measured", "Slow", "parse_delays"]
@@ -162,7 +162,9 @@ class Measured:
         Raises:
             SpecError: no gradient's time is among them.
         """
-        timed = records[(records["kind"] == Kind.PUSH) & (records["compute_s"] > 0) & np.isfinite(records["compute_s"])]
+        timed = records[
+            (records["kind"] == RecordKind.PUSH) & (records["compute_s"] > 0) & np.isfinite(records["compute_s"])
+        ]
         names, owners = np.unique(timed["worker"], return_inverse=True)
         if not len(names):
             raise SpecError(f"no gradient's compute time is among the {len(records)} records of the journal")

@@ -108,7 +108,7 @@ class WatchedServer(ParameterServer):
         self.audit()
         state = super().state()
         noted = (self.contained.copy(), self.without.copy(), self.versions.copy(), self.heard, self.exact)
-        return ServerState(state.arrays, {**state.facts, "noted": noted})
+        return ServerState(state.arrays, {**state.metadata, "noted": noted})
 
     @classmethod
     def restore(
@@ -122,7 +122,7 @@ class WatchedServer(ParameterServer):
     ) -> Self:
         """As it was noted when the state was saved."""
         server = super().restore(spec, grid, state, incarnation, now, published)
-        contained, without, versions, server.heard, server.exact = state.facts["noted"]
+        contained, without, versions, server.heard, server.exact = state.metadata["noted"]
         server.contained, server.without = contained.copy(), without.copy()
         server.versions = versions | {server.version}
         return server
@@ -172,20 +172,20 @@ def check_end(cluster: VirtualCluster, epochs: int) -> None:
     _check(saved is not None, "nothing was saved")
     assert saved
     for partition, state in enumerate(saved.states):
-        contained, without, *_ = state.facts["noted"]
+        contained, without, *_ = state.metadata["noted"]
         missing = everything - contained.keys() - without
         _check(not missing, f"partition {partition} ended without {sorted(missing)}")
         _check(len(contained) + len(without) == len(everything), "some batch is both in and out")
-        applied = state.facts["pushes"].get("applied", 0)
-        _check((state.facts["epochs"], applied) == (epochs, len(contained)), "an epoch is open, or a round")
+        applied = state.metadata["pushes"].get("applied", 0)
+        _check((state.metadata["epochs"], applied) == (epochs, len(contained)), "an epoch is open, or a round")
     for partition, server in cluster.servers.items():  # one may have died after the last checkpoint
         assert isinstance(server, WatchedServer)
         server.audit()
-        _check(server.contained == saved.states[partition].facts["noted"][0], "what was done last is not durable")
-        live = {worker.name for worker in cluster.coordinator.roster if worker.joined}
+        _check(server.contained == saved.states[partition].metadata["noted"][0], "what was done last is not durable")
+        live = {worker.name for worker in cluster.coordinator.worker_table if worker.joined}
         _check(server.report().heard.keys() <= live, "rounds wait for workers that are gone")
     _check(cluster.coordinator.ledger.settled, "leases are out")
-    known = {worker.name for worker in cluster.coordinator.roster}
+    known = {worker.name for worker in cluster.coordinator.worker_table}
     _check(cluster.workers.keys() <= known, f"{cluster.workers.keys() - known} still live")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.core.server.consistency import build_consistency
-from psgd.core.server.journal import OUTCOMES, Kind
+from psgd.core.server.journal import OUTCOMES, RecordKind
 from psgd.core.server.report import staleness_summary
 from psgd.errors import SpecError
 from psgd.job import OpenJob
@@ -172,7 +172,7 @@ class _Run(VirtualCluster):
 
     def journal(self, partition: int, records: NDArray[np.void]) -> None:
         if partition == 0:
-            pushes = records[(records["kind"] == Kind.PUSH) & np.isin(records["outcome"], TAKEN)]
+            pushes = records[(records["kind"] == RecordKind.PUSH) & np.isin(records["outcome"], TAKEN)]
             names, counts = np.unique(pushes["worker"], return_counts=True)
             self.taken.update({name.decode(): int(n) for name, n in zip(names, counts, strict=True)})
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from psgd.core.server.optimizers import build_optimizer
-from psgd.core.server.partitions import split
+from psgd.core.server.partitions import partition_weights
 from psgd.core.server.schedules import build_schedule
 from psgd.job import OpenJob
-from psgd.simulation.cluster import Checkpoint, VirtualCluster
+from psgd.simulation.cluster import VirtualCheckpoint, VirtualCluster
 from psgd.simulation.problem import Problem
 from psgd.spec import JobSpec, ScalingConfig
 from psgd.spec.reader import override_spec
@@ -64,7 +64,7 @@ def verify(spec: JobSpec, limit_s: float = 40.0) -> list[Check]:
         "correction={name: none}",
         "compression={name: none}",
         "optimizer.max_grad_norm=null",
-        "optimizer.clipvalue=null",
+        "optimizer.clip_value=null",
         "scaling.servers=1",
         "scaling.pipeline=0",
         "run={epochs: 1}",
@@ -72,7 +72,9 @@ def verify(spec: JobSpec, limit_s: float = 40.0) -> list[Check]:
         "failure={timeout_s: 1e12, max_failures: -1}",
     ]
     job = OpenJob.open(override_spec(spec, neutral))
-    split(len(job.weights), job.layout.num_trainable, spec.scaling.servers)  # so many servers must be possible
+    partition_weights(
+        len(job.weights), job.layout.num_trainable, spec.scaling.servers
+    )  # so many servers must be possible
     trial = _Trial(job, spec.scaling, limit_s)
     return [
         trial.gradient(),
@@ -207,7 +209,7 @@ class _Trial:
         whole = self._cluster(self._spec("scaling.workers=1")).run()
         half = max(1, self._grid.num_batches // 2)
         first = self._cluster(self._spec("scaling.workers=1", f"run.max_updates={half}")).run()
-        assert isinstance(first.checkpoint, Checkpoint)
+        assert isinstance(first.checkpoint, VirtualCheckpoint)
         second = self._cluster(self._spec("scaling.workers=1"), resume=first.checkpoint).run()
         return _same("kill and resume", "ends as if undisturbed (1 worker)", second.weights, whole.weights)
 

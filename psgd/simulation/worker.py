@@ -19,7 +19,7 @@ from psgd.errors import WorkerError
 from psgd.simulation.problem import Problem, Timing
 from psgd_workers.gradients.sender import Sender, gradient_norm
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Lease, Receipt, Version
-from psgd_workers.spec import WorkRules
+from psgd_workers.spec import WorkerOptions
 
 __all__ = ["Readers", "Site", "Slot", "Validation", "VirtualWorker"]
 
@@ -112,17 +112,17 @@ class VirtualWorker:
         pushes: so far.
     """
 
-    def __init__(self, name: str, site: Site, rules: WorkRules, pipeline: int) -> None:
+    def __init__(self, name: str, site: Site, worker_options: WorkerOptions, pipeline: int) -> None:
         self.name = name
         self.alive = True
         self.cancelled = -1  # leases up to this one are
         self._trainable = site.problem.trainable
-        self.slots = [Slot(Sender(name, site.parts, self._trainable, rules)) for _ in range(pipeline + 1)]
+        self.slots = [Slot(Sender(name, site.parts, self._trainable, worker_options)) for _ in range(pipeline + 1)]
         self.lease: int | None = None
         self.pushes = 0
         self._site = site
         self._problem, self._link_s = site.problem, site.timing.link_s
-        self._sends_weights = rules.sends_weights
+        self._sends_weights = worker_options.sends_weights
         self._tasks: deque[Lease | Validation] = deque()
         self._busy = False
         self._batches: deque[BatchId] = deque()

@@ -21,7 +21,7 @@ from psgd_workers.spec import (
     NoCompression,
     Spec,
     TorchModel,
-    WorkRules,
+    WorkerOptions,
 )
 
 __all__ = ["CheckpointConfig", "FailureConfig", "JobSpec", "RunConfig", "Settings", "TargetConfig"]
@@ -146,10 +146,10 @@ class JobSpec(Spec):
         return self
 
     @property
-    def rules(self) -> WorkRules:
+    def worker_options(self) -> WorkerOptions:
         """What its workers are told."""
         mode = self.consistency
-        return WorkRules(
+        return WorkerOptions(
             local=LocalSteps(steps=mode.h, lr=mode.lr) if isinstance(mode, LocalConsistency) else None,
             compression=self.compression,
             sends_weights=self.correction.reads_weights,

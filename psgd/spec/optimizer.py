@@ -88,9 +88,9 @@ class _Optimizer(Spec):
     max_grad_norm: float | None = Field(default=None, gt=0)
     """Longer gradients are shortened to this Euclidean norm, each by itself, before any averaging. Lower: outliers
     weigh less, and from some point on every gradient is shortened."""
-    clipvalue: float | None = Field(default=None, gt=0)
-    """Each value of a gradient is clipped to [-clipvalue, clipvalue], before any averaging. Lower: outliers weigh less,
-    and the gradient's direction is bent more."""
+    clip_value: float | None = Field(default=None, gt=0)
+    """Each value of a gradient is clipped to [-clip_value, clip_value], before any averaging. Lower: outliers weigh
+    less, and the gradient's direction is bent more."""
     schedule: ScheduleSpec = ConstantSchedule()
     """How the rate changes over the run, as a function of the examples counted."""
     ema: float | None = Field(default=None, gt=0, lt=1)

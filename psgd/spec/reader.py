@@ -21,7 +21,7 @@ RANGE_TAGS = ("number", "range")  # what `scaling.workers` may be, which no user
 FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 
 
-CHANGEABLE = re.compile(r"consistency(\..*)?|optimizer\.(lr|schedule|max_grad_norm|clipvalue)")
+CHANGEABLE = re.compile(r"consistency(\..*)?|optimizer\.(lr|schedule|max_grad_norm|clip_value)")
 
 
 class _Loader(yaml.SafeLoader):
@@ -97,9 +97,9 @@ def change_settings(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
     if wrong := [field for field in changed if not CHANGEABLE.fullmatch(field)]:
         raise SpecError(
             f"{', '.join(wrong)} cannot change while the job runs: only consistency, and the optimizer's lr, schedule, "
-            "max_grad_norm and clipvalue can. Stop it, and start another under a new --name"
+            "max_grad_norm and clip_value can. Stop it, and start another under a new --name"
         )
-    if spec.rules != after.rules:
+    if spec.worker_options != after.worker_options:
         raise SpecError(
             f"consistency cannot change from {spec.consistency!r} to {after.consistency!r} while the job runs: local "
             "steps, and ringmaster's stop, are what workers are started with. Start another job under a new --name"

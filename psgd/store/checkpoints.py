@@ -105,10 +105,10 @@ def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArr
     Raises:
         StorageError: something could not be written.
     """
-    partition = state.facts["partition"][0]
+    partition = state.metadata["partition"][0]
     files = {
         f"server-{partition}.safetensors": save({name: np.ascontiguousarray(a) for name, a in state.arrays.items()}),
-        f"server-{partition}.json": json.dumps(state.facts).encode(),
+        f"server-{partition}.json": json.dumps(state.metadata).encode(),
     }
     segments = {f"{checkpoint}-server-{partition}.npy": _npy(journal)}  # even if empty: a gap would be a loss
     folders = {f"checkpoints/{checkpoint}": files, "journal": segments}
@@ -116,8 +116,8 @@ def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArr
         for name, data in contents.items():
             run.write(f"{folder}/{name}", data)
     checksums = [{name: sha256(data).hexdigest() for name, data in contents.items()} for contents in folders.values()]
-    settings = Settings.model_validate(state.facts["settings"])
-    return Part(partition, state.facts["version"][1], state.facts["epochs"], settings, *checksums)
+    settings = Settings.model_validate(state.metadata["settings"])
+    return Part(partition, state.metadata["version"][1], state.metadata["epochs"], settings, *checksums)
 
 
 def _npy(records: NDArray[np.void]) -> bytes:
@@ -142,10 +142,10 @@ class Checkpoint:
         folder = self.run.folder(f"checkpoints/{self.manifest.name}")
         try:
             arrays = load(folder.read(f"server-{partition}.safetensors"))
-            facts: dict[str, Any] = json.loads(folder.read(f"server-{partition}.json"))
+            metadata: dict[str, Any] = json.loads(folder.read(f"server-{partition}.json"))
         except (SafetensorError, ValueError) as error:
             raise CheckpointError(f"part {partition} of checkpoint {self.manifest.name}: {error}") from error
-        return ServerState(arrays, facts)
+        return ServerState(arrays, metadata)
 
     def states(self) -> list[ServerState]:
         """What every server wrote."""
@@ -170,7 +170,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the job keeps no average.
         """
-        states = sorted(self.states(), key=lambda state: int(state.facts["partition"][1]))
+        states = sorted(self.states(), key=lambda state: int(state.metadata["partition"][1]))
         if averaged:
             for state in states:
                 if "average" not in state.arrays:

@@ -149,9 +149,9 @@ class RunDirectory:
         """
         self._log.bear_faults(tell)
 
-    def event(self, kind: str, **facts: Any) -> None:
+    def event(self, kind: str, **fields: Any) -> None:
         """Add a line to `events.jsonl`."""
-        self._log.add("events.jsonl", _line({"time": time.time(), "event": kind, **facts}))
+        self._log.add("events.jsonl", _line({"time": time.time(), "event": kind, **fields}))
 
     def metrics(self, values: dict[str, float | None]) -> None:
         """Add a line to `metrics.jsonl`."""
@@ -210,10 +210,10 @@ def _command(name: str, text: bytes) -> dict[str, Any]:
         tree = json.loads(text)
     except ValueError:
         tree = None
-    facts = tree if isinstance(tree, dict) else {}
-    settings = facts.get("settings")
+    fields = tree if isinstance(tree, dict) else {}
+    settings = fields.get("settings")
     known = isinstance(settings, list) and all(isinstance(setting, str) for setting in settings)
-    return {"id": name.removesuffix(".json"), "command": facts.get("command"), "settings": settings if known else []}
+    return {"id": name.removesuffix(".json"), "command": fields.get("command"), "settings": settings if known else []}
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:

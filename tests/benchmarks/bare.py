@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from psgd_workers.messages import BatchId, EpochGrid, Gradient, Outcome, Version
-from psgd_workers.transport.frames import PushForm
+from psgd_workers.transport.frames import PushFormat
 from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.lane import Lane, LaneKind
 from psgd_workers.transport.memory import PublishedVector, Segment
@@ -115,7 +115,7 @@ def _serve(pipe: Connection, size: int, workers: int) -> None:
     zeros = np.zeros(size, np.float32)
     server = ParameterServer(job(), Partition(0, 0, size, size), zeros, grid, Version(1, 0), published)
     host = ServerHost(server)
-    listener = Listener(host, PushForm(size, size), size, slice(0, size), published)
+    listener = Listener(host, PushFormat(size, size), size, slice(0, size), published)
     listener.listen_unix()
     listener.listen_tcp(HOST, None)
     pipe.send(listener.address("here", HOST))
@@ -144,8 +144,8 @@ class BareWorker:
         self._name = f"worker-{rank}"
         segment = Segment(size, slots=1)
         try:
-            form, whole = PushForm(size, size), slice(0, size)
-            self._lane: Lane = LANES[kind](self._name, segment, whole, form, address, TIMEOUT_S)
+            push_format, whole = PushFormat(size, size), slice(0, size)
+            self._lane: Lane = LANES[kind](self._name, segment, whole, push_format, address, TIMEOUT_S)
         finally:
             segment.close()
         (self.slot,) = segment.slots

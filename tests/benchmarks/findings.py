@@ -49,8 +49,8 @@ class Finding:
     @classmethod
     def of_dict(cls, tree: Mapping[str, Any]) -> Finding:
         """What `to_dict` gave."""
-        facts = {name: value for name, value in tree.items() if name != "met"}
-        return cls(**facts | {"turns": tuple(tree["turns"])})
+        fields = {name: value for name, value in tree.items() if name != "met"}
+        return cls(**fields | {"turns": tuple(tree["turns"])})
 
 
 def ratio(

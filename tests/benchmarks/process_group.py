@@ -50,7 +50,7 @@ def process_group(
 
 
 def run_process_group(size: int, work: Work[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> list[Answer]:
-    """Run `work(rank, ...)` in a process for each rank, and collect the answers by rank; see `crew`."""
+    """Run `work(rank, ...)` in a process for each rank, and collect the answers by rank; see `process_group`."""
     with process_group(size, work, *args, **kwargs) as answers:
         return answers()
 

@@ -50,7 +50,7 @@ def main() -> int:
             rates[servers] += _rate(servers, arguments)
         for workers in CROWDS:
             marks[workers].append(_measured(workers, arguments))
-    runs = {"servers": rates, "workers": {crowd: [mark._asdict() for mark in of] for crowd, of in marks.items()}}
+    runs = {"servers": rates, "workers": {poller: [mark._asdict() for mark in of] for poller, of in marks.items()}}
     return conclude("servers and workers", findings(rates, marks), arguments, runs)
 
 

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from psgd.core.server.journal import RECORD, Kind
+from psgd.core.server.journal import RECORD, RecordKind
 from psgd_workers.messages import Outcome
 from tests.benchmarks.command import begin, conclude, parser
 from tests.benchmarks.findings import Finding
@@ -74,7 +74,7 @@ def first_applied(path: Path) -> float:
     records = np.concatenate([np.load(file) for file in sorted((path / "journal").glob("*.npy"))])
     assert records.dtype == RECORD
     applied = records["outcome"] == list(Outcome).index(Outcome.APPLIED)
-    return float(records["now"][(records["kind"] == Kind.PUSH) & applied].min())
+    return float(records["now"][(records["kind"] == RecordKind.PUSH) & applied].min())
 
 
 def _ray_s() -> float:

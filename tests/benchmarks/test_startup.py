@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from psgd.cluster import session
-from psgd.core.server.journal import Journal, Kind
+from psgd.core.server.journal import Journal, RecordKind
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, Outcome, Version
 from tests.benchmarks.peers.psgd_job import job
@@ -17,7 +17,7 @@ from tests.support.jobs import push
 
 def test_the_first_push_that_was_applied_counts(tmp_path: Path) -> None:
     journal = Journal()
-    journal.member(Kind.JOIN, 10.0, "worker-0", Version(1, 0))
+    journal.member(RecordKind.JOIN, 10.0, "worker-0", Version(1, 0))
     for now, outcome in ((11.0, Outcome.REQUEUED), (12.5, Outcome.APPLIED), (13.0, Outcome.APPLIED)):
         journal.push(now, push(BatchId(0, 0, int(now)), Version(1, 0)), outcome, Version(1, 1))
     records = journal.take()

@@ -9,13 +9,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from psgd.core.driver.events import Action, Commit, Save, SaveFailed, WorkerLost
-from psgd.simulation.cluster import Checkpoint, VirtualCluster
+from psgd.simulation.cluster import VirtualCheckpoint, VirtualCluster
 from psgd.simulation.problem import Problem, Timing
 from psgd.simulation.worker import Slot, VirtualWorker
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Gradient, Outcome, Receipt, Version
 
-__all__ = ["Applied", "Checkpoint", "Fault", "InProcess"]
+__all__ = ["Applied", "Fault", "InProcess", "VirtualCheckpoint"]
 
 TIMING = Timing()
 START_S, EVALUATE_S = TIMING.start_s, TIMING.evaluate_s
@@ -97,7 +97,7 @@ class InProcess(VirtualCluster):
         self._failing_saves = failing_saves
         self._reads: dict[tuple[str, BatchId], Version] = {}
         self.applied: list[Applied] = []
-        self.checkpoints: list[Checkpoint] = []
+        self.checkpoints: list[VirtualCheckpoint] = []
         self.actions: list[tuple[float, Action]] = []
 
     def run(self, max_events: int = MAX_EVENTS) -> Self:

@@ -16,9 +16,9 @@ from psgd.store.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.messages import BatchId, FloatArray, Gradient
-from tests.support.in_process import Checkpoint, InProcess
+from tests.support.in_process import InProcess, VirtualCheckpoint
 
-__all__ = ["Recorded", "digits", "record", "run_directory"]
+__all__ = ["RecordedRun", "digits", "record", "run_directory"]
 
 SOON_S = 0.2  # in which some pushes come that no checkpoint has
 
@@ -40,24 +40,24 @@ def run_directory(folder: Path, name: str = "run") -> RunDirectory:
     return RunDirectory(Storage(str(folder)).folder(name))
 
 
-def record(run: RunDirectory, spec: JobSpec, **options: Any) -> Recorded:
+def record(run: RunDirectory, spec: JobSpec, **options: Any) -> RecordedRun:
     """Run a job to its end, from its newest checkpoint if there is one."""
     checkpoint = Checkpoints(run.storage).newest(refused=lambda _: None)
     if checkpoint is None:
-        return Recorded(run, OpenJob.open(spec), None, **options).run()
+        return RecordedRun(run, OpenJob.open(spec), None, **options).run()
     manifest = checkpoint.manifest
     number = Checkpoints(run.storage).next_number() - 1
     states = tuple(checkpoint.state(partition) for partition in range(manifest.partitions))
-    resume = Checkpoint(states, number, manifest.updates, manifest.requeued)
+    resume = VirtualCheckpoint(states, number, manifest.updates, manifest.requeued)
     spec = spec.model_copy(update=dict(manifest.settings))
-    return Recorded(run, OpenJob.open(spec), manifest.name, resume=resume, **options).run()
+    return RecordedRun(run, OpenJob.open(spec), manifest.name, resume=resume, **options).run()
 
 
 def _uneven(worker: str, batch: BatchId) -> float:
     return float(0.01 + 0.2 * np.random.default_rng([int(worker[-1]), *batch]).random())
 
 
-class Recorded(InProcess):
+class RecordedRun(InProcess):
     """One process of a run; all that happens lands in its directory, as `psgd.cluster` would write it.
 
     Args:

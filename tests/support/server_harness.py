@@ -23,7 +23,7 @@ from psgd.spec import JobSpec
 from psgd_workers.gradients.sender import Sender, gradient_norm
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
 from psgd_workers.transport import frames
-from psgd_workers.transport.frames import Frame, Kind, PushForm
+from psgd_workers.transport.frames import Frame, FrameKind, PushFormat
 from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
 from psgd_workers.transport.memory import PublishedVector, Segment
 from psgd_workers.transport.sockets import ShmLane, TcpLane
@@ -40,10 +40,10 @@ __all__ = [
     "PULL",
     "SECOND",
     "V1",
-    "Crew",
+    "Harnesses",
     "Kinds",
-    "Stage",
-    "Stages",
+    "ServerHarness",
+    "WorkerHarness",
     "batch",
     "closed",
     "exactly",
@@ -60,11 +60,11 @@ NUM_PARAMETERS, PART = 90, Partition(0, 8, 75, 60)  # odd sizes, and 7 buffers a
 V1, FIRST, SECOND = Version(1, 0), BatchId(0, 0, 0), BatchId(0, 0, 1)
 GRID = EpochGrid((50, 40), 900)
 DC_ASGD, INT8 = {"correction": {"name": "dc_asgd"}}, {"compression": {"name": "int8"}}
-PULL = Frame(Kind.PULL, 0, 0, True, 1, 0)
+PULL = Frame(FrameKind.PULL, 0, 0, True, 1, 0)
 BIG = {"partition": Partition(0, 0, 4_000_000, 4_000_000), "num_parameters": 4_000_000}  # more than sockets hold
 
 Lane = ShmLane | TcpLane
-Stages = Callable[..., "Stage"]
+Harnesses = Callable[..., "ServerHarness"]
 
 
 def randoms(seed: int, size: int = NUM_PARAMETERS) -> FloatArray:
@@ -130,7 +130,7 @@ class _Host(ServerHost):
         self.arrived.release()
 
 
-class Stage:
+class ServerHarness:
     """The server's side.
 
     Args:
@@ -164,14 +164,14 @@ class Stage:
         self._excepthook, threading.excepthook = threading.excepthook, self.errors.append
         logging.getLogger("psgd.lanes").addHandler(self.log)
         encoding = "" if spec.compression.name == "none" else spec.compression.name
-        self.form = PushForm(self.size, partition.num_trainable, encoding, spec.rules.sends_weights)
+        self.push_format = PushFormat(self.size, partition.num_trainable, encoding, spec.worker_options.sends_weights)
         self.server = self.reference(self.published)
         self.host = _Host(self.server)
         self.listener = self.listen(tcp, unix)
         self.address = self.listener.address("node", "127.0.0.1")
 
     def listen(self, tcp: bool = True, unix: bool = True, ports: tuple[int, int] | None = None) -> _Listener:
-        listener = _Listener(self.host, self.form, self.num_parameters, self.part, self.published)
+        listener = _Listener(self.host, self.push_format, self.num_parameters, self.part, self.published)
         if unix:
             listener.listen_unix()
         if tcp:
@@ -184,7 +184,7 @@ class Stage:
 
     def report(self) -> Report:
         """What the server knows."""
-        with self.host._turn:
+        with self.host._lock_server:
             return self.server.report()
 
     def join(self, *workers: str) -> None:
@@ -214,7 +214,7 @@ class Stage:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """The server does nothing meanwhile."""
-        with self.host._turn:
+        with self.host._lock_server:
             yield
 
     def lane(
@@ -224,24 +224,24 @@ class Stage:
         slots: int = 3,
         address: Address | None = None,
         timeout_s: float = LIMIT_S,
-    ) -> Crew:
+    ) -> WorkerHarness:
         segment = Segment(self.num_parameters, slots)
         lane_class: type[Lane] = TcpLane if kind == "tcp" else ShmLane
         self._choose(kind)
         try:
-            lane = lane_class(worker, segment, self.part, self.form, address or self.address, timeout_s)
+            lane = lane_class(worker, segment, self.part, self.push_format, address or self.address, timeout_s)
         finally:
             segment.close()
         self._lanes.append(lane)
-        return Crew(self, worker, segment, lane)
+        return WorkerHarness(self, worker, segment, lane)
 
     def _choose(self, kind: Kinds) -> None:
         """Who serves the next ones, threads or a crowd; the partition is a small one, but for the largest."""
         frames.SMALL = self._small if kind == "crowd" else 0
 
-    def forget(self, crew: Crew) -> None:
+    def forget(self, client: WorkerHarness) -> None:
         """Its lane is closed."""
-        self._lanes.remove(crew.lane)
+        self._lanes.remove(client.lane)
 
     def unconnected(self, kind: Kinds) -> socket.socket:
         """A socket that is to be connected."""
@@ -317,22 +317,22 @@ class Stage:
         logging.getLogger("psgd.lanes").removeHandler(self.log)
 
 
-class Crew:
+class WorkerHarness:
     """A worker's side: its lane, its memory, and gradients made as `Worker` makes them."""
 
-    def __init__(self, stage: Stage, worker: str, segment: Segment, lane: Lane) -> None:
+    def __init__(self, harness: ServerHarness, worker: str, segment: Segment, lane: Lane) -> None:
         self.worker = worker
         self.segment = segment
         self.lane = lane
-        self._stage = stage
-        trainable = stage.partition.start + stage.partition.num_trainable
-        parts = [slice(0, stage.part.start), stage.part, slice(stage.part.stop, stage.num_parameters)]
-        self._senders = [Sender(worker, parts, trainable, stage.spec.rules) for _ in segment.slots]
+        self._harness = harness
+        trainable = harness.partition.start + harness.partition.num_trainable
+        parts = [slice(0, harness.part.start), harness.part, slice(harness.part.stop, harness.num_parameters)]
+        self._senders = [Sender(worker, parts, trainable, harness.spec.worker_options) for _ in segment.slots]
         self._trainable = trainable
 
     def weights(self, slot: int) -> FloatArray:
         """The partition's, as they lie in the slot."""
-        return self.segment.slots[slot].weights[self._stage.part]
+        return self.segment.slots[slot].weights[self._harness.part]
 
     def gradient(self, slot: int, batch: BatchId, read: Version, seed: int = 1) -> Gradient:
         weights, values = self.segment.slots[slot]
@@ -343,10 +343,10 @@ class Crew:
         return gradient
 
 
-def header(stage: Stage, **changes: Any) -> Frame:
+def header(harness: ServerHarness, **changes: Any) -> Frame:
     """Of a push that is taken, but for the changes."""
-    size = stage.form.sizes(shared=False)[-1]
-    frame = Frame(Kind.PUSH, 0, 0, False, 1, size, FIRST, 10, V1, 0.5, 1.0, 0.01)
+    size = harness.push_format.sizes(shared=False)[-1]
+    frame = Frame(FrameKind.PUSH, 0, 0, False, 1, size, FIRST, 10, V1, 0.5, 1.0, 0.01)
     return frame._replace(**changes)
 
 
@@ -362,13 +362,13 @@ def batch(position: int) -> BatchId:
     return GRID.batch(0, position)
 
 
-def works(stage: Stage, position: int = 0, kind: Kinds = "shm") -> None:
+def works(harness: ServerHarness, position: int = 0, kind: Kinds = "shm") -> None:
     """A worker comes, and its push is applied."""
-    crew = stage.lane(kind, "worker-7")
-    read = crew.lane.pull(0, LIMIT_S)
-    receipt = crew.lane.push(crew.gradient(0, batch(position), read), 0, wants=True).receipt(LIMIT_S)
+    client = harness.lane(kind, "worker-7")
+    read = client.lane.pull(0, LIMIT_S)
+    receipt = client.lane.push(client.gradient(0, batch(position), read), 0, wants=True).receipt(LIMIT_S)
     assert receipt == Receipt("worker-7", batch(position), Outcome.APPLIED, Version(1, read.updates + 1))
-    assert crew.weights(0).tobytes() == stage.published.values.tobytes()
+    assert client.weights(0).tobytes() == harness.published.values.tobytes()
 
 
 def open_files() -> set[tuple[int, int]]:

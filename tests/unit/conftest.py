@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 
 from tests.support.jobs import job
-from tests.support.server_harness import Stage, Stages
+from tests.support.server_harness import Harnesses, ServerHarness
 
 
 @pytest.fixture
-def stages() -> Iterator[Stages]:
+def harnesses() -> Iterator[Harnesses]:
     """Servers; after the test nothing of them is left, and no error of theirs went by unhandled."""
-    opened: list[Stage] = []
+    opened: list[ServerHarness] = []
 
-    def stage(mode: str = "async", workers: int = 1, sections: Any = None, **options: Any) -> Stage:
-        opened.append(Stage(job(mode, workers, **(sections or {})), **options))
+    def harness(mode: str = "async", workers: int = 1, sections: Any = None, **options: Any) -> ServerHarness:
+        opened.append(ServerHarness(job(mode, workers, **(sections or {})), **options))
         return opened[-1]
 
     before = threading.active_count()
-    yield stage
+    yield harness
     for each in opened:
         each.close()
     assert [each.errors for each in opened] == [[]] * len(opened)

@@ -34,7 +34,7 @@ __all__ = [
     "Spec",
     "TopKCompression",
     "TorchModel",
-    "WorkRules",
+    "WorkerOptions",
 ]
 
 LossName = Literal["cross_entropy", "mse", "binary_cross_entropy"]
@@ -251,7 +251,7 @@ class LocalSteps(Spec):
     """Their rate."""
 
 
-class WorkRules(Spec):
+class WorkerOptions(Spec):
     """What a job wants of its workers, beyond computing gradients: derived from the job by `psgd.spec`."""
 
     local: LocalSteps | None = None

@@ -31,7 +31,7 @@ from psgd_workers.messages import (
     Version,
 )
 from psgd_workers.models import Model, evaluate
-from psgd_workers.spec import WorkRules
+from psgd_workers.spec import WorkerOptions
 from psgd_workers.transport.lane import Connect, Lane, LaneKind, Pending
 from psgd_workers.transport.memory import Segment, Slot
 
@@ -39,7 +39,7 @@ __all__ = ["Route", "Worker", "batch_seed"]
 
 RECEIPT_FACTOR = 2  # a receipt may wait for the slowest worker, who is itself given the limit once
 KNOWN_VECTORS = 8  # weights and gradient of each batch in hand, of which there are at most three, and some to spare
-PLAIN = WorkRules()
+PLAIN = WorkerOptions()
 
 
 class Route(NamedTuple):
@@ -86,7 +86,7 @@ class Worker:
         train: Examples,
         shards: Shards,
         seed: int,
-        rules: WorkRules = PLAIN,
+        worker_options: WorkerOptions = PLAIN,
         routes: Sequence[Route] = (),
         timeout_s: float = 60.0,
         pipeline: int = 0,
@@ -97,12 +97,12 @@ class Worker:
         self._train = train
         self._shards = shards
         self._seed = seed
-        self._rules = rules
-        self._local = np.zeros(layout.num_parameters, np.float32) if rules.local else None
+        self._worker_options = worker_options
+        self._local = np.zeros(layout.num_parameters, np.float32) if worker_options.local else None
         self._routes = routes
         self._timeout_s = timeout_s
         parts = [route.part for route in routes]
-        self._senders = [Sender(name, parts, layout.num_trainable, rules) for _ in range(pipeline + 1)]
+        self._senders = [Sender(name, parts, layout.num_trainable, worker_options) for _ in range(pipeline + 1)]
         self._known: dict[int, tuple[FloatArray, dict[str, FloatArray]]] = {}  # by identity
         self._lanes: list[Lane] = []
         self._desks: list[_Desk] = []
@@ -125,12 +125,12 @@ class Worker:
         """
         if self._local is None:
             return self._backpropagate(batch, self._shards.examples(batch), weights, out, batch_seed(self._seed, batch))
-        assert self._rules.local
+        assert self._worker_options.local
         local, trainable, total = self._local, self._layout.num_trainable, 0.0
         local[:] = weights
         for step, rows in enumerate(self._shards.mini_batches(batch)):
             total += len(rows) * self._backpropagate(batch, rows, local, out, batch_seed(self._seed, batch, step))
-            out[:trainable] *= self._rules.local.lr
+            out[:trainable] *= self._worker_options.local.lr
             local -= out
         np.subtract(weights, local, out=out)
         return total / len(self._shards.examples(batch))
@@ -259,7 +259,7 @@ class Worker:
         ]
 
     def _too_stale(self, versions: Sequence[Version]) -> bool:
-        limit = self._rules.stop_at
+        limit = self._worker_options.stop_at
         if limit is None:
             return False
         now = [lane.version(self._timeout_s) for lane in self._lanes]

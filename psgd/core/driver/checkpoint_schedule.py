@@ -5,12 +5,12 @@ from __future__ import annotations
 from psgd.core.driver.events import Commit, Committed, Save, Saved, SaveFailed
 from psgd.spec import CheckpointConfig
 
-__all__ = ["Saving"]
+__all__ = ["CheckpointSchedule"]
 
 PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # before the run's last checkpoint is tried again
 
 
-class Saving:
+class CheckpointSchedule:
     """At most one checkpoint at a time.
 
     Args:

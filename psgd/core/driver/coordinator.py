@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from psgd.core.driver.checkpoint_schedule import Saving
+from psgd.core.driver.checkpoint_schedule import CheckpointSchedule
 from psgd.core.driver.evaluations import Evaluations
 from psgd.core.driver.events import (
     Action,
@@ -39,13 +39,13 @@ from psgd.core.driver.events import (
     WorkerLost,
     WorkerUp,
 )
-from psgd.core.driver.failures import Incidents
+from psgd.core.driver.failures import FailureCounts
 from psgd.core.driver.leasing import Leasing
 from psgd.core.driver.ledger import Ledger
 from psgd.core.driver.limits import Limits
-from psgd.core.driver.poison import Suspects
-from psgd.core.driver.server_reports import Servers
-from psgd.core.driver.workers import LEASE_S, LEAST_PATIENCE_S, Roster, WorkerRecord
+from psgd.core.driver.poison import PoisonTracker
+from psgd.core.driver.server_reports import ServerReports
+from psgd.core.driver.workers import LEASE_S, LEAST_SILENCE_TIMEOUT_S, WorkerRecord, WorkerTable
 from psgd.core.server.report import Report
 from psgd.result import LedgerCounts, Status
 from psgd.spec import JobSpec, Settings
@@ -93,13 +93,15 @@ class Coordinator:
         self.phase: Literal["starting", "training", "ending"] = "starting"
         self.ledger = Ledger(grid, partitions)
         self.ledger.requeued = requeued
-        self.servers = Servers(partitions, self.ledger.ask)
-        self.roster = Roster(spec.scaling.most_workers, spec.scaling.least_workers, lease_s)
-        self.evaluations = Evaluations(self.roster, validates)
-        self.saving = Saving(spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs)
-        self._leasing = Leasing(spec, self.ledger, self.roster, self.servers, self._limits)
-        self.incidents = Incidents()
-        self._suspects = Suspects(grid, spec.failure.poison_tries)
+        self.server_reports = ServerReports(partitions, self.ledger.ask)
+        self.worker_table = WorkerTable(spec.scaling.most_workers, spec.scaling.least_workers, lease_s)
+        self.evaluations = Evaluations(self.worker_table, validates)
+        self.checkpoint_schedule = CheckpointSchedule(
+            spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs
+        )
+        self._leasing = Leasing(spec, self.ledger, self.worker_table, self.server_reports, self._limits)
+        self.failure_counts = FailureCounts()
+        self._poison_tracker = PoisonTracker(grid, spec.failure.poison_tries)
         self.began: float | None = None
         self._started: float | None = None
         self._rejected_before: int | None = None
@@ -133,9 +135,9 @@ class Coordinator:
 
     def next_deadline(self) -> float | None:
         """When the host must send a `Tick`, if nothing happens before; None: never."""
-        deadlines = [self._end_deadline, self._look_at, self.saving.retry_at]
-        if self.phase == "training" and self.servers.ready:  # while one is restored, its report is waited for
-            deadlines += [self._limits.deadline(self.began), self.saving.deadline(self.updates)]
+        deadlines = [self._end_deadline, self._look_at, self.checkpoint_schedule.retry_at]
+        if self.phase == "training" and self.server_reports.ready:  # while one is restored, its report is waited for
+            deadlines += [self._limits.deadline(self.began), self.checkpoint_schedule.deadline(self.updates)]
         return None if (soonest := min(deadlines)) == float("inf") else soonest
 
     def counts(self) -> LedgerCounts:
@@ -152,27 +154,27 @@ class Coordinator:
     @property
     def reports(self) -> Mapping[int, Report]:
         """The newest of each partition."""
-        return self.servers.reports
+        return self.server_reports.reports
 
     @property
     def epochs(self) -> int:
         """Epochs that every partition contains."""
-        return self.servers.epochs
+        return self.server_reports.epochs
 
     @property
     def updates(self) -> int:
         """Steps taken, by the partition that is least far."""
-        return self.servers.updates
+        return self.server_reports.updates
 
     @property
     def failures(self) -> int:
         """Those that count against `failure.max_failures`."""
-        return self.incidents.charged
+        return self.failure_counts.charged
 
     @property
     def goodput(self) -> float | None:
         """Share of the computed batches of this process that no failure wasted; None: none was computed."""
-        return self.incidents.goodput(self.servers.pushes)
+        return self.failure_counts.goodput(self.server_reports.pushes)
 
     # Events: what they change
 
@@ -181,7 +183,7 @@ class Coordinator:
             case Started():
                 self._started = now
                 for partition in range(self._partitions):
-                    self._actions += self.servers.start(partition)
+                    self._actions += self.server_reports.start(partition)
             case Reported():
                 self._on_report(event, now)
             case Stop(status):
@@ -189,7 +191,7 @@ class Coordinator:
             case Change(settings):
                 self._change(settings)
             case Scale(workers):
-                self.roster.target = workers
+                self.worker_table.target = workers
             case ServerLost():
                 self._on_server_lost(event, now)
             case Saved() | SaveFailed() | Committed():
@@ -200,12 +202,12 @@ class Coordinator:
                 self._take_from_worker(event, now)
 
     def _take_from_worker(self, event: WorkerEvent, now: float) -> None:
-        if event.worker not in self.roster:
+        if event.worker not in self.worker_table:
             return  # it was given up before its answer came
-        worker = self.roster[event.worker]
+        worker = self.worker_table[event.worker]
         match event:
             case WorkerUp():
-                self.roster.rise(worker.name, now)
+                self.worker_table.mark_up(worker.name, now)
             case LeaseClosed(_, lease, residual_norm):
                 worker.residual_norm, worker.lane_failures = residual_norm, 0
                 self._close(worker, lease, now, whole=lease > worker.called_off and lease not in self.ledger.overtaken)
@@ -214,7 +216,7 @@ class Coordinator:
             case WorkerLost(_, cause, preempted):
                 self._lose(worker, now, suspicious=not preempted)
                 if preempted:
-                    self.incidents.count("preempted")
+                    self.failure_counts.count("preempted")
                 else:
                     self._charge("worker_lost", f"{worker.name} was lost: {cause}")
             case WorkerFailed(_, cause):
@@ -239,33 +241,33 @@ class Coordinator:
         if partition not in self.reports and not event.died:
             self._fail(f"server {partition} could not be started: {cause}")
             return
-        self.servers.lost(partition, now)
-        self.saving.abandon(now)
+        self.server_reports.lost(partition, now)
+        self.checkpoint_schedule.abandon(now)
         if self.phase == "ending":
             self.evaluations.forget(self.epochs)
         if self.phase == "ending" and self._end_status == "finished":
             self.phase, self._end_deadline = "training", float("inf")  # what it lacks has to be done again
-        self._actions += self.servers.start(partition)
+        self._actions += self.server_reports.start(partition)
         self._charge("server_lost", f"server {partition} was lost: {cause}")
 
     def _on_report(self, event: Reported, now: float) -> None:
         partition = event.report.partition
         before = self.reports.get(partition)
-        taken = self.servers.take(event, now)
+        taken = self.server_reports.take(event, now)
         if taken is None:
             return
         report, absent_s = taken
         for lease, lost in self.ledger.reported(report, event.asked):
             self._on_settled(lease, lost.tolist(), now)
-        self.incidents.progressed(self.ledger.epoch * self._grid.num_batches + self.ledger.done)
-        self.roster.heard(report, now)
+        self.failure_counts.progressed(self.ledger.epoch * self._grid.num_batches + self.ledger.done)
+        self.worker_table.heard(report, now)
         if self._overdue:
             self._look_at = now
         if absent_s is not None and before is not None:
             again = max(0, before.contained(self._grid) - report.contained(self._grid))  # as far as it had reported
             self._on_restored(partition, absent_s, again, now)
         self._watch_divergence()
-        for batch in self._suspects.rejected(report.rejected.items()):
+        for batch in self._poison_tracker.rejected(report.rejected.items()):
             self._on_poison(batch)
         if self.phase == "training":
             self._actions += self._leasing.call_off()
@@ -273,40 +275,40 @@ class Coordinator:
     def _on_restored(self, partition: int, absent_s: float, again: int, now: float) -> None:
         """It knows no workers and nothing decided since its checkpoint; and nobody is given up for its absence."""
         self._note("server_restored", partition=partition, seconds=absent_s, batches_lost=again)
-        for worker in self.roster:
+        for worker in self.worker_table:
             worker.alive_at, worker.lane_failures = now, 0
         if self._settings:
             self._actions.append(ChangeServer(partition, self._settings))
-        self._actions += [Join(worker.name) for worker in self.roster if worker.joined]
-        self._actions += self._suspects.skips(self.ledger)
+        self._actions += [Join(worker.name) for worker in self.worker_table if worker.joined]
+        self._actions += self._poison_tracker.skips(self.ledger)
 
     def _on_settled(self, lease: int, lost: list[int], now: float) -> None:
         """What a dead worker's lease left undone is known."""
-        incident = self.incidents.settled(lease)
+        incident = self.failure_counts.settled(lease)
         if incident is None:
             return
         self._note("worker_recovered", worker=incident.worker, seconds=now - incident.at, batches_again=len(lost))
         if not lost or not incident.suspicious:
             return
         batch = self._grid.batch(self.ledger.epoch, lost[0])  # what it was at, or about to be
-        if self._suspects.died(batch):
+        if self._poison_tracker.died(batch):
             self._on_poison(batch)
         else:
             self.ledger.isolate(lost[0])
 
     def _on_poison(self, batch: BatchId) -> None:
-        self.incidents.count("poison")
-        tries = self._suspects.tries(batch)
+        self.failure_counts.count("poison")
+        tries = self._poison_tracker.tries(batch)
         said = f"{batch} was tried {tries} times, and each time its worker died or its gradient was not finite"
         if self._spec.failure.poison == "fail":
             self._fail(f"{said}. Look at its examples, or set failure.poison to skip")
             return
         self._note("poison_skipped", batch=batch, tries=tries)
-        self._actions += self._suspects.skips(self.ledger)
+        self._actions += self._poison_tracker.skips(self.ledger)
 
     def _watch_divergence(self) -> None:
         """Count the gradients that were not finite; those before a resumption are past."""
-        if not self.servers.ready:
+        if not self.server_reports.ready:
             return
         rejected = max(report.pushes["rejected"] for report in self.reports.values())
         if self._rejected_before is None:
@@ -318,21 +320,22 @@ class Coordinator:
             )
 
     def _on_save(self, event: Saved | SaveFailed | Committed, now: float) -> None:
-        if not self.saving.concerns(event):
+        if not self.checkpoint_schedule.concerns(event):
             return
-        commit = self.saving.take(event, now)
+        commit = self.checkpoint_schedule.take(event, now)
         if commit:
             self._actions.append(commit)
         if isinstance(event, SaveFailed):
-            self.incidents.count("save_failed")
-            if self.saving.last and not self.saving.pauses(now):
+            self.failure_counts.count("save_failed")
+            if self.checkpoint_schedule.last and not self.checkpoint_schedule.pauses(now):
                 self._finish_unsaved(event.cause)
 
     def _finish_unsaved(self, cause: str) -> None:
         self._finish = self._finish or Finish(
             "unsaved",
             f"training came to {self.updates} updates and {self.epochs} complete epochs, but the last checkpoint could "
-            f"not be written: {cause}; {self.saving.told}. Mend the storage, and --resume continues from there",
+            f"not be written: {cause}; {self.checkpoint_schedule.told}. "
+            "Mend the storage, and --resume continues from there",
         )
 
     def _change(self, settings: Settings) -> None:
@@ -341,30 +344,30 @@ class Coordinator:
         self._actions += [ChangeServer(partition, settings) for partition in range(self._partitions)]
 
     def _close(self, worker: WorkerRecord, lease: int, now: float, whole: bool = False) -> None:
-        self.roster.closed(worker, lease, now, whole)
+        self.worker_table.closed(worker, lease, now, whole)
         self.ledger.close(lease)
 
     def _lose(self, worker: WorkerRecord, now: float, suspicious: bool = False) -> None:
         if worker.leases:
-            self.incidents.died(next(iter(worker.leases)), worker.name, now, suspicious)
+            self.failure_counts.died(next(iter(worker.leases)), worker.name, now, suspicious)
         for lease in list(worker.leases):
             self._close(worker, lease, now)
         self.evaluations.lost(worker)
         if worker.joined:
             self._actions.append(Leave(worker.name))
-        self.roster.remove(worker.name)
+        self.worker_table.remove(worker.name)
 
     def _charge(self, kind: str, cause: str) -> None:
-        self.incidents.count(kind)
+        self.failure_counts.count(kind)
         allowed = self._spec.failure.max_failures
-        if 0 <= allowed < self.incidents.charged:
+        if 0 <= allowed < self.failure_counts.charged:
             self._fail(
-                f"{cause}. That is failure {self.incidents.charged}, and failure.max_failures is {allowed}; "
+                f"{cause}. That is failure {self.failure_counts.charged}, and failure.max_failures is {allowed}; "
                 "--resume continues from the newest checkpoint"
             )
 
-    def _note(self, event: str, **facts: Any) -> None:
-        self._actions.append(Note(event, facts))
+    def _note(self, event: str, **fields: Any) -> None:
+        self._actions.append(Note(event, fields))
 
     def _fail(self, cause: str) -> None:
         self._finish = self._finish or Finish("failed", cause)
@@ -376,26 +379,26 @@ class Coordinator:
         self._staff(now)
         if self.phase == "starting":
             self._begin(now)
-        if self.phase == "training" and self.servers.ready:
+        if self.phase == "training" and self.server_reports.ready:
             self._turn_epoch()
             self._end_if_due(now)
-        if self.phase == "training" and self.servers.ready:
+        if self.phase == "training" and self.server_reports.ready:
             self._actions += self._leasing.lease(now)
-            if self.saving.due(self.updates, now):
-                self._actions.append(self.saving.begin(self.updates))
+            if self.checkpoint_schedule.due(self.updates, now):
+                self._actions.append(self.checkpoint_schedule.begin(self.updates))
         if self.phase == "ending":
             self._finish_if_done(now)
-        if self.servers.ready:
+        if self.server_reports.ready:
             self._actions += self.evaluations.assign(now)
         hurry = self.phase == "ending" or not self.ledger.pending or self._leasing.holds
-        self._actions += self.servers.ask(self.ledger.newest_doubt, hurry)
+        self._actions += self.server_reports.ask(self.ledger.newest_doubt, hurry)
 
     def _give_up_silent(self, now: float) -> None:
         if now < self._look_at:
             return
-        limits, servers = self._spec.failure, self.servers
-        for worker in list(self.roster):
-            ends = self.roster.patience_ends(worker, limits, servers.ready)
+        limits, servers = self._spec.failure, self.server_reports
+        for worker in list(self.worker_table):
+            ends = self.worker_table.silence_deadline(worker, limits, servers.ready)
             if now >= ends and (not worker.at_work or servers.reported_at >= ends):
                 silent_s = now - worker.alive_at
                 cause = f"no sign of life for {silent_s:.1f} s (see failure.timeout_s)"
@@ -405,39 +408,41 @@ class Coordinator:
                 self._lose(worker, now, suspicious=worker.up)
                 self._charge("worker_silent", f"{worker.name}: {cause}")
         # Whoever is granted something from now on is given at least so much patience.
-        later = now + min(LEAST_PATIENCE_S, self._spec.failure.timeout_s)
-        soonest = min((self.roster.patience_ends(w, limits, servers.ready) for w in self.roster), default=later)
+        later = now + min(LEAST_SILENCE_TIMEOUT_S, self._spec.failure.timeout_s)
+        soonest = min(
+            (self.worker_table.silence_deadline(w, limits, servers.ready) for w in self.worker_table), default=later
+        )
         self._overdue = soonest <= now
         self._look_at = later if self._overdue else min(later, soonest)
 
     def _staff(self, now: float) -> None:
         """As many workers as there should be."""
-        wanted = self.roster.target
+        wanted = self.worker_table.target
         if self.phase == "ending":
             wanted = 1 if self.evaluations.waiting and self._end_status != "interrupted" else 0
         else:
-            for worker in self.roster.surplus():
+            for worker in self.worker_table.surplus():
                 self._actions.append(self._leasing.cancel(worker))
-            for worker in [worker for worker in self.roster.draining if not worker.busy]:
+            for worker in [worker for worker in self.worker_table.draining if not worker.busy]:
                 self._actions.append(StopWorker(worker.name, "there are to be fewer workers"))
                 self._lose(worker, now)
-        self._actions += [StartWorker(worker.name) for worker in self.roster.hire(wanted, now)]
+        self._actions += [StartWorker(worker.name) for worker in self.worker_table.hire(wanted, now)]
 
     def _begin(self, now: float) -> None:
         """Train once the servers have reported and a worker is up; lock-step modes wait for all of them."""
-        enough = self._leasing.in_lockstep or self.roster.least < self.roster.target
-        ready = self.roster.complete if enough else bool(self.roster.up)
-        if self.servers.ready and ready:
+        enough = self._leasing.in_lockstep or self.worker_table.least < self.worker_table.target
+        ready = self.worker_table.complete if enough else bool(self.worker_table.up)
+        if self.server_reports.ready and ready:
             self.phase = "training"
-            self.began = self.saving.closed_at = now
+            self.began = self.checkpoint_schedule.closed_at = now
             self._start_epoch()
-            self.incidents.begin(self.ledger.epoch * self._grid.num_batches + self.ledger.done)
+            self.failure_counts.begin(self.ledger.epoch * self._grid.num_batches + self.ledger.done)
 
     def _start_epoch(self) -> None:
         self.ledger.advance(self.epochs)
         for report in self.reports.values():
             self.ledger.reported(report, asked=0)
-        self._actions += self._suspects.skips(self.ledger)
+        self._actions += self._poison_tracker.skips(self.ledger)
 
     def _turn_epoch(self) -> None:
         """Lease the next epoch once this one is complete in every partition; or one again that is not any more."""
@@ -467,24 +472,26 @@ class Coordinator:
         limit = INTERRUPT_S if status == "interrupted" else self._spec.failure.timeout_s
         self._end_deadline = min(self._end_deadline, now + limit)
         if status == "interrupted":
-            self.saving.hurry()
+            self.checkpoint_schedule.hurry()
         if self.phase != "ending" or status == "interrupted":
             self._end_status = status
         if self.phase != "ending":
-            self._actions += [self._leasing.cancel(worker) for worker in self.roster if worker.leases]
+            self._actions += [self._leasing.cancel(worker) for worker in self.worker_table if worker.leases]
         self.phase = "ending"
 
     def _finish_if_done(self, now: float) -> None:
         if now >= self._end_deadline:
             self._abandon_leases(now)
-            if self._end_status == "interrupted" and not self.servers.ready and self.reports:
+            if self._end_status == "interrupted" and not self.server_reports.ready and self.reports:
                 self._finish = Finish(self._end_status)  # without what the lost server had
                 return
-        if not self.ledger.settled or self.saving.busy or (self.reports and not self.servers.ready):
+        if not self.ledger.settled or self.checkpoint_schedule.busy or (self.reports and not self.server_reports.ready):
             return
-        if self.reports and (self.saving.lacks(self.updates) or self.saving.saved_epochs < self.epochs):
-            if not self.saving.pauses(now):
-                self._actions.append(self.saving.begin(self.updates, last=True))
+        if self.reports and (
+            self.checkpoint_schedule.lacks(self.updates) or self.checkpoint_schedule.saved_epochs < self.epochs
+        ):
+            if not self.checkpoint_schedule.pauses(now):
+                self._actions.append(self.checkpoint_schedule.begin(self.updates, last=True))
             return
         if self._end_status == "interrupted":
             self._finish = Finish(self._end_status)
@@ -495,7 +502,7 @@ class Coordinator:
 
     def _abandon_leases(self, now: float) -> None:
         self._end_deadline = float("inf")
-        for worker in [worker for worker in self.roster if worker.leases]:
+        for worker in [worker for worker in self.worker_table if worker.leases]:
             self._actions.append(StopWorker(worker.name, "it did not end its lease in time"))
             self._lose(worker, now)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from psgd.core.driver.events import Evaluate
-from psgd.core.driver.workers import Roster, WorkerRecord
+from psgd.core.driver.workers import WorkerRecord, WorkerTable
 from psgd_workers.messages import Evaluation
 
 __all__ = ["Evaluations"]
@@ -19,8 +19,8 @@ class Evaluations:
         enabled: whether there is anything to validate on.
     """
 
-    def __init__(self, roster: Roster, enabled: bool) -> None:
-        self._roster = roster
+    def __init__(self, worker_table: WorkerTable, enabled: bool) -> None:
+        self._worker_table = worker_table
         self._enabled = enabled
         self._wanted: deque[int | None] = deque()
         self._void: list[tuple[str, int | None]] = []  # under way, of weights that are no longer
@@ -34,12 +34,12 @@ class Evaluations:
     @property
     def open(self) -> int:
         """How many have no result yet."""
-        return len(self._wanted) + sum(len(worker.evaluations) for worker in self._roster)
+        return len(self._wanted) + sum(len(worker.evaluations) for worker in self._worker_table)
 
     def want(self, epochs: int | None) -> None:
         """Ask for an evaluation, unless it was asked for already."""
         under_way = epochs in self._wanted or any(
-            epochs in worker.evaluations and (worker.name, epochs) not in self._void for worker in self._roster
+            epochs in worker.evaluations and (worker.name, epochs) not in self._void for worker in self._worker_table
         )
         if self._enabled and not under_way and epochs not in self.results:
             self._wanted.append(epochs)
@@ -47,7 +47,7 @@ class Evaluations:
     def assign(self, now: float) -> list[Evaluate]:
         """Give what waits to the workers with the least to do."""
         actions = []
-        while self._wanted and (up := self._roster.up):
+        while self._wanted and (up := self._worker_table.up):
             worker = min(up, key=lambda worker: len(worker.leases) + len(worker.evaluations))
             if not worker.busy:
                 worker.alive_at = now
@@ -87,7 +87,7 @@ class Evaluations:
         older = [(name, ends) for name, ends in self._void if ends is not None and ends <= epochs]
         self._void = older + [
             (worker.name, ends)
-            for worker in self._roster
+            for worker in self._worker_table
             for ends in worker.evaluations
             if ends is None or ends > epochs
         ]

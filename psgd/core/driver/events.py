@@ -272,7 +272,7 @@ class Note:
     """Something to be written into the run's record of events."""
 
     event: str
-    facts: Mapping[str, Any]
+    fields: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-__all__ = ["Incident", "Incidents"]
+__all__ = ["FailureCounts", "WorkerDeath"]
 
 UNCHARGED = {"preempted", "save_failed", "poison"}
 
 
-class Incident(NamedTuple):
+class WorkerDeath(NamedTuple):
     """A worker's death with a lease at work."""
 
     worker: str
@@ -18,7 +18,7 @@ class Incident(NamedTuple):
     suspicious: bool  # whether the batch it was at may be why
 
 
-class Incidents:
+class FailureCounts:
     """Counts failures by kind.
 
     Attributes:
@@ -28,7 +28,7 @@ class Incidents:
 
     def __init__(self) -> None:
         self.failures = Counter[str]()
-        self._open: dict[int, Incident] = {}  # by the lease that was at work
+        self._open: dict[int, WorkerDeath] = {}  # by the lease that was at work
         self._in_hand = 0  # batches that workers died at
         self._done_before = 0
         self.useful = 0
@@ -52,9 +52,9 @@ class Incidents:
     def died(self, lease: int, worker: str, now: float, suspicious: bool) -> None:
         """A worker is gone in the middle of a lease."""
         self._in_hand += 1
-        self._open[lease] = Incident(worker, now, suspicious)
+        self._open[lease] = WorkerDeath(worker, now, suspicious)
 
-    def settled(self, lease: int) -> Incident | None:
+    def settled(self, lease: int) -> WorkerDeath | None:
         """What became of a lease's batches is known; the incident that ended it, if one did."""
         return self._open.pop(lease, None)
 

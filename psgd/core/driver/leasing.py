@@ -8,8 +8,8 @@ from math import ceil
 from psgd.core.driver.events import Action, Cancel, Grant, Join, Leave, Note
 from psgd.core.driver.ledger import Ledger
 from psgd.core.driver.limits import Limits
-from psgd.core.driver.server_reports import Servers
-from psgd.core.driver.workers import AHEAD, Roster, WorkerRecord
+from psgd.core.driver.server_reports import ServerReports
+from psgd.core.driver.workers import AHEAD, WorkerRecord, WorkerTable
 from psgd.core.server.consistency import build_consistency
 from psgd.spec import ConsistencySpec, JobSpec
 from psgd_workers.messages import Lease
@@ -32,11 +32,13 @@ class Leasing:
         limits: how far they are to come.
     """
 
-    def __init__(self, spec: JobSpec, ledger: Ledger, roster: Roster, servers: Servers, limits: Limits) -> None:
+    def __init__(
+        self, spec: JobSpec, ledger: Ledger, worker_table: WorkerTable, servers: ServerReports, limits: Limits
+    ) -> None:
         self._most_workers = spec.scaling.most_workers
         self._ledger = ledger
-        self._roster = roster
-        self._servers = servers
+        self._worker_table = worker_table
+        self._server_reports = servers
         self._limits = limits
         self._held: dict[str, int] = {}  # worker -> its lease that a server did not answer in
         self._slow: dict[str, WorkerRecord] = {}  # whose leases were shared
@@ -69,10 +71,12 @@ class Leasing:
             self._lease_rounds(now)
         elif self._left():
             for ahead in range(AHEAD):  # nobody idles before another has a lease queued
-                for worker in [worker for worker in self._roster.hungry.values() if len(worker.leases) == ahead]:
+                for worker in [
+                    worker for worker in self._worker_table.below_quota.values() if len(worker.leases) == ahead
+                ]:
                     if not self._is_held(worker) and (left := self._left()):
                         size = self._size(worker, left)
-                        self._grant(worker, self._ledger.grant(size, self._roster.home(worker)), now)
+                        self._grant(worker, self._ledger.grant(size, self._worker_table.home(worker)), now)
         elif now >= self._look_at:
             self._share(now)
         return self._actions
@@ -96,7 +100,7 @@ class Leasing:
 
     def leave_idle(self) -> list[Action]:
         """A worker without a lease is not live: no round may wait for it."""
-        idle = [worker for worker in self._roster if worker.joined and not worker.leases]
+        idle = [worker for worker in self._worker_table if worker.joined and not worker.leases]
         for worker in idle:
             worker.joined = False
         return [Leave(worker.name) for worker in idle]
@@ -108,7 +112,7 @@ class Leasing:
 
     def _share(self, now: float) -> None:
         """Share what takes longest with idle workers, one after the other, as long as that is worth it."""
-        for idle in [worker for worker in self._roster.hungry.values() if not worker.leases]:
+        for idle in [worker for worker in self._worker_table.below_quota.values() if not worker.leases]:
             if not self._is_held(idle) and not self._take_over(idle, now):
                 self._look_at = now + LOOK_S
                 break
@@ -135,7 +139,7 @@ class Leasing:
         found = (least_s, -1, nobody)
         leases = [
             (self._at_most_s(worker, lease, now), lease, worker)
-            for worker in self._roster.up
+            for worker in self._worker_table.up
             for lease in worker.leases
         ]
         for at_most_s, lease, worker in sorted(leases, key=lambda one: one[:2], reverse=True):
@@ -161,30 +165,30 @@ class Leasing:
 
         Those that are still to come up count too: what the first one has on lease, it would keep from them.
         """
-        workers = max(len(self._roster.up), min(self._roster.least, self._roster.target))
+        workers = max(len(self._worker_table.up), min(self._worker_table.least, self._worker_table.target))
         share = left if workers <= 1 else ceil(left / (2 * workers))
-        return min(self._roster.lease_size(worker), max(share, self._roster.least_lease_size(worker)), left)
+        return min(self._worker_table.lease_size(worker), max(share, self._worker_table.least_lease_size(worker)), left)
 
     def _batches_allowed(self) -> int:
         """How many more batches `max_updates` leaves to be leased."""
-        left = self._limits.updates_left(self._servers.updates)
+        left = self._limits.updates_left(self._server_reports.updates)
         if left is None:
             return self._ledger.pending
-        per_update = self._mode.batches_per_update(len(self._roster.up))
+        per_update = self._mode.batches_per_update(len(self._worker_table.up))
         # Contained, but in no update yet.
-        buffered = max(report.pushes["buffered"] for report in self._servers.reports.values())
+        buffered = max(report.pushes["buffered"] for report in self._server_reports.reports.values())
         return max(0, left * per_update - self._ledger.outstanding - buffered)
 
     def _lease_rounds(self, now: float) -> None:
         """Whole blocks of rounds, to all workers at once, as soon as nobody has a block ahead of its present one."""
-        workers = [worker for worker in self._roster.up if not worker.draining]
+        workers = [worker for worker in self._worker_table.up if not worker.draining]
         if not workers or any(len(worker.leases) > 1 or self._is_held(worker) for worker in workers):
             return
         if self._ledger.suspects:
             if not any(worker.leases for worker in workers):
                 self._grant(workers[0], self._ledger.grant(1), now)
             return
-        size = min(self._roster.lease_size(worker) for worker in workers)
+        size = min(self._worker_table.lease_size(worker) for worker in workers)
         rounds = min(size, ceil(self._batches_allowed() / len(workers)))
         leases = self._ledger.grant_striped(len(workers), rounds)
         granted = list(zip(workers, leases, strict=False))  # an epoch's last block may leave some without
@@ -202,5 +206,5 @@ class Leasing:
     def _grant(self, worker: WorkerRecord, lease: Lease | None, now: float) -> None:
         if lease is not None:
             self._join(worker)
-            self._roster.granted(worker, lease.id, len(lease), now)
+            self._worker_table.granted(worker, lease.id, len(lease), now)
             self._actions.append(Grant(worker.name, lease))

@@ -9,10 +9,10 @@ from psgd.core.driver.events import Skip
 from psgd.core.driver.ledger import Ledger
 from psgd_workers.messages import BatchId, EpochGrid
 
-__all__ = ["Suspects"]
+__all__ = ["PoisonTracker"]
 
 
-class Suspects:
+class PoisonTracker:
     """Counts tries.
 
     A worker that dies leaves a lease; the first batch of it that no server contains is what it was at. A gradient that

@@ -8,10 +8,10 @@ from math import inf
 from psgd.core.driver.events import Action, AskReport, Reported, StartServer
 from psgd.core.server.report import Report
 
-__all__ = ["Servers"]
+__all__ = ["ServerReports"]
 
 
-class Servers:
+class ServerReports:
     """One for each partition.
 
     Args:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from psgd_workers.messages import FloatArray
 
-__all__ = ["Asked", "Gathering"]
+__all__ = ["EvaluationRequest", "WeightsGather"]
 
 
 @dataclass(eq=False, slots=True)
-class Asked:
+class EvaluationRequest:
     """One evaluation whose weights are on their way."""
 
     worker: str
@@ -18,7 +18,7 @@ class Asked:
     parts: dict[int, FloatArray] = field(default_factory=dict)  # by partition, as far as they are there
 
 
-class Gathering:
+class WeightsGather:
     """What is on its way. An evaluation ends once, however many partitions refuse their part or are lost.
 
     Args:
@@ -27,30 +27,30 @@ class Gathering:
 
     def __init__(self, partitions: int) -> None:
         self._partitions = partitions
-        self._open: list[Asked] = []
+        self._open: list[EvaluationRequest] = []
 
-    def begin(self, worker: str, epochs: int | None) -> Asked:
+    def begin(self, worker: str, epochs: int | None) -> EvaluationRequest:
         """Every partition is asked for its part."""
-        asked = Asked(worker, epochs)
-        self._open.append(asked)
-        return asked
+        request = EvaluationRequest(worker, epochs)
+        self._open.append(request)
+        return request
 
-    def add(self, asked: Asked, partition: int, part: FloatArray) -> list[FloatArray] | None:
+    def add(self, request: EvaluationRequest, partition: int, part: FloatArray) -> list[FloatArray] | None:
         """A part is there; all of them in their order, if it was the last and none was refused."""
-        asked.parts[partition] = part
-        if len(asked.parts) < self._partitions or not self.give_up(asked):
+        request.parts[partition] = part
+        if len(request.parts) < self._partitions or not self.give_up(request):
             return None
-        return [asked.parts[number] for number in range(self._partitions)]
+        return [request.parts[number] for number in range(self._partitions)]
 
-    def give_up(self, asked: Asked) -> bool:
+    def give_up(self, request: EvaluationRequest) -> bool:
         """A part will not come, or all are there; whether that was not known."""
-        if asked not in self._open:
+        if request not in self._open:
             return False
-        self._open.remove(asked)
+        self._open.remove(request)
         return True
 
-    def lost(self, partition: int) -> list[Asked]:
+    def lost(self, partition: int) -> list[EvaluationRequest]:
         """A partition is lost: those that lack its part, which end here."""
-        lacking = [asked for asked in self._open if partition not in asked.parts]
-        self._open = [asked for asked in self._open if partition in asked.parts]
+        lacking = [request for request in self._open if partition not in request.parts]
+        self._open = [request for request in self._open if partition in request.parts]
         return lacking

@@ -10,16 +10,16 @@ from math import inf, sqrt
 from psgd.core.server.report import Report
 from psgd.spec import FailureConfig
 
-__all__ = ["Roster", "WorkerRecord"]
+__all__ = ["WorkerRecord", "WorkerTable"]
 
 LEASE_S = 2.0  # seconds of work in a lease: long against a call (1 ms), short against a death
 LEAST_LEASE_S = 0.03  # ... and the least, where batches are short: to turn to the next lease takes a worker some ms
 FIRST_LEASE = 16  # batches, while nothing was measured
 AHEAD = 2  # leases that a worker has at most: the one at work and one queued
-PATIENCE = 20  # batches' times without a sign of life before a worker is given up ...
+SILENCE_FACTOR = 20  # batches' times without a sign of life before a worker is given up ...
 EVALUATION_FACTOR = 10  # an evaluation may take this many times `failure.timeout_s`
 LEAST_BATCH_S = 1e-6  # a clock may stand still
-LEAST_PATIENCE_S = 5.0  # ... but never sooner: reports tell of pushes a few times a second
+LEAST_SILENCE_TIMEOUT_S = 5.0  # ... but never sooner: reports tell of pushes a few times a second
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class WorkerRecord:
         return bool(self.leases or self.evaluations)
 
 
-class Roster:
+class WorkerTable:
     """All workers of a run.
 
     Args:
@@ -77,7 +77,7 @@ class Roster:
         self._lost_residual = 0.0  # squared norm, of those that are gone
         self.up: list[WorkerRecord] = []
         self.draining: list[WorkerRecord] = []
-        self.hungry: dict[str, WorkerRecord] = {}
+        self.below_quota: dict[str, WorkerRecord] = {}
 
     def __getitem__(self, name: str) -> WorkerRecord:
         return self._workers[name]
@@ -106,7 +106,7 @@ class Roster:
         self._workers = {worker.name: worker for worker in everybody}
         return hired
 
-    def rise(self, name: str, now: float) -> None:
+    def mark_up(self, name: str, now: float) -> None:
         """A worker is up."""
         worker = self._workers[name]
         worker.up, worker.alive_at = True, now
@@ -121,7 +121,7 @@ class Roster:
     def _count(self) -> None:
         self.up = [worker for worker in self._workers.values() if worker.up]
         self.draining = [worker for worker in self._workers.values() if worker.draining]
-        self.hungry = {worker.name: worker for worker in self.up if self._takes_more(worker)}
+        self.below_quota = {worker.name: worker for worker in self.up if self._takes_more(worker)}
 
     @staticmethod
     def _takes_more(worker: WorkerRecord) -> bool:
@@ -145,7 +145,7 @@ class Roster:
             worker.lease_began = worker.alive_at = now
         worker.leases[lease] = batches
         if len(worker.leases) >= AHEAD:
-            self.hungry.pop(worker.name, None)
+            self.below_quota.pop(worker.name, None)
 
     def closed(self, worker: WorkerRecord, lease: int, now: float, whole: bool = True) -> None:
         """A lease ended; what it took per batch is learned, if the worker did the `whole` of it."""
@@ -155,18 +155,18 @@ class Roster:
             worker.batch_s = measured if worker.batch_s is None else 0.5 * (worker.batch_s + measured)
         worker.lease_began = worker.alive_at = now
         if self._takes_more(worker):
-            self.hungry[worker.name] = worker
+            self.below_quota[worker.name] = worker
 
-    def patience_s(self, worker: WorkerRecord, at_most: float) -> float:
+    def silence_timeout_s(self, worker: WorkerRecord, at_most: float) -> float:
         """How long a worker at a lease may show no life: so many times the longest batch of anybody's until now.
 
         Before the worker's own first push, and in any case, `at_most`.
         """
         if not any(worker.heard.values()):
             return at_most
-        return min(at_most, max(LEAST_PATIENCE_S, PATIENCE * self._longest_s))
+        return min(at_most, max(LEAST_SILENCE_TIMEOUT_S, SILENCE_FACTOR * self._longest_s))
 
-    def patience_ends(self, worker: WorkerRecord, limits: FailureConfig, servers_ready: bool) -> float:
+    def silence_deadline(self, worker: WorkerRecord, limits: FailureConfig, servers_ready: bool) -> float:
         """When a worker that shows no life is given up. While a server is restored, nobody at a lease is."""
         if not worker.up:  # one beyond those there must be may wait for a node for ever
             optional = self.complete and self.least < self.target
@@ -175,7 +175,7 @@ class Roster:
             return worker.alive_at + EVALUATION_FACTOR * limits.timeout_s
         if not worker.leases or not servers_ready:
             return inf
-        return worker.alive_at + self.patience_s(worker, limits.timeout_s)
+        return worker.alive_at + self.silence_timeout_s(worker, limits.timeout_s)
 
     def lease_size(self, worker: WorkerRecord) -> int:
         """Batches that take about as long as a lease should."""

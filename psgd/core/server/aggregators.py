@@ -62,7 +62,7 @@ class Aggregator(Protocol):
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays, and plain JSON values, of the open round."""
 
-    def load(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+    def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
         """Take over what `state()` gave."""
 
 
@@ -71,7 +71,7 @@ class _Stateless:
         """Nothing: a state is taken between rounds."""
         return {}, {}
 
-    def load(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+    def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
         """Nothing to take over."""
 
 
@@ -132,16 +132,16 @@ class RoundMean(_Stateless):
         """Σ (nᵢ·N/Σn)·gᵢ / N; with equal nᵢ the factors are exactly 1."""
         members, self._round = sorted(self._round, key=lambda taken: taken.batch), []
         weight = sum(taken.weight for taken in members) / len(members)
-        facts = [taken.member for taken in members]
+        metadata = [taken.member for taken in members]
         if len(members) == 1 and members[0].scale == 1:
-            return Step(members[0].values, weight, facts)
+            return Step(members[0].values, weight, metadata)
         examples = sum(taken.member.examples for taken in members)
         self._mean[:] = 0
         for taken in members:
             factor = taken.member.examples * len(members) / examples
             self._mean += _scale_into(self._scratch, taken.values, self._trainable, taken.scale, factor)
         self._mean /= len(members)
-        return Step(self._mean, weight, facts)
+        return Step(self._mean, weight, metadata)
 
 
 class RunningMean:
@@ -181,12 +181,12 @@ class RunningMean:
             return {}, {}
         return {"sum": self._sum.copy()}, {"weight": self._weight, "members": [list(m) for m in self._members]}
 
-    def load(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+    def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
         """Go on with that sum."""
-        if facts:
+        if metadata:
             self._sum[:] = arrays["sum"]
-            self._weight = float(facts["weight"])
-            self._members = [Member(*member) for member in facts["members"]]
+            self._weight = float(metadata["weight"])
+            self._members = [Member(*member) for member in metadata["members"]]
 
 
 class Table:
@@ -238,13 +238,13 @@ class Table:
             "fresh": [list(member) for member in self.fresh],
         }
 
-    def load(self, prefix: str, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+    def load(self, prefix: str, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
         """Go on with those sums."""
-        self.counts = {worker: int(count) for worker, count in facts["counts"].items()}
+        self.counts = {worker: int(count) for worker, count in metadata["counts"].items()}
         # In the order in which they came: storage gives arrays back in any, and a mean's last bits depend on it.
         self._sums = {worker: arrays[f"{prefix}.{worker}"].astype(np.float32) for worker in self.counts}
-        self._weight = float(facts["weight"])
-        self.fresh = [Member(*member) for member in facts["fresh"]]
+        self._weight = float(metadata["weight"])
+        self.fresh = [Member(*member) for member in metadata["fresh"]]
 
 
 class TableMean:
@@ -276,9 +276,9 @@ class TableMean:
         """The table."""
         return self.table.state("table")
 
-    def load(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+    def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
         """Go on with that table."""
-        self.table.load("table", arrays, facts)
+        self.table.load("table", arrays, metadata)
 
 
 class Ring:
@@ -343,11 +343,11 @@ class Ring:
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Both tables, and who is owed a step."""
         (arrays, table), (others, following) = self._table.state("table"), self._next.state("next")
-        facts = {"table": table, "next": following, "owed": sorted(self._owed), "last": self._last}
-        return arrays | others, facts
+        metadata = {"table": table, "next": following, "owed": sorted(self._owed), "last": self._last}
+        return arrays | others, metadata
 
-    def load(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+    def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
         """Go on with those."""
-        self._table.load("table", arrays, facts["table"])
-        self._next.load("next", arrays, facts["next"])
-        self._owed, self._last = set(facts["owed"]), str(facts["last"])
+        self._table.load("table", arrays, metadata["table"])
+        self._next.load("next", arrays, metadata["next"])
+        self._owed, self._last = set(metadata["owed"]), str(metadata["last"])

@@ -56,7 +56,7 @@ class Correction(Protocol):
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays, and plain JSON values, to go on from."""
 
-    def load(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+    def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
         """Take over what `state()` gave."""
 
 
@@ -92,7 +92,7 @@ class Plain:
         """Nothing."""
         return {}, {}
 
-    def load(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+    def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
         """Nothing to take over."""
 
 
@@ -164,7 +164,7 @@ class DcAsgd(Plain):
         """The running mean of the squares, if there is one."""
         return ({} if self._squares is None else {"squares": self._squares.copy()}), {}
 
-    def load(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+    def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
         """Go on with that mean."""
         if self._squares is not None and "squares" in arrays:
             self._squares[:] = arrays["squares"]
@@ -224,11 +224,11 @@ class GapAware(Plain):
         """The running mean, and of how many steps it is."""
         return {"squares": self._squares.copy()}, {"steps": self._steps}
 
-    def load(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+    def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
         """Go on with that mean."""
-        if facts:
+        if metadata:
             self._squares[:] = arrays["squares"]
-            self._steps = int(facts["steps"])
+            self._steps = int(metadata["steps"])
 
 
 class Dana(Plain):

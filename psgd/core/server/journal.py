@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from psgd.spec import Settings
 from psgd_workers.messages import BatchId, Gradient, Outcome, Version
 
-__all__ = ["RECORD", "Journal", "Kind"]
+__all__ = ["RECORD", "Journal", "RecordKind"]
 
 RECORD = np.dtype(
     [
@@ -39,7 +39,7 @@ assert LAYOUT.size == RECORD.itemsize
 OUTCOMES = {outcome: number for number, outcome in enumerate(Outcome)}
 
 
-class Kind(IntEnum):
+class RecordKind(IntEnum):
     """What a record tells of."""
 
     FORK = 0  # a new incarnation; `read_*` is the version it forked from
@@ -67,26 +67,26 @@ class Journal:
 
     def fork(self, now: float, origin: Version, version: Version) -> None:
         """A server started or was restored."""
-        self._append((Kind.FORK, 0, b"", now, 0, 0, 0, 0, *origin, *version, 0.0, 0.0))
+        self._append((RecordKind.FORK, 0, b"", now, 0, 0, 0, 0, *origin, *version, 0.0, 0.0))
 
-    def member(self, kind: Kind, now: float, worker: str, version: Version) -> None:
+    def member(self, kind: RecordKind, now: float, worker: str, version: Version) -> None:
         """A worker joined or left."""
         self._append((kind, 0, worker.encode(), now, 0, 0, 0, 0, 0, 0, *version, 0.0, 0.0))
 
     def change(self, now: float, settings: Settings, version: Version) -> None:
         """The server goes on by other settings."""
-        self._append((Kind.CHANGE, 0, b"", now, 0, 0, len(self.settings), 0, 0, 0, *version, 0.0, 0.0))
+        self._append((RecordKind.CHANGE, 0, b"", now, 0, 0, len(self.settings), 0, 0, 0, *version, 0.0, 0.0))
         self.settings.append(settings)
 
     def skip(self, now: float, batch: BatchId, examples: int, version: Version) -> None:
         """The partition does without a batch."""
-        self._append((Kind.SKIP, 0, b"", now, *batch, examples, 0, 0, *version, 0.0, 0.0))
+        self._append((RecordKind.SKIP, 0, b"", now, *batch, examples, 0, 0, *version, 0.0, 0.0))
 
     def push(self, now: float, gradient: Gradient, outcome: Outcome, version: Version) -> None:
         """A gradient arrived; `outcome` and `version` are those after it."""
         worker, batch, examples, read, _, loss, _, compute_s, _, _ = gradient
         code, name = OUTCOMES[outcome], worker.encode()
-        self._append((Kind.PUSH, code, name, now, *batch, examples, *read, *version, loss, compute_s))
+        self._append((RecordKind.PUSH, code, name, now, *batch, examples, *read, *version, loss, compute_s))
 
     def take(self) -> NDArray[np.void]:
         """The records since the last call."""

@@ -26,7 +26,7 @@ from psgd.core.server.applied import AppliedSet
 from psgd.core.server.average import Average
 from psgd.core.server.consistency import Round, build_consistency
 from psgd.core.server.corrections import build_correction
-from psgd.core.server.journal import Journal, Kind
+from psgd.core.server.journal import Journal, RecordKind
 from psgd.core.server.optimizers import build_optimizer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.published import PrivateVector, Published
@@ -115,7 +115,7 @@ class ParameterServer:
         self._late = Outcome.DISCARDED if getattr(settings.consistency, "late", "") == "discard" else Outcome.REQUEUED
         self._aggregator = self._mode.aggregator(self._size, self.partition.num_trainable)
         optimizer = settings.optimizer
-        self._max_norm, self._clip_value = optimizer.max_grad_norm, optimizer.clipvalue
+        self._max_norm, self._clip_value = optimizer.max_grad_norm, optimizer.clip_value
         self._correction.rate = optimizer.lr
         self._untouched = self._max_norm is None and self._clip_value is None and not self._correction.elementwise
         self._schedule = build_schedule(optimizer.schedule, optimizer.lr, self._grid.num_examples)
@@ -144,7 +144,7 @@ class ParameterServer:
         """A worker got a lease: rounds wait for it from now on. It enters at the slowest one's clock."""
         live = self._round.live
         live.setdefault(worker, min(live.values(), default=0))
-        self.journal.member(Kind.JOIN, now, worker, self.version)
+        self.journal.member(RecordKind.JOIN, now, worker, self.version)
         return ()
 
     def leave(self, worker: str, now: float) -> tuple[Receipt, ...]:
@@ -152,7 +152,7 @@ class ParameterServer:
         self._round.live.pop(worker, None)
         self._correction.leave(worker)
         self._close_if_due(now)
-        self.journal.member(Kind.LEAVE, now, worker, self.version)
+        self.journal.member(RecordKind.LEAVE, now, worker, self.version)
         return self._due()
 
     def change(self, settings: Settings, now: float) -> tuple[Receipt, ...]:
@@ -419,7 +419,7 @@ class ParameterServer:
             "correction": corrected,
         }
         arrays = {f"{part}.{name}": array for part, named in parts.items() for name, array in named.items()}
-        facts = {
+        metadata = {
             "version": list(self.version),
             "history": [list(fork) for fork in self._history],
             "partition": list(self.partition),
@@ -432,7 +432,7 @@ class ParameterServer:
         } | self._tally.state()
         if self._average is not None:
             arrays["average"] = self._average.values.copy()
-        return ServerState({"weights": self._weights.copy()} | arrays, facts)
+        return ServerState({"weights": self._weights.copy()} | arrays, metadata)
 
     @classmethod
     def restore(
@@ -445,28 +445,28 @@ class ParameterServer:
         published: Published | None = None,
     ) -> Self:
         """A new incarnation of the partition that `state` was taken of, its versions counting on from there."""
-        facts = state.facts
-        origin = Version(*facts["version"])
+        metadata = state.metadata
+        origin = Version(*metadata["version"])
         version = Version(incarnation, origin.updates)
-        server = cls(spec, Partition(*facts["partition"]), state.arrays["weights"], grid, version, published)
-        server._set(Settings.model_validate(facts["settings"]))
-        server._history = [tuple(fork) for fork in facts["history"]] + server._history
+        server = cls(spec, Partition(*metadata["partition"]), state.arrays["weights"], grid, version, published)
+        server._set(Settings.model_validate(metadata["settings"]))
+        server._history = [tuple(fork) for fork in metadata["history"]] + server._history
         settled, skipped = (
             {int(epoch): bitmap for epoch, bitmap in state.part(name).items()} for name in ("settled", "skipped")
         )
-        server._settled = AppliedSet(grid, facts["epochs"], settled, skipped)
+        server._settled = AppliedSet(grid, metadata["epochs"], settled, skipped)
         server._optimizer.load(state.part("optimizer"))
         if server._average is not None:
             server._average.values[:] = state.arrays["average"]
-        server._aggregator.load(state.part("aggregator"), facts["aggregator"])
-        server._correction.load(state.part("correction"), facts["correction"])
+        server._aggregator.load(state.part("aggregator"), metadata["aggregator"])
+        server._correction.load(state.part("correction"), metadata["correction"])
         server._round.collected = len(server._aggregator)
-        server._counted = facts["counted"]
-        server._tally.load(facts)
+        server._counted = metadata["counted"]
+        server._tally.load(metadata)
         server._kept = server.epochs
         if server._settled.between_epochs:
             server._keep_epoch_weights()
-        server.journal.settings += [Settings.model_validate(settings) for settings in facts["changes"]]
+        server.journal.settings += [Settings.model_validate(settings) for settings in metadata["changes"]]
         server.journal.fork(now, origin, server.version)
         return server
 

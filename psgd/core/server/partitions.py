@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from psgd.errors import SpecError
 
-__all__ = ["Partition", "split"]
+__all__ = ["Partition", "partition_weights"]
 
 LINE = 16  # values in a cache line of 64 bytes, which no two servers of a node should write to
 
@@ -21,7 +21,7 @@ class Partition(NamedTuple):
     num_trainable: int  # values of the slice before the first buffer
 
 
-def split(num_parameters: int, num_trainable: int, servers: int) -> tuple[Partition, ...]:
+def partition_weights(num_parameters: int, num_trainable: int, servers: int) -> tuple[Partition, ...]:
     """Cut the weights into contiguous slices of about the same number of bytes.
 
     Sizes differ by at most 16 values. Inner boundaries are multiples of 16, where every server gets as many.

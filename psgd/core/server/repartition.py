@@ -34,20 +34,20 @@ def disagreement(states: Sequence[ServerState]) -> str | None:
     first = states[0]
     for state in states[1:]:
         if fault := _difference(first, state):
-            parts = f"partitions {first.facts['partition'][0]} and {state.facts['partition'][0]}"
+            parts = f"partitions {first.metadata['partition'][0]} and {state.metadata['partition'][0]}"
             return f"{parts} {fault}"
     return None
 
 
 def _difference(one: ServerState, other: ServerState) -> str | None:
-    if one.facts["version"][1] != other.facts["version"][1]:
-        return f"made {one.facts['version'][1]} and {other.facts['version'][1]} updates"
-    if one.facts["epochs"] != other.facts["epochs"] or not all(_same_sets(one, other, name) for name in SETS):
+    if one.metadata["version"][1] != other.metadata["version"][1]:
+        return f"made {one.metadata['version'][1]} and {other.metadata['version'][1]} updates"
+    if one.metadata["epochs"] != other.metadata["epochs"] or not all(_same_sets(one, other, name) for name in SETS):
         return "do not contain the same batches"
     for name in EQUAL:
-        if one.facts[name] != other.facts[name]:
+        if one.metadata[name] != other.metadata[name]:
             return f"differ in {name!r}"
-    if any(one.facts["pushes"].get(name, 0) != other.facts["pushes"].get(name, 0) for name in LASTING):
+    if any(one.metadata["pushes"].get(name, 0) != other.metadata["pushes"].get(name, 0) for name in LASTING):
         return "count their pushes differently"
     if one.arrays.keys() != other.arrays.keys():
         return f"differ in what they hold: {', '.join(sorted(one.arrays.keys() ^ other.arrays.keys()))}"
@@ -90,25 +90,25 @@ def repartition(states: Sequence[ServerState], partition: Partition) -> ServerSt
     Returns:
         Arrays may be views of the old ones.
     """
-    states = sorted(states, key=lambda state: int(state.facts["partition"][1]))
-    begins = max((state for state in states if state.facts["partition"][1] <= partition.start), key=_start)
+    states = sorted(states, key=lambda state: int(state.metadata["partition"][1]))
+    begins = max((state for state in states if state.metadata["partition"][1] <= partition.start), key=_start)
     arrays = {}
     for name, array in begins.arrays.items():
         copied = _group(name) in SETS or _counts(name, array)
         arrays[name] = array if copied else _cut(name, states, partition)
-    incarnation = max(state.facts["version"][0] for state in states)
-    facts: Mapping[str, Any] = {
-        **begins.facts,
-        "version": [incarnation, begins.facts["version"][1]],
+    incarnation = max(state.metadata["version"][0] for state in states)
+    metadata: Mapping[str, Any] = {
+        **begins.metadata,
+        "version": [incarnation, begins.metadata["version"][1]],
         "history": [],
         "partition": list(partition),
-        "bytes": begins.facts["bytes"] * (partition.stop - partition.start) // len(begins.arrays["weights"]),
+        "bytes": begins.metadata["bytes"] * (partition.stop - partition.start) // len(begins.arrays["weights"]),
     }
-    return ServerState(arrays, facts)
+    return ServerState(arrays, metadata)
 
 
 def _start(state: ServerState) -> int:
-    start: int = state.facts["partition"][1]
+    start: int = state.metadata["partition"][1]
     return start
 
 
@@ -118,7 +118,7 @@ def _cut(name: str, states: Sequence[ServerState], partition: Partition) -> NDAr
     parts = []
     for state in states:
         start, array = _start(state), state.arrays[name]
-        _, _, end, trainable = state.facts["partition"]
+        _, _, end, trainable = state.metadata["partition"]
         assert len(array) == (end - start if _group(name) in OF_ALL else trainable), (name, array.shape)
         parts.append(array[max(0, partition.start - start) : max(0, stop - start)])
     return np.concatenate(parts)

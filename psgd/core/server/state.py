@@ -22,7 +22,7 @@ class ServerState:
     """
 
     arrays: Mapping[str, NDArray[Any]]
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     def part(self, name: str) -> dict[str, NDArray[Any]]:
         """The arrays whose names begin with `name.`, without that."""

@@ -89,9 +89,9 @@ class Tally:
             "losses": [[epoch, *loss] for epoch, loss in sorted(self._losses.items())],
         }
 
-    def load(self, facts: Mapping[str, Any]) -> None:
+    def load(self, metadata: Mapping[str, Any]) -> None:
         """Count on from there."""
-        self.samples, self.bytes = facts["samples"], facts["bytes"]
-        self.pushes.update({Outcome(name): count for name, count in facts["pushes"].items()})
-        self.staleness.update({int(value): count for value, count in facts["staleness"]})
-        self._losses = {epoch: [total, examples] for epoch, total, examples in facts["losses"]}
+        self.samples, self.bytes = metadata["samples"], metadata["bytes"]
+        self.pushes.update({Outcome(name): count for name, count in metadata["pushes"].items()})
+        self.staleness.update({int(value): count for value, count in metadata["staleness"]})
+        self._losses = {epoch: [total, examples] for epoch, total, examples in metadata["losses"]}

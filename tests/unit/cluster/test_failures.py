@@ -23,8 +23,8 @@ def system_error() -> RayError:
     return error(OSError("full"))  # type: ignore[no-any-return]
 
 
-def died(message: str = "killed\n  by the kernel \n\n", **facts: bool) -> RayActorError:
-    return RayActorError("0a", message, **facts)
+def died(message: str = "killed\n  by the kernel \n\n", **context: bool) -> RayActorError:
+    return RayActorError("0a", message, **context)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from psgd.cluster.resuming import check_checkpoint, find_checkpoint
 from psgd.core.server.parameter_server import ParameterServer
-from psgd.core.server.partitions import split
+from psgd.core.server.partitions import partition_weights
 from psgd.errors import JournalError, ResumeError
 from psgd.job import OpenJob
 from psgd.replay.replay import replay
@@ -34,10 +34,10 @@ def run(tmp_path: Path) -> RunDirectory:
     return directory
 
 
-def commit(run: RunDirectory, job: OpenJob, name: str, versions: tuple[int, ...], **facts: Any) -> None:
+def commit(run: RunDirectory, job: OpenJob, name: str, versions: tuple[int, ...], **context: Any) -> None:
     """A checkpoint of as many servers as versions are given, which did nothing."""
     parts = []
-    partitions = split(job.layout.num_parameters, job.layout.num_trainable, len(versions))
+    partitions = partition_weights(job.layout.num_parameters, job.layout.num_trainable, len(versions))
     for partition, updates in zip(partitions, versions, strict=True):
         weights = job.weights[partition.start : partition.stop]
         version = Version(int(name.partition("-")[2]), updates)
@@ -55,7 +55,7 @@ def commit(run: RunDirectory, job: OpenJob, name: str, versions: tuple[int, ...]
         "settings": job.spec.settings,
         "journal": {file: checksum for part in parts for file, checksum in part.journal.items()},
     }
-    Checkpoints(run.storage).commit(manifest(name, parts).model_copy(update=known | facts))
+    Checkpoints(run.storage).commit(manifest(name, parts).model_copy(update=known | context))
 
 
 def spec(servers: int) -> JobSpec:
@@ -71,9 +71,9 @@ def test_servers_in_step_can_be_cut_anew(run: RunDirectory, job: OpenJob, server
     commit(run, job, "000001-1", (5, 5))
     found = find_checkpoint(run, spec(servers), refused=fail)
     assert found is not None
-    for partition in split(job.layout.num_parameters, job.layout.num_trainable, servers):
+    for partition in partition_weights(job.layout.num_parameters, job.layout.num_trainable, servers):
         part = found.cut(partition, servers)
-        assert part.facts["partition"] == list(partition)
+        assert part.metadata["partition"] == list(partition)
         np.testing.assert_array_equal(part.arrays["weights"], job.weights[partition.start : partition.stop])
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psgd.cluster.facts import RunFacts
 from psgd.cluster.server_actor import ServerActor
-from psgd.core.server.journal import RECORD, Kind
+from psgd.core.context import RunContext
+from psgd.core.server.journal import RECORD, RecordKind
 from psgd.core.server.parameter_server import ParameterServer
-from psgd.core.server.partitions import Partition, split
+from psgd.core.server.partitions import Partition, partition_weights
 from psgd.errors import StorageError
 from psgd.store.checkpoints import Checkpoints, Part, write_part
 from psgd.store.run_directory import RunDirectory
@@ -28,10 +28,10 @@ def test_a_save_that_failed_leaves_its_journal_to_the_next(tmp_path: Path) -> No
     storage = Storage(str(tmp_path / "run"))
     owner = RunDirectory(storage).own()
     partition, layout = Partition(0, 0, len(START), len(START)), Layout.of({"weight": START})
-    facts = RunFacts(job(), layout, GRID, (partition,), owner.driver, storage.url)
+    context = RunContext(job(), layout, GRID, (partition,), owner.driver, storage.url)
 
     async def saves() -> None:
-        server = ServerActor(facts, 0, owner.incarnation, START)
+        server = ServerActor(context, 0, owner.incarnation, START)
         await server.join("worker-0")
         storage.write("journal", b"a file where the folder should be")
         with pytest.raises(StorageError):
@@ -74,7 +74,7 @@ def only_server(tmp_path: Path, timeout_s: float) -> ServerActor:
     partition, layout = Partition(0, 0, len(START), len(START)), Layout.of({"weight": START})
     made = job(failure={"timeout_s": timeout_s})
     return ServerActor(
-        RunFacts(made, layout, GRID, (partition,), owner.driver, storage.url), 0, owner.incarnation, START
+        RunContext(made, layout, GRID, (partition,), owner.driver, storage.url), 0, owner.incarnation, START
     )
 
 
@@ -115,16 +115,16 @@ def test_a_server_is_restored_from_a_checkpoint_of_another_number_of_servers(tmp
     owner = RunDirectory(storage).own()
     layout, made = Layout.of({"weight": START}), job()
     parts = []
-    for partition in split(len(START), len(START), 2):
+    for partition in partition_weights(len(START), len(START), 2):
         server = ParameterServer(made, partition, START[partition.start : partition.stop], GRID, Version(1, 7))
         parts.append(write_part(storage, "000001-1", server.state(), np.zeros(0, RECORD)))
     whole = manifest("000001-1", parts)
     Checkpoints(storage).commit(whole)
-    (partition,) = split(len(START), len(START), 1)
-    facts = RunFacts(made, layout, GRID, (partition,), owner.driver, storage.url)
+    (partition,) = partition_weights(len(START), len(START), 1)
+    context = RunContext(made, layout, GRID, (partition,), owner.driver, storage.url)
 
     async def pull() -> tuple[Version, FloatArray]:
-        return await ServerActor(facts, 0, 2, Checkpoints(storage).open("000001-1")).pull()
+        return await ServerActor(context, 0, 2, Checkpoints(storage).open("000001-1")).pull()
 
     version, weights = asyncio.run(pull())
     assert version == Version(2, 7)
@@ -139,13 +139,13 @@ def test_a_part_saved_before_the_settings_changed_is_restored_to_those_of_the_ru
     server = ParameterServer(before, partition, START, GRID, Version(1, 7))
     part = write_part(storage, "000001-1", server.state(), np.zeros(0, RECORD))
     Checkpoints(storage).commit(manifest("000001-1", [part]))
-    facts = RunFacts(after, layout, GRID, (partition,), owner.driver, storage.url)
+    context = RunContext(after, layout, GRID, (partition,), owner.driver, storage.url)
 
     async def restored() -> None:
-        await ServerActor(facts, 0, 2, Checkpoints(storage).open("000001-1")).save("000002-2")
+        await ServerActor(context, 0, 2, Checkpoints(storage).open("000001-1")).save("000002-2")
 
     asyncio.run(restored())
     (saved,) = (json.loads(file.read_text()) for file in (tmp_path / "run/checkpoints/000002-2").glob("*.json"))
     assert saved["settings"]["optimizer"]["lr"] == 0.5
     (journal,) = (np.load(file) for file in (tmp_path / "run/journal").glob("*000002*"))
-    assert journal["kind"].tolist() == [Kind.FORK, Kind.CHANGE]
+    assert journal["kind"].tolist() == [RecordKind.FORK, RecordKind.CHANGE]

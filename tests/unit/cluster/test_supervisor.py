@@ -12,9 +12,8 @@ import pytest
 from ray.exceptions import RayActorError
 
 from psgd.cluster import supervisor
-from psgd.cluster.facts import RunFacts
-from psgd.cluster.saves import Saves
 from psgd.cluster.supervisor import Inputs, Supervisor
+from psgd.core.context import RunContext
 from psgd.core.driver.events import (
     Action,
     AskReport,
@@ -31,8 +30,9 @@ from psgd.core.driver.events import (
     Tick,
     WorkerUp,
 )
-from psgd.core.server.partitions import split
+from psgd.core.server.partitions import partition_weights
 from psgd.job import OpenJob
+from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.storage import Storage
 from tests.support.jobs import job
 
@@ -83,11 +83,11 @@ class Cluster:
             self._due[call] = self._answers[key]
         return call
 
-    def start_server(self, facts: RunFacts, partition: int, incarnation: int, origin: Any, node: str) -> Actor:
+    def start_server(self, context: RunContext, partition: int, incarnation: int, origin: Any, node: str) -> Actor:
         self.nodes.append(node)
         return Actor(self, f"server-{partition}-{incarnation}")
 
-    def start_worker(self, facts: RunFacts, name: str, dataset: Any, servers: Sequence[Actor]) -> Actor:
+    def start_worker(self, context: RunContext, name: str, dataset: Any, servers: Sequence[Actor]) -> Actor:
         return Actor(self, name)
 
     def wait(self, calls: list[Call], num_returns: int, timeout: float) -> tuple[list[Call], list[Call]]:
@@ -139,8 +139,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 def train(tmp_path: Path, script: Script) -> Finish:
     data = {"format": "sklearn", "dataset": "iris", "batch_size": 10}
     opened = OpenJob.open(job(data=data, scaling={"servers": SERVERS}))
-    partitions = split(opened.layout.num_parameters, opened.layout.num_trainable, SERVERS)
-    facts = RunFacts(opened.spec, opened.layout, opened.shards.grid, partitions, "driver", "nowhere")
+    partitions = partition_weights(opened.layout.num_parameters, opened.layout.num_trainable, SERVERS)
+    context = RunContext(opened.spec, opened.layout, opened.shards.grid, partitions, "driver", "nowhere")
     incarnations = iter(range(2, 9))
     run: Any = SimpleNamespace(
         storage=Storage(str(tmp_path)),
@@ -149,10 +149,10 @@ def train(tmp_path: Path, script: Script) -> Finish:
         event=lambda kind, **_: None,
         take_commands=list,
     )
-    inputs: Any = Inputs(facts, None, None, len)  # type: ignore[arg-type]
+    inputs: Any = Inputs(context, None, None, len)  # type: ignore[arg-type]
     coordinator: Any = script
-    saves = Saves(run, facts, "", "", None)
-    return Supervisor(coordinator, inputs, run, saves, lambda *_: None).train()
+    checkpoint_writer = CheckpointWriter(run, context, "", "", None)
+    return Supervisor(coordinator, inputs, run, checkpoint_writer, lambda *_: None).train()
 
 
 BOTH: list[Action] = [StartServer(0), StartServer(1), StartWorker("worker-0")]

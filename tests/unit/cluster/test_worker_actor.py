@@ -12,10 +12,10 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from psgd.cluster.facts import RunFacts
 from psgd.cluster.worker_actor import WorkerActor
+from psgd.core.context import RunContext
 from psgd.core.server.parameter_server import ParameterServer
-from psgd.core.server.partitions import split
+from psgd.core.server.partitions import partition_weights
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchRange, FloatArray, Gradient, Lease, LeaseEnd, Receipt, Version
@@ -29,7 +29,7 @@ class Server:
     """Stands for a server's actor."""
 
     def __init__(self, opened: OpenJob, partition: int) -> None:
-        found = split(opened.layout.num_parameters, opened.layout.num_trainable, SERVERS)[partition]
+        found = partition_weights(opened.layout.num_parameters, opened.layout.num_trainable, SERVERS)[partition]
         part = opened.weights[found.start : found.stop]
         self.server = ParameterServer(opened.spec, found, part, opened.shards.grid, Version(1, 0))
         self.then: Callable[[], None] = lambda: None  # called after each push
@@ -56,9 +56,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> OpenJob:
 
 def start(opened: OpenJob, servers: list[Any], spec: JobSpec | None = None) -> Any:
     """Any: Ray's types for methods of a concurrency group are those of a handle."""
-    partitions = split(opened.layout.num_parameters, opened.layout.num_trainable, SERVERS)
-    facts = RunFacts(spec or opened.spec, opened.layout, opened.shards.grid, partitions, "driver", "nowhere")
-    return WorkerActor(facts, "worker-0", opened.dataset, servers)
+    partitions = partition_weights(opened.layout.num_parameters, opened.layout.num_trainable, SERVERS)
+    context = RunContext(spec or opened.spec, opened.layout, opened.shards.grid, partitions, "driver", "nowhere")
+    return WorkerActor(context, "worker-0", opened.dataset, servers)
 
 
 def test_a_lease_is_worked_through_and_every_server_gets_its_slice(opened: OpenJob) -> None:

@@ -120,7 +120,7 @@ def test_bsp_with_one_worker_is_async_with_one(training: Training) -> None:
         {"optimizer": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "ema": 0.9}},
         {"optimizer": {"lr": 0.1, "name": "adagrad"}},
         {"optimizer": {"lr": 0.01, "name": "adam", "max_grad_norm": 0.3}},
-        {"optimizer": {"lr": 0.01, "name": "adamw", "clipvalue": 0.1}},
+        {"optimizer": {"lr": 0.01, "name": "adamw", "clip_value": 0.1}},
         {"optimizer": {"lr": 0.1, "name": "delayed_nesterov", "every": 3}},
         {"scaling": {"pipeline": 1}},
         {"consistency": {"mode": "bsp"}},

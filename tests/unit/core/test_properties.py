@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from psgd.core.driver.events import Change, ChangeServer, Finish, Join, Leave
-from psgd.core.server.journal import Kind
+from psgd.core.server.journal import RecordKind
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.state import ServerState
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Outcome, Version
-from tests.support.in_process import START_S, Checkpoint, Fault, FaultKind, InProcess
+from tests.support.in_process import START_S, Fault, FaultKind, InProcess, VirtualCheckpoint
 from tests.support.jobs import START, job, push, quadratic
 
 GRID = EpochGrid((8, 7), 15)
@@ -107,24 +107,24 @@ def rough(draw: st.DrawFn, most: int = 6) -> Schedule:
     return Schedule(base.workers, base.seed, base.pace, tuple(starts), lease_s, tuple(faults), rejected)
 
 
-def on_disk(checkpoint: Checkpoint) -> Checkpoint:
+def on_disk(checkpoint: VirtualCheckpoint) -> VirtualCheckpoint:
     """As it comes back from storage."""
-    states = tuple(ServerState(state.arrays, json.loads(json.dumps(state.facts))) for state in checkpoint.states)
+    states = tuple(ServerState(state.arrays, json.loads(json.dumps(state.metadata))) for state in checkpoint.states)
     return checkpoint._replace(states=states)
 
 
-def saved(checkpoint: Checkpoint) -> Counter[BatchId]:
+def saved(checkpoint: VirtualCheckpoint) -> Counter[BatchId]:
     """The batches that it settles."""
     state = checkpoint.states[0]
-    settled = {batch for batch in BATCHES if batch.epoch < state.facts["epochs"]}
+    settled = {batch for batch in BATCHES if batch.epoch < state.metadata["epochs"]}
     for epoch, bitmap in state.part("settled").items():
         settled |= {GRID.batch(int(epoch), int(position)) for position in np.flatnonzero(bitmap)}
     return Counter(settled)
 
 
-def buffered(checkpoint: Checkpoint) -> int:
+def buffered(checkpoint: VirtualCheckpoint) -> int:
     """How many gradients of its open round it holds."""
-    pushes: dict[str, int] = checkpoint.states[0].facts["pushes"]
+    pushes: dict[str, int] = checkpoint.states[0].metadata["pushes"]
     return saved(checkpoint).total() - pushes.get("applied", 0) - pushes.get("discarded", 0)
 
 
@@ -136,7 +136,7 @@ class Recorded(InProcess):
         self.calls: list[tuple[str, Any, float]] = []
         self.modes = [arguments[0].consistency.mode]
         resume = options.get("resume")
-        self.pushed = sum(resume.states[0].facts["pushes"].values()) + buffered(resume) if resume else 0
+        self.pushed = sum(resume.states[0].metadata["pushes"].values()) + buffered(resume) if resume else 0
         self._records: dict[int, list[NDArray[np.void]]] = {partition: [] for partition in range(len(self.parts))}
 
     def arrive(self, gradients: Any, first: int = 0) -> bool:
@@ -173,7 +173,7 @@ class Recorded(InProcess):
     def batches(self, *outcomes: Outcome, partition: int = 0) -> Counter[BatchId]:
         """How often a push of each batch had one of these outcomes."""
         records, codes = self.records(partition), [list(Outcome).index(outcome) for outcome in outcomes]
-        chosen = records[(records["kind"] == Kind.PUSH) & np.isin(records["outcome"], codes)]
+        chosen = records[(records["kind"] == RecordKind.PUSH) & np.isin(records["outcome"], codes)]
         return Counter(BatchId(*batch) for batch in chosen[["epoch", "shard", "index"]].tolist())
 
 

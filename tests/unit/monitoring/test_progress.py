@@ -15,8 +15,14 @@ from tests.support.jobs import GRID, START, job, quadratic
 
 def training(epochs: int, done: int = 0, phase: str = "training") -> Coordinator:
     """What the display looks at, before anything is measured."""
-    roster = SimpleNamespace(up=["worker-0"], residual_norm=None)
-    state = {"epochs": epochs, "phase": phase, "ledger": SimpleNamespace(done=done), "reports": {}, "roster": roster}
+    worker_table = SimpleNamespace(up=["worker-0"], residual_norm=None)
+    state = {
+        "epochs": epochs,
+        "phase": phase,
+        "ledger": SimpleNamespace(done=done),
+        "reports": {},
+        "worker_table": worker_table,
+    }
     return cast(Coordinator, SimpleNamespace(**state, evaluations=SimpleNamespace(results={})))
 
 

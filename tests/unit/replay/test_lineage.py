@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from psgd.core.server.journal import Kind
+from psgd.core.server.journal import RecordKind
 from psgd.errors import JournalError
 from psgd.replay.lineage import Stretch, read_lineage
 from psgd.store.checkpoints import Checkpoints
@@ -57,8 +57,8 @@ def test_each_incarnation_is_a_stretch_and_the_second_begins_with_a_fork(run: Ru
     assert (first.workers, second.workers) == (3, 3)
     assert (first.pipeline, second.pipeline) == (0, 0)
     fork = next(second.records())
-    assert (fork.kind, fork.read, fork.version) == (Kind.FORK, (1, 30), (2, 30))
-    pushes = [record for record in [*first.records(), *second.records()] if record.kind == Kind.PUSH]
+    assert (fork.kind, fork.read, fork.version) == (RecordKind.FORK, (1, 30), (2, 30))
+    pushes = [record for record in [*first.records(), *second.records()] if record.kind == RecordKind.PUSH]
     assert [record.updates for record in pushes] == [*range(1, 61)]
     assert {record.outcome for record in pushes} == {Outcome.APPLIED}
 
@@ -67,7 +67,7 @@ def test_every_server_has_records_of_its_own(tmp_path: Path) -> None:
     run = run_directory(tmp_path)
     record(run, digits(scaling={"workers": 3, "servers": 2}), skew_s=0.1)
     first, second = (lineage(run, partition) for partition in (0, 1))
-    pushes = [[r.batch for r in stretch.records() if r.kind == Kind.PUSH] for (stretch,) in (first, second)]
+    pushes = [[r.batch for r in stretch.records() if r.kind == RecordKind.PUSH] for (stretch,) in (first, second)]
     assert pushes[0] != pushes[1]
     assert sorted(pushes[0]) == sorted(pushes[1])
     run.storage.delete("journal/000000-1-server-1.npy")
@@ -102,7 +102,7 @@ def test_a_missing_segment_is_named(run: RunDirectory, name: str) -> None:
         (with_field("kind", 9), "records that this psgd does not know"),
         (with_field("outcome", 99), "records that this psgd does not know"),
         (lambda records: records["updates"], "records that this psgd does not know"),
-        (with_field("kind", Kind.FORK), r"went on from nothing, says .* have forks at \[0\]"),
+        (with_field("kind", RecordKind.FORK), r"went on from nothing, says .* have forks at \[0\]"),
     ],
     ids=["another incarnation", "kind", "outcome", "dtype", "fork"],
 )

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.server.journal import OUTCOMES, RECORD, Kind
+from psgd.core.server.journal import OUTCOMES, RECORD, RecordKind
 from psgd.replay.pushes import NONE, Pushes
 from psgd_workers.messages import Outcome, Version
 
@@ -14,7 +14,7 @@ def journal(*records: dict[str, Any]) -> NDArray[np.void]:
     """Records of incarnation 1, applied pushes unless they say otherwise."""
     made = np.zeros(len(records), RECORD)
     for row, fields in zip(made, records, strict=True):
-        plain = {"kind": Kind.PUSH, "outcome": OUTCOMES[Outcome.APPLIED], "incarnation": 1, "read_incarnation": 1}
+        plain = {"kind": RecordKind.PUSH, "outcome": OUTCOMES[Outcome.APPLIED], "incarnation": 1, "read_incarnation": 1}
         for name, value in (plain | fields).items():
             row[name] = value
     return made
@@ -25,7 +25,7 @@ def pushed(worker: str, index: int, read: int = 0, updates: int = 0, **fields: A
 
 
 def test_a_push_has_one_number_in_every_journal() -> None:
-    join = {"kind": Kind.JOIN, "worker": "a"}
+    join = {"kind": RecordKind.JOIN, "worker": "a"}
     pushes = Pushes(
         [
             journal(join, pushed("a", 0, read=4, loss=0.5), pushed("b", 1, read=5, loss=0.25)),
@@ -62,7 +62,7 @@ def test_pushes_alike_in_everything_keep_their_order_and_a_nan_is_itself() -> No
 
 
 def test_what_was_read_is_no_older_than_the_answer_to_the_push_before_from_the_same_slot() -> None:
-    join = {"kind": Kind.JOIN, "worker": "a", "updates": 5}
+    join = {"kind": RecordKind.JOIN, "worker": "a", "updates": 5}
     told = journal(*(pushed("a", index, loss=index + 1) for index in range(4)))
     other = journal(join, pushed("b", 9, updates=6), *(pushed("a", i, loss=i + 1, updates=10 + i) for i in range(3)))
     pushes = Pushes([told, other])

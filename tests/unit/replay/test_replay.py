@@ -16,7 +16,7 @@ from safetensors.numpy import load, load_file, save
 import psgd
 from psgd.cli import main
 from psgd.core.driver.events import Change
-from psgd.core.server.journal import Kind
+from psgd.core.server.journal import RecordKind
 from psgd.errors import CheckpointError, DataError, JournalError, ReplayError, RunNotFoundError
 from psgd.job import OpenJob
 from psgd.replay.lineage import read_lineage
@@ -26,7 +26,7 @@ from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Outcome, Receipt
 from tests.support.in_process import Fault
-from tests.support.recorded_run import Recorded, digits, record, run_directory
+from tests.support.recorded_run import RecordedRun, digits, record, run_directory
 
 PLAIN = {"lr": 0.1}
 
@@ -89,7 +89,7 @@ def test_what_was_refused_repeated_or_lost_is_replayed_as_such(run: RunDirectory
 
 
 def test_a_gradient_that_is_not_finite_is_refused_again(run: RunDirectory) -> None:
-    class Flaky(Recorded):
+    class Flaky(RecordedRun):
         computed = 0
 
         def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
@@ -179,7 +179,7 @@ LOST = [1.8, 3.0]
 def test_a_lost_server_is_replayed_from_what_it_was_restored_from(run: RunDirectory, sections: dict[str, Any]) -> None:
     spec = digits(**{"checkpoint": {"every_s": None, "every_updates": 4}} | sections)
     ended = record(run, spec, losses=2, events=[(1.5, Change(digits(**sections).settings))])
-    assert ended.coordinator.incidents.failures["server_lost"] == 2
+    assert ended.coordinator.failure_counts.failures["server_lost"] == 2
     origins = [line["checkpoint"] for line in run.read_lines("events.jsonl") if line["event"] == "server_started"]
     assert [origin[-2:] for origin in origins] == ["-1", "-2"]
     pushes = sum(ended.servers[0].report().pushes.values())
@@ -187,7 +187,7 @@ def test_a_lost_server_is_replayed_from_what_it_was_restored_from(run: RunDirect
 
 
 def test_a_server_lost_before_the_first_checkpoint_began_anew(run: RunDirectory) -> None:
-    cluster = Recorded(run, OpenJob.open(digits(checkpoint={"every_s": None})), None)
+    cluster = RecordedRun(run, OpenJob.open(digits(checkpoint={"every_s": None})), None)
     cluster.after(2.0, cluster.kill_server, 0)
     cluster.run()
     assert_agrees(run, incarnations=1, updates=2 * 30)
@@ -223,7 +223,7 @@ def order(run: RunDirectory, partition: int) -> list[tuple[int, ...]]:
     """The batches of a server's journal, in its order."""
     names = [name for name in run.storage.names("journal") if name.endswith(f"-server-{partition}.npy")]
     records = np.concatenate([np.load(Path(run.storage.url, "journal", name)) for name in names])
-    pushes = records[records["kind"] == Kind.PUSH]
+    pushes = records[records["kind"] == RecordKind.PUSH]
     return [tuple(batch) for batch in pushes[["epoch", "shard", "index"]].tolist()]
 
 
@@ -298,7 +298,9 @@ def test_a_resumed_run_on_several_servers_is_replayed_across_its_cut(
     assert_agrees(run, incarnations=2, updates=second.servers[0].version.updates)
     manifest = Checkpoints(run.storage).manifest(Checkpoints(run.storage).committed()[-1])
     first = [read_lineage(run, manifest, partition)[0] for partition in (0, 1)]
-    pushed = [{tuple(record.batch) for record in stretch.records() if record.kind == Kind.PUSH} for stretch in first]
+    pushed = [
+        {tuple(record.batch) for record in stretch.records() if record.kind == RecordKind.PUSH} for stretch in first
+    ]
     assert pushed[0] != pushed[1] or "consistency" in sections
 
 
@@ -351,7 +353,7 @@ def test_a_replay_stops_where_every_server_made_so_many_updates(run: RunDirector
 
 
 def test_each_server_stops_with_the_weights_of_its_own_version(run: RunDirectory, tmp_path: Path) -> None:
-    class Watched(Recorded):
+    class Watched(RecordedRun):
         def _deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
             if self.servers[partition].version.updates == 23:
                 expected[self.parts[partition]] = self.servers[partition].weights
@@ -374,7 +376,7 @@ def test_a_push_of_which_no_version_gives_the_loss_is_named(run: RunDirectory) -
     record(run, digits(scaling={"workers": 3, "servers": 2}), skew_s=SKEW_S)
     path = Path(run.storage.url) / first_segment(run)
     records = np.load(path)
-    number = np.flatnonzero(records["kind"] == Kind.PUSH)[4]
+    number = np.flatnonzero(records["kind"] == RecordKind.PUSH)[4]
     records["loss"][number] = 99  # so that it is none of the other journal's pushes
     np.save(path, records)
     with pytest.raises(ReplayError, match=rf"record {number} of server 0's .* no version of the others gives its loss"):
@@ -434,7 +436,7 @@ def test_other_data_is_refused(run: RunDirectory, tmp_path: Path) -> None:
 def test_a_record_that_comes_out_otherwise_is_named_with_what_was_expected(recorded: RunDirectory) -> None:
     path = Path(recorded.storage.url) / first_segment(recorded)
     records = np.load(path)
-    pushes = np.flatnonzero(records["kind"] == Kind.PUSH)
+    pushes = np.flatnonzero(records["kind"] == RecordKind.PUSH)
 
     def rewritten(number: int, **fields: int) -> None:
         changed = records.copy()

@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 
 from psgd.serving import listener as listener_module
-from psgd.serving import poller as crowd
+from psgd.serving import poller as poller
 from psgd_workers.errors import LaneError
 from psgd_workers.messages import Outcome, Version
 from psgd_workers.transport import memory
-from psgd_workers.transport.frames import HEADER_SIZE, Frame, Kind
+from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind
 from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE
 from tests.support.server_harness import (
     BIG,
@@ -34,8 +34,8 @@ from tests.support.server_harness import (
     LIMIT_S,
     PULL,
     V1,
+    Harnesses,
     Kinds,
-    Stages,
     batch,
     closed,
     exactly,
@@ -47,7 +47,7 @@ if not memory.has_shared_memory():
     pytest.skip("needs Linux' nameless shared memory", allow_module_level=True)
 
 
-QUESTION = PULL._replace(kind=Kind.ASK, slot=1, wants=False)
+QUESTION = PULL._replace(kind=FrameKind.ASK, slot=1, wants=False)
 CROWD = 50
 
 
@@ -63,24 +63,24 @@ def mutated(rng: np.random.Generator, frame: Frame, number: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_frames_change_nothing_and_stop_nobody(stages: Stages, kind: Kinds) -> None:
+def test_damaged_frames_change_nothing_and_stop_nobody(harnesses: Harnesses, kind: Kinds) -> None:
     """The undamaged push is refused, as not finite and read elsewhere, so that no damage may have it applied."""
-    stage = stages()
-    push = header(stage, payload=stage.form.sizes(kind != "tcp")[-1], norm=nan, version=Version(99, 9))
-    rng, streams, dropped = np.random.default_rng(0), stage.all_shaken(kind, CROWD), 0
+    harness = harnesses()
+    push = header(harness, payload=harness.push_format.sizes(kind != "tcp")[-1], norm=nan, version=Version(99, 9))
+    rng, streams, dropped = np.random.default_rng(0), harness.all_shaken(kind, CROWD), 0
     for turn in range(1000 // CROWD):
         for number, stream in enumerate(streams):
-            frame = (push, PULL, PULL._replace(kind=Kind.ASK, wants=False))[(turn + number) % 3]
+            frame = (push, PULL, PULL._replace(kind=FrameKind.ASK, wants=False))[(turn + number) % 3]
             with suppress(ConnectionResetError, BrokenPipeError):
                 stream.sendall(mutated(rng, frame, number) + bytes(frame.payload))
                 stream.sendall(QUESTION.pack())
         streams = [stream for stream in streams if is_answered(stream)]
         dropped += CROWD - len(streams)
-        streams += stage.all_shaken(kind, CROWD - len(streams))
+        streams += harness.all_shaken(kind, CROWD - len(streams))
     assert dropped > 400
-    stage.log.wait("the connection of by-hand was closed", times=dropped)
-    assert stage.untouched()
-    works(stage, kind=kind)
+    harness.log.wait("the connection of by-hand was closed", times=dropped)
+    assert harness.untouched()
+    works(harness, kind=kind)
 
 
 def is_answered(stream: socket.socket) -> bool:
@@ -90,7 +90,7 @@ def is_answered(stream: socket.socket) -> bool:
             frame = Frame.unpack(answer)
             if frame.payload:
                 exactly(stream, frame.payload)
-            if (frame.kind, frame.slot) == (Kind.VERSION, 1):
+            if (frame.kind, frame.slot) == (FrameKind.VERSION, 1):
                 return True
     stream.close()
     return False
@@ -110,11 +110,11 @@ sys.stdin.read()
 
 @pytest.mark.parametrize(("kind", "sections"), [("tcp", {}), ("tcp", INT8), ("shm", INT8), ("crowd", INT8)])
 def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
-    stages: Stages, kind: Kinds, sections: Any
+    harnesses: Harnesses, kind: Kinds, sections: Any
 ) -> None:
-    stage = stages(sections=sections)
-    stream = stage.shaken(kind)
-    push = header(stage, code=4 if sections else 0, payload=stage.form.sizes(kind != "tcp")[-1])
+    harness = harnesses(sections=sections)
+    stream = harness.shaken(kind)
+    push = header(harness, code=4 if sections else 0, payload=harness.push_format.sizes(kind != "tcp")[-1])
     half = push.pack() + bytes(push.payload // 2)
     command = [sys.executable, "-c", KILLED, str(stream.fileno()), half.hex()]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -122,73 +122,75 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
         assert worker.stdout is not None
         stream.close()  # the other process' is the only one now
         assert select.select([worker.stdout], [], [], 2 * LIMIT_S)[0]
-        assert len(stage.streams()) == 1
+        assert len(harness.streams()) == 1
         worker.send_signal(signal.SIGKILL)
         assert worker.wait(LIMIT_S) == -signal.SIGKILL
-    stage.log.wait("the connection of by-hand was closed: it hung up in the middle of a frame")
-    stage.listener.all_gone()
-    assert stage.streams() == []
-    assert stage.untouched()
-    works(stage, kind=kind)
+    harness.log.wait("the connection of by-hand was closed: it hung up in the middle of a frame")
+    harness.listener.all_gone()
+    assert harness.streams() == []
+    assert harness.untouched()
+    works(harness, kind=kind)
 
 
 def test_a_worker_that_sends_half_a_frame_keeps_nobody_of_its_crowd_waiting(
-    monkeypatch: pytest.MonkeyPatch, stages: Stages
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
 ) -> None:
-    monkeypatch.setattr(crowd, "FRAME_S", 0.05)
-    stage = stages()
-    stream = stage.shaken("crowd")
-    stream.sendall(header(stage, payload=0).pack()[:-1])
+    monkeypatch.setattr(poller, "FRAME_S", 0.05)
+    harness = harnesses()
+    stream = harness.shaken("crowd")
+    stream.sendall(header(harness, payload=0).pack()[:-1])
     assert closed(stream)
-    stage.log.wait("the connection of by-hand was closed: .*temporarily unavailable")
-    works(stage, kind="crowd")
+    harness.log.wait("the connection of by-hand was closed: .*temporarily unavailable")
+    works(harness, kind="crowd")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_who_pushes_to_a_server_that_fails_does_not_wait(
-    monkeypatch: pytest.MonkeyPatch, stages: Stages, kind: Kinds
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds
 ) -> None:
-    stage = stages()
-    crews = [stage.lane(kind, worker) for worker in ("worker-0", "worker-1")]
+    harness = harnesses()
+    crews = [harness.lane(kind, worker) for worker in ("worker-0", "worker-1")]
 
     def breaks(*arguments: Any) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(stage.server._optimizer, "step", breaks)
-    for position, crew in enumerate(crews):
+    monkeypatch.setattr(harness.server._optimizer, "step", breaks)
+    for position, client in enumerate(crews):
         with pytest.raises(LaneError, match="the server is gone"):
-            crew.lane.push(crew.gradient(0, batch(position), V1), 0, wants=False).receipt(LIMIT_S)
-        stage.log.wait(f"the connection of {crew.worker} was closed by the server's own fault")
+            client.lane.push(client.gradient(0, batch(position), V1), 0, wants=False).receipt(LIMIT_S)
+        harness.log.wait(f"the connection of {client.worker} was closed by the server's own fault")
 
 
 def test_who_finds_no_room_in_the_crowd_has_a_thread_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, stages: Stages
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
 ) -> None:
     class Full:
         def register(self, *arguments: Any) -> None:
             raise OSError("no room")
 
-    stage, made = stages(), crowd.Crowd.__init__
+    harness, made = harnesses(), poller.SharedPoller.__init__
 
-    def make(self: crowd.Crowd, *arguments: Any) -> None:
+    def make(self: poller.SharedPoller, *arguments: Any) -> None:
         made(self, *arguments)
         self._watched, self._poll = self._poll, Full()  # type: ignore[attr-defined, assignment]
 
-    def run(self: crowd.Crowd) -> None:
+    def run(self: poller.SharedPoller) -> None:
         """Of nobody."""
 
-    monkeypatch.setattr(crowd.Crowd, "__init__", make)
-    monkeypatch.setattr(crowd.Crowd, "run", run)
-    worker = stage.lane("crowd")
-    stage.log.wait("a worker is served by a thread of its own: no room")
-    (served,) = stage.streams()
+    monkeypatch.setattr(poller.SharedPoller, "__init__", make)
+    monkeypatch.setattr(poller.SharedPoller, "run", run)
+    worker = harness.lane("crowd")
+    harness.log.wait("a worker is served by a thread of its own: no room")
+    (served,) = harness.streams()
     assert served.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO) == 0, "it may be silent as long as it computes"
     assert worker.lane.pull(0, LIMIT_S) == V1
     receipt = worker.lane.push(worker.gradient(0, FIRST, V1), 0, wants=True).receipt(LIMIT_S)
     assert receipt.outcome is Outcome.APPLIED
 
 
-def test_a_crowd_that_fails_keeps_nobody_waiting_and_who_comes_later_has_a_thread_of_its_own(stages: Stages) -> None:
+def test_a_crowd_that_fails_keeps_nobody_waiting_and_who_comes_later_has_a_thread_of_its_own(
+    harnesses: Harnesses,
+) -> None:
     class Broken:
         def __init__(self, poll: Any) -> None:
             self._poll = poll
@@ -199,47 +201,47 @@ def test_a_crowd_that_fails_keeps_nobody_waiting_and_who_comes_later_has_a_threa
         def poll(self) -> Any:
             raise MemoryError("no room")
 
-    stage = stages()
-    crews = [stage.lane("crowd", worker) for worker in ("worker-0", "worker-1")]
-    for number, crew in enumerate(crews):  # from here on both are in the crowd
-        crew.lane.push(crew.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
-    served = stage.listener._crowd
+    harness = harnesses()
+    crews = [harness.lane("crowd", worker) for worker in ("worker-0", "worker-1")]
+    for number, client in enumerate(crews):  # from here on both are in the crowd
+        client.lane.push(client.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
+    served = harness.listener._poller
     assert served is not None
     served._poll = Broken(served._poll)  # type: ignore[assignment]
     receipt = crews[0].lane.push(crews[0].gradient(0, batch(2), V1), 0, wants=False).receipt(LIMIT_S)
     assert receipt.outcome is Outcome.APPLIED, "what was taken is answered"
-    stage.log.wait("the connections of all workers with small pushes were closed by the server's own fault")
-    for crew in crews:
+    harness.log.wait("the connections of all workers with small pushes were closed by the server's own fault")
+    for client in crews:
         with pytest.raises(LaneError, match="the server is gone"):
-            crew.lane.push(crew.gradient(0, batch(3), V1), 0, wants=False).receipt(LIMIT_S)
-    works(stage, 5, kind="crowd")
-    stage.log.wait("a worker is served by a thread of its own: the thread that serves the others has ended")
+            client.lane.push(client.gradient(0, batch(3), V1), 0, wants=False).receipt(LIMIT_S)
+    works(harness, 5, kind="crowd")
+    harness.log.wait("a worker is served by a thread of its own: the thread that serves the others has ended")
 
 
-def test_a_worker_that_does_not_read_its_weights_keeps_nobody_waiting(stages: Stages) -> None:
-    stage = stages(**BIG)
-    slow = stage.shaken("tcp")
+def test_a_worker_that_does_not_read_its_weights_keeps_nobody_waiting(harnesses: Harnesses) -> None:
+    harness = harnesses(**BIG)
+    slow = harness.shaken("tcp")
     slow.sendall(PULL.pack())
-    works(stage, 0, "tcp")
-    works(stage, 1, "shm")
+    works(harness, 0, "tcp")
+    works(harness, 1, "shm")
     answer = Frame.unpack(exactly(slow, HEADER_SIZE))
-    assert (answer.kind, answer.version, answer.payload) == (Kind.WEIGHTS, V1, 4 * stage.size)
-    assert exactly(slow, answer.payload) == stage.weights.tobytes(), "as they were when it asked"
+    assert (answer.kind, answer.version, answer.payload) == (FrameKind.WEIGHTS, V1, 4 * harness.size)
+    assert exactly(slow, answer.payload) == harness.weights.tobytes(), "as they were when it asked"
 
 
-def test_a_worker_that_asks_and_never_reads_is_dropped(stages: Stages) -> None:
-    stage = stages(**BIG)
-    greedy, other = stage.shaken("tcp"), stage.lane("tcp")
+def test_a_worker_that_asks_and_never_reads_is_dropped(harnesses: Harnesses) -> None:
+    harness = harnesses(**BIG)
+    greedy, other = harness.shaken("tcp"), harness.lane("tcp")
     with suppress(ConnectionResetError, BrokenPipeError):
         for _ in range(100):
             greedy.sendall(PULL.pack())
-    stage.log.wait("by-hand was closed: it asks for more and does not read what it is answered")
+    harness.log.wait("by-hand was closed: it asks for more and does not read what it is answered")
     assert other.lane.pull(0, LIMIT_S) == V1
 
 
-def test_a_worker_that_reads_late_but_all_may_have_all_its_slots_answered(stages: Stages) -> None:
-    stage = stages(**BIG)
-    late = stage.shaken("tcp")
+def test_a_worker_that_reads_late_but_all_may_have_all_its_slots_answered(harnesses: Harnesses) -> None:
+    harness = harnesses(**BIG)
+    late = harness.shaken("tcp")
     for slot in (0, 1):
         late.sendall(PULL._replace(slot=slot).pack())
     late.sendall(QUESTION.pack())
@@ -247,29 +249,31 @@ def test_a_worker_that_reads_late_but_all_may_have_all_its_slots_answered(stages
 
 
 def test_silent_peers_in_the_network_do_not_keep_workers_of_this_machine_out(
-    monkeypatch: pytest.MonkeyPatch, stages: Stages
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
 ) -> None:
     monkeypatch.setattr(listener_module, "HANDSHAKES", 3)
     monkeypatch.setattr(listener_module, "HANDSHAKE_S", 10 * LIMIT_S)
-    stage = stages()
-    silent = [stage.connected("tcp") for _ in range(8)]
+    harness = harnesses()
+    silent = [harness.connected("tcp") for _ in range(8)]
     for stream in silent[:3]:
         exactly(stream, GREETING_SIZE)
     assert not select.select(silent[3:], [], [], 0)[0]
-    works(stage, 0, "shm")
+    works(harness, 0, "shm")
     for stream in silent:
         stream.close()
-    works(stage, 1, "tcp")
+    works(harness, 1, "tcp")
 
 
-def test_a_crowd_of_silent_peers_is_dropped_and_workers_get_in(monkeypatch: pytest.MonkeyPatch, stages: Stages) -> None:
+def test_a_crowd_of_silent_peers_is_dropped_and_workers_get_in(
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
+) -> None:
     monkeypatch.setattr(listener_module, "HANDSHAKES", 20)
     monkeypatch.setattr(listener_module, "HANDSHAKE_S", 0.1)
-    stage = stages()
-    silent = [stage.connected("tcp") for _ in range(60)]
-    stage.log.wait("did not finish its handshake within 0.1 s", times=50)
+    harness = harnesses()
+    silent = [harness.connected("tcp") for _ in range(60)]
+    harness.log.wait("did not finish its handshake within 0.1 s", times=50)
     monkeypatch.setattr(listener_module, "HANDSHAKE_S", LIMIT_S)  # the worker is not hurried
-    works(stage, 0, "tcp")
+    works(harness, 0, "tcp")
     assert all(map(closed, silent[:50]))
 
 
@@ -295,58 +299,58 @@ def no_more_files() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_without_descriptors_goes_on_and_takes_workers_when_it_has_some(
-    monkeypatch: pytest.MonkeyPatch, stages: Stages, kind: Kinds
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds
 ) -> None:
     monkeypatch.setattr(listener_module, "RETRY_S", 0.05)
-    stage = stages()
-    crew, waiting = stage.lane(kind), stage.unconnected(kind)
+    harness = harnesses()
+    client, waiting = harness.lane(kind), harness.unconnected(kind)
     with no_more_files():
-        stage.connect(waiting)
-        stage.log.wait("cannot accept a worker: .*Too many open files", times=2)
-        read = crew.lane.pull(0, LIMIT_S)
-        receipt = crew.lane.push(crew.gradient(0, FIRST, read), 0, wants=True).receipt(LIMIT_S)
+        harness.connect(waiting)
+        harness.log.wait("cannot accept a worker: .*Too many open files", times=2)
+        read = client.lane.pull(0, LIMIT_S)
+        receipt = client.lane.push(client.gradient(0, FIRST, read), 0, wants=True).receipt(LIMIT_S)
         assert receipt.outcome is Outcome.APPLIED
         with pytest.raises(LaneError, match=r"cannot reach the server at .*Too many open files"):
-            stage.lane("tcp")
+            harness.lane("tcp")
         with pytest.raises(LaneError, match=r"no memory can be shared: .*Too many open files"):
-            stage.lane("shm")
+            harness.lane("shm")
     assert len(exactly(waiting, GREETING_SIZE)) == GREETING_SIZE
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_without_threads_takes_workers_when_it_has_some(
-    monkeypatch: pytest.MonkeyPatch, stages: Stages, kind: Kinds
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds
 ) -> None:
     monkeypatch.setattr(listener_module, "RETRY_S", 0.05)
-    stage, starts = stages(), Thread.start
+    harness, starts = harnesses(), Thread.start
 
     def fails_twice(thread: Thread) -> None:
-        if thread.name == "psgd-peer" and stage.log.count("cannot accept a worker: can't start new thread") < 2:
+        if thread.name == "psgd-peer" and harness.log.count("cannot accept a worker: can't start new thread") < 2:
             raise RuntimeError("can't start new thread")
         starts(thread)
 
     monkeypatch.setattr(Thread, "start", fails_twice)
-    refused = [stage.connected(kind) for _ in range(2)]
-    works(stage, kind=kind)
+    refused = [harness.connected(kind) for _ in range(2)]
+    works(harness, kind=kind)
     assert all(map(closed, refused))
 
 
-def test_a_server_that_cannot_take_a_workers_memory_drops_it(stages: Stages) -> None:
-    stage = stages()
-    stream = stage.greeted("shm")
+def test_a_server_that_cannot_take_a_workers_memory_drops_it(harnesses: Harnesses) -> None:
+    harness = harnesses()
+    stream = harness.greeted("shm")
     _, (file,), _, _ = socket.recv_fds(stream, WELCOME_SIZE, 1)
     with no_more_files():
         socket.send_fds(stream, [b"\0"], [file])
         assert closed(stream)
-    stage.log.wait("it passed 0 descriptors of its memory")
+    harness.log.wait("it passed 0 descriptors of its memory")
     os.close(file)
-    works(stage)
+    works(harness)
 
 
-def test_a_worker_in_the_network_that_vanishes_is_found_out(stages: Stages) -> None:
-    stage = stages()
-    stage.lane("tcp")
-    (served,) = stage.streams()
+def test_a_worker_in_the_network_that_vanishes_is_found_out(harnesses: Harnesses) -> None:
+    harness = harnesses()
+    harness.lane("tcp")
+    (served,) = harness.streams()
     assert served.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     silence = served.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
     assert 10 <= silence <= 120

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psgd.core.server.journal import Kind
+from psgd.core.server.journal import RecordKind
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.errors import RunError, StorageError
@@ -250,8 +250,8 @@ def test_threads_that_push_at_once_are_served_one_after_the_other() -> None:
 def test_a_snapshot_is_taken_at_once_between_rounds() -> None:
     async def test(host: ServerHost) -> None:
         state, records = await host.snapshot(LIMIT_S)
-        assert state.facts["version"] == [1, 0]
-        assert records["kind"].tolist() == [Kind.JOIN, Kind.JOIN]
+        assert state.metadata["version"] == [1, 0]
+        assert records["kind"].tolist() == [RecordKind.JOIN, RecordKind.JOIN]
 
     hosting(test, "bsp")
 
@@ -265,9 +265,9 @@ def test_a_snapshot_waits_until_the_round_closes() -> None:
         host.push(push(SECOND, V0, worker="worker-1"), ignore)
         host.push(push(BatchId(0, 0, 2), Version(1, 1)), ignore)  # the next round is open before anybody looks
         state, records = await snapshot
-        assert state.facts["version"] == [1, 1]
+        assert state.metadata["version"] == [1, 1]
         assert state.arrays["weights"].tolist() == pytest.approx((START - np.float32(0.1)).tolist())
-        assert records["kind"].tolist() == [Kind.JOIN, Kind.JOIN, Kind.PUSH, Kind.PUSH]
+        assert records["kind"].tolist() == [RecordKind.JOIN, RecordKind.JOIN, RecordKind.PUSH, RecordKind.PUSH]
 
     hosting(test, "bsp")
 
@@ -279,7 +279,7 @@ def test_a_snapshot_of_a_round_that_does_not_close_is_given_up_and_the_journal_g
             await host.snapshot(0.01)
         host.push(push(SECOND, V0, worker="worker-1"), ignore)
         _, records = await host.snapshot(LIMIT_S)
-        assert records["kind"].tolist() == [Kind.JOIN, Kind.JOIN, Kind.PUSH, Kind.PUSH]
+        assert records["kind"].tolist() == [RecordKind.JOIN, RecordKind.JOIN, RecordKind.PUSH, RecordKind.PUSH]
 
     hosting(test, "bsp")
 
@@ -307,7 +307,7 @@ def test_a_round_that_closes_as_time_runs_out_is_in_one_journal_or_the_next(hops
         loop.call_at(loop.time() + 0.01, close_round, hops)  # just after the snapshot's own limit
         taken, _ = await asyncio.gather(snapshot, pushed, return_exceptions=True)
         records = host.server.journal.take() if isinstance(taken, StorageError) else taken[1]  # type: ignore[index]
-        assert records["kind"].tolist() == [Kind.JOIN, Kind.JOIN, Kind.PUSH, Kind.PUSH]
+        assert records["kind"].tolist() == [RecordKind.JOIN, RecordKind.JOIN, RecordKind.PUSH, RecordKind.PUSH]
 
     hosting(test, "bsp")
     assert len(given) == 2

@@ -56,7 +56,7 @@ def test_what_failures_do_is_met_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Chaos, "act", noted)
     for seed in range(200):
         cluster = run_chaos(seed)
-        failures += cluster.coordinator.incidents.failures
+        failures += cluster.coordinator.failure_counts.failures
         for server in cluster.servers.values():
             outcomes += Counter(server.report().pushes)
     assert notes.keys() >= {"server_restored", "epoch_reopened", "worker_recovered", "poison_skipped", "taken_over"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from psgd.core.server.journal import RECORD, Kind
+from psgd.core.server.journal import RECORD, RecordKind
 from psgd.errors import RunNotFoundError, SpecError
 from psgd.simulation.delays import (
     Constant,
@@ -39,7 +39,7 @@ def take(delays: Delays, number: int, worker: int = 0, workers: int = 8, seed: i
     return list(islice(iter(delays.source(worker, workers, seed), None), number))
 
 
-def journal(*pushes: tuple[bytes, float], kind: Kind = Kind.PUSH) -> NDArray[np.void]:
+def journal(*pushes: tuple[bytes, float], kind: RecordKind = RecordKind.PUSH) -> NDArray[np.void]:
     """Records of that kind, each (worker, compute_s)."""
     records = np.zeros(len(pushes), RECORD)
     records["kind"] = kind
@@ -167,7 +167,7 @@ def test_measured_draws_what_the_recorded_worker_took() -> None:
 
 
 def test_measured_leaves_out_what_is_no_gradients_time() -> None:
-    joins, zero = journal((b"worker-0", 9.0), kind=Kind.JOIN), journal((b"worker-0", 0.0), (b"worker-3", np.nan))
+    joins, zero = journal((b"worker-0", 9.0), kind=RecordKind.JOIN), journal((b"worker-0", 0.0), (b"worker-3", np.nan))
     delays = Measured.of(np.concatenate([joins, zero, journal((b"worker-1", 0.125))]))
     assert set(take(delays, 300)) == {0.125}
     with pytest.raises(SpecError, match="no gradient's compute time is among the 3 records"):

@@ -48,7 +48,7 @@ def broken(found: list[Check]) -> set[str]:
         {},
         {"optimizer": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}},
         {"optimizer": {"name": "adamw", "lr": 1e-3, "schedule": {"name": "cosine", "epochs": 1, "warmup": 0.2}}},
-        {"optimizer": {"lr": 0.1, "max_grad_norm": 0.5, "clipvalue": 0.01}, "consistency": {"mode": "ssp", "s": 1}},
+        {"optimizer": {"lr": 0.1, "max_grad_norm": 0.5, "clip_value": 0.01}, "consistency": {"mode": "ssp", "s": 1}},
         {"consistency": {"mode": "local", "h": 3, "lr": 0.1}, "compression": {"name": "int8"}},
         {"model": {"kind": "linear"}, "data": {"format": "sklearn", "dataset": "iris", "batch_size": 40}},
         {"model": {"kind": "torch", "path": "tests.support.torch_modules:mlp", "kwargs": {"hidden": 8}}},

@@ -59,7 +59,7 @@ def test_what_compression_leaves_out_stays_in_its_slot() -> None:
     host = run(scaling={"pipeline": 1}, compression={"name": "top_k", "ratio": 0.3})
     np.testing.assert_array_equal(host.weights, weights)
     expected = hypot(*(memory.norm for memory in memories))
-    assert host.coordinator.roster.residual_norm == pytest.approx(expected)
+    assert host.coordinator.worker_table.residual_norm == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

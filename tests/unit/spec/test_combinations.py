@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from psgd.errors import SpecError
 from psgd.spec import BspConsistency, CosineSchedule, JobSpec, RingmasterConsistency, SspConsistency
 from psgd.spec.reader import change_settings
-from psgd_workers.spec import Int8Compression, LocalSteps, NoCompression, TopKCompression, WorkRules
+from psgd_workers.spec import Int8Compression, LocalSteps, NoCompression, TopKCompression, WorkerOptions
 
 MINIMAL: dict[str, Any] = {
     "model": {"kind": "linear"},
@@ -232,11 +232,15 @@ def test_every_correction_goes_with_several_servers(correcting: str) -> None:
 
 
 def test_a_plain_jobs_workers_push_gradients_and_nothing_else() -> None:
-    assert spec().rules == WorkRules(local=None, compression=NoCompression(), sends_weights=False, stop_at=None)
+    assert spec().worker_options == WorkerOptions(
+        local=None, compression=NoCompression(), sends_weights=False, stop_at=None
+    )
 
 
 def test_workers_of_local_steps_are_told_how_many_and_how_far() -> None:
-    assert spec(consistency=mode("local", h=7, lr=0.25)).rules == WorkRules(local=LocalSteps(steps=7, lr=0.25))
+    assert spec(consistency=mode("local", h=7, lr=0.25)).worker_options == WorkerOptions(
+        local=LocalSteps(steps=7, lr=0.25)
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,17 +251,17 @@ def test_workers_of_local_steps_are_told_how_many_and_how_far() -> None:
     ],
 )
 def test_workers_are_told_how_to_compress(compression: dict[str, Any], told: Any) -> None:
-    assert spec(compression=compression).rules.compression == told
+    assert spec(compression=compression).worker_options.compression == told
 
 
 @pytest.mark.parametrize("name", sorted(CORRECTIONS))
 def test_weights_are_sent_along_only_where_a_correction_reads_them(name: str) -> None:
-    assert spec(correction=correction(name)).rules.sends_weights == (name in ("dc_asgd", "gap_aware"))
+    assert spec(correction=correction(name)).worker_options.sends_weights == (name in ("dc_asgd", "gap_aware"))
 
 
 def test_ringmaster_stops_computations_only_if_asked_to() -> None:
-    assert spec(consistency=mode("ringmaster", r=3)).rules.stop_at is None
-    assert spec(consistency=mode("ringmaster", r=3, stop=True)).rules.stop_at == 3
+    assert spec(consistency=mode("ringmaster", r=3)).worker_options.stop_at is None
+    assert spec(consistency=mode("ringmaster", r=3, stop=True)).worker_options.stop_at == 3
 
 
 # Warnings
@@ -287,12 +291,17 @@ def test_what_can_change_is_changed_and_nothing_else() -> None:
         "optimizer.lr=1e-2",
         "optimizer.schedule={name: cosine, epochs: 5}",
         "optimizer.max_grad_norm=1",
-        "optimizer.clipvalue=2",
+        "optimizer.clip_value=2",
     ]
     after = change_settings(before, changes)
     assert after.consistency == SspConsistency(mode="ssp", s=3)
     optimizer = before.optimizer.model_copy(
-        update={"lr": 0.01, "schedule": CosineSchedule(name="cosine", epochs=5), "max_grad_norm": 1.0, "clipvalue": 2.0}
+        update={
+            "lr": 0.01,
+            "schedule": CosineSchedule(name="cosine", epochs=5),
+            "max_grad_norm": 1.0,
+            "clip_value": 2.0,
+        }
     )
     assert after == before.model_copy(update={"consistency": after.consistency, "optimizer": optimizer})
 
@@ -413,9 +422,9 @@ def test_workers_that_are_running_cannot_be_told_to_stop(before: str, changes: l
     [("ringmaster", {"r": 4}, 4), ("k_sync", {"k": 2}, 1), ("backup", {"b": 1}, 1), ("rennala", {"s": 2}, 1)],
 )
 def test_stopping_is_at_the_staleness_that_would_be_refused(name: str, fields: dict[str, Any], stop_at: int) -> None:
-    assert spec(consistency={"mode": name, **fields, "stop": True}).rules.stop_at == stop_at
-    assert spec(consistency={"mode": name, **fields}).rules.stop_at is None
+    assert spec(consistency={"mode": name, **fields, "stop": True}).worker_options.stop_at == stop_at
+    assert spec(consistency={"mode": name, **fields}).worker_options.stop_at is None
 
 
 def test_local_steps_may_become_synchronous() -> None:
-    assert change_settings(spec(consistency=mode("local")), ["consistency.synchronous=true"]).rules.local
+    assert change_settings(spec(consistency=mode("local")), ["consistency.synchronous=true"]).worker_options.local

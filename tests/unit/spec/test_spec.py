@@ -71,7 +71,7 @@ def test_a_job_is_frozen() -> None:
         ("optimizer", {"lr": 1, "dampening": 1}),
         ("optimizer", {"lr": 1, "weight_decay": -1}),
         ("optimizer", {"lr": 1, "max_grad_norm": 0}),
-        ("optimizer", {"lr": 1, "clipvalue": 0}),
+        ("optimizer", {"lr": 1, "clip_value": 0}),
         ("optimizer", {"lr": 1, "name": "adamm"}),
         ("optimizer", {"lr": 1, "name": None}),
         ("optimizer", {"lr": 1, "name": "adam", "momentum": 0.9}),

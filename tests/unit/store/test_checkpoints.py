@@ -39,13 +39,13 @@ def state(partition: int, updates: int = 40) -> ServerState:
         "settled.3": np.array([True, False, True]),
         "optimizer.velocity": FLAT[start:stop] / 3,
     }
-    facts = {
+    metadata = {
         "version": [1, updates],
         "partition": [partition, start, stop, stop - start],
         "epochs": 3,
         "settings": SETTINGS.model_dump(mode="json"),
     }
-    return ServerState(arrays, facts)
+    return ServerState(arrays, metadata)
 
 
 def manifest(name: str, parts: list[Part]) -> Manifest:
@@ -85,7 +85,7 @@ def test_a_state_is_restored_bit_for_bit(run: Storage) -> None:
     checkpoint = Checkpoints(run).open("000001-1")
     for partition in (0, 1):
         saved, restored = state(partition), checkpoint.state(partition)
-        assert restored.facts == saved.facts
+        assert restored.metadata == saved.metadata
         assert restored.arrays.keys() == saved.arrays.keys()
         for name, array in saved.arrays.items():
             assert restored.arrays[name].dtype == array.dtype
@@ -196,8 +196,8 @@ def test_strangers_in_the_folder_are_overlooked(run: Storage) -> None:
 
 def test_the_average_is_loaded_where_there_is_one(run: Storage) -> None:
     plain = state(0)
-    facts = dict(plain.facts) | {"partition": [0, 0, len(FLAT), 6]}
-    both = ServerState({"weights": FLAT.copy(), "average": np.full(6, 7, np.float32)}, facts)
+    metadata = dict(plain.metadata) | {"partition": [0, 0, len(FLAT), 6]}
+    both = ServerState({"weights": FLAT.copy(), "average": np.full(6, 7, np.float32)}, metadata)
     part = write_part(run, "000001-1", both, NO_RECORDS)
     Checkpoints(run).commit(manifest("000001-1", [part]))
     weights = load_weights(run.url, averaged=True)
@@ -207,8 +207,8 @@ def test_the_average_is_loaded_where_there_is_one(run: Storage) -> None:
 
 
 def test_an_average_that_is_not_kept_is_not_made_up(run: Storage) -> None:
-    facts = dict(state(0).facts) | {"partition": [0, 0, len(FLAT), len(FLAT)]}
-    part = write_part(run, "000001-1", ServerState({"weights": FLAT.copy()}, facts), NO_RECORDS)
+    metadata = dict(state(0).metadata) | {"partition": [0, 0, len(FLAT), len(FLAT)]}
+    part = write_part(run, "000001-1", ServerState({"weights": FLAT.copy()}, metadata), NO_RECORDS)
     Checkpoints(run).commit(manifest("000001-1", [part]))
     with pytest.raises(CheckpointError, match=r"its job sets no optimizer\.ema"):
         load_weights(run.url, averaged=True)

@@ -25,7 +25,7 @@ def numbered(partition: int, number: int) -> ServerState:
     """All of it tells which checkpoint it is of."""
     made = state(partition, updates=number)
     arrays = {name: np.full_like(array, number) for name, array in made.arrays.items()}
-    return ServerState(arrays, made.facts)
+    return ServerState(arrays, made.metadata)
 
 
 def write(run: Storage, number: int, committed: int) -> None:
@@ -91,7 +91,7 @@ def test_whatever_moment_a_writer_is_killed_at_the_newest_checkpoint_is_whole(
         newest = number
         for part in checkpoint.states():
             assert all((array == np.full_like(array, number)).all() for array in part.arrays.values())
-            assert part.facts["version"][1] == number
+            assert part.metadata["version"][1] == number
     Checkpoints(run).prune(KEEP)
     assert len(Checkpoints(run).committed()) == KEEP
     assert written > 5, "the writer was always killed before it committed anything"

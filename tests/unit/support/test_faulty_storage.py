@@ -32,7 +32,7 @@ def is_right(run: Storage, least: str) -> None:
 
 
 def assert_same(one: ServerState, other: ServerState) -> None:
-    assert one.facts == other.facts
+    assert one.metadata == other.metadata
     assert {name: array.tobytes() for name, array in one.arrays.items()} == {
         name: array.tobytes() for name, array in other.arrays.items()
     }

@@ -29,12 +29,12 @@ from psgd_workers.messages import (
 )
 from psgd_workers.models import Model
 from psgd_workers.models.numpy.network import Network
-from psgd_workers.spec import LocalSteps, TopKCompression, WorkRules
+from psgd_workers.spec import LocalSteps, TopKCompression, WorkerOptions
 from psgd_workers.transport.lane import LaneKind, Pending
 from psgd_workers.transport.memory import Segment
 from psgd_workers.worker import Route, Worker
 
-PLAIN = WorkRules()
+PLAIN = WorkerOptions()
 FEATURES = np.random.default_rng(0).standard_normal((22, 3), dtype=np.float32)
 TRAIN = Examples(FEATURES, np.arange(22) % 2)
 SHARDS = Shards(len(TRAIN), num_shards=2, batch_size=4, seed=1, shuffle=True)
@@ -163,14 +163,14 @@ def worker_of(
     model: Model = MODEL,
     layout: Layout = LAYOUT,
     shards: Shards = SHARDS,
-    rules: WorkRules = PLAIN,
+    worker_options: WorkerOptions = PLAIN,
     timeout_s: float = 60.0,
     pipeline: int = 0,
 ) -> Worker:
     bounds = np.cumsum([0, *(len(lane.weights) for lane in lanes)])
     parts = [slice(start, stop) for start, stop in pairwise(bounds)]
     routes = [Route(part, partial(lane.connect, part=part)) for part, lane in zip(parts, lanes, strict=True)]
-    return Worker("worker-3", model, layout, TRAIN, shards, 1, rules, routes, timeout_s, pipeline)
+    return Worker("worker-3", model, layout, TRAIN, shards, 1, worker_options, routes, timeout_s, pipeline)
 
 
 def lane_of(size: int = SIZE) -> FakeLane:
@@ -403,7 +403,7 @@ def dense(values: FloatArray | Encoded, size: int) -> FloatArray:
 
 def test_local_steps_push_the_way_back_from_where_they_end() -> None:
     shards = Shards(len(TRAIN), num_shards=2, batch_size=4, seed=1, shuffle=True, steps=2)
-    worker = worker_of(shards=shards, rules=WorkRules(local=LocalSteps(steps=2, lr=0.5)))
+    worker = worker_of(shards=shards, worker_options=WorkerOptions(local=LocalSteps(steps=2, lr=0.5)))
     batch, weights = BatchId(0, 1, 0), np.random.default_rng(3).standard_normal(SIZE, dtype=np.float32)
     out, local, losses = np.empty(SIZE, np.float32), weights.copy(), []
     loss = worker.gradient(batch, weights, out)
@@ -420,7 +420,7 @@ def test_a_push_of_local_steps_may_be_short_at_a_shards_end() -> None:
     assert shards.grid.batches_per_shard == (2, 2)
     assert [len(rows) for rows in shards.mini_batches(BatchId(0, 0, 1))] == [3]
     lane = lane_of()
-    worker_of(lane, shards=shards, rules=WorkRules(local=LocalSteps(steps=2, lr=0.5))).work(
+    worker_of(lane, shards=shards, worker_options=WorkerOptions(local=LocalSteps(steps=2, lr=0.5))).work(
         Lease(0, (BatchRange(0, 0, 2),)), never
     )
     assert [gradient.examples for gradient in lane.pushes] == [8, 3]
@@ -430,7 +430,9 @@ def test_a_buffer_moves_by_all_local_steps_together() -> None:
     stub = Stub(gradient=2.0, buffer=0.25)
     layout = Layout.of(stub.initial_weights(0), stub.buffers)
     shards = Shards(len(TRAIN), num_shards=1, batch_size=4, seed=1, shuffle=True, steps=3)
-    worker = worker_of(model=stub, layout=layout, shards=shards, rules=WorkRules(local=LocalSteps(steps=3, lr=0.1)))
+    worker = worker_of(
+        model=stub, layout=layout, shards=shards, worker_options=WorkerOptions(local=LocalSteps(steps=3, lr=0.1))
+    )
     out = np.empty(6, np.float32)
     worker.gradient(BatchId(0, 0, 0), np.zeros(6, np.float32), out)
     np.testing.assert_allclose(out, [0.6] * 4 + [0.75] * 2, rtol=1e-6)
@@ -439,7 +441,7 @@ def test_a_buffer_moves_by_all_local_steps_together() -> None:
 
 def test_what_compression_leaves_out_goes_with_the_next_push() -> None:
     lane, plain = lane_of(), lane_of()
-    worker = worker_of(lane, rules=WorkRules(compression=TopKCompression(name="top_k", ratio=0.25)))
+    worker = worker_of(lane, worker_options=WorkerOptions(compression=TopKCompression(name="top_k", ratio=0.25)))
     end = worker.work(LEASE, never)
     worker_of(plain).work(LEASE, never)
     sent, whole = np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)
@@ -455,7 +457,7 @@ def test_what_compression_leaves_out_goes_with_the_next_push() -> None:
 @pytest.mark.parametrize("outcome", [Outcome.DUPLICATE, Outcome.REQUEUED, Outcome.DISCARDED, Outcome.REJECTED])
 def test_a_refused_push_leaves_the_error_memory_as_it_was(outcome: Outcome) -> None:
     lane = lane_of()
-    worker = worker_of(lane, rules=WorkRules(compression=TopKCompression(name="top_k", ratio=0.25)))
+    worker = worker_of(lane, worker_options=WorkerOptions(compression=TopKCompression(name="top_k", ratio=0.25)))
     before = worker.work(LEASE, never).residual_norm
     lane.outcome = outcome
     assert worker.work(LEASE, never).residual_norm == before > 0
@@ -463,7 +465,7 @@ def test_a_refused_push_leaves_the_error_memory_as_it_was(outcome: Outcome) -> N
 
 def test_a_push_in_doubt_leaves_the_error_memory_usable() -> None:
     lane = lane_of()
-    worker = worker_of(lane, rules=WorkRules(compression=TopKCompression(name="top_k", ratio=0.25)))
+    worker = worker_of(lane, worker_options=WorkerOptions(compression=TopKCompression(name="top_k", ratio=0.25)))
 
     def fail(receipt: Receipt) -> Receipt:
         raise LaneTimeoutError("scripted")
@@ -479,8 +481,8 @@ def test_buffers_travel_beside_what_is_compressed() -> None:
     stub = Stub(gradient=2.0, buffer=0.25)
     layout = Layout.of(stub.initial_weights(0), stub.buffers)
     lane = lane_of(layout.num_parameters)
-    rules = WorkRules(compression=TopKCompression(name="top_k", ratio=0.25))
-    worker_of(lane, model=stub, layout=layout, rules=rules).work(LEASE, never)
+    worker_options = WorkerOptions(compression=TopKCompression(name="top_k", ratio=0.25))
+    worker_of(lane, model=stub, layout=layout, worker_options=worker_options).work(LEASE, never)
     first = lane.pushes[0]
     np.testing.assert_array_equal(dense(first.values, 4), [2, 0, 0, 0])
     assert first.buffers is not None
@@ -489,7 +491,7 @@ def test_buffers_travel_beside_what_is_compressed() -> None:
 
 def test_the_weights_read_come_along_if_the_job_asks_for_them() -> None:
     lane = lane_of()
-    worker_of(lane, rules=WorkRules(sends_weights=True)).work(LEASE, never)
+    worker_of(lane, worker_options=WorkerOptions(sends_weights=True)).work(LEASE, never)
     for gradient, weights in zip(lane.pushes, lane.shown, strict=True):
         assert gradient.weights_read is not None
         np.testing.assert_array_equal(gradient.weights_read, weights)
@@ -498,10 +500,10 @@ def test_the_weights_read_come_along_if_the_job_asks_for_them() -> None:
 def test_a_gradient_that_has_become_too_stale_is_not_pushed() -> None:
     lane = lane_of()
     lane.ahead = 3
-    worker_of(lane, rules=WorkRules(stop_at=4)).work(LEASE, never)
+    worker_of(lane, worker_options=WorkerOptions(stop_at=4)).work(LEASE, never)
     assert len(lane.pushes) == 3
     stale = lane_of()
     stale.ahead = 4
-    worker_of(stale, rules=WorkRules(stop_at=4)).work(LEASE, never)
+    worker_of(stale, worker_options=WorkerOptions(stop_at=4)).work(LEASE, never)
     assert stale.pushes == []
     assert stale.calls == ["pull", "version"] * 3  # each batch begins with the newest weights

@@ -14,7 +14,7 @@ from psgd_workers.data.formats.sklearn import read_sklearn
 from psgd_workers.data.labels import encode_labels
 from psgd_workers.data.normalize import normalize
 from psgd_workers.data.raw import RawData, RawPart
-from psgd_workers.data.split import split
+from psgd_workers.data.split import split_validation
 from psgd_workers.errors import DataError
 from psgd_workers.spec import CsvData, DataSpec, NpzData, SklearnData
 
@@ -40,7 +40,7 @@ def open_dataset(spec: DataSpec, seed: int) -> Dataset:
     labels, classes = encode_labels([part.labels for part in raw.parts], raw.classes)
     parts = tuple(Examples(*pair) for pair in zip(features, labels, strict=True))
     if spec.validation_fraction is not None:
-        parts = split(parts[0], spec.validation_fraction, seed)
+        parts = split_validation(parts[0], spec.validation_fraction, seed)
     parts = normalize(spec.normalize, *parts)
     return Dataset(parts[0], parts[1] if len(parts) > 1 else None, classes, _fingerprint(parts[0]))
 

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from psgd_workers.data.examples import Examples
 from psgd_workers.errors import DataError
 
-__all__ = ["split"]
+__all__ = ["split_validation"]
 
 SPAWN_KEY = (0,)  # sets this stream apart from those of `Shards`, whose keys have another length
 
 
-def split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+def split_validation(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
     """Draw the validation part at random; both parts keep the order of the file.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 
 from psgd_workers.gradients.compression import ErrorFeedback, build_compressor
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Outcome, Version
-from psgd_workers.spec import WorkRules
+from psgd_workers.spec import WorkerOptions
 
 __all__ = ["Sender", "gradient_norm"]
 
@@ -26,16 +26,16 @@ class Sender:
         rules: what the job wants beyond gradients.
     """
 
-    def __init__(self, worker: str, parts: Sequence[slice], num_trainable: int, rules: WorkRules) -> None:
+    def __init__(self, worker: str, parts: Sequence[slice], num_trainable: int, worker_options: WorkerOptions) -> None:
         self._worker = worker
         self._parts = parts
-        self._sends_weights = rules.sends_weights
-        compressor = build_compressor(rules.compression)
+        self._sends_weights = worker_options.sends_weights
+        compressor = build_compressor(worker_options.compression)
         # How many values of each partition are no buffers.
         self._trained = [max(0, min(int(part.stop), num_trainable) - int(part.start)) for part in parts]
         self._memories = [ErrorFeedback(compressor, size) if compressor and size else None for size in self._trained]
         # One partition, and nothing but the gradient to send: the usual case.
-        self._plain = len(parts) == 1 and compressor is None and not rules.sends_weights
+        self._plain = len(parts) == 1 and compressor is None and not worker_options.sends_weights
 
     @property
     def residual_norm(self) -> float:

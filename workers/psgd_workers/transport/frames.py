@@ -23,7 +23,7 @@ from psgd_workers.messages import BatchId, Encoded, FloatArray, Gradient, Outcom
 from psgd_workers.transport.affinity import NOWHERE
 from psgd_workers.transport.memory import Slot
 
-__all__ = ["HEADER_SIZE", "Frame", "Kind", "PushForm"]
+__all__ = ["HEADER_SIZE", "Frame", "FrameKind", "PushFormat"]
 
 MAGIC, FORMAT = b"psgd", 1
 # Magic, format, kind, slot, code, wants, incarnation, payload, epoch, shard, index, examples, the version, loss, norm,
@@ -39,7 +39,7 @@ SMALL = 16_384  # values: any push fits into a socket's buffer
 ALIGNMENT = 8  # of each array in a payload, in bytes
 
 
-class Kind(IntEnum):
+class FrameKind(IntEnum):
     """What a frame is."""
 
     PUSH = 1  # a gradient, to the server
@@ -50,13 +50,13 @@ class Kind(IntEnum):
     VERSION = 6  # the answer to ASK
 
 
-KINDS = {kind.value: kind for kind in Kind}
+KINDS = {kind.value: kind for kind in FrameKind}
 
 
 class Frame(NamedTuple):
     """A header. Fields that say nothing in a frame of its kind are 0."""
 
-    kind: Kind
+    kind: FrameKind
     slot: int  # of the worker's batches in hand
     code: int  # of a push: how its values travel; of a receipt: the outcome
     wants: bool  # of a push: whether the weights are to come with the receipt
@@ -152,13 +152,13 @@ class Frame(NamedTuple):
         _, batch, examples, read, values, loss, norm, compute_s, _, _ = gradient
         code = ENCODINGS.index(values.kind) if isinstance(values, Encoded) else 0
         of = batch, examples, read
-        return cls(Kind.PUSH, slot, code, wants, incarnation, payload, *of, loss, norm, compute_s, processor)
+        return cls(FrameKind.PUSH, slot, code, wants, incarnation, payload, *of, loss, norm, compute_s, processor)
 
     @classmethod
     def of_receipt(cls, receipt: Receipt, slot: int, wants: bool, payload: int) -> Frame:
         """The header of a receipt."""
         _, batch, outcome, version = receipt
-        return cls(Kind.RECEIPT, slot, CODES[outcome], wants, version.incarnation, payload, batch, 0, version)
+        return cls(FrameKind.RECEIPT, slot, CODES[outcome], wants, version.incarnation, payload, batch, 0, version)
 
     def receipt(self, worker: str) -> Receipt:
         """The receipt that this is.
@@ -166,12 +166,12 @@ class Frame(NamedTuple):
         Raises:
             LaneError: of no outcome there is.
         """
-        if self.kind is not Kind.RECEIPT or self.code >= len(OUTCOMES):
+        if self.kind is not FrameKind.RECEIPT or self.code >= len(OUTCOMES):
             raise LaneError(f"a receipt was expected, and {self.kind.name} with code {self.code} came")
         return Receipt(worker, self.batch, OUTCOMES[self.code], self.version)
 
 
-class PushForm(NamedTuple):
+class PushFormat(NamedTuple):
     """What the pushes of a job to one partition look like."""
 
     size: int  # values of the partition

@@ -80,8 +80,8 @@ class Hello(NamedTuple):
     def pack(self, key: bytes, greeting: Greeting) -> bytes:
         """With the proof that its sender has the key."""
         *numbers, worker, nonce = self
-        facts = FACTS.pack(*numbers, worker.encode(), nonce)
-        return facts + proof(key, b"worker", greeting.nonce, facts)
+        fields = FACTS.pack(*numbers, worker.encode(), nonce)
+        return fields + proof(key, b"worker", greeting.nonce, fields)
 
     @classmethod
     def unpack(cls, data: bytes, key: bytes, greeting: Greeting) -> Hello:
@@ -90,10 +90,10 @@ class Hello(NamedTuple):
         Raises:
             LaneError: the sender does not have the key.
         """
-        facts = data[: FACTS.size]
-        if not hmac.compare_digest(data[FACTS.size :], proof(key, b"worker", greeting.nonce, facts)):
+        fields = data[: FACTS.size]
+        if not hmac.compare_digest(data[FACTS.size :], proof(key, b"worker", greeting.nonce, fields)):
             raise LaneError("a peer without this run's key")
-        incarnation, num_parameters, slots, shared, worker, nonce = FACTS.unpack(facts)
+        incarnation, num_parameters, slots, shared, worker, nonce = FACTS.unpack(fields)
         return cls(incarnation, num_parameters, slots, shared, worker.rstrip(b"\0").decode(), nonce)
 
     def welcome(self, key: bytes) -> bytes:

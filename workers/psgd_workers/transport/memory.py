@@ -160,12 +160,12 @@ class PublishedVector:
         return Version(self._counts[INCARNATION], self._counts[UPDATES])
 
     @property
-    def crowd(self) -> int:
+    def poller(self) -> int:
         """Workers of this machine that the owner serves with one thread; it alone sets this."""
         return self._counts[CROWD]
 
-    @crowd.setter
-    def crowd(self, workers: int) -> None:
+    @poller.setter
+    def poller(self, workers: int) -> None:
         self._counts[CROWD] = workers
 
     def snapshot(self, into: FloatArray) -> Version | None:

@@ -17,7 +17,7 @@ from typing import Self
 from psgd_workers.errors import LaneError, LaneTimeoutError
 from psgd_workers.messages import FloatArray, Gradient, Receipt, Version
 from psgd_workers.transport.affinity import allowed_processors, current_processor, wake
-from psgd_workers.transport.frames import HEADER_SIZE, Frame, Kind, PushForm
+from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind, PushFormat
 from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
 from psgd_workers.transport.lane import LaneKind, Pending
 from psgd_workers.transport.memory import PublishedVector, Segment, stores_are_ordered
@@ -154,7 +154,7 @@ class _Connection:
         self.stream.close()
 
 
-def _checked(frame: Frame, kind: Kind, slot: int, incarnation: int, payload: int) -> Frame:
+def _checked(frame: Frame, kind: FrameKind, slot: int, incarnation: int, payload: int) -> Frame:
     came = (frame.kind, frame.slot, frame.incarnation, frame.payload)
     if came != (kind, slot, incarnation, payload):
         raise LaneError(f"the server answered with {came}, expected {(kind, slot, incarnation, payload)}")
@@ -179,19 +179,19 @@ class ShmLane:
     kind: LaneKind = "shm"
 
     def __init__(
-        self, worker: str, segment: Segment, part: slice, form: PushForm, address: Address, timeout_s: float
+        self, worker: str, segment: Segment, part: slice, push_format: PushFormat, address: Address, timeout_s: float
     ) -> None:
         if address.path is None or segment.file is None:
             raise LaneError(f"no memory can be shared: {segment.fault or 'the server listens on no Unix socket'}")
         self._worker = worker
-        self._form = form
+        self._push_format = push_format
         self._incarnation = address.incarnation
         self._weights = [slot.weights[part] for slot in segment.slots]
         self._connection = _Connection.unix(address.path, timeout_s)
         try:
             file = self._connection.shake_hands(address, worker, segment, shared=True)
             assert file is not None
-            self._published = PublishedVector(form.size, file)
+            self._published = PublishedVector(push_format.size, file)
         except BaseException:
             self._connection.close()
             raise
@@ -205,8 +205,8 @@ class ShmLane:
         if self._reads_itself and (version := self._published.snapshot(self._weights[slot])):
             return version
         self._connection.limit(timeout_s)
-        self._connection.send(Frame(Kind.PULL, slot, 0, False, self._incarnation, 0).pack())
-        return _checked(self.answer(slot), Kind.WEIGHTS, slot, self._incarnation, 0).version
+        self._connection.send(Frame(FrameKind.PULL, slot, 0, False, self._incarnation, 0).pack())
+        return _checked(self.answer(slot), FrameKind.WEIGHTS, slot, self._incarnation, 0).version
 
     def version(self, timeout_s: float) -> Version:
         """From shared memory; see `Lane.version`."""
@@ -215,7 +215,7 @@ class ShmLane:
 
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
         """One message; see `Lane.push`."""
-        payload = self._form.payload(gradient, shared=True)
+        payload = self._push_format.payload(gradient, shared=True)
         size = sum(map(len, payload))
         frame = Frame.of_push(
             gradient, slot, wants and not self._reads_itself, self._incarnation, size, current_processor()
@@ -226,10 +226,10 @@ class ShmLane:
     def receipt(self, slot: int, wants: bool, timeout_s: float) -> Receipt:
         """Of the push from that slot."""
         self._connection.limit(timeout_s)
-        frame = _checked(self.answer(slot), Kind.RECEIPT, slot, self._incarnation, 0)
+        frame = _checked(self.answer(slot), FrameKind.RECEIPT, slot, self._incarnation, 0)
         receipt = frame.receipt(self._worker)
         # Where workers have to share processors, who is answered had better not stop the thread that answers the rest.
-        self._wake(patiently=self._published.crowd > self._processors)
+        self._wake(patiently=self._published.poller > self._processors)
         if wants and self._reads_itself:
             return Receipt(receipt.worker, receipt.batch, receipt.outcome, self.pull(slot, timeout_s))
         return receipt
@@ -282,12 +282,12 @@ class TcpLane:
     kind: LaneKind = "tcp"
 
     def __init__(
-        self, worker: str, segment: Segment, part: slice, form: PushForm, address: Address, timeout_s: float
+        self, worker: str, segment: Segment, part: slice, push_format: PushFormat, address: Address, timeout_s: float
     ) -> None:
         if address.port is None:
             raise LaneError("the server listens on no network: use lane auto or ray")
         self._worker = worker
-        self._form = form
+        self._push_format = push_format
         self._incarnation = address.incarnation
         self._timeout_s = timeout_s
         self._weights: list[FloatArray] = [slot.weights[part] for slot in segment.slots]
@@ -299,7 +299,7 @@ class TcpLane:
             raise
         self._connection.limit(None)  # from here on `_result` limits every wait, and closing ends it
         self._lock = Lock()
-        self._wanted: dict[tuple[Kind, int], tuple[_Reply, int]] = {}  # answers that are to come, their bytes
+        self._wanted: dict[tuple[FrameKind, int], tuple[_Reply, int]] = {}  # answers that are to come, their bytes
         self._fault = ""  # why none will come any more
         self._sending = ThreadPoolExecutor(1, "psgd-send")
         self._receiving = Thread(target=self._receive, name="psgd-receive", daemon=True)
@@ -307,21 +307,21 @@ class TcpLane:
 
     def pull(self, slot: int, timeout_s: float) -> Version:
         """See `Lane.pull`."""
-        frame = Frame(Kind.PULL, slot, 0, True, self._incarnation, 0)
-        return self.result(self._exchange(frame, [], Kind.WEIGHTS), timeout_s).version
+        frame = Frame(FrameKind.PULL, slot, 0, True, self._incarnation, 0)
+        return self.result(self._exchange(frame, [], FrameKind.WEIGHTS), timeout_s).version
 
     def version(self, timeout_s: float) -> Version:
         """See `Lane.version`."""
-        frame = Frame(Kind.ASK, 0, 0, False, self._incarnation, 0)
-        return self.result(self._exchange(frame, [], Kind.VERSION), timeout_s).version
+        frame = Frame(FrameKind.ASK, 0, 0, False, self._incarnation, 0)
+        return self.result(self._exchange(frame, [], FrameKind.VERSION), timeout_s).version
 
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
         """See `Lane.push`."""
-        payload = self._form.payload(gradient, shared=False)
+        payload = self._push_format.payload(gradient, shared=False)
         frame = Frame.of_push(gradient, slot, wants, self._incarnation, sum(map(len, payload)))
-        return _TcpPending(self, self._exchange(frame, payload, Kind.RECEIPT), self._worker)
+        return _TcpPending(self, self._exchange(frame, payload, FrameKind.RECEIPT), self._worker)
 
-    def _exchange(self, frame: Frame, payload: Sequence[memoryview], answer: Kind) -> _Reply:
+    def _exchange(self, frame: Frame, payload: Sequence[memoryview], answer: FrameKind) -> _Reply:
         """Have something sent; what comes back is the answer of that kind for the same slot."""
         reply: _Reply = Future()
         weights = self._weights[frame.slot].nbytes if frame.wants else 0

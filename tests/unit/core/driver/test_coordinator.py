@@ -36,7 +36,7 @@ from psgd.core.driver.events import (
     Tick,
     WorkerLost,
 )
-from psgd.core.driver.workers import EVALUATION_FACTOR, LEAST_PATIENCE_S
+from psgd.core.driver.workers import EVALUATION_FACTOR, LEAST_SILENCE_TIMEOUT_S
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.result import LedgerCounts
@@ -122,7 +122,11 @@ def test_workers_of_one_speed_are_kept_busy(mode: str, batches: int, limit: dict
 
 def test_a_worker_has_one_lease_queued_ahead_and_no_more() -> None:
     most: list[int] = []
-    run(observe=lambda host: most.append(max([len(worker.leases) for worker in host.coordinator.roster], default=0)))
+    run(
+        observe=lambda host: most.append(
+            max([len(worker.leases) for worker in host.coordinator.worker_table], default=0)
+        )
+    )
     assert max(most) == 2
 
 
@@ -413,7 +417,7 @@ def test_whoever_pushes_often_is_given_up_sooner() -> None:
     ((at, stopped),) = host.did(StopWorker)
     assert stopped.worker == "worker-0"
     silent_s = at - (START_S + 60 * 0.05)
-    assert LEAST_PATIENCE_S <= silent_s <= LEAST_PATIENCE_S + 0.5
+    assert LEAST_SILENCE_TIMEOUT_S <= silent_s <= LEAST_SILENCE_TIMEOUT_S + 0.5
 
 
 def test_nobody_is_given_up_before_the_servers_have_said_who_showed_life() -> None:
@@ -457,7 +461,7 @@ def test_a_worker_that_cannot_reach_its_server_three_times_in_a_row_is_replaced(
 ) -> None:
     host = run(faults=[Fault("worker-0", push, "lane") for push in failing])
     assert_exactly_once(host, 1)
-    assert host.coordinator.incidents.failures["lane_failed"] == replaced
+    assert host.coordinator.failure_counts.failures["lane_failed"] == replaced
     assert [stopped.worker for _, stopped in host.did(StopWorker)] == ["worker-0"] * replaced
 
 
@@ -465,7 +469,7 @@ def test_a_worker_that_cannot_reach_its_server_three_times_in_a_row_is_replaced(
 
 
 def notes(host: InProcess, event: str) -> list[dict[str, Any]]:
-    return [dict(note.facts) for _, note in host.did(Note) if note.event == event]
+    return [dict(note.fields) for _, note in host.did(Note) if note.event == event]
 
 
 def run_killing(kills: Sequence[tuple[float, int]], mode: str = "async", workers: int = 2, **options: Any) -> InProcess:
@@ -494,7 +498,7 @@ def test_a_lost_server_is_restored_and_what_it_lacks_is_done_again(mode: str, se
     assert restored["partition"] == servers - 1
     assert restored["seconds"] >= Timing().restore_s
     assert restored["batches_lost"] > 0 or every
-    assert host.coordinator.incidents.failures == Counter({"server_lost": 1})
+    assert host.coordinator.failure_counts.failures == Counter({"server_lost": 1})
     assert host.did(StopWorker) == []
     goodput = host.coordinator.goodput
     assert goodput is not None
@@ -511,7 +515,7 @@ def test_the_partitions_that_live_refuse_what_the_restored_one_lacks() -> None:
 def test_a_server_that_dies_while_it_is_restored_is_restored_again() -> None:
     host = run_killing([(2.0, 0), (2.3, 0), (2.9, 0)])
     assert host.finish == Finish("finished")
-    assert host.coordinator.incidents.failures == Counter({"server_lost": 3})
+    assert host.coordinator.failure_counts.failures == Counter({"server_lost": 3})
     assert host.servers[0].report().pushes["applied"] == SIZE
     assert host.servers[0].version.incarnation == 3  # the second one's first attempt came to nothing
 
@@ -560,7 +564,7 @@ def test_a_report_of_a_lost_server_does_not_bring_it_back() -> None:
     coordinator.handle(Reported(server.report(), ask.asked), 0.5)
     coordinator.handle(ServerLost(0, "killed"), 1.0)
     coordinator.handle(Reported(server.report(), ask.asked), 1.1)
-    assert not coordinator.servers.ready
+    assert not coordinator.server_reports.ready
 
 
 def test_a_server_that_cannot_be_started_fails_the_run() -> None:
@@ -578,7 +582,7 @@ def test_a_server_that_dies_before_its_first_report_is_started_again() -> None:
     assert isinstance(ask, AskReport)
     server = ParameterServer(job(), Partition(0, 0, 6, 6), START, GRID, Version(2, 0))
     coordinator.handle(Reported(server.report(), ask.asked), 2.0)
-    assert coordinator.servers.ready
+    assert coordinator.server_reports.ready
     assert coordinator.failures == 1
 
 
@@ -679,7 +683,7 @@ def test_a_run_scaled_down_before_all_are_up_begins_with_those_left(mode: str, w
     )
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 1)
-    assert len(host.did(StartWorker)) == host.coordinator.roster.least + (workers != 3)
+    assert len(host.did(StartWorker)) == host.coordinator.worker_table.least + (workers != 3)
 
 
 def test_scaled_down_the_run_goes_on_with_fewer_and_up_with_more() -> None:
@@ -736,7 +740,7 @@ def test_failures_are_counted_by_kind() -> None:
     preempted = WorkerLost("worker-2", "its node was taken away", preempted=True)
     host = run(faults=faults, events=[(3.0, preempted)], failure={"timeout_s": 2.0}, failing_saves={0},
                checkpoint={"every_s": None, "every_updates": 30})  # fmt: skip
-    assert host.coordinator.incidents.failures == Counter(
+    assert host.coordinator.failure_counts.failures == Counter(
         {"worker_lost": 1, "worker_silent": 1, "preempted": 1, "save_failed": 1}
     )
     assert host.coordinator.failures == 2
@@ -907,7 +911,7 @@ def test_a_resumed_run_applies_what_was_missing(mode: str, at: int, workers: int
     saved = [applied.batch for applied in first.applied if applied.after.updates <= first.checkpoints[0].updates]
     everything = {GRID.batch(epoch, position) for epoch in range(2) for position in range(SIZE)}
     assert Counter(saved + [applied.batch for applied in second.applied]) == Counter(everything)
-    assert state.facts["samples"] == len(saved)
+    assert state.metadata["samples"] == len(saved)
     counts = second.coordinator.counts()
     assert counts.batches == counts.applied == 2 * SIZE
 

@@ -4,84 +4,86 @@ import pytest
 
 from psgd.core.driver.evaluations import Evaluations
 from psgd.core.driver.events import Evaluate
-from psgd.core.driver.workers import Roster
+from psgd.core.driver.workers import WorkerTable
 from psgd_workers.messages import Evaluation
 
 GOOD = Evaluation(0.1, 0.9, 8)
 
 
 @pytest.fixture
-def roster() -> Roster:
-    roster = Roster(2)
-    for worker in roster.hire(2, now=0.0):
-        roster.rise(worker.name, now=0.0)
-    return roster
+def worker_table() -> WorkerTable:
+    worker_table = WorkerTable(2)
+    for worker in worker_table.hire(2, now=0.0):
+        worker_table.mark_up(worker.name, now=0.0)
+    return worker_table
 
 
 @pytest.fixture
-def evaluations(roster: Roster) -> Evaluations:
-    return Evaluations(roster, enabled=True)
+def evaluations(worker_table: WorkerTable) -> Evaluations:
+    return Evaluations(worker_table, enabled=True)
 
 
-def test_nothing_is_evaluated_without_a_validation_part(roster: Roster) -> None:
-    disabled = Evaluations(roster, enabled=False)
+def test_nothing_is_evaluated_without_a_validation_part(worker_table: WorkerTable) -> None:
+    disabled = Evaluations(worker_table, enabled=False)
     disabled.want(1)
     assert (disabled.waiting, disabled.open, disabled.assign(now=1.0)) == (False, 0, [])
 
 
-def test_the_worker_with_the_least_to_do_evaluates(evaluations: Evaluations, roster: Roster) -> None:
-    roster.granted(roster["worker-0"], 0, 5, now=1.0)
+def test_the_worker_with_the_least_to_do_evaluates(evaluations: Evaluations, worker_table: WorkerTable) -> None:
+    worker_table.granted(worker_table["worker-0"], 0, 5, now=1.0)
     evaluations.want(1)
     evaluations.want(2)
     assert evaluations.assign(now=2.0) == [Evaluate("worker-1", 1), Evaluate("worker-0", 2)]
-    assert roster["worker-1"].alive_at == 2  # it was idle: its patience begins
-    assert roster["worker-0"].alive_at == 1
+    assert worker_table["worker-1"].alive_at == 2  # it was idle: its patience begins
+    assert worker_table["worker-0"].alive_at == 1
 
 
-def test_each_weights_are_evaluated_once(evaluations: Evaluations, roster: Roster) -> None:
+def test_each_weights_are_evaluated_once(evaluations: Evaluations, worker_table: WorkerTable) -> None:
     for _ in range(2):
         evaluations.want(1)
     assert evaluations.assign(now=1.0) == [Evaluate("worker-0", 1)]
     evaluations.want(1)
     assert evaluations.open == 1
-    evaluations.done(roster["worker-0"], 1, GOOD, now=2.0)
+    evaluations.done(worker_table["worker-0"], 1, GOOD, now=2.0)
     evaluations.want(1)
     assert (evaluations.open, evaluations.results) == (0, {1: GOOD})
 
 
-def test_the_final_weights_have_no_number(evaluations: Evaluations, roster: Roster) -> None:
+def test_the_final_weights_have_no_number(evaluations: Evaluations, worker_table: WorkerTable) -> None:
     evaluations.want(None)
     evaluations.want(None)
     assert evaluations.assign(now=1.0) == [Evaluate("worker-0", None)]
-    evaluations.done(roster["worker-0"], None, GOOD, now=2.0)
+    evaluations.done(worker_table["worker-0"], None, GOOD, now=2.0)
     assert evaluations.results == {None: GOOD}
 
 
 def test_they_wait_for_a_worker() -> None:
-    roster = Roster(2)
-    roster.hire(2, now=0.0)  # none is up yet
-    evaluations = Evaluations(roster, enabled=True)
+    worker_table = WorkerTable(2)
+    worker_table.hire(2, now=0.0)  # none is up yet
+    evaluations = Evaluations(worker_table, enabled=True)
     evaluations.want(1)
     assert evaluations.assign(now=1.0) == []
     assert (evaluations.waiting, evaluations.open) == (True, 1)
 
 
-def test_what_a_lost_worker_was_at_goes_first_to_another(evaluations: Evaluations, roster: Roster) -> None:
-    roster.granted(roster["worker-1"], 0, 5, now=0.0)
-    roster.granted(roster["worker-1"], 1, 5, now=0.0)
+def test_what_a_lost_worker_was_at_goes_first_to_another(evaluations: Evaluations, worker_table: WorkerTable) -> None:
+    worker_table.granted(worker_table["worker-1"], 0, 5, now=0.0)
+    worker_table.granted(worker_table["worker-1"], 1, 5, now=0.0)
     for epochs in (1, 2):
         evaluations.want(epochs)
     evaluations.assign(now=1.0)
     evaluations.want(3)
-    evaluations.lost(roster.remove("worker-0"))
+    evaluations.lost(worker_table.remove("worker-0"))
     assert [action.epochs for action in evaluations.assign(now=2.0)] == [1, 2, 3]
 
 
-def test_what_was_found_of_weights_that_are_no_longer_is_forgotten(evaluations: Evaluations, roster: Roster) -> None:
+def test_what_was_found_of_weights_that_are_no_longer_is_forgotten(
+    evaluations: Evaluations, worker_table: WorkerTable
+) -> None:
     for epochs in (1, 2, 3):
         evaluations.want(epochs)
     evaluations.assign(now=1.0)
-    one, two, three = (next(w for w in roster if epochs in w.evaluations) for epochs in (1, 2, 3))
+    one, two, three = (next(w for w in worker_table if epochs in w.evaluations) for epochs in (1, 2, 3))
     evaluations.done(one, 1, GOOD, now=2.0)
     evaluations.done(two, 2, GOOD, now=2.0)
     evaluations.forget(1)  # a partition is back in the second epoch
@@ -90,23 +92,23 @@ def test_what_was_found_of_weights_that_are_no_longer_is_forgotten(evaluations: 
     (again,) = evaluations.assign(now=3.0)
     evaluations.done(three, 3, GOOD, now=4.0)
     assert 3 not in evaluations.results
-    evaluations.done(roster[again.worker], 3, GOOD, now=5.0)
+    evaluations.done(worker_table[again.worker], 3, GOOD, now=5.0)
     assert evaluations.results == {1: GOOD, 3: GOOD}
     assert evaluations.open == 0
 
 
-def test_what_a_dead_worker_did_in_vain_goes_to_nobody(evaluations: Evaluations, roster: Roster) -> None:
+def test_what_a_dead_worker_did_in_vain_goes_to_nobody(evaluations: Evaluations, worker_table: WorkerTable) -> None:
     evaluations.want(3)
     (given,) = evaluations.assign(now=1.0)
     evaluations.forget(1)
-    evaluations.lost(roster.remove(given.worker))
+    evaluations.lost(worker_table.remove(given.worker))
     assert (evaluations.open, evaluations.waiting) == (0, False)
 
 
-def test_one_that_did_not_begin_may_be_wanted_again(evaluations: Evaluations, roster: Roster) -> None:
+def test_one_that_did_not_begin_may_be_wanted_again(evaluations: Evaluations, worker_table: WorkerTable) -> None:
     evaluations.want(1)
     (given,) = evaluations.assign(now=1.0)
-    evaluations.cancelled(roster[given.worker], 1, now=2.0)
+    evaluations.cancelled(worker_table[given.worker], 1, now=2.0)
     assert evaluations.open == 0
     evaluations.want(1)
     assert evaluations.waiting

@@ -309,9 +309,9 @@ def test_a_round_goes_on_bit_for_bit_in_another_aggregator(kind: Callable[[int, 
 
     for number in range(before):
         push(first, number, [])
-    arrays, facts = first.state()
+    arrays, metadata = first.state()
     copied = {name: array.copy() for name, array in arrays.items()}
-    second.load(arrays, json.loads(json.dumps(facts)))
+    second.load(arrays, json.loads(json.dumps(metadata)))
     assert len(second) == len(first)
     for number in range(before, before + 12):
         for target, into in zip((first, second), steps, strict=True):
@@ -340,6 +340,6 @@ def test_tables_are_summed_in_one_order_whatever_order_storage_gives_them_back_i
     first, second = kind(SIZE, TRAINABLE), kind(SIZE, TRAINABLE)
     for number, worker in enumerate(("w-9", "w-1", "w-10", "w-4", "w-2")):
         first.add(taken(number, worker, weight=10.0**number))
-    arrays, facts = first.state()
-    second.load(dict(sorted(arrays.items())), json.loads(json.dumps(facts)))
+    arrays, metadata = first.state()
+    second.load(dict(sorted(arrays.items())), json.loads(json.dumps(metadata)))
     np.testing.assert_array_equal(second.close().gradient, first.close().gradient)

@@ -235,7 +235,7 @@ def test_what_is_corrected_and_read_may_be_read_only(correction: dict[str, Any])
 
 
 def test_clipping_comes_before_the_correction() -> None:
-    optimizer = {"lr": 1.0, "max_grad_norm": 1.0, "clipvalue": 0.5}
+    optimizer = {"lr": 1.0, "max_grad_norm": 1.0, "clip_value": 0.5}
     target = server({"name": "dc_asgd", "strength": 2.0}, optimizer=optimizer)
     values, read = np.zeros(SIZE, np.float32), START - np.float32(0.25)
     values[:2] = 30, 40  # the norm makes 0.6 and 0.8 of them, the values' limit 0.5
@@ -331,7 +331,7 @@ def test_a_restored_server_goes_on_bit_for_bit(correction: dict[str, Any], done:
     undisturbed = ParameterServer(chosen, WHOLE, START, GRID, V0)
     drive(undisturbed, range(done))
     state = undisturbed.state()
-    on_disk = type(state)(state.arrays, json.loads(json.dumps(state.facts)))
+    on_disk = type(state)(state.arrays, json.loads(json.dumps(state.metadata)))
     again = ParameterServer.restore(chosen, GRID, on_disk, incarnation=2, now=2.0)
     for number in range(done, done + 6):  # read before the fork, so that both servers can tell how stale they are
         for target in (undisturbed, again):
@@ -347,9 +347,9 @@ def test_a_state_is_a_copy(correction: dict[str, Any]) -> None:
     for number in range(3):
         first.correct("a", randoms(number), START, randoms(9))
         stepped(first, randoms(number))
-    arrays, facts = first.state()
+    arrays, metadata = first.state()
     before = {name: array.copy() for name, array in arrays.items()}
-    second.load(arrays, facts)
+    second.load(arrays, metadata)
     for target in (first, second):
         target.correct("a", randoms(7), START, randoms(9))
         stepped(target, randoms(7))

@@ -23,7 +23,7 @@ from psgd.spec import (
 from psgd_workers.messages import FloatArray
 
 SIZE = 33
-OURS_ALONE = {"name", "max_grad_norm", "clipvalue", "schedule", "ema"}  # what no optimizer of torch takes
+OURS_ALONE = {"name", "max_grad_norm", "clip_value", "schedule", "ema"}  # what no optimizer of torch takes
 SGD = [
     SgdOptimizer(lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, weight_decay=weight_decay)
     for momentum, dampening, nesterov, weight_decay, lr in product(

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psgd.core.server.journal import Kind
+from psgd.core.server.journal import RecordKind
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.spec import JobSpec
@@ -465,7 +465,7 @@ def test_the_journal_tells_what_happened_in_order() -> None:
     target.push(push(FIRST, Version(1, 1), worker="a"), now=3.0)
     target.leave("b", now=4.0)
     records = target.journal.take()
-    kinds = [Kind.JOIN, Kind.JOIN, Kind.PUSH, Kind.PUSH, Kind.PUSH, Kind.LEAVE]
+    kinds = [RecordKind.JOIN, RecordKind.JOIN, RecordKind.PUSH, RecordKind.PUSH, RecordKind.PUSH, RecordKind.LEAVE]
     assert records["kind"].tolist() == kinds
     assert records["worker"].tolist() == [b"a", b"b", b"a", b"b", b"a", b"b"]
     told = [list(Outcome)[number] for number in records["outcome"][2:5]]
@@ -478,7 +478,7 @@ def test_a_restored_servers_journal_begins_with_the_fork() -> None:
     target = server()
     fill(target, [FIRST, SECOND])
     record = restored(job(), target).journal.take()[0]
-    assert record["kind"] == Kind.FORK
+    assert record["kind"] == RecordKind.FORK
     assert (record["read_incarnation"], record["read_updates"]) == (1, 2)
     assert (record["incarnation"], record["updates"]) == (2, 2)
 
@@ -532,7 +532,7 @@ def test_what_is_done_without_is_settled_and_what_comes_of_it_later_a_duplicate(
     assert receipt.outcome is Outcome.DUPLICATE
     np.testing.assert_array_equal(target.weights, START)
     assert target.report().contained(GRID) == 1
-    assert (target.journal.take()["kind"] == Kind.SKIP).sum() == 1
+    assert (target.journal.take()["kind"] == RecordKind.SKIP).sum() == 1
 
 
 def test_what_is_contained_cannot_be_done_without_any_more() -> None:

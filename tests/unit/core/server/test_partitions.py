@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psgd.core.server.partitions import Partition, split
+from psgd.core.server.partitions import Partition, partition_weights
 from psgd.errors import SpecError
 
 
@@ -14,7 +14,7 @@ from psgd.errors import SpecError
 def test_slices_cover_the_weights_in_order_and_are_alike_in_size(data: st.DataObject, servers: int) -> None:
     size = data.draw(st.one_of(st.integers(servers, 20 * servers), st.integers(servers, 10**9)))
     trainable = data.draw(st.integers(0, size))
-    parts = split(size, trainable, servers)
+    parts = partition_weights(size, trainable, servers)
     assert [part.number for part in parts] == list(range(servers))
     assert (parts[0].start, parts[-1].stop) == (0, size)
     assert all(left.stop == right.start for left, right in pairwise(parts))
@@ -30,10 +30,10 @@ def test_slices_cover_the_weights_in_order_and_are_alike_in_size(data: st.DataOb
 
 
 def test_one_server_holds_everything() -> None:
-    assert split(235_146, 235_000, 1) == (Partition(0, 0, 235_146, 235_000),)
+    assert partition_weights(235_146, 235_000, 1) == (Partition(0, 0, 235_146, 235_000),)
 
 
 def test_each_server_needs_a_value() -> None:
-    assert [part.start for part in split(3, 3, 3)] == [0, 1, 2]
+    assert [part.start for part in partition_weights(3, 3, 3)] == [0, 1, 2]
     with pytest.raises(SpecError, match=r"servers is 4, but the model has 3 parameters.*: set it to 3 at most"):
-        split(3, 3, 4)
+        partition_weights(3, 3, 4)

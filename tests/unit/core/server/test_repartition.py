@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from psgd.core.server.parameter_server import ParameterServer
-from psgd.core.server.partitions import split
+from psgd.core.server.partitions import partition_weights
 from psgd.core.server.repartition import disagreement, repartition
 from psgd.core.server.state import ServerState
 from psgd.errors import ResumeError
 from psgd.spec import JobSpec
 from psgd_workers.messages import Gradient, Outcome, Version
-from tests.support.in_process import Checkpoint, InProcess
+from tests.support.in_process import InProcess, VirtualCheckpoint
 from tests.support.jobs import GRID, job, quadratic
 
 START = np.linspace(-1, 1, 103, dtype=np.float32)
@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(spec: JobSpec, resume: Checkpoint | None = None) -> InProcess:
+def run(spec: JobSpec, resume: VirtualCheckpoint | None = None) -> InProcess:
     return InProcess(spec, GRID, START, quadratic, resume=resume).run()
 
 
@@ -76,7 +76,7 @@ def test_many_workers_apply_every_batch_once() -> None:
 
 def states(servers: int, num_trainable: int = 80, updates: int = 5, buffered: int = 0) -> tuple[ServerState, ...]:
     """Of servers that took the same pushes, in one order."""
-    partitions = split(len(START), num_trainable, servers)
+    partitions = partition_weights(len(START), num_trainable, servers)
     section = {"mode": "softsync", "s": 1} if buffered else {"mode": "async"}  # a step on as many as there are workers
     made = job(optimizer=OPTIMIZERS["momentum"], scaling={"servers": servers}, consistency=section)
     found = []
@@ -98,26 +98,26 @@ def states(servers: int, num_trainable: int = 80, updates: int = 5, buffered: in
 def test_every_value_moves_with_what_belongs_to_it_buffers_too(before: int, after: int) -> None:
     old, new = states(before), states(after)
     assert disagreement(old) is None
-    for partition, there in zip(split(len(START), 80, after), new, strict=True):
+    for partition, there in zip(partition_weights(len(START), 80, after), new, strict=True):
         made = repartition(old, partition)
         assert made.arrays.keys() == there.arrays.keys()
         for name, array in there.arrays.items():
             np.testing.assert_array_equal(made.arrays[name], array)
-        differ = {name for name, fact in there.facts.items() if made.facts[name] != fact}
+        differ = {name for name, fact in there.metadata.items() if made.metadata[name] != fact}
         assert differ <= {"history", "bytes"}
-        assert made.facts["history"] == []
+        assert made.metadata["history"] == []
 
 
 def test_an_open_sum_moves_if_its_members_are_the_same() -> None:
     old = states(2, updates=2, buffered=1)
     assert disagreement(old) is None
-    (there,), made = states(1, updates=2, buffered=1), repartition(old, split(len(START), 80, 1)[0])
-    assert made.facts["aggregator"] == there.facts["aggregator"] != {}
+    (there,), made = states(1, updates=2, buffered=1), repartition(old, partition_weights(len(START), 80, 1)[0])
+    assert made.metadata["aggregator"] == there.metadata["aggregator"] != {}
     np.testing.assert_array_equal(made.arrays["aggregator.sum"], there.arrays["aggregator.sum"])
 
 
 def test_nothing_read_of_the_partitions_before_is_admitted() -> None:
-    (partition,) = split(len(START), 80, 1)
+    (partition,) = partition_weights(len(START), 80, 1)
     made = repartition(states(2), partition)
     server = ParameterServer.restore(job(optimizer=OPTIMIZERS["momentum"]), GRID, made, 2, 0.0)
     batch = GRID.batch(0, 8)
@@ -138,7 +138,7 @@ def test_nothing_read_of_the_partitions_before_is_admitted() -> None:
 )
 def test_partitions_that_disagree_are_told(change: dict[str, Any], told: str) -> None:
     one, other = states(2)
-    assert disagreement([one, ServerState(other.arrays, {**other.facts, **change})]) == f"partitions 0 and 1 {told}"
+    assert disagreement([one, ServerState(other.arrays, {**other.metadata, **change})]) == f"partitions 0 and 1 {told}"
 
 
 def test_arrays_that_disagree_are_told() -> None:
@@ -164,7 +164,7 @@ def test_a_virtual_cluster_refuses_what_is_not_aligned() -> None:
     host = run(spec(2, {"lr": 0.1}, run={"max_updates": 3}))
     assert host.checkpoint is not None
     one, other = host.checkpoint.states
-    torn = host.checkpoint._replace(states=(one, replace(other, facts={**other.facts, "version": [1, 2]})))
+    torn = host.checkpoint._replace(states=(one, replace(other, metadata={**other.metadata, "version": [1, 2]})))
     with pytest.raises(ResumeError, match="of 2 servers cannot be cut for 3: partitions 0 and 1 made 3 and 2 updates"):
         run(spec(3, {"lr": 0.1}), torn)
 
@@ -175,7 +175,7 @@ def test_a_slice_of_one_trained_value_is_told_from_a_count() -> None:
     one, four = (host.run() for host in problem)
     assert four.checkpoint is not None
     assert one.checkpoint is not None
-    (partition,) = split(4, 4, 1)
+    (partition,) = partition_weights(4, 4, 1)
     made = repartition(four.checkpoint.states, partition)
     for name, array in one.checkpoint.states[0].arrays.items():
         np.testing.assert_array_equal(made.arrays[name], array)

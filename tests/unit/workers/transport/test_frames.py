@@ -23,13 +23,13 @@ from psgd_workers.spec import (
     ScaledSignCompression,
     TopKCompression,
 )
-from psgd_workers.transport.frames import HEADER_SIZE, Frame, Kind, PushForm
+from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind, PushFormat
 from psgd_workers.transport.memory import Slot
 
 BYTE, SHORT, WORD, LONG = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32, 64))
 FRAMES = st.builds(
     Frame,
-    kind=st.sampled_from(Kind),
+    kind=st.sampled_from(FrameKind),
     slot=BYTE,
     code=BYTE,
     wants=st.booleans(),
@@ -43,7 +43,7 @@ FRAMES = st.builds(
     compute_s=st.floats(allow_nan=False),
     processor=SHORT,
 )
-FRAME = Frame(Kind.PUSH, 1, 0, True, 3, 400, BatchId(1, 2, 3), 32, Version(3, 17), 0.25, 1.5, 0.01)
+FRAME = Frame(FrameKind.PUSH, 1, 0, True, 3, 400, BatchId(1, 2, 3), 32, Version(3, 17), 0.25, 1.5, 0.01)
 SIZE, TRAINABLE = 37, 30  # odd, so that arrays are filled up
 COMPRESSIONS: list[CompressionSpec] = [
     NoCompression(),
@@ -69,8 +69,8 @@ def test_a_frame_is_read_as_it_was_written(frame: Frame) -> None:
     assert Frame.unpack(header) == frame
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_a_frame_of_each_kind_is_read_as_that_kind(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", FrameKind)
+def test_a_frame_of_each_kind_is_read_as_that_kind(kind: FrameKind) -> None:
     assert Frame.unpack(bytearray(FRAME._replace(kind=kind).pack())).kind is kind
 
 
@@ -159,7 +159,7 @@ def test_a_receipt_is_read_as_it_was_given(outcome: Outcome) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"code": 6}, "RECEIPT with code 6"), ({"kind": Kind.WEIGHTS}, "WEIGHTS with code 0")]
+    ("change", "message"), [({"code": 6}, "RECEIPT with code 6"), ({"kind": FrameKind.WEIGHTS}, "WEIGHTS with code 0")]
 )
 def test_what_is_no_receipt_is_refused(change: dict[str, Any], message: str) -> None:
     frame = Frame.of_receipt(Receipt("w", BatchId(0, 0, 0), Outcome.APPLIED, Version(1, 1)), 0, False, 0)
@@ -174,7 +174,7 @@ def randoms(size: int, seed: int) -> FloatArray:
     return np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
 
 
-def made(compression: CompressionSpec, weights: bool, trainable: int = TRAINABLE) -> tuple[PushForm, Slot, Gradient]:
+def made(compression: CompressionSpec, weights: bool, trainable: int = TRAINABLE) -> tuple[PushFormat, Slot, Gradient]:
     """The pushes of such a job, a slot, and what was computed in it."""
     slot, compressor = Slot(randoms(SIZE, 1), randoms(SIZE, 2)), build_compressor(compression)
     values: FloatArray | Encoded = slot.gradient
@@ -184,7 +184,7 @@ def made(compression: CompressionSpec, weights: bool, trainable: int = TRAINABLE
         buffers = slot.gradient[trainable:] if trainable < SIZE else None
     read = slot.weights if weights else None
     gradient = Gradient("worker-0", BatchId(0, 1, 2), 16, Version(1, 5), values, 0.5, 2.0, 0.01, buffers, read)
-    return PushForm(SIZE, trainable, compression.name if compressor else "", weights), slot, gradient
+    return PushFormat(SIZE, trainable, compression.name if compressor else "", weights), slot, gradient
 
 
 def arrays(gradient: Gradient) -> list[NDArray[Any]]:
@@ -199,13 +199,13 @@ def arrays(gradient: Gradient) -> list[NDArray[Any]]:
 def test_a_push_arrives_as_it_was_sent(
     compression: CompressionSpec, weights: bool, shared: bool, trainable: int
 ) -> None:
-    form, slot, gradient = made(compression, weights, trainable)
-    parts = form.payload(gradient, shared)
+    push_format, slot, gradient = made(compression, weights, trainable)
+    parts = push_format.payload(gradient, shared)
     sent = bytearray(b"".join(parts))
     header = Frame.of_push(gradient, slot=1, wants=True, incarnation=1, payload=len(sent)).pack()
     frame = Frame.unpack(header)
-    form.check(frame, form.sizes(shared))
-    came = form.gradient(frame, memoryview(sent), "worker-0", slot if shared else None)
+    push_format.check(frame, push_format.sizes(shared))
+    came = push_format.gradient(frame, memoryview(sent), "worker-0", slot if shared else None)
     assert came[:4] == gradient[:4]
     assert came[5:8] == gradient[5:8]
     assert came.nbytes == gradient.nbytes
@@ -216,14 +216,14 @@ def test_a_push_arrives_as_it_was_sent(
         gradient.buffers is None,
         gradient.weights_read is None,
     )
-    assert len(sent) in form.sizes(shared)
+    assert len(sent) in push_format.sizes(shared)
 
 
 def test_what_lies_in_shared_memory_does_not_travel() -> None:
-    form, slot, gradient = made(NoCompression(), weights=True)
-    assert form.payload(gradient, shared=True) == []
-    assert form.sizes(shared=True) == range(1)
-    came = form.gradient(Frame.of_push(gradient, 0, False, 1, 0), memoryview(b""), "worker-0", slot)
+    push_format, slot, gradient = made(NoCompression(), weights=True)
+    assert push_format.payload(gradient, shared=True) == []
+    assert push_format.sizes(shared=True) == range(1)
+    came = push_format.gradient(Frame.of_push(gradient, 0, False, 1, 0), memoryview(b""), "worker-0", slot)
     assert came.values is slot.gradient
     assert came.weights_read is slot.weights
 
@@ -231,38 +231,38 @@ def test_what_lies_in_shared_memory_does_not_travel() -> None:
 @pytest.mark.parametrize("shared", [False, True], ids=["inline", "shared"])
 @pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda spec: spec.name)
 def test_a_push_of_another_form_is_refused_by_its_header(compression: CompressionSpec, shared: bool) -> None:
-    form, _, gradient = made(compression, weights=True)
-    size = sum(map(len, form.payload(gradient, shared)))
+    push_format, _, gradient = made(compression, weights=True)
+    size = sum(map(len, push_format.payload(gradient, shared)))
     frame = Frame.of_push(gradient, 0, False, 1, size)
-    form.check(frame, form.sizes(shared))
+    push_format.check(frame, push_format.sizes(shared))
     for code in {*range(256)} - {frame.code}:
         with pytest.raises(LaneError, match=f"values of code {code}, expected {frame.code}"):
-            form.check(frame._replace(code=code), form.sizes(shared))
-    longest = form.sizes(shared)[-1]
+            push_format.check(frame._replace(code=code), push_format.sizes(shared))
+    longest = push_format.sizes(shared)[-1]
     with pytest.raises(LaneError, match=f"expected .*{longest}"):
-        form.check(frame._replace(payload=longest + 1), form.sizes(shared))
+        push_format.check(frame._replace(payload=longest + 1), push_format.sizes(shared))
     if not shared:
         with pytest.raises(LaneError, match="a push with 100 bytes of payload"):
-            form.check(frame._replace(payload=100), form.sizes(shared))
+            push_format.check(frame._replace(payload=100), push_format.sizes(shared))
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["plain", "weights"])
 @pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda spec: spec.name)
 def test_a_payload_of_any_other_length_is_refused(compression: CompressionSpec, weights: bool) -> None:
-    form, _, gradient = made(compression, weights)
-    sent = bytearray(b"".join(form.payload(gradient, shared=False)))
+    push_format, _, gradient = made(compression, weights)
+    sent = bytearray(b"".join(push_format.payload(gradient, shared=False)))
     frame = Frame.of_push(gradient, 0, False, 1, len(sent))
     for length in range(len(sent)):
         with pytest.raises(LaneError):
-            form.gradient(frame, memoryview(sent)[:length], "worker-0", None)
+            push_format.gradient(frame, memoryview(sent)[:length], "worker-0", None)
     with pytest.raises(LaneError, match="1 bytes too many"):
-        form.gradient(frame, memoryview(sent + b"\0"), "worker-0", None)
+        push_format.gradient(frame, memoryview(sent + b"\0"), "worker-0", None)
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS[1:], ids=lambda spec: spec.name)
 def test_damaged_encoded_payloads_are_refused_or_decoded(compression: CompressionSpec) -> None:
-    form, _, gradient = made(compression, weights=True)
-    good = np.frombuffer(b"".join(form.payload(gradient, shared=False)), np.uint8)
+    push_format, _, gradient = made(compression, weights=True)
+    good = np.frombuffer(b"".join(push_format.payload(gradient, shared=False)), np.uint8)
     frame, rng, out = (
         Frame.of_push(gradient, 0, False, 1, len(good)),
         np.random.default_rng(1),
@@ -274,7 +274,7 @@ def test_damaged_encoded_payloads_are_refused_or_decoded(compression: Compressio
         end = 16 if number % 2 else len(good)  # the lengths, or anything
         bad[rng.integers(end, size=3)] = rng.integers(256, size=3) if number % 3 else rng.integers(40, size=3)
         try:
-            came = form.gradient(frame, bad.data, "worker-0", None)
+            came = push_format.gradient(frame, bad.data, "worker-0", None)
             assert isinstance(came.values, Encoded)
             decode(came.values, out)
         except LaneError:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from psgd.core.server.partitions import Partition
-from psgd.serving import connection as peer
+from psgd.serving import connection as connection
 from psgd_workers.errors import LaneError, LaneTimeoutError
 from psgd_workers.messages import Outcome, Receipt, Version
 from psgd_workers.transport import memory, sockets
@@ -34,9 +34,9 @@ from tests.support.server_harness import (
     PART,
     SECOND,
     V1,
-    Crew,
+    Harnesses,
     Kinds,
-    Stages,
+    WorkerHarness,
     batch,
     exactly,
     randoms,
@@ -66,41 +66,41 @@ if not memory.has_shared_memory():
     ids=lambda sections: "-".join(section["name"] for section in sections.values()),
 )
 def test_a_lane_gives_the_bits_of_a_server_called_directly(
-    monkeypatch: pytest.MonkeyPatch, stages: Stages, kind: Kinds, sections: Any, reads_itself: bool
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds, sections: Any, reads_itself: bool
 ) -> None:
     monkeypatch.setattr(sockets, "stores_are_ordered", lambda: reads_itself)
-    stage = stages(sections=sections)
-    direct, crew = stage.reference(), stage.lane(kind)
-    outside = crew.segment.slots[0].weights
+    harness = harnesses(sections=sections)
+    direct, client = harness.reference(), harness.lane(kind)
+    outside = client.segment.slots[0].weights
     outside[:] = 5
-    read = [crew.lane.pull(slot, LIMIT_S) for slot in (0, 1)]
+    read = [client.lane.pull(slot, LIMIT_S) for slot in (0, 1)]
     assert read == [V1, V1]
     for number in range(6):
         slot = number % 2
-        gradient = crew.gradient(slot, batch(number), read[slot], seed=number)
+        gradient = client.gradient(slot, batch(number), read[slot], seed=number)
         expected = direct.push(gradient, now=1.0)
-        receipt = crew.lane.push(gradient, slot, wants=True).receipt(LIMIT_S)
+        receipt = client.lane.push(gradient, slot, wants=True).receipt(LIMIT_S)
         assert (receipt,) == expected
-        assert crew.weights(slot).tobytes() == direct.published.tobytes()
-        assert crew.lane.version(LIMIT_S) == direct.version
+        assert client.weights(slot).tobytes() == direct.published.tobytes()
+        assert client.lane.version(LIMIT_S) == direct.version
         read[slot] = receipt.version
-    assert stage.untouched() is False
-    assert stage.report().staleness == {0: 1, 1: 5}
+    assert harness.untouched() is False
+    assert harness.report().staleness == {0: 1, 1: 5}
     assert outside[: PART.start].tolist() == [5] * PART.start
     assert outside[PART.stop :].tolist() == [5] * (NUM_PARAMETERS - PART.stop)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pushes_of_several_slots_are_answered_whatever_is_asked_for_first(stages: Stages, kind: Kinds) -> None:
-    stage = stages()
-    direct, crew = stage.reference(), stage.lane(kind)
-    gradients = [crew.gradient(slot, batch(slot), V1, seed=slot) for slot in range(3)]
+def test_pushes_of_several_slots_are_answered_whatever_is_asked_for_first(harnesses: Harnesses, kind: Kinds) -> None:
+    harness = harnesses()
+    direct, client = harness.reference(), harness.lane(kind)
+    gradients = [client.gradient(slot, batch(slot), V1, seed=slot) for slot in range(3)]
     expected = [direct.push(gradient, now=1.0)[0] for gradient in gradients]
-    pending = [crew.lane.push(gradient, slot, wants=False) for slot, gradient in enumerate(gradients)]
+    pending = [client.lane.push(gradient, slot, wants=False) for slot, gradient in enumerate(gradients)]
     receipts = [pending[slot].receipt(LIMIT_S) for slot in (2, 0, 1)]
     assert receipts == [expected[slot] for slot in (2, 0, 1)]
-    assert crew.lane.pull(1, LIMIT_S) == Version(1, 3)
-    assert crew.weights(1).tobytes() == direct.published.tobytes()
+    assert client.lane.pull(1, LIMIT_S) == Version(1, 3)
+    assert client.weights(1).tobytes() == direct.published.tobytes()
 
 
 WHOLE = {"partition": Partition(0, 0, NUM_PARAMETERS, NUM_PARAMETERS)}
@@ -118,100 +118,100 @@ WHOLE = {"partition": Partition(0, 0, NUM_PARAMETERS, NUM_PARAMETERS)}
     ids=["waits", "computes-ahead", "has-other-servers", "crowd", "tcp"],
 )
 def test_a_servers_thread_follows_a_worker_that_waits_for_it_alone(
-    processors: set[int], stages: Stages, kind: Kinds, given: dict[str, Any], slots: int, follows: bool
+    processors: set[int], harnesses: Harnesses, kind: Kinds, given: dict[str, Any], slots: int, follows: bool
 ) -> None:
     name = "psgd-crowd" if kind == "crowd" else "psgd-peer"
-    stage = stages(**given)
-    crew = stage.lane(kind, slots=slots)
+    harness = harnesses(**given)
+    client = harness.lane(kind, slots=slots)
     positions = count()
     for processor in sorted(processors)[:3]:
         os.sched_setaffinity(0, {processor})
-        for _ in range(peer.SETTLED + 1):  # what it does after a push is done at the next one's receipt
-            gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
-            crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        for _ in range(connection.SETTLED + 1):  # what it does after a push is done at the next one's receipt
+            gradient = client.gradient(0, batch(next(positions)), harness.server.version, seed=0)
+            client.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
         (thread,) = (one for one in threading.enumerate() if one.name == name)
         assert os.sched_getaffinity(thread.native_id or 0) == ({processor} if follows else processors)
 
 
 @pytest.mark.parametrize(("kind", "patient"), [("shm", False), ("crowd", True), ("tcp", False)])
 def test_workers_that_share_processors_do_not_interrupt_the_thread_that_answers_all_of_them(
-    processors: set[int], stages: Stages, kind: Kinds, patient: bool
+    processors: set[int], harnesses: Harnesses, kind: Kinds, patient: bool
 ) -> None:
-    stage, positions = stages(), count()
+    harness, positions = harnesses(), count()
 
-    def pushed(crew: Crew) -> Crew:
+    def pushed(client: WorkerHarness) -> WorkerHarness:
         """Who is answered is counted."""
-        gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
-        crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
-        return crew
+        gradient = client.gradient(0, batch(next(positions)), harness.server.version, seed=0)
+        client.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        return client
 
     def policy() -> int:
-        pushed(crew)
+        pushed(client)
         return os.sched_getscheduler(0)
 
-    crew, *_ = [pushed(stage.lane(kind, f"worker-{number}")) for number in range(len(processors))]
+    client, *_ = [pushed(harness.lane(kind, f"worker-{number}")) for number in range(len(processors))]
     assert policy() == os.SCHED_OTHER, "each of them can have a processor"
-    another = pushed(stage.lane(kind, "one-too-many"))
+    another = pushed(harness.lane(kind, "one-too-many"))
     assert policy() == (os.SCHED_BATCH if patient else os.SCHED_OTHER)
     another.lane.close()
-    with stage.listener._left:
-        assert stage.listener._left.wait_for(lambda: len(stage.listener._streams) == len(processors), LIMIT_S)
+    with harness.listener._left:
+        assert harness.listener._left.wait_for(lambda: len(harness.listener._streams) == len(processors), LIMIT_S)
     assert policy() == os.SCHED_OTHER
 
 
-def test_a_closed_lane_leaves_its_thread_as_it_was(processors: set[int], stages: Stages) -> None:
-    stage = stages()
+def test_a_closed_lane_leaves_its_thread_as_it_was(processors: set[int], harnesses: Harnesses) -> None:
+    harness = harnesses()
     for number in range(len(processors) + 1):
-        crew = stage.lane("crowd", f"worker-{number}")
-        crew.lane.push(crew.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
+        client = harness.lane("crowd", f"worker-{number}")
+        client.lane.push(client.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
     assert os.sched_getscheduler(0) == os.SCHED_BATCH
-    crew.lane.close()
+    client.lane.close()
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.mark.parametrize(("given", "slots"), [(WHOLE, 2), ({}, 1)], ids=["computes-ahead", "has-other-servers"])
 def test_or_one_that_does_not_while_no_processor_is_free(
-    processors: set[int], stages: Stages, given: dict[str, Any], slots: int
+    processors: set[int], harnesses: Harnesses, given: dict[str, Any], slots: int
 ) -> None:
-    stage = stages(**given)
-    crew, positions = stage.lane("shm", slots=slots), count()
+    harness = harnesses(**given)
+    client, positions = harness.lane("shm", slots=slots), count()
     (thread,) = (one for one in threading.enumerate() if one.name == "psgd-peer")
     processor = min(processors)
     os.sched_setaffinity(0, {processor})
-    others = [stage.lane("shm", f"worker-{number}") for number in range(1, len(processors) + 1)]
+    others = [harness.lane("shm", f"worker-{number}") for number in range(1, len(processors) + 1)]
 
     def affinity() -> set[int]:
-        for _ in range(peer.SETTLED + 1):
-            gradient = crew.gradient(0, batch(next(positions)), stage.server.version, seed=0)
-            crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        for _ in range(connection.SETTLED + 1):
+            gradient = client.gradient(0, batch(next(positions)), harness.server.version, seed=0)
+            client.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
         return os.sched_getaffinity(thread.native_id or 0)
 
     assert affinity() == {processor}
     for other in others:
         other.lane.close()
-    with stage.listener._left:
-        assert stage.listener._left.wait_for(lambda: stage.listener._local == 1, LIMIT_S)
+    with harness.listener._left:
+        assert harness.listener._left.wait_for(lambda: harness.listener._local == 1, LIMIT_S)
     assert affinity() == processors
 
 
 def test_a_servers_thread_does_not_follow_a_worker_that_moves_on(
-    monkeypatch: pytest.MonkeyPatch, processors: set[int], stages: Stages
+    monkeypatch: pytest.MonkeyPatch, processors: set[int], harnesses: Harnesses
 ) -> None:
     first, second, *_ = [*processors, *processors]
-    seen = [*[first] * (peer.SETTLED + 1), second, NOWHERE, NOWHERE, NOWHERE]
+    seen = [*[first] * (connection.SETTLED + 1), second, NOWHERE, NOWHERE, NOWHERE]
     where = iter(seen)
     monkeypatch.setattr(sockets, "current_processor", lambda: next(where))
-    stage = stages(**WHOLE)
-    crew = stage.lane("shm", slots=1)
+    harness = harnesses(**WHOLE)
+    client = harness.lane("shm", slots=1)
     found = []
     for number in range(len(seen)):
-        gradient = crew.gradient(0, batch(number), stage.server.version, seed=number)
-        crew.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
+        gradient = client.gradient(0, batch(number), harness.server.version, seed=number)
+        client.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
         (thread,) = (one for one in threading.enumerate() if one.name == "psgd-peer")
         found.append(os.sched_getaffinity(thread.native_id or 0))
-    assert found[peer.SETTLED] == {first}
+    assert found[connection.SETTLED] == {first}
     assert found[-1] == processors
-    assert found[: peer.SETTLED - 1] == [processors] * (peer.SETTLED - 1)
+    assert found[: connection.SETTLED - 1] == [processors] * (connection.SETTLED - 1)
 
 
 @pytest.fixture
@@ -223,88 +223,92 @@ def processors() -> Iterator[set[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_push_that_wants_no_weights_leaves_the_slots_as_they_are(stages: Stages, kind: Kinds) -> None:
-    stage = stages()
-    crew = stage.lane(kind)
-    crew.weights(0)[:] = 3
-    crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=False).receipt(LIMIT_S)
-    assert crew.weights(0).tolist() == [3] * stage.size
+def test_a_push_that_wants_no_weights_leaves_the_slots_as_they_are(harnesses: Harnesses, kind: Kinds) -> None:
+    harness = harnesses()
+    client = harness.lane(kind)
+    client.weights(0)[:] = 3
+    client.lane.push(client.gradient(0, FIRST, V1), 0, wants=False).receipt(LIMIT_S)
+    assert client.weights(0).tolist() == [3] * harness.size
 
 
 @pytest.mark.parametrize("kinds", [("shm", "shm"), ("crowd", "crowd"), ("tcp", "tcp"), ("shm", "tcp")])
-def test_a_parked_receipt_comes_when_the_last_worker_has_pushed(stages: Stages, kinds: tuple[Kinds, Kinds]) -> None:
-    stage = stages("bsp", 2)
-    stage.join("worker-0", "worker-1")
-    direct = stage.reference()
+def test_a_parked_receipt_comes_when_the_last_worker_has_pushed(
+    harnesses: Harnesses, kinds: tuple[Kinds, Kinds]
+) -> None:
+    harness = harnesses("bsp", 2)
+    harness.join("worker-0", "worker-1")
+    direct = harness.reference()
     for worker in ("worker-0", "worker-1"):
         direct.join(worker, now=0.0)
-    crews = [stage.lane(kind, f"worker-{number}") for number, kind in enumerate(kinds)]
+    crews = [harness.lane(kind, f"worker-{number}") for number, kind in enumerate(kinds)]
     for step in range(3):
-        gradients = [crew.gradient(step, batch(2 * step + n), Version(1, step), n) for n, crew in enumerate(crews)]
+        gradients = [client.gradient(step, batch(2 * step + n), Version(1, step), n) for n, client in enumerate(crews)]
         assert direct.push(gradients[0], now=1.0) == ()
         expected = direct.push(gradients[1], now=1.0)
         first = crews[0].lane.push(gradients[0], step, wants=True)
-        stage.arrived()
-        assert stage.report().parked == {"worker-0"}
+        harness.arrived()
+        assert harness.report().parked == {"worker-0"}
         second = crews[1].lane.push(gradients[1], step, wants=True)
-        stage.arrived()
+        harness.arrived()
         assert (first.receipt(LIMIT_S), second.receipt(LIMIT_S)) == expected
-        for crew in crews:
-            assert crew.weights(step).tobytes() == direct.published.tobytes()
+        for client in crews:
+            assert client.weights(step).tobytes() == direct.published.tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_whose_push_is_parked_may_ask_for_the_version_and_pull_elsewhere(stages: Stages, kind: Kinds) -> None:
-    stage = stages("bsp", 2)
-    stage.join("worker-0", "worker-1")
-    crew = stage.lane(kind)
-    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True)
-    stage.arrived()
-    assert crew.lane.version(LIMIT_S) == V1
-    assert crew.lane.pull(1, LIMIT_S) == V1
-    assert crew.weights(1).tobytes() == stage.weights.tobytes()
-    stage.host.leave("worker-1")
+def test_a_worker_whose_push_is_parked_may_ask_for_the_version_and_pull_elsewhere(
+    harnesses: Harnesses, kind: Kinds
+) -> None:
+    harness = harnesses("bsp", 2)
+    harness.join("worker-0", "worker-1")
+    client = harness.lane(kind)
+    pending = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=True)
+    harness.arrived()
+    assert client.lane.version(LIMIT_S) == V1
+    assert client.lane.pull(1, LIMIT_S) == V1
+    assert client.weights(1).tobytes() == harness.weights.tobytes()
+    harness.host.leave("worker-1")
     assert pending.receipt(LIMIT_S).version == Version(1, 1)
-    assert crew.weights(0).tobytes() == stage.published.values.tobytes()
+    assert client.weights(0).tobytes() == harness.published.values.tobytes()
 
 
-def test_a_server_that_is_always_in_the_middle_is_asked_for_a_copy(stages: Stages) -> None:
-    stage = stages()
-    crew = stage.lane("shm")
-    stage.published.begin()
-    assert crew.lane.pull(2, LIMIT_S) == V1
-    stage.published.end(V1)
-    assert crew.weights(2).tobytes() == stage.weights.tobytes()
+def test_a_server_that_is_always_in_the_middle_is_asked_for_a_copy(harnesses: Harnesses) -> None:
+    harness = harnesses()
+    client = harness.lane("shm")
+    harness.published.begin()
+    assert client.lane.pull(2, LIMIT_S) == V1
+    harness.published.end(V1)
+    assert client.weights(2).tobytes() == harness.weights.tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_pushed_again_over_a_new_connection_is_a_duplicate(stages: Stages, kind: Kinds) -> None:
-    stage = stages()
+def test_a_batch_pushed_again_over_a_new_connection_is_a_duplicate(harnesses: Harnesses, kind: Kinds) -> None:
+    harness = harnesses()
     for outcome in (Outcome.APPLIED, Outcome.DUPLICATE):
-        crew = stage.lane(kind)
-        assert crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=False).receipt(LIMIT_S).outcome is outcome
-        crew.lane.close()
+        client = harness.lane(kind)
+        assert client.lane.push(client.gradient(0, FIRST, V1), 0, wants=False).receipt(LIMIT_S).outcome is outcome
+        client.lane.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_pushed_before_a_worker_hung_up_is_in_the_step(stages: Stages, kind: Kinds) -> None:
+def test_what_was_pushed_before_a_worker_hung_up_is_in_the_step(harnesses: Harnesses, kind: Kinds) -> None:
     """Its memory is read when the round closes, long after its connection is gone."""
-    stage = stages("bsp", 2)
-    stage.join("worker-0", "worker-1")
-    direct = stage.reference()
+    harness = harnesses("bsp", 2)
+    harness.join("worker-0", "worker-1")
+    direct = harness.reference()
     for worker in ("worker-0", "worker-1"):
         direct.join(worker, now=0.0)
-    gone, crew = stage.lane(kind, "worker-0"), stage.lane(kind, "worker-1")
+    gone, client = harness.lane(kind, "worker-0"), harness.lane(kind, "worker-1")
     lost = gone.gradient(0, batch(0), V1, seed=0)
-    direct.push(lost._replace(values=randoms(0)[stage.part]), now=1.0)
+    direct.push(lost._replace(values=randoms(0)[harness.part]), now=1.0)
     gone.lane.push(lost, 0, wants=True)
-    stage.arrived()
+    harness.arrived()
     gone.lane.close()
     del gone, lost
-    gradient = crew.gradient(0, batch(1), V1, seed=1)
+    gradient = client.gradient(0, batch(1), V1, seed=1)
     expected = direct.push(gradient, now=1.0)
-    assert crew.lane.push(gradient, 0, wants=True).receipt(LIMIT_S) == expected[1]
-    assert crew.weights(0).tobytes() == direct.published.tobytes()
+    assert client.lane.push(gradient, 0, wants=True).receipt(LIMIT_S) == expected[1]
+    assert client.weights(0).tobytes() == direct.published.tobytes()
 
 
 @contextmanager
@@ -330,98 +334,100 @@ def false_server(kind: Kinds, answer: Callable[[socket.socket], object]) -> Iter
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_gives_nothing_to_a_server_without_the_key(stages: Stages, kind: Kinds) -> None:
+def test_a_worker_gives_nothing_to_a_server_without_the_key(harnesses: Harnesses, kind: Kinds) -> None:
     heard: list[bytes] = []
 
     def pretend(stream: socket.socket) -> None:
         stream.sendall(Greeting.new().pack())
         heard.append(exactly(stream, HELLO_SIZE))
         if kind != "tcp":
-            socket.send_fds(stream, [bytes(WELCOME_SIZE)], [stage.published.file])
+            socket.send_fds(stream, [bytes(WELCOME_SIZE)], [harness.published.file])
         else:
             stream.sendall(bytes(WELCOME_SIZE))
         message, files, _, _ = socket.recv_fds(stream, 1, 1)
         heard.append(message)
         assert files == []
 
-    stage = stages()
+    harness = harnesses()
     with (
         false_server(kind, pretend) as changes,
         pytest.raises(LaneError, match="who answers there does not have this run's key"),
     ):
-        stage.lane(kind, address=stage.address._replace(**changes))
+        harness.lane(kind, address=harness.address._replace(**changes))
     assert [len(message) for message in heard] == [HELLO_SIZE, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_does_not_wait_for_a_server_that_says_nothing(stages: Stages, kind: Kinds) -> None:
-    stage = stages()
+def test_a_worker_does_not_wait_for_a_server_that_says_nothing(harnesses: Harnesses, kind: Kinds) -> None:
+    harness = harnesses()
     began = time.monotonic()
     with (
         false_server(kind, lambda stream: stream.recv(1)) as changes,
         pytest.raises(LaneTimeoutError, match=r"no answer from the server within 0\.1 s"),
     ):
-        stage.lane(kind, address=stage.address._replace(**changes), timeout_s=0.1)
+        harness.lane(kind, address=harness.address._replace(**changes), timeout_s=0.1)
     assert time.monotonic() - began < LIMIT_S / 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(stages: Stages, kind: Kinds) -> None:
-    stage = stages()
+def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(harnesses: Harnesses, kind: Kinds) -> None:
+    harness = harnesses()
 
     def welcome(stream: socket.socket) -> None:
         greeting = Greeting.new()
         stream.sendall(greeting.pack())
-        hello = Hello.unpack(exactly(stream, HELLO_SIZE), stage.listener.key, greeting)
+        hello = Hello.unpack(exactly(stream, HELLO_SIZE), harness.listener.key, greeting)
         if kind != "tcp":
-            socket.send_fds(stream, [hello.welcome(stage.listener.key)], [stage.published.file])
+            socket.send_fds(stream, [hello.welcome(harness.listener.key)], [harness.published.file])
 
     with false_server(kind, welcome) as changes, pytest.raises(LaneError):
-        stage.lane(kind, address=stage.address._replace(**changes))
+        harness.lane(kind, address=harness.address._replace(**changes))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_nobody_listens_is_a_lane_error(stages: Stages, kind: Kinds) -> None:
-    stage = stages()
-    stage.listener.close()
+def test_where_nobody_listens_is_a_lane_error(harnesses: Harnesses, kind: Kinds) -> None:
+    harness = harnesses()
+    harness.listener.close()
     with pytest.raises(LaneError, match="cannot reach the server at"):
-        stage.lane(kind)
+        harness.lane(kind)
 
 
 @pytest.mark.parametrize(("kind", "change"), [("shm", {"path": None}), ("tcp", {"port": None})])
-def test_a_lane_that_a_server_does_not_offer_is_refused(stages: Stages, kind: Kinds, change: dict[str, None]) -> None:
-    stage = stages(tcp=False)
+def test_a_lane_that_a_server_does_not_offer_is_refused(
+    harnesses: Harnesses, kind: Kinds, change: dict[str, None]
+) -> None:
+    harness = harnesses(tcp=False)
     with pytest.raises(LaneError, match="the server listens on no"):
-        stage.lane(kind, address=stage.address._replace(**change))  # type: ignore[arg-type]
+        harness.lane(kind, address=harness.address._replace(**change))  # type: ignore[arg-type]
 
 
 # Endings
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_server_that_goes_while_a_receipt_is_awaited_is_a_lane_error(stages: Stages, kind: Kinds) -> None:
-    stage = stages("bsp", 2)
-    stage.join("worker-0", "worker-1")
-    crew = stage.lane(kind)
-    pending = [crew.lane.push(crew.gradient(slot, batch(slot), V1), slot, wants=True) for slot in (0, 1)]
-    stage.arrived(2)
-    stage.listener.close()
+def test_a_server_that_goes_while_a_receipt_is_awaited_is_a_lane_error(harnesses: Harnesses, kind: Kinds) -> None:
+    harness = harnesses("bsp", 2)
+    harness.join("worker-0", "worker-1")
+    client = harness.lane(kind)
+    pending = [client.lane.push(client.gradient(slot, batch(slot), V1), slot, wants=True) for slot in (0, 1)]
+    harness.arrived(2)
+    harness.listener.close()
     for push in pending:
         with pytest.raises(LaneError, match="the server is gone") as error:
             push.receipt(60 * LIMIT_S)
         assert not isinstance(error.value, LaneTimeoutError)
     with pytest.raises(LaneError, match="the server is gone"):
-        crew.lane.push(crew.gradient(2, batch(2), V1), 2, wants=True).receipt(60 * LIMIT_S)
+        client.lane.push(client.gradient(2, batch(2), V1), 2, wants=True).receipt(60 * LIMIT_S)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_receipt_of_a_server_that_is_gone_without_a_word_is_not_waited_for(stages: Stages, kind: Kinds) -> None:
-    stage = stages("bsp", 2)
-    stage.join("worker-0", "worker-1")
-    crew = stage.lane(kind)
-    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True)
-    stage.arrived()
-    hanging_up = threading.Timer(0.1, crew.lane.hang_up)  # most likely while it waits; right in any case
+def test_a_receipt_of_a_server_that_is_gone_without_a_word_is_not_waited_for(harnesses: Harnesses, kind: Kinds) -> None:
+    harness = harnesses("bsp", 2)
+    harness.join("worker-0", "worker-1")
+    client = harness.lane(kind)
+    pending = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=True)
+    harness.arrived()
+    hanging_up = threading.Timer(0.1, client.lane.hang_up)  # most likely while it waits; right in any case
     hanging_up.start()
     with pytest.raises(LaneError, match="the server is gone") as error:
         pending.receipt(60 * LIMIT_S)
@@ -429,44 +435,46 @@ def test_a_receipt_of_a_server_that_is_gone_without_a_word_is_not_waited_for(sta
     hanging_up.join(LIMIT_S)
 
 
-def test_a_server_that_goes_in_the_middle_of_its_weights_is_a_lane_error(stages: Stages) -> None:
-    stage = stages("bsp", 2, **BIG)
-    stage.join("worker-0", "worker-1")
-    crew = stage.lane("tcp", slots=1)
-    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True)
-    stage.arrived()
+def test_a_server_that_goes_in_the_middle_of_its_weights_is_a_lane_error(harnesses: Harnesses) -> None:
+    harness = harnesses("bsp", 2, **BIG)
+    harness.join("worker-0", "worker-1")
+    client = harness.lane("tcp", slots=1)
+    pending = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=True)
+    harness.arrived()
 
-    stage.host.leave("worker-1")  # the receipt is due; the weights are more than the socket takes at once
-    stage.listener.close()
+    harness.host.leave("worker-1")  # the receipt is due; the weights are more than the socket takes at once
+    harness.listener.close()
     with pytest.raises(LaneError, match="the server is gone") as error:
         pending.receipt(60 * LIMIT_S)
     assert not isinstance(error.value, LaneTimeoutError)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_receipt_in_time_is_a_timeout(stages: Stages, kind: Kinds) -> None:
-    stage = stages("bsp", 2)
-    stage.join("worker-0", "worker-1")
-    crew = stage.lane(kind)
-    pending, began = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True), time.monotonic()
+def test_no_receipt_in_time_is_a_timeout(harnesses: Harnesses, kind: Kinds) -> None:
+    harness = harnesses("bsp", 2)
+    harness.join("worker-0", "worker-1")
+    client = harness.lane(kind)
+    pending, began = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=True), time.monotonic()
     with pytest.raises(LaneTimeoutError, match=r"no answer from the server within 0\.1 s"):
         pending.receipt(0.1)
     assert 0.1 <= time.monotonic() - began < LIMIT_S / 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_server_that_hangs_is_a_timeout(monkeypatch: pytest.MonkeyPatch, stages: Stages, kind: Kinds) -> None:
+def test_a_server_that_hangs_is_a_timeout(monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds) -> None:
     monkeypatch.setattr(sockets, "stores_are_ordered", lambda: False)  # shm asks, too
-    stage = stages()
-    crew, began = stage.lane(kind), time.monotonic()
-    with stage.frozen(), pytest.raises(LaneTimeoutError, match=r"no answer from the server within 0\.1 s"):
-        crew.lane.pull(0, 0.1)
+    harness = harnesses()
+    client, began = harness.lane(kind), time.monotonic()
+    with harness.frozen(), pytest.raises(LaneTimeoutError, match=r"no answer from the server within 0\.1 s"):
+        client.lane.pull(0, 0.1)
     assert 0.1 <= time.monotonic() - began < LIMIT_S / 2
 
 
-def test_a_push_that_the_server_does_not_take_can_be_given_up(monkeypatch: pytest.MonkeyPatch, stages: Stages) -> None:
+def test_a_push_that_the_server_does_not_take_can_be_given_up(
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
+) -> None:
     """The network's sending thread is in the middle of it."""
-    stage = stages(**BIG)
+    harness = harnesses(**BIG)
     given_up = threading.Event()
 
     def no_payload(stream: socket.socket, into: memoryview, rest_s: float | None) -> int:
@@ -474,16 +482,16 @@ def test_a_push_that_the_server_does_not_take_can_be_given_up(monkeypatch: pytes
             assert given_up.wait(LIMIT_S)
         return receive(stream, into, rest_s)
 
-    monkeypatch.setattr(peer, "receive", no_payload)
-    crew, began = stage.lane("tcp", slots=1), time.monotonic()
-    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=False)
+    monkeypatch.setattr(connection, "receive", no_payload)
+    client, began = harness.lane("tcp", slots=1), time.monotonic()
+    pending = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=False)
     with pytest.raises(LaneTimeoutError):
         pending.receipt(0.1)
-    crew.lane.close()
+    client.lane.close()
     given_up.set()
     assert time.monotonic() - began < LIMIT_S / 2
-    stage.log.wait("of worker-0 was closed: it hung up in the middle of a frame")
-    assert stage.untouched()
+    harness.log.wait("of worker-0 was closed: it hung up in the middle of a frame")
+    assert harness.untouched()
 
 
 @pytest.fixture
@@ -496,50 +504,52 @@ def no_gc() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_gc")
 @pytest.mark.parametrize("kind", ["shm", "crowd"])
-def test_the_memory_of_a_worker_that_has_hung_up_is_let_go(stages: Stages, kind: Kinds) -> None:
-    stage = stages()
+def test_the_memory_of_a_worker_that_has_hung_up_is_let_go(harnesses: Harnesses, kind: Kinds) -> None:
+    harness = harnesses()
     before = mapped()
     for position in range(5):
-        crew = stage.lane(kind)
-        crew.lane.push(crew.gradient(0, batch(position), V1), 0, wants=True).receipt(LIMIT_S)
+        client = harness.lane(kind)
+        client.lane.push(client.gradient(0, batch(position), V1), 0, wants=True).receipt(LIMIT_S)
         assert mapped() == before + 2
-        crew.lane.close()
-        stage.forget(crew)
-        del crew
-        stage.listener.all_gone()
-        assert stage.streams() == []
+        client.lane.close()
+        harness.forget(client)
+        del client
+        harness.listener.all_gone()
+        assert harness.streams() == []
         assert mapped() == before
 
 
 @pytest.mark.usefixtures("no_gc")
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_memory_of_a_worker_whose_server_is_gone_is_let_go(stages: Stages, kind: Kinds) -> None:
+def test_the_memory_of_a_worker_whose_server_is_gone_is_let_go(harnesses: Harnesses, kind: Kinds) -> None:
     """It may be large, and a worker that has lost its server soon needs as much again."""
-    stage = stages("bsp", 2)
-    stage.join("worker-0", "worker-1")
+    harness = harnesses("bsp", 2)
+    harness.join("worker-0", "worker-1")
     before = mapped()
-    crew = stage.lane(kind)
-    pending = crew.lane.push(crew.gradient(0, FIRST, V1), 0, wants=True)
-    stage.arrived()
-    stage.listener.close()
+    client = harness.lane(kind)
+    pending = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=True)
+    harness.arrived()
+    harness.listener.close()
     with pytest.raises(LaneError, match="the server is gone"):
         pending.receipt(LIMIT_S)
     with pytest.raises(LaneError, match="the server is gone"):
-        crew.lane.push(crew.gradient(1, SECOND, V1), 1, wants=True).receipt(LIMIT_S)
-    stage.host.leave("worker-1")  # the server itself needs it until the step
-    crew.lane.close()
-    stage.forget(crew)
-    del crew, pending
+        client.lane.push(client.gradient(1, SECOND, V1), 1, wants=True).receipt(LIMIT_S)
+    harness.host.leave("worker-1")  # the server itself needs it until the step
+    client.lane.close()
+    harness.forget(client)
+    del client, pending
     assert mapped() == before
 
 
 @pytest.mark.usefixtures("no_gc")
-def test_the_memory_of_a_worker_that_was_gone_before_its_receipt_is_let_go(stages: Stages) -> None:
-    stage = stages()
+def test_the_memory_of_a_worker_that_was_gone_before_its_receipt_is_let_go(harnesses: Harnesses) -> None:
+    harness = harnesses()
     before = mapped()
     ours, its = socket.socketpair()
     segment = Segment(NUM_PARAMETERS, 1)
-    served = peer.Peer(stage.host, stage.form, stage.part, ours, stage.hello("shm"), segment)
+    served = connection.WorkerConnection(
+        harness.host, harness.push_format, harness.part, ours, harness.hello("shm"), segment
+    )
     its.close()
     served._receipt(0, False, Receipt("by-hand", FIRST, Outcome.APPLIED, V1))()
     assert "Broken pipe" in served._answers.fault

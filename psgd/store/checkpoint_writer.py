@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from psgd.cluster.facts import RunFacts
+from psgd.core.context import RunContext
 from psgd.core.driver.events import Commit, Committed, Saved, SaveFailed
 from psgd.errors import StorageError
 from psgd.store.checkpoints import Checkpoint, Checkpoints, Manifest, Part
 from psgd.store.run_directory import RunDirectory
 
-__all__ = ["Saves"]
+__all__ = ["CheckpointWriter"]
 
 
-class Saves:
+class CheckpointWriter:
     """One checkpoint at a time: begun, its parts taken, committed.
 
     Args:
@@ -27,10 +27,15 @@ class Saves:
     """
 
     def __init__(
-        self, run: RunDirectory, facts: RunFacts, data_fingerprint: str, identity_hash: str, origin: Checkpoint | None
+        self,
+        run: RunDirectory,
+        context: RunContext,
+        data_fingerprint: str,
+        identity_hash: str,
+        origin: Checkpoint | None,
     ) -> None:
         self._run = run
-        self._facts = facts
+        self._context = context
         self._data_fingerprint = data_fingerprint
         self._identity_hash = identity_hash
         self._checkpoints = Checkpoints(run.storage)
@@ -81,13 +86,13 @@ class Saves:
         """What cannot be deleted now is deleted later: the checkpoint stands."""
         try:
             self._run.check_owner()  # whoever has taken the run since may go on from what would be deleted
-            return self._checkpoints.prune(self._facts.spec.checkpoint.keep)
+            return self._checkpoints.prune(self._context.spec.checkpoint.keep)
         except StorageError as error:
             self._run.event("not_deleted", fault=str(error))
             return []
 
     def _manifest(self, commit: Commit, requeued: int) -> Manifest:
-        layout, spec, parts = self._facts.layout, self._facts.spec, self._parts.values()
+        layout, spec, parts = self._context.layout, self._context.spec, self._parts.values()
         return Manifest(
             format=1,
             name=self._name,
@@ -101,7 +106,7 @@ class Saves:
             names=layout.names,
             shapes=layout.shapes,
             num_trainable=layout.num_trainable,
-            partitions=len(self._facts.partitions),
+            partitions=len(self._context.partitions),
             requeued=requeued,
             files={name: checksum for part in parts for name, checksum in part.files.items()},
             journal={name: checksum for part in parts for name, checksum in part.journal.items()},

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psgd.cluster.facts import RunFacts
-from psgd.cluster.saves import Saves
+from psgd.core.context import RunContext
 from psgd.core.driver.events import Commit, Committed, Saved, SaveFailed
 from psgd.core.server.journal import RECORD
 from psgd.core.server.parameter_server import ParameterServer
-from psgd.core.server.partitions import split
+from psgd.core.server.partitions import partition_weights
 from psgd.errors import OwnershipError, StorageError
+from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
@@ -22,7 +22,7 @@ from tests.support.jobs import GRID, START, job
 SERVERS = 2
 SPEC = job(checkpoint={"every_s": None, "keep": 2})
 LAYOUT = Layout.of({"weight": START})
-PARTITIONS = split(len(START), len(START), SERVERS)
+PARTITIONS = partition_weights(len(START), len(START), SERVERS)
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def saves(run: RunDirectory, resumed: str | None = None) -> Saves:
-    facts = RunFacts(SPEC, LAYOUT, GRID, PARTITIONS, "driver", run.storage.url)
-    return Saves(run, facts, "data", "job", Checkpoints(run.storage).open(resumed) if resumed else None)
+def checkpoint_writer(run: RunDirectory, resumed: str | None = None) -> CheckpointWriter:
+    context = RunContext(SPEC, LAYOUT, GRID, PARTITIONS, "driver", run.storage.url)
+    return CheckpointWriter(run, context, "data", "job", Checkpoints(run.storage).open(resumed) if resumed else None)
 
 
 def write(run: RunDirectory, name: str, updates: int) -> list[Part]:
@@ -48,7 +48,7 @@ def write(run: RunDirectory, name: str, updates: int) -> list[Part]:
     return [write_part(run.storage, name, server.state(), np.zeros(0, RECORD)) for server in servers]
 
 
-def save(run: RunDirectory, kept: Saves, number: int, updates: int) -> Committed | SaveFailed:
+def save(run: RunDirectory, kept: CheckpointWriter, number: int, updates: int) -> Committed | SaveFailed:
     """A whole checkpoint."""
     name = kept.begin(number)
     for part in write(run, name, updates):
@@ -56,7 +56,7 @@ def save(run: RunDirectory, kept: Saves, number: int, updates: int) -> Committed
     return kept.commit(Commit(number, updates, 0), requeued=3)
 
 
-def origin(kept: Saves) -> str | None:
+def origin(kept: CheckpointWriter) -> str | None:
     """What a server that is started now goes on from."""
     kept.find_origin()
     return kept.origin.manifest.name if kept.origin else None
@@ -68,7 +68,7 @@ def told(run: RunDirectory, kind: str) -> list[str]:
 
 
 def test_what_is_committed_is_what_its_parts_and_the_run_say(run: RunDirectory) -> None:
-    kept = saves(run)
+    kept = checkpoint_writer(run)
     assert save(run, kept, 7, updates=20) == Committed(7)
     assert kept.committed == told(run, "checkpoint") == ["000007-1"]
     manifest = Checkpoints(run.storage).manifest("000007-1")
@@ -78,7 +78,7 @@ def test_what_is_committed_is_what_its_parts_and_the_run_say(run: RunDirectory) 
 
 
 def test_as_many_are_kept_as_the_job_says(run: RunDirectory) -> None:
-    kept = saves(run)
+    kept = checkpoint_writer(run)
     for number in range(4):
         save(run, kept, number, updates=10 * number)
     assert Checkpoints(run.storage).committed() == ["000002-1", "000003-1"]
@@ -86,7 +86,7 @@ def test_as_many_are_kept_as_the_job_says(run: RunDirectory) -> None:
 
 
 def test_a_driver_that_lost_the_run_commits_nothing(run: RunDirectory) -> None:
-    kept = saves(run)
+    kept = checkpoint_writer(run)
     other = RunDirectory(Storage(run.storage.url))
     other.own()
     with pytest.raises(OwnershipError, match="taken over"):
@@ -97,7 +97,7 @@ def test_a_driver_that_lost_the_run_commits_nothing(run: RunDirectory) -> None:
 def test_a_driver_that_loses_the_run_at_a_commit_deletes_nothing(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, commit = saves(run), Checkpoints.commit
+    kept, commit = checkpoint_writer(run), Checkpoints.commit
     for number in range(2):
         save(run, kept, number, updates=10 * number)
 
@@ -115,7 +115,7 @@ def test_a_driver_that_loses_the_run_at_a_commit_deletes_nothing(
 def test_a_commit_that_storage_refuses_is_told_and_the_next_one_made(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = saves(run)
+    kept = checkpoint_writer(run)
 
     def full(*_: object) -> None:
         raise StorageError("the disk is full")
@@ -131,7 +131,7 @@ def test_a_commit_that_storage_refuses_is_told_and_the_next_one_made(
 
 
 def test_a_lost_servers_successor_goes_on_from_the_newest_that_is_whole(run: RunDirectory) -> None:
-    kept = saves(run)
+    kept = checkpoint_writer(run)
     assert origin(kept) is None  # the initial weights
     for number in range(2):
         save(run, kept, number, updates=10 * number)
@@ -142,10 +142,10 @@ def test_a_lost_servers_successor_goes_on_from_the_newest_that_is_whole(run: Run
 
 
 def test_a_newer_one_of_a_branch_that_was_given_up_is_passed_over(run: RunDirectory) -> None:
-    given_up = saves(run)
+    given_up = checkpoint_writer(run)
     for number in range(2):
         save(run, given_up, number, updates=10 * number)
-    resumed = saves(run, resumed="000000-1")
+    resumed = checkpoint_writer(run, resumed="000000-1")
     assert resumed.committed == ["000000-1"]
     assert origin(resumed) == "000000-1"
     assert told(run, "checkpoint_refused") == [

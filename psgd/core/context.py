@@ -9,11 +9,11 @@ from psgd.spec import JobSpec
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import EpochGrid
 
-__all__ = ["RunFacts"]
+__all__ = ["RunContext"]
 
 
 @dataclass(frozen=True, slots=True)
-class RunFacts:
+class RunContext:
     """What every actor of a run is told."""
 
     spec: JobSpec
