@@ -19,7 +19,9 @@ from psgd.errors import PsgdError, RunError
 
 __all__ = ["app", "main"]
 
-REFUSED, FAILED, INTERRUPTED = 2, 3, 130
+REFUSED = 2
+FAILED = 3
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Parameter-server SGD on Ray.",

@@ -62,7 +62,8 @@ class OpenJob:
 
 def build_shards(spec: JobSpec, dataset: Dataset) -> Shards:
     """Which examples make which batch of a job."""
-    data, local = spec.data, spec.worker_options.local
+    data = spec.data
+    local = spec.worker_options.local
     steps = local.steps if local else 1
     return Shards(len(dataset.train), data.num_shards, data.batch_size, spec.seed, data.shuffle, steps)
 

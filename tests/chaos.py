@@ -48,7 +48,9 @@ def main() -> int:
 
 def _run_many(seeds: range, processes: int) -> int:
     chunks = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
-    began, done, failed = perf_counter(), 0, 0
+    began = perf_counter()
+    done = 0
+    failed = 0
     with ProcessPoolExecutor(processes) as pool:
         for chunk, faults in zip(chunks, pool.map(_faults, chunks), strict=True):
             done += len(chunk)

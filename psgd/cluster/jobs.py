@@ -89,7 +89,8 @@ class Jobs:
         """
         with _errors(self._address):
             asyncio.run(self._tail(job))
-            status, message = self._client.get_job_status(job), self._client.get_job_info(job).message
+            status = self._client.get_job_status(job)
+            message = self._client.get_job_info(job).message
         if status != JobStatus.SUCCEEDED:
             raise RunError(f"job {job} ended {status.value}: {message}")
 

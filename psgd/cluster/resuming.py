@@ -32,7 +32,8 @@ def find_checkpoint(run: RunDirectory, spec: JobSpec, refused: Callable[[str], N
         ResumeError: the checkpoints are of another job, or none can be cut.
         CheckpointError: all are damaged.
     """
-    servers, misfits = spec.scaling.servers, list[Manifest]()
+    servers = spec.scaling.servers
+    misfits = list[Manifest]()
 
     def fits(checkpoint: Checkpoint) -> str | None:
         manifest = checkpoint.manifest

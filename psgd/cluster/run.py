@@ -94,8 +94,10 @@ def run_job(
     run = RunDirectory(Storage(spec.run.storage, spec.failure.timeout_s).folder(name))
     Storage(spec.run.storage, spec.failure.timeout_s).probe()
     _check_run(run, spec, resume)
-    checkpoints, refused = Checkpoints(run.storage), partial(_warn, run)
-    committed, checkpoint = checkpoints.committed(), find_checkpoint(run, spec, refused)
+    checkpoints = Checkpoints(run.storage)
+    refused = partial(_warn, run)
+    committed = checkpoints.committed()
+    checkpoint = find_checkpoint(run, spec, refused)
     job = OpenJob.open(spec)
     partitions = partition_weights(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
     for warning in _going_on(job, checkpoint).warnings():

@@ -85,8 +85,10 @@ class ServerActor:
         return self._listener.address(ray.get_runtime_context().get_node_id(), host)
 
     def _listen(self, host: str) -> Listener:
-        spec, partition = self._context.spec, self._partition
-        part, push_format = slice(partition.start, partition.stop), push_format_of(spec, partition)
+        spec = self._context.spec
+        partition = self._partition
+        part = slice(partition.start, partition.stop)
+        push_format = push_format_of(spec, partition)
         listener = Listener(self._host, push_format, self._context.layout.num_parameters, part, self._published)
         try:
             if self._published:

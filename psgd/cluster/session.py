@@ -110,7 +110,8 @@ def check_room(spec: JobSpec, num_parameters: int) -> None:
 
 def _check_memory(spec: JobSpec, num_parameters: int) -> None:
     """Refuse weights that no node, or not all nodes together, could hold, before processes are killed for them."""
-    scaling, vector = spec.scaling, 4 * num_parameters
+    scaling = spec.scaling
+    vector = 4 * num_parameters
     # A server's weights and state, a copy of both while they are saved, and the ends of two epochs to be evaluated.
     server = (2 * (1 + _state_vectors(spec.optimizer)) + 2) * vector // scaling.servers
     worker = 2 * (scaling.pipeline + 1) * vector
@@ -137,7 +138,8 @@ def _gib(size: int) -> str:
 
 
 def _check_processors(spec: JobSpec) -> None:
-    scaling, patience = spec.scaling, spec.failure.start_timeout_s
+    scaling = spec.scaling
+    patience = spec.failure.start_timeout_s
     need = {"CPU": float(scaling.cpus_per_worker)}
     if scaling.gpus_per_worker:
         need["GPU"] = scaling.gpus_per_worker

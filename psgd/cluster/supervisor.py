@@ -330,14 +330,17 @@ class Supervisor:
             case Evaluate(name, epochs):
                 asked = self._weights_gather.begin(name, epochs)
                 for partition, server in self._servers.items():
-                    gathered, refused = partial(self._evaluate, asked, partition), partial(self._give_up, asked)
+                    gathered = partial(self._evaluate, asked, partition)
+                    refused = partial(self._give_up, asked)
                     self._call_server(partition, server.epoch_weights.remote(epochs), gathered, refused)
             case Cancel(name, newest):
                 self._call_worker(name, worker.cancel.remote(newest), lambda _: None, lease=None)
 
     def _evaluate(self, asked: EvaluationRequest, partition: int, part: FloatArray) -> None:
         """Let a worker evaluate once every partition's weights are there."""
-        parts, worker, epochs = self._weights_gather.add(asked, partition, part), asked.worker, asked.epochs
+        parts = self._weights_gather.add(asked, partition, part)
+        worker = asked.worker
+        epochs = asked.epochs
         if parts is not None and worker in self._workers:
             ref = self._workers[worker].evaluate.remote(*parts)
             self._call_worker(worker, ref, lambda result: Evaluated(worker, epochs, result), lease=None)
@@ -367,7 +370,8 @@ class Supervisor:
         refused: Callable[[], Event | None] | None = None,
     ) -> None:
         """Call a server; an answer that is an error means that it is lost, unless `refused` says what it means."""
-        limits, server = self._spec.failure, self._servers[partition]
+        limits = self._spec.failure
+        server = self._servers[partition]
         patience = limits.timeout_s + (0 if self._coordinator.reports else limits.start_timeout_s)
         failed = partial(self._server_error, partition, server, refused=refused)
         self._calls[ref] = _Call(answered, failed, time.monotonic() + patience, server)

@@ -35,7 +35,9 @@ DASHES = ("-", "--", ":")  # the next once the colours are used up
 INK, MUTED, GRID = "#222222", "#555555", "#e4e4e4"
 
 PX = 1 / 96  # inches
-WIDTH, HEIGHT, BAR_HEIGHT = 800 * PX, 400 * PX, 28 * PX
+WIDTH = 800 * PX
+HEIGHT = 400 * PX
+BAR_HEIGHT = 28 * PX
 LONGEST_LABEL = 40  # characters
 MOST_MARKED = 16  # points of a curve that get a dot each
 MOST_NAMED = 32  # bars that get their name and value
@@ -194,9 +196,11 @@ def _plain_numbers(axis: Axis) -> None:
 
 def _line(axes: Axes, number: int, curve: Curve, log_x: bool, log_y: bool) -> tuple[float, Line2D]:
     """Draw a curve; returns the height at which it ends, -inf if none of it can be drawn."""
-    x, y = np.asarray(curve.x, float), np.asarray(curve.y, float)
+    x = np.asarray(curve.x, float)
+    y = np.asarray(curve.y, float)
     drawable = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))
-    colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+    colour = COLOURS[number % len(COLOURS)]
+    dash = DASHES[number // len(COLOURS) % len(DASHES)]
     marker: Literal["o", ""] = "o" if drawable.sum() <= MOST_MARKED else ""
     (line,) = axes.plot(
         x,
@@ -209,7 +213,8 @@ def _line(axes: Axes, number: int, curve: Curve, log_x: bool, log_y: bool) -> tu
         markersize=4,
     )
     if curve.low is not None and curve.high is not None:
-        low, high = np.asarray(curve.low, float), np.asarray(curve.high, float)
+        low = np.asarray(curve.low, float)
+        high = np.asarray(curve.high, float)
         axes.fill_between(x, low, high, where=drawable, color=colour, alpha=0.15, linewidth=0)
     return (float(y[drawable][-1]) if drawable.any() else float("-inf")), line
 

@@ -71,7 +71,8 @@ class Record(NamedTuple):
         after = f"version {self.updates} of incarnation {self.incarnation}"
         match self.kind:
             case RecordKind.PUSH:
-                batch, read = tuple(self.batch), tuple(self.read)
+                batch = tuple(self.batch)
+                read = tuple(self.read)
                 return f"a push by {self.worker} of batch {batch}, read at {read}: {self.outcome.value}, {after}"
             case RecordKind.FORK:
                 return f"a fork from {tuple(self.read)}: {after}"
@@ -144,9 +145,12 @@ def _starts(events: Iterable[dict[str, Any]]) -> dict[int, _Start]:
     for line in events:
         match line["event"]:
             case "started":
-                run, origin, lost = line, line["resumed"], None
+                run = line
+                origin = line["resumed"]
+                lost = None
             case "server_started" if line["incarnation"] not in starts:  # else one of those that start with the run
-                origin, lost = line["checkpoint"], line["partition"]
+                origin = line["checkpoint"]
+                lost = line["partition"]
             case _:
                 continue
         number = line["incarnation"]
@@ -203,7 +207,8 @@ class _Names:
 
     def read(self, name: str, incarnation: int) -> NDArray[np.void]:
         """One segment, checked."""
-        path, data = f"{self._storage.url}/journal/{name}", self._storage.read(f"journal/{name}")
+        path = f"{self._storage.url}/journal/{name}"
+        data = self._storage.read(f"journal/{name}")
         checksum = self._checksums.get(name)  # those of checkpoints that were deleted are gone
         if checksum not in (None, sha256(data).hexdigest()):
             raise JournalError(

@@ -73,8 +73,11 @@ class Pushes:
             teller: a partition whose journal tells of the push.
             pipeline: batches that its worker computes ahead.
         """
-        told, place = self._journals[teller], int(self._places[teller, push])
-        mine, incarnation, worker = self._journals[partition], told["incarnation"][place], told["worker"][place]
+        told = self._journals[teller]
+        place = int(self._places[teller, push])
+        mine = self._journals[partition]
+        incarnation = told["incarnation"][place]
+        worker = told["worker"][place]
         earlier = self.earlier(teller, push, worker, _begin(told, incarnation))
         for other in reversed(earlier[: len(earlier) - pipeline]):
             if (known := self._places[partition, other]) != NONE:

@@ -93,7 +93,8 @@ def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = No
     checkpoint = Checkpoints(run.storage).newest(refused=lambda _: None)
     if checkpoint is None:
         raise CheckpointError(f"there is no committed checkpoint in {run.storage.url}, and so nothing to replay")
-    manifest, job = checkpoint.manifest, OpenJob.open(spec)
+    manifest = checkpoint.manifest
+    job = OpenJob.open(spec)
     _check(run, job, manifest, until)
     states = [checkpoint.state(partition) for partition in range(manifest.partitions)]
     lineages = [read_lineage(run, manifest, partition) for partition in range(manifest.partitions)]
@@ -144,7 +145,8 @@ def _check_lineages(run: RunDirectory, job: OpenJob, lineages: Sequence[Sequence
     stretches = [stretch for lineage in lineages for stretch in lineage]
     for segment in (segment for stretch in stretches for segment in stretch.segments):
         _check_batches(run, job, segment)
-    pipeline, compression = max(stretch.pipeline for stretch in stretches), job.spec.compression
+    pipeline = max(stretch.pipeline for stretch in stretches)
+    compression = job.spec.compression
     if isinstance(compression, NoCompression):
         return pipeline
     if pipeline:

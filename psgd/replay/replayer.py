@@ -150,7 +150,8 @@ class Replayer:
 
     def _make(self, push: int, record: Record) -> bool:
         """Compute a gradient, if what it was computed from is known."""
-        values, searched = np.empty_like(self._job.weights), None in self._pushes.reads(push)
+        values = np.empty_like(self._job.weights)
+        searched = None in self._pushes.reads(push)
         for reads in self._reads(push):
             weights = self._shown(reads)
             if weights is None:
@@ -186,7 +187,8 @@ class Replayer:
         self, push: int, record: Record, reads: Reads, values: FloatArray, weights: FloatArray, loss: float
     ) -> None:
         """Cut it for every server, as the worker did; those that took it will take it again."""
-        sender, norm = self._sender(record), gradient_norm(values, self._job.layout.num_trainable)
+        sender = self._sender(record)
+        norm = gradient_norm(values, self._job.layout.num_trainable)
         sent = sender.gradients(record.batch, record.examples, reads, values, weights, loss, norm, record.compute_s)
         outcomes = [self._pushes.outcome(partition, push) for partition in range(len(sent))]
         sender.settle([outcome or Outcome.REQUEUED for outcome in outcomes])
@@ -201,7 +203,8 @@ class Replayer:
         if key not in self._senders:
             oldest = min(server.version.incarnation for server in self._servers)
             self._senders = {known: sender for known, sender in self._senders.items() if known[0] >= oldest}
-            layout, worker_options = self._job.layout, self._job.spec.worker_options
+            layout = self._job.layout
+            worker_options = self._job.spec.worker_options
             parts = [server.slice for server in self._servers]
             self._senders[key] = Sender(record.worker, parts, layout.num_trainable, worker_options)
         return self._senders[key]

@@ -53,7 +53,8 @@ class ReplayServer:
         weights = job.weights[partition.start : partition.stop]
         version = Version(self._stretch.incarnation, 0)
         self._server = ParameterServer(self._spec(), partition, weights, job.shards.grid, version)
-        self.number, self.slice = partition.number, slice(partition.start, partition.stop)
+        self.number = partition.number
+        self.slice = slice(partition.start, partition.stop)
         self.place = -1
         self.pushes = 0
         self.incarnations = 1
@@ -66,7 +67,8 @@ class ReplayServer:
 
     def _spec(self) -> JobSpec:
         """The job as the present incarnation was given it."""
-        spec, workers = self._job.spec, self._stretch.workers
+        spec = self._job.spec
+        workers = self._stretch.workers
         if workers is None:
             return spec
         scaling = ScalingConfig.model_validate(spec.scaling.model_dump() | {"workers": workers})
@@ -131,7 +133,8 @@ class ReplayServer:
         Raises:
             ReplayError: it came out otherwise than in the run.
         """
-        worker, now = record.worker, record.now
+        worker = record.worker
+        now = record.now
         match record.kind:
             case RecordKind.FORK:
                 self._fork(now)
@@ -186,7 +189,8 @@ class ReplayServer:
                 f"record {self.place} of {self._where} is a fork, and the replay is in the middle of a round there, "
                 "which no checkpoint can be. Records before it are missing or another run's"
             )
-        state, incarnation = self._server.state(), self._stretch.incarnation
+        state = self._server.state()
+        incarnation = self._stretch.incarnation
         spec = self._spec().model_copy(update=dict(self._server.settings))
         self._server = ParameterServer.restore(spec, self._job.shards.grid, state, incarnation, now)
         self.incarnations += 1

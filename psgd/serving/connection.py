@@ -85,7 +85,8 @@ class WorkerConnection:
             is_full: whether every processor has a worker. Where one is free, it had better do what can be done beside
                 the worker: its next batch, or another server's work.
         """
-        everywhere, here = allowed_processors(), NOWHERE
+        everywhere = allowed_processors()
+        here = NOWHERE
         while self.take():
             # A worker that goes from one to the next is not followed: to move costs more than a few pushes gain.
             stays = self._times >= SETTLED and self._seen in everywhere and (self._leaves or is_full())
@@ -142,7 +143,8 @@ class WorkerConnection:
             raise LaneError(f"a frame {frame.kind.name} with {frame.payload} bytes of payload, which no worker sends")
 
     def _take(self, frame: Frame, payload: memoryview) -> None:
-        slot, host = frame.slot, self._host
+        slot = frame.slot
+        host = self._host
         match frame.kind:
             case FrameKind.PUSH:
                 shared = self._shared[slot] if self._shared else None

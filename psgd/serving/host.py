@@ -101,7 +101,8 @@ class ServerHost:
     def change(self, settings: Settings) -> Version:
         """Go on by other settings, from the version that is returned."""
         with self._lock_server:
-            due, version = self._due(self.server.change(settings, time.monotonic())), self.server.version
+            due = self._due(self.server.change(settings, time.monotonic()))
+            version = self.server.version
         _send(due)
         return version
 

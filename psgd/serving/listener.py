@@ -257,11 +257,13 @@ class Listener:
         return None
 
     def _shake_hands(self, stream: socket.socket, shared: bool) -> WorkerConnection:
-        handshake, greeting = HandshakeStream(stream, monotonic() + HANDSHAKE_S), Greeting.new()
+        handshake = HandshakeStream(stream, monotonic() + HANDSHAKE_S)
+        greeting = Greeting.new()
         handshake.send(greeting.pack())
         hello = Hello.unpack(handshake.recv(HELLO_SIZE), self.key, greeting)
         self._check(hello, shared)
-        welcome, segment = hello.welcome(self.key), None
+        welcome = hello.welcome(self.key)
+        segment = None
         if shared:
             assert self._published is not None
             socket.send_fds(stream, [welcome], [self._published.file])

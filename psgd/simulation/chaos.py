@@ -82,7 +82,8 @@ class Plan:
 def draw_plan(seed: int) -> Plan:
     """The run that a seed means."""
     random = Random(seed)  # noqa: S311 - no secret
-    workers, servers = random.randint(1, 6), random.choice((1, 1, 2, 3))
+    workers = random.randint(1, 6)
+    servers = random.choice((1, 1, 2, 3))
     mode = _mode(random, workers, servers)
     waits = mode["mode"] in ("bsp", "ssp") or mode.get("synchronous", False)
     pipeline = 0 if waits or mode["mode"] in ALONE else random.choice((0, 0, 1, 2))
@@ -105,7 +106,8 @@ def draw_plan(seed: int) -> Plan:
         }
     )
     shards = tuple(random.randint(1, 5) for _ in range(random.randint(1, 4)))
-    kinds, weights = list(STRIKES), list(STRIKES.values())
+    kinds = list(STRIKES)
+    weights = list(STRIKES.values())
     strikes = sorted(
         (random.uniform(0, START_S + 5), kind) for kind in random.choices(kinds, weights, k=random.randint(0, 10))
     )
@@ -179,7 +181,8 @@ class Chaos(VirtualCluster):
         server: type[ParameterServer],
     ) -> None:
         problem = one_hot(plan.grid, plan.epochs, plan.spec.scaling.servers)
-        gradient, left = problem.gradient, iter(range(0 if resume else plan.not_finite))
+        gradient = problem.gradient
+        left = iter(range(0 if resume else plan.not_finite))
 
         def perhaps_finite(batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
             loss = gradient(batch, weights, out)
@@ -295,7 +298,8 @@ class Chaos(VirtualCluster):
             worker.lose_lane("no receipt in time")
 
     def _deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
-        plan, on_time = self._plan, []
+        plan = self._plan
+        on_time = []
         for receipt in receipts:
             if self._is_cut(receipt.worker, partition) or self._happens(plan.lost):
                 continue

@@ -231,7 +231,8 @@ class VirtualCluster(VirtualClock):
         if state:
             server = self.server.restore(self._spec, self.problem.grid, state, incarnation, self.now)
         else:
-            weights, version = self.problem.weights[self.parts[partition]], Version(incarnation, 0)
+            weights = self.problem.weights[self.parts[partition]]
+            version = Version(incarnation, 0)
             server = self.server(self._spec, self._partitions[partition], weights, self.problem.grid, version)
         self.servers[partition] = server
         self._told_epochs[partition] = server.epochs
@@ -257,7 +258,8 @@ class VirtualCluster(VirtualClock):
                 worker.lose_lane("its server is gone")
 
     def _on_start_worker(self, action: StartWorker) -> None:
-        spec, name = self._spec, action.worker
+        spec = self._spec
+        name = action.worker
         self.workers[name] = VirtualWorker(name, self, spec.worker_options, spec.scaling.pipeline)
         self.after(self.start_s(name), self._up, name)
 
@@ -338,7 +340,8 @@ class VirtualCluster(VirtualClock):
         """Nobody writes it down here."""
 
     def _on_save(self, action: Save) -> None:
-        self._saving, self._states = action.checkpoint, {}
+        self._saving = action.checkpoint
+        self._states = {}
         for partition in self.servers:
             self._notice(partition)
 

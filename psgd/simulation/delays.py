@@ -127,7 +127,8 @@ class Linear:
 
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:
         del workers
-        least, deviation = (worker + 1) * self.slope, np.sqrt((worker + 1) * self.spread)
+        least = (worker + 1) * self.slope
+        deviation = np.sqrt((worker + 1) * self.spread)
         return _stream(worker, seed, lambda rng: least + np.abs(rng.normal(0.0, deviation, BLOCK)))
 
 

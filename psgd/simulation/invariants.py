@@ -123,7 +123,8 @@ class WatchedServer(ParameterServer):
         """As it was noted when the state was saved."""
         server = super().restore(spec, grid, state, incarnation, now, published)
         contained, without, versions, server.heard, server.exact = state.metadata["noted"]
-        server.contained, server.without = contained.copy(), without.copy()
+        server.contained = contained.copy()
+        server.without = without.copy()
         server.versions = versions | {server.version}
         return server
 
@@ -165,7 +166,8 @@ def check_end(cluster: VirtualCluster, epochs: int) -> None:
     Raises:
         ViolationError: something is missing, there twice, or left over.
     """
-    finish, grid = cluster.finish, cluster.problem.grid
+    finish = cluster.finish
+    grid = cluster.problem.grid
     _check(finish is not None and finish.status == "finished", f"the run ended as {finish}")
     everything = {grid.batch(epoch, position) for epoch in range(epochs) for position in range(grid.num_batches)}
     saved = cluster.newest_checkpoint

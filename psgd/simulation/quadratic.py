@@ -35,7 +35,8 @@ class Quadratic:
         slope = np.zeros(size)
         slope[0] = -0.25
         self.minimum = float(-0.5 * slope @ np.linalg.solve(matrix, slope))
-        self._matrix, self._slope = matrix.astype(np.float32), slope.astype(np.float32)
+        self._matrix = matrix.astype(np.float32)
+        self._slope = slope.astype(np.float32)
 
     @property
     def start(self) -> FloatArray:

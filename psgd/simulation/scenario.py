@@ -104,7 +104,8 @@ def _contender(spec: JobSpec, neutral: JobSpec, text: str) -> JobSpec:
         match = ITEM.fullmatch(item)
         if match is None:
             raise SpecError(f"--modes {text!r}: {item!r} is no FIELD=VALUE, such as r=32")
-        key, value = match["key"], parse_value(match["value"], f"--modes {text}")
+        key = match["key"]
+        value = parse_value(match["value"], f"--modes {text}")
         if key == "lr" and name != "local":
             tree["optimizer"] = tree["optimizer"] | {"lr": value}
             tree["optimizer"].pop("learning_rate", None)

@@ -93,7 +93,9 @@ class QuadraticSubject:
     cheap = True
 
     def __init__(self, size: int, pushes: int, seed: int) -> None:
-        self._size, self._pushes, self._seed = size, pushes, seed
+        self._size = size
+        self._pushes = pushes
+        self._seed = seed
         self._quadratic = Quadratic(size, seed=seed)
 
     def problem(self) -> Problem:
@@ -132,7 +134,8 @@ class JobSubject:
 
     def problem(self) -> Problem:
         """The job's, from its initial weights."""
-        job, self._losses = self._job, []
+        job = self._job
+        self._losses = []
         shards = job.shards
         return Problem(
             shards.grid,
@@ -206,10 +209,12 @@ def simulate(name: str, spec: JobSpec, subject: Subject, scenario: Scenario, tar
     server = run.servers[0]
     run.journal(0, server.journal.take())
     report = server.report()
-    began, ended = run.coordinator.began or 0.0, report.last.now if report.last else run.now
+    began = run.coordinator.began or 0.0
+    ended = report.last.now if report.last else run.now
     watch.look(run, ended)
     assert run.finish
-    took, total = ended - began, sum(run.taken.values())
+    took = ended - began
+    total = sum(run.taken.values())
     return Simulated(
         name=name,
         status=run.finish.status if run.finish.error is None else f"{run.finish.status}: {run.finish.error}",
@@ -267,7 +272,9 @@ class _Watch:
     """Looks at the metric now and then, and ends the run once it is good enough."""
 
     def __init__(self, subject: Subject, target: Target | None, every: int) -> None:
-        self._subject, self._target, self._every = subject, target, every
+        self._subject = subject
+        self._target = target
+        self._every = every
         self._next = 0
         self.curve: list[Point] = []
         self.reached: Point | None = None

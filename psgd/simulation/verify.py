@@ -123,12 +123,15 @@ class _Trial:
 
     def gradient(self) -> Check:
         """Central differences of the loss along each tensor's gradient, and along parts of it."""
-        job, batch = self._job, BatchId(0, 0, 0)
+        job = self._job
+        batch = BatchId(0, 0, 0)
         slope = np.empty_like(job.weights)
         self._worker.gradient(batch, job.weights, slope)
         slope[job.layout.num_trainable :] = 0
         tensors = {name: tensor for name, tensor in job.layout.views(slope).items() if tensor.any()}
-        worst, where, tried = 0.0, "no tensor", 0
+        worst = 0.0
+        where = "no tensor"
+        tried = 0
         for name in sorted(tensors, key=lambda name: -float(np.linalg.norm(tensors[name]))):
             if perf_counter() > self._until:
                 break
@@ -138,7 +141,8 @@ class _Trial:
                 job.layout.views(direction)[name].reshape(-1)[rows] = tensors[name].reshape(-1)[rows]
                 error = self._slope_error(batch, slope, direction)
                 if error > worst:
-                    worst, where = error, name
+                    worst = error
+                    where = name
         return Check(
             "gradient",
             f"is the slope of the loss, within {SLOPE_TOLERANCE:.0%}, tensor by tensor",
@@ -152,7 +156,8 @@ class _Trial:
         if length < LEAST_SLOPE * float(np.linalg.norm(slope)):
             return 0.0  # too flat to be measured
         told = float(np.dot(slope, direction)) / length
-        errors, out = [], np.empty_like(slope)
+        errors = []
+        out = np.empty_like(slope)
         for step in STEPS:
             move = direction * np.float32(step / length)
             ahead, behind = (self._worker.gradient(batch, self._job.weights + sign * move, out) for sign in (1, -1))
@@ -161,8 +166,10 @@ class _Trial:
 
     def same_twice(self) -> Check:
         """The same batch and weights, on two workers."""
-        job, batch = self._job, BatchId(0, 0, self._grid.num_batches - 1)
-        first, second = np.empty_like(job.weights), np.empty_like(job.weights)
+        job = self._job
+        batch = BatchId(0, 0, self._grid.num_batches - 1)
+        first = np.empty_like(job.weights)
+        second = np.empty_like(job.weights)
         self._worker.gradient(batch, job.weights, first)
         job.worker("other").gradient(batch, job.weights, second)
         return _same("a batch computed again", "is the same gradient on every worker", first, second)
@@ -181,7 +188,8 @@ class _Trial:
 
     def big_batch(self) -> Check:
         """bsp against steps on one batch of all the examples of a round."""
-        name, promised = f"bsp of {WORKERS} workers", f"is one worker with batches {WORKERS} times as large"
+        name = f"bsp of {WORKERS} workers"
+        promised = f"is one worker with batches {WORKERS} times as large"
         if self._job.layout.num_trainable < self._job.layout.num_parameters:
             return Check(name, promised, "not tried: the model's buffers depend on the batch", True)
         run = self._cluster(self._spec(f"scaling.workers={WORKERS}", "consistency={mode: bsp}")).run()
@@ -244,9 +252,12 @@ class _Trial:
         self,
         rounds: Iterator[tuple[Callable[[FloatArray, tuple[BatchId, ...]], FloatArray], tuple[BatchId, ...]]],
     ) -> FloatArray:
-        spec, trainable = self._job.spec.optimizer, self._job.layout.num_trainable
-        weights, optimizer = self._job.weights.copy(), build_optimizer(spec, trainable)
-        schedule, seen = build_schedule(spec.schedule, spec.lr, self._grid.num_examples), 0
+        spec = self._job.spec.optimizer
+        trainable = self._job.layout.num_trainable
+        weights = self._job.weights.copy()
+        optimizer = build_optimizer(spec, trainable)
+        schedule = build_schedule(spec.schedule, spec.lr, self._grid.num_examples)
+        seen = 0
         for gradient, members in rounds:
             change = gradient(weights, members)
             optimizer.step(weights[:trainable], change[:trainable], schedule.rate(seen))
@@ -273,9 +284,11 @@ class _Trial:
 
     def _together(self, weights: FloatArray, members: tuple[BatchId, ...]) -> FloatArray:
         """All examples of a round as one batch, through the model itself."""
-        job, out = self._job, np.empty_like(weights)
+        job = self._job
+        out = np.empty_like(weights)
         rows = np.concatenate([job.shards.examples(batch) for batch in members])
-        model, train = build_model(job.spec.model, job.dataset), job.dataset.train
+        model = build_model(job.spec.model, job.dataset)
+        train = job.dataset.train
         views = job.layout.views(weights), job.layout.views(out)
         model.loss_and_gradient(views[0], train.inputs(rows), train.labels[rows], views[1], 0)
         return out

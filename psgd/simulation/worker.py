@@ -92,7 +92,8 @@ class Slot:
 
     def clear(self) -> None:
         """Forget the weights."""
-        self.reads, self.weights = [], None
+        self.reads = []
+        self.weights = None
 
 
 class VirtualWorker:
@@ -121,7 +122,8 @@ class VirtualWorker:
         self.lease: int | None = None
         self.pushes = 0
         self._site = site
-        self._problem, self._link_s = site.problem, site.timing.link_s
+        self._problem = site.problem
+        self._link_s = site.timing.link_s
         self._sends_weights = worker_options.sends_weights
         self._tasks: deque[Lease | Validation] = deque()
         self._busy = False
@@ -144,10 +146,13 @@ class VirtualWorker:
         self._busy = self.alive and bool(self._tasks)
         if not self._busy:
             return
-        task, site = self._tasks.popleft(), self._site
+        task = self._tasks.popleft()
+        site = self._site
         if isinstance(task, Lease):
             grid = self._problem.grid
-            self.lease, self._first, self._next = task.id, self._turn, self.slots[0]
+            self.lease = task.id
+            self._first = self._turn
+            self._next = self.slots[0]
             self._batches = deque(grid.batch(epoch, position) for epoch, position in task.positions())
             self._go_on()
         else:
@@ -182,7 +187,9 @@ class VirtualWorker:
 
     def _begin(self, slot: Slot, batch: BatchId) -> None:
         """Compute; the result is pushed when its time has passed."""
-        site, problem, weights = self._site, self._problem, slot.weights
+        site = self._site
+        problem = self._problem
+        weights = slot.weights
         if weights is None:
             pulled = site.pull(self.name)
             if pulled is None:
@@ -213,13 +220,16 @@ class VirtualWorker:
         self, turn: int, batch: BatchId, values: FloatArray, weights: FloatArray, loss: float, seconds: float
     ) -> None:
         """`weights` may be the server's own memory, unless the job sends what was read."""
-        slot, site = self._computing, self._site
+        slot = self._computing
+        site = self._site
         if not self.alive or slot is None or turn != self._turn:
             return
-        examples, norm = self._problem.examples(batch), gradient_norm(values, self._trainable)
+        examples = self._problem.examples(batch)
+        norm = gradient_norm(values, self._trainable)
         gradients = slot.sender.gradients(batch, examples, slot.reads, values, weights, loss, norm, seconds)
         self.pushes += 1
-        slot.batch, slot.outcomes = batch, [None] * len(gradients)
+        slot.batch = batch
+        slot.outcomes = [None] * len(gradients)
         self._computing = None
         if self._link_s:
             site.at(site.now + self._link_s, self._arrive, slot, gradients)

@@ -65,7 +65,8 @@ def _too_few_workers(consistency: ConsistencySpec, workers: int) -> Iterator[str
 def _senseless(consistency: ConsistencySpec, correction: CorrectionSpec) -> Iterator[str]:
     if isinstance(correction, NoCorrection):
         return
-    name, mode = correction.name, consistency.mode
+    name = correction.name
+    mode = consistency.mode
     if isinstance(consistency, FRESH) or (isinstance(consistency, LocalConsistency) and consistency.synchronous):
         yield f"correction {name} does nothing in mode {mode}, where no gradient is stale: drop it, or use mode async"
     elif isinstance(consistency, RingleaderConsistency):
@@ -79,7 +80,8 @@ def _senseless(consistency: ConsistencySpec, correction: CorrectionSpec) -> Iter
 
 
 def _unscalable(consistency: ConsistencySpec, scaling: ScalingConfig) -> Iterator[str]:
-    mode, chooses = consistency.mode, isinstance(consistency, CHOOSING)
+    mode = consistency.mode
+    chooses = isinstance(consistency, CHOOSING)
     if scaling.servers > 1 and chooses:
         yield (
             f"scaling.servers is {scaling.servers}, and mode {mode} chooses which gradients form a step: each "

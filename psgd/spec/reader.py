@@ -110,7 +110,8 @@ def change_settings(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
 def _changed(before: JobSpec, after: JobSpec) -> Iterator[str]:
     """The fields that differ, sections' one by one."""
     for section in JobSpec.model_fields:
-        old, new = getattr(before, section), getattr(after, section)
+        old = getattr(before, section)
+        new = getattr(after, section)
         if old == new:
             continue
         if type(old) is not type(new) or not isinstance(old, BaseModel):

@@ -57,7 +57,8 @@ class CheckpointWriter:
 
     def begin(self, number: int) -> str:
         """The name of a new one, whose parts the servers are to write."""
-        self._parts, self._name = {}, f"{number:06d}-{self._run.incarnation}"
+        self._parts = {}
+        self._name = f"{number:06d}-{self._run.incarnation}"
         return self._name
 
     def take(self, number: int, part: Part) -> Saved:
@@ -92,7 +93,9 @@ class CheckpointWriter:
             return []
 
     def _manifest(self, commit: Commit, requeued: int) -> Manifest:
-        layout, spec, parts = self._context.layout, self._context.spec, self._parts.values()
+        layout = self._context.layout
+        spec = self._context.spec
+        parts = self._parts.values()
         return Manifest(
             format=1,
             name=self._name,

@@ -227,7 +227,8 @@ class Checkpoints:
         Raises:
             CheckpointError: there are committed ones, and all are damaged.
         """
-        faults, whole = [], False
+        faults = []
+        whole = False
         for name in reversed(self.names()):
             try:
                 if (text := self._committed_text(name)) and not _is_whole(text):
@@ -253,7 +254,8 @@ class Checkpoints:
         Raises:
             CheckpointError: it is not committed, of another format, or a checksum fails.
         """
-        folder, manifest = self._run.folder(f"checkpoints/{name}"), self.manifest(name)
+        folder = self._run.folder(f"checkpoints/{name}")
+        manifest = self.manifest(name)
         for file, checksum in manifest.files.items():
             if not folder.exists(file) or sha256(folder.read(file)).hexdigest() != checksum:
                 raise CheckpointError(f"checkpoint {name}: {file} is missing, or its checksum is not the committed one")

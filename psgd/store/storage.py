@@ -54,7 +54,8 @@ class Storage:
         Raises:
             StorageError: that does not work.
         """
-        name, text = f".probe-{uuid4().hex}", b"psgd"
+        name = f".probe-{uuid4().hex}"
+        text = b"psgd"
         self.write(name, text)
         if self.read(name) != text:
             raise StorageError(f"storage {self.url} returned something else than what was written")
@@ -72,7 +73,8 @@ class Storage:
 
         That holds on a disk and on an object store. On other filesystems a reader may find the new one cut short.
         """
-        doing, path = f"write {name!r}", join(self._root, name)
+        doing = f"write {name!r}"
+        path = join(self._root, name)
         if not isinstance(self._fs, LocalFileSystem):
             self._ask(doing, lambda: self._put(path, data), len(data))
             return

@@ -61,7 +61,8 @@ def main() -> int:
 
 def _seconds(values: int, repeats: int) -> dict[str, list[float]]:
     """Of a copy and of each contender's step, by turn."""
-    weights, copy = np.ones(values, np.float32), np.empty(values, np.float32)
+    weights = np.ones(values, np.float32)
+    copy = np.empty(values, np.float32)
     gradient = np.random.default_rng(0).standard_normal(values, dtype=np.float32)
     tasks: dict[str, Callable[[], None]] = {"copy": partial(np.copyto, copy, weights)}
     for name, (spec, _, _) in CONTENDERS.items():

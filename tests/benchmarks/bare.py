@@ -144,7 +144,8 @@ class BareWorker:
         self._name = f"worker-{rank}"
         segment = Segment(size, slots=1)
         try:
-            push_format, whole = PushFormat(size, size), slice(0, size)
+            push_format = PushFormat(size, size)
+            whole = slice(0, size)
             self._lane: Lane = LANES[kind](self._name, segment, whole, push_format, address, TIMEOUT_S)
         finally:
             segment.close()
@@ -160,7 +161,8 @@ class BareWorker:
         Raises:
             SystemExit: it was not applied.
         """
-        batch, values = next(self._batches), self.slot.gradient
+        batch = next(self._batches)
+        values = self.slot.gradient
         gradient = Gradient(self._name, batch, 1, self._version, values, 1.0, self._norm, 0.001)
         receipt = self._lane.push(gradient, 0, wants=True).receipt(TIMEOUT_S)
         if receipt.outcome is not Outcome.APPLIED:

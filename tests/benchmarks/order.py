@@ -31,7 +31,10 @@ from tests.benchmarks.sleepy import delay_s
 
 __all__ = ["main", "real_s", "simulated_s"]
 
-WORKERS, HIDDEN, SCALE_S, TARGET = 16, 32, 0.15, 0.7
+WORKERS = 16
+HIDDEN = 32
+SCALE_S = 0.15
+TARGET = 0.7
 MODES: dict[str, dict[str, Any]] = {
     "async": {"mode": "async"},
     "k_sync, k=12": {"mode": "k_sync", "k": 12},
@@ -72,7 +75,9 @@ def simulated_s(mode: dict[str, Any]) -> float:
     """Virtual seconds to the target."""
     spec = job(mode, {"kind": "mlp", "hidden": [HIDDEN]}, "unused")
     open_job = OpenJob.open(spec)
-    worker, shards, validation = open_job.worker("simulated"), open_job.shards, open_job.dataset.validation
+    worker = open_job.worker("simulated")
+    shards = open_job.shards
+    validation = open_job.dataset.validation
     assert validation is not None
     problem = Problem(
         shards.grid,

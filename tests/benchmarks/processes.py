@@ -53,7 +53,8 @@ def descendants(pid: int) -> list[int]:
         except OSError:
             continue  # it ended meanwhile
         children.setdefault(found, []).append(int(file.parent.name))
-    reached, rest = [], [pid]
+    reached = []
+    rest = [pid]
     while rest:
         mine = children.get(rest.pop(), [])
         reached += mine

@@ -31,10 +31,12 @@ from tests.benchmarks.setting import LEARNING_RATE, SIZES
 
 __all__ = ["Recovery", "findings", "main", "recovered"]
 
-WORKERS, SLEEP_S = 4, 0.02
+WORKERS = 4
+SLEEP_S = 0.02
 BATCH_SIZE = 8  # an epoch of 38 s: no run here sees an end of one
 HIDDEN = 32
-WORKER, SERVER = "ray::WorkerActor", "ray::ServerActor"
+WORKER = "ray::WorkerActor"
+SERVER = "ray::ServerActor"
 EVERY_S = {WORKER: 5.0, SERVER: 8.0}
 LOOK_S = 0.05
 
@@ -65,7 +67,9 @@ def main() -> int:
 
 def findings(turns: Mapping[str, Sequence[Recovery]]) -> list[Finding]:
     """Of the runs of each victim, by turn."""
-    even, workers, servers = turns["undisturbed"], turns[WORKER], turns[SERVER]
+    even = turns["undisturbed"]
+    workers = turns[WORKER]
+    servers = turns[SERVER]
     rates = [run.rate for run in even]
     again = tuple(run.again / run.kills for run in workers if run.kills)
     return [

@@ -80,7 +80,8 @@ def _rate(servers: int, arguments: Namespace) -> list[float]:
 
 def _measured(workers: int, arguments: Namespace) -> Mark:
     """What the server does while so many workers push now and then."""
-    start, stop = SPAWN.Barrier(workers + 1), stop_flag()
+    start = SPAWN.Barrier(workers + 1)
+    stop = stop_flag()
     with (
         BareServer(SIZE, workers) as server,
         process_group(workers, _push, workers / PUSHES_PER_S, server.address, start, stop) as answers,
@@ -96,7 +97,8 @@ def _measured(workers: int, arguments: Namespace) -> Mark:
 
 
 def _push(rank: int, mean_s: float, address: Address, start: Barrier, stop: Stop) -> None:
-    worker, random = BareWorker("shm", rank, SIZE, address), np.random.default_rng(rank)
+    worker = BareWorker("shm", rank, SIZE, address)
+    random = np.random.default_rng(rank)
     start.wait(START_S)
     while not stop.value:
         time.sleep(random.exponential(mean_s))

@@ -48,7 +48,8 @@ def findings(turns: Mapping[LaneKind, Sequence[Mark]]) -> list[Finding]:
     """Of each lane, from what the server did in each turn."""
     found = []
     for kind, marks in turns.items():
-        rates, costs = tuple(mark.rate for mark in marks), tuple(mark.cpu_us for mark in marks)
+        rates = tuple(mark.rate for mark in marks)
+        costs = tuple(mark.cpu_us for mark in marks)
         at_least = TARGETS.get(kind)
         found += [
             Finding(f"pushes/s of 10 KB through one server on {kind}", median(rates), "/s", at_least, turns=rates),
@@ -59,7 +60,8 @@ def findings(turns: Mapping[LaneKind, Sequence[Mark]]) -> list[Finding]:
 
 def _measured(kind: LaneKind, arguments: Namespace) -> Mark:
     """What the server does while all workers are at it."""
-    workers, stop = arguments.workers, stop_flag()
+    workers = arguments.workers
+    stop = stop_flag()
     start = SPAWN.Barrier(workers + 1)
     with (
         BareServer(SIZE, workers) as server,
@@ -79,7 +81,8 @@ def _measured(kind: LaneKind, arguments: Namespace) -> Mark:
 
 def _push(rank: int, kind: LaneKind, address: Address, start: Barrier, stop: Stop) -> int:
     """How many pushes it was."""
-    worker, pushed = BareWorker(kind, rank, SIZE, address), 0
+    worker = BareWorker(kind, rank, SIZE, address)
+    pushed = 0
     start.wait(START_S)
     while not stop.value:
         worker.push()

@@ -110,7 +110,8 @@ def _samples(seconds: float) -> dict[str, list[Sample]]:
 
 
 def _watched(process: Popen[bytes]) -> dict[str, list[Sample]]:
-    found, began = defaultdict[str, list[Sample]](list), None
+    found = defaultdict[str, list[Sample]](list)
+    began = None
     while process.poll() is None:
         pids = _pids(process.pid)
         if len(pids) == 2 + NUM_WORKERS:

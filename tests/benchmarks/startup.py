@@ -80,7 +80,8 @@ def first_applied(path: Path) -> float:
 def _ray_s() -> float:
     """Until Ray is there."""
     with TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
-        command, env = [sys.executable, "-c", BARE, json.dumps(OPTIONS)], os.environ | {"TMPDIR": folder}
+        command = [sys.executable, "-c", BARE, json.dumps(OPTIONS)]
+        env = os.environ | {"TMPDIR": folder}
         began = time.monotonic()
         output = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
     return float(output.split()[-1]) - began
@@ -90,7 +91,8 @@ def _psgd_s() -> dict[str, float]:
     """Until the first gradient is applied, and until each stage on the way there."""
     with TemporaryDirectory(prefix="p", ignore_cleanup_errors=True) as folder:
         tree = job(1.0) | {"run": {"max_updates": UPDATES}}
-        began, began_at = time.monotonic(), time.time()
+        began = time.monotonic()
+        began_at = time.time()
         with training(tree, folder) as process:
             path = Path(result(process)["path"])
         check_lanes(path)

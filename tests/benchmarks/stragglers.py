@@ -35,7 +35,9 @@ from tests.benchmarks.setting import LEARNING_RATE, SIZES
 
 __all__ = ["findings", "main"]
 
-WORKERS, SLEEP_S, SLOW_S = 4, 0.02, 0.2
+WORKERS = 4
+SLEEP_S = 0.02
+SLOW_S = 0.2
 LEFT = (WORKERS - 1 + SLEEP_S / SLOW_S) / WORKERS  # of the speed, if nobody waits for the slow worker
 TARGET = 0.95 * LEFT
 HIDDEN = 32

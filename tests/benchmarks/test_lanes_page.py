@@ -43,7 +43,8 @@ def test_bars_are_sorted_and_say_what_they_are_of_the_limit() -> None:
 def test_page_and_figure_are_made_of_the_documents_that_have_findings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, out = tmp_path / "bench", tmp_path / "out"
+    bench = tmp_path / "bench"
+    out = tmp_path / "out"
     bench.mkdir()
     out.mkdir()
     trees = {"transfer": other(), "throughput": throughput(), "order": {"orders_agree": True}, "extra": other()}

@@ -26,7 +26,8 @@ from tests.benchmarks.process_group import run_process_group
 @pytest.fixture
 def data() -> Mnist:
     random = np.random.default_rng(0)
-    features, labels = random.random((300, 784), np.float32), random.integers(0, 10, 300)
+    features = random.random((300, 784), np.float32)
+    labels = random.integers(0, 10, 300)
     return Mnist(features, labels, features, labels)
 
 
@@ -40,7 +41,8 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own(data: Mnist) -> 
 
 
 def test_the_hand_written_gradients_are_those_of_torch(data: Mnist) -> None:
-    mlp, model = NumpyMlp(seed=0), network()
+    mlp = NumpyMlp(seed=0)
+    model = network()
     parameters = list(model.parameters())
     with torch.no_grad():
         for parameter, values in zip(parameters[::2], mlp.weights, strict=True):
@@ -94,8 +96,11 @@ DIGITS = {"format": "sklearn", "dataset": "digits", "batch_size": 500, "validati
 
 def test_an_own_loop_is_serial_sgd_through_all_epochs() -> None:
     spec = JobSpec.model_validate(job(1.0) | {"data": DIGITS})
-    loop, opened = OwnLoop(spec), OpenJob.open(spec)
-    weights, gradient, worker = opened.weights, np.empty_like(opened.weights), opened.worker("other")
+    loop = OwnLoop(spec)
+    opened = OpenJob.open(spec)
+    weights = opened.weights
+    gradient = np.empty_like(opened.weights)
+    worker = opened.worker("other")
     for number, batch in enumerate([(0, 0), (0, 1), (0, 2), (1, 0)]):
         loop.step(number)
         worker.gradient(BatchId(batch[0], 0, batch[1]), weights, gradient)

@@ -68,7 +68,8 @@ def findings(turns: Mapping[str, Sequence[float]], size: int) -> list[Finding]:
         turns: seconds of a round of each kind, by turn.
         size: values of the weights.
     """
-    plain, large = turns["plain"], f"{4e-6 * size:g} MB"
+    plain = turns["plain"]
+    large = f"{4e-6 * size:g} MB"
     return [
         ratio(f"push + weights of {large} on shm ÷ copy, step, copy in NumPy", turns["shm"], plain, at_most=1.5),
         ratio(f"push + weights of {large} on tcp ÷ copy, step, copy in NumPy", turns["tcp"], plain, at_most=6.0),

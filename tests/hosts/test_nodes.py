@@ -119,7 +119,8 @@ def test_a_slow_cable_only_takes_time(nodes: Nodes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", ["server", "worker"])
 def test_who_is_cut_off_for_a_minute_is_replaced_and_changes_nothing(nodes: Nodes, tmp_path: Path, side: str) -> None:
     """On the wrong side a server goes on for a while, with a worker of its own; or a worker comes back with a push."""
-    run, servers = tmp_path / "run", 2 if side == "server" else 1
+    run = tmp_path / "run"
+    servers = 2 if side == "server" else 1
     model = {"kind": "python", "path": "tests.support.faulty_models:slow", "kwargs": {"seconds": 0.03}}
     with training(nodes, slow_job(tmp_path, ENDLESS, servers, model=model), limit_s=250.0) as result:
         under_way(nodes, run)

@@ -13,7 +13,8 @@ from tests.support.command_line import eventually
 from tests.support.disturbed import BATCHES, assert_as_if_undisturbed, job
 from tests.support.killer import Killer, one_of, processes
 
-SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
+SERVER = "ray::ServerActor"
+WORKER = "ray::WorkerActor"
 SECONDS = 0.008  # of a gradient
 LEFT_S = 60.0  # a run may take so much longer than the kills do
 

@@ -95,7 +95,8 @@ def command(cluster: Cluster, tmp_path: Path) -> CommandLine:
 def free_ports(count: int) -> list[int]:
     """Different ports that nobody listens on just now, and that the system gives to nobody who asks for any."""
     first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    candidates, found = list(range(10_000, first_given)), list[int]()
+    candidates = list(range(10_000, first_given))
+    found = list[int]()
     random.Random(os.getpid()).shuffle(candidates)  # noqa: S311 (nothing here is a secret)
     for port in candidates:
         with socket.socket() as each, suppress(OSError):

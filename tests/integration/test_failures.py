@@ -26,7 +26,8 @@ from tests.support.digits import (
 )
 from tests.support.killer import processes
 
-SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
+SERVER = "ray::ServerActor"
+WORKER = "ray::WorkerActor"
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,8 @@ def test_a_server_that_dies_before_the_first_checkpoint_begins_again(tmp_path: P
 def test_a_second_driver_goes_on_from_what_the_first_saved_until_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, begin = tmp_path / "run", session
+    run = tmp_path / "run"
+    begin = session
     checkpoint = {"every_s": None, "every_updates": 20, "keep": 1}
 
     @contextmanager
@@ -90,7 +92,8 @@ def test_a_second_driver_goes_on_from_what_the_first_saved_until_then(
             stop_later(run)
             result = second.result(LIMIT_S)
     assert_stopped_exactly(result)
-    (_, taken), saved = recorded(run, "started"), [event["name"] for event in recorded(run, "checkpoint")]
+    (_, taken) = recorded(run, "started")
+    saved = [event["name"] for event in recorded(run, "checkpoint")]
     before = [name for name in saved if name.endswith("-1")]
     assert taken["resumed"] in before[-2:]  # one may have been committed while the run was taken
 
@@ -122,7 +125,8 @@ def test_a_running_job_is_scaled_up_and_down(tmp_path: Path) -> None:
     assert_stopped_exactly(result)
     assert result.failures == {}
     # Who leaves ends its batch first; computed twice is what an idle worker was given of a slow one's lease as well.
-    batches, shared = result.ledger.batches, sum(event["batches"] for event in recorded(run, "taken_over"))
+    batches = result.ledger.batches
+    shared = sum(event["batches"] for event in recorded(run, "taken_over"))
     assert result.ledger.duplicates <= shared
     assert result.goodput >= batches / (batches + shared)
     assert [command["accepted"] for command in recorded(run, "command")] == [True, True, False, True]

@@ -17,7 +17,9 @@ from tests.support.digits import DATA, ENDLESS, stop_later, training
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-BATCHES, EXAMPLES, EPOCHS = 45, 1438, 4
+BATCHES = 45
+EXAMPLES = 1438
+EPOCHS = 4
 
 
 def job(tmp_path: Path, epochs: int = EPOCHS, **scaling: Any) -> psgd.JobSpec:

@@ -10,7 +10,9 @@ import pytest
 
 from tests.support.command_line import DIGITS, CommandLine, recorded
 
-BATCHES, EXAMPLES, EPOCHS = 90, 1438, 6
+BATCHES = 90
+EXAMPLES = 1438
+EPOCHS = 6
 # Of the calls to actors, in percent: those that do not arrive, and those whose answer does not.
 LOST = {"CoreWorkerService.grpc_client.PushTask": {"num_failures": -1, "req_failure_prob": 1, "resp_failure_prob": 1}}
 

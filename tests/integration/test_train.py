@@ -60,7 +60,8 @@ class Reference:
 
     def gradient(self, epoch: int, index: int) -> FloatArray:
         rows = self.shards.examples(BatchId(epoch, 0, index))
-        train, out = self.dataset.train, np.empty_like(self.weights)
+        train = self.dataset.train
+        out = np.empty_like(self.weights)
         views = self.layout.views(self.weights), self.layout.views(out)
         self.model.loss_and_gradient(views[0], train.inputs(rows), train.labels[rows], views[1], 0)
         return out
@@ -132,7 +133,8 @@ def test_bsp_steps_on_the_mean_of_every_worker_bit_for_bit(tmp_path: Path) -> No
 def test_a_worker_killed_mid_epoch_is_replaced_and_every_batch_counts_once(tmp_path: Path, mode: str) -> None:
     model = {"kind": "python", "path": "tests.support.faulty_models:dies_once"}
     model["kwargs"] = {"at": 10, "marker": str(tmp_path / "dead")}  # type: ignore[assignment]
-    both, run = {"scaling": {"workers": 2}, "consistency": {"mode": mode}}, tmp_path / "run"
+    both = {"scaling": {"workers": 2}, "consistency": {"mode": mode}}
+    run = tmp_path / "run"
     with training(job(tmp_path, model=model, run={"epochs": ENDLESS}, **both)) as under_way:
         eventually(lambda: len(recorded(run, "worker_up")) == 3)
         stop_later(run)

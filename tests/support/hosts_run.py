@@ -19,7 +19,8 @@ from tests.support.nodes import Nodes
 
 __all__ = ["SERVER", "WORKER", "WORKERS", "training"]
 
-SERVER, WORKER = "ray::ServerActor", "ray::WorkerActor"
+SERVER = "ray::ServerActor"
+WORKER = "ray::WorkerActor"
 # One worker on each of three hosts; a host that is lost takes its worker's place along until it is back.
 WORKERS = {"min": 2, "max": 3}
 RUN_S = 180.0

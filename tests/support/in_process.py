@@ -18,7 +18,8 @@ from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Gr
 __all__ = ["Applied", "Fault", "InProcess", "VirtualCheckpoint"]
 
 TIMING = Timing()
-START_S, EVALUATE_S = TIMING.start_s, TIMING.evaluate_s
+START_S = TIMING.start_s
+EVALUATE_S = TIMING.evaluate_s
 LATE_S = 0.5  # a late push arrives so long after its worker's death
 MAX_EVENTS = 50_000
 

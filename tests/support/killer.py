@@ -18,7 +18,8 @@ __all__ = ["Killer", "one_of", "processes"]
 
 def processes(prefix: str, home: str) -> list[int]:
     """Those of Ray's processes of that name that were started with this folder for Ray, whoever their parent is."""
-    marker, found = f"RAY_TMPDIR={home}".encode(), []
+    marker = f"RAY_TMPDIR={home}".encode()
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it ended a moment ago, or is somebody else's
             named = (process / "cmdline").read_bytes().startswith(prefix.encode())

@@ -141,12 +141,14 @@ class RecordedRun(InProcess):
         if self._saving is None or partition not in self._states:
             return
         if self._saving != self._number:
-            self._number, self._written = self._saving, {}
+            self._number = self._saving
+            self._written = {}
         if partition in self._written:
             return
         records = np.concatenate([*self._records[partition], self.servers[partition].journal.take()])
         self._records[partition] = []
-        storage, name = self._run_directory.storage, self._name(self._saving)
+        storage = self._run_directory.storage
+        name = self._name(self._saving)
         self._written[partition] = write_part(storage, name, self._states[partition], records)
 
     def _name(self, number: int) -> str:
@@ -157,11 +159,14 @@ class RecordedRun(InProcess):
         if isinstance(action, Commit):
             self._commit(action)
             if self._losses and not self._dying:
-                self._losses, self._dying = self._losses - 1, True
+                self._losses = self._losses - 1
+                self._dying = True
                 self.after(SOON_S, self.kill_server, 0)
 
     def _commit(self, commit: Commit) -> None:
-        checkpoints, layout, parts = Checkpoints(self._run_directory.storage), self._job.layout, self._written.values()
+        checkpoints = Checkpoints(self._run_directory.storage)
+        layout = self._job.layout
+        parts = self._written.values()
         manifest = Manifest(
             format=1,
             name=self._name(commit.checkpoint),

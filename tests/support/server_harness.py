@@ -57,9 +57,12 @@ Kinds = Literal["shm", "crowd", "tcp"]  # crowd: the shm lane to a small partiti
 KINDS: list[Kinds] = ["shm", "crowd", "tcp"]
 LIMIT_S = 10.0  # for what takes no time
 NUM_PARAMETERS, PART = 90, Partition(0, 8, 75, 60)  # odd sizes, and 7 buffers at the end
-V1, FIRST, SECOND = Version(1, 0), BatchId(0, 0, 0), BatchId(0, 0, 1)
+V1 = Version(1, 0)
+FIRST = BatchId(0, 0, 0)
+SECOND = BatchId(0, 0, 1)
 GRID = EpochGrid((50, 40), 900)
-DC_ASGD, INT8 = {"correction": {"name": "dc_asgd"}}, {"compression": {"name": "int8"}}
+DC_ASGD = {"correction": {"name": "dc_asgd"}}
+INT8 = {"compression": {"name": "int8"}}
 PULL = Frame(FrameKind.PULL, 0, 0, True, 1, 0)
 BIG = {"partition": Partition(0, 0, 4_000_000, 4_000_000), "num_parameters": 4_000_000}  # more than sockets hold
 
@@ -160,7 +163,8 @@ class ServerHarness:
         self._lanes: list[Lane] = []
         self._sockets: list[socket.socket] = []
         self._segment = Segment(num_parameters, 2)  # of sockets by hand
-        self._small, self._policy = frames.SMALL, os.sched_getscheduler(0)
+        self._small = frames.SMALL
+        self._policy = os.sched_getscheduler(0)
         self._excepthook, threading.excepthook = threading.excepthook, self.errors.append
         logging.getLogger("psgd.lanes").addHandler(self.log)
         encoding = "" if spec.compression.name == "none" else spec.compression.name
@@ -337,7 +341,8 @@ class WorkerHarness:
     def gradient(self, slot: int, batch: BatchId, read: Version, seed: int = 1) -> Gradient:
         weights, values = self.segment.slots[slot]
         values[:] = randoms(seed, len(values))
-        sender, norm = self._senders[slot], gradient_norm(values, self._trainable)
+        sender = self._senders[slot]
+        norm = gradient_norm(values, self._trainable)
         _, gradient, _ = sender.gradients(batch, 10, [read] * 3, values, weights, 0.5, norm, 0.01)
         sender.settle([])
         return gradient

@@ -126,7 +126,9 @@ class Worker:
         if self._local is None:
             return self._backpropagate(batch, self._shards.examples(batch), weights, out, batch_seed(self._seed, batch))
         assert self._worker_options.local
-        local, trainable, total = self._local, self._layout.num_trainable, 0.0
+        local = self._local
+        trainable = self._layout.num_trainable
+        total = 0.0
         local[:] = weights
         for step, rows in enumerate(self._shards.mini_batches(batch)):
             total += len(rows) * self._backpropagate(batch, rows, local, out, batch_seed(self._seed, batch, step))
@@ -138,8 +140,10 @@ class Worker:
     def _backpropagate(
         self, batch: BatchId, rows: NDArray[np.int64], weights: FloatArray, out: FloatArray, seed: int
     ) -> float:
-        features, labels = self._train.inputs(rows), self._train.labels[rows]
-        named, gradient = self._tensors(weights), self._tensors(out)
+        features = self._train.inputs(rows)
+        labels = self._train.labels[rows]
+        named = self._tensors(weights)
+        gradient = self._tensors(out)
         try:
             return float(self._model.loss_and_gradient(named, features, labels, gradient, seed))
         except Exception as error:
@@ -189,7 +193,8 @@ class Worker:
         for desk in self._desks:
             if desk.batch is not None:
                 desk.sender.settle([])
-        self._lanes, self._desks = [], []
+        self._lanes = []
+        self._desks = []
         self._known.clear()  # it keeps memory mapped
 
     def hang_up(self, partition: int) -> None:
@@ -223,7 +228,8 @@ class Worker:
     def _work(self, lease: Lease, stopping: Callable[[], bool]) -> bool:
         """Whether it was stopped; no push is under way after it."""
         batches = [self._shards.grid.batch(epoch, position) for epoch, position in lease.positions()]
-        desks, stopped = deque(self._desks), False
+        desks = deque(self._desks)
+        stopped = False
         for number, batch in enumerate(batches):
             desk = desks[0]
             self._settle(desk)
@@ -242,7 +248,8 @@ class Worker:
     def _push(self, desk: _Desk, batch: BatchId, wants: bool) -> None:
         """Compute a gradient and send it, unless it is too stale to be pushed."""
         assert desk.versions is not None
-        (weights, values), versions = desk.slot, desk.versions
+        (weights, values) = desk.slot
+        versions = desk.versions
         began = perf_counter()
         loss = self.gradient(batch, weights, values)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -253,7 +260,8 @@ class Worker:
             return
         examples = len(self._shards.examples(batch))
         gradients = desk.sender.gradients(batch, examples, versions, values, weights, loss, norm, compute_s)
-        desk.batch, desk.wants = batch, wants
+        desk.batch = batch
+        desk.wants = wants
         desk.pending = [
             lane.push(gradient, desk.number, wants) for lane, gradient in zip(self._lanes, gradients, strict=True)
         ]
@@ -276,7 +284,8 @@ class Worker:
                 receipts.append(self._checked(receipt, desk.batch))
         finally:
             desk.sender.settle([receipt.outcome for receipt in receipts])
-            desk.batch, desk.pending = None, ()
+            desk.batch = None
+            desk.pending = ()
         if desk.wants:
             desk.versions = [receipt.version for receipt in receipts]
 

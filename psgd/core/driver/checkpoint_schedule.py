@@ -65,7 +65,9 @@ class CheckpointSchedule:
         return self.closed_at + self._config.every_s
 
     def begin(self, updates: int, last: bool = False) -> Save:
-        self._parts, self.last, self.retry_at = {}, last, float("inf")
+        self._parts = {}
+        self.last = last
+        self.retry_at = float("inf")
         self._begun_updates = updates
         return Save(self._number)
 
@@ -75,7 +77,8 @@ class CheckpointSchedule:
 
     def hurry(self) -> None:
         """Pause no more: the last one is tried at once, and once."""
-        self._pauses_s, self.retry_at = [], float("inf")
+        self._pauses_s = []
+        self.retry_at = float("inf")
 
     def concerns(self, event: Saved | SaveFailed | Committed) -> bool:
         """Whether it is about the checkpoint under way."""

@@ -209,7 +209,8 @@ class Coordinator:
             case WorkerUp():
                 self.worker_table.mark_up(worker.name, now)
             case LeaseClosed(_, lease, residual_norm):
-                worker.residual_norm, worker.lane_failures = residual_norm, 0
+                worker.residual_norm = residual_norm
+                worker.lane_failures = 0
                 self._close(worker, lease, now, whole=lease > worker.called_off and lease not in self.ledger.overtaken)
             case LaneFailed(_, lease, cause):
                 self._on_lane_failed(worker, lease, cause, now)
@@ -237,7 +238,8 @@ class Coordinator:
             self._charge("lane_failed", f"{worker.name} could not reach its server: {cause}")
 
     def _on_server_lost(self, event: ServerLost, now: float) -> None:
-        partition, cause = event.partition, event.cause
+        partition = event.partition
+        cause = event.cause
         if partition not in self.reports and not event.died:
             self._fail(f"server {partition} could not be started: {cause}")
             return
@@ -276,7 +278,8 @@ class Coordinator:
         """It knows no workers and nothing decided since its checkpoint; and nobody is given up for its absence."""
         self._note("server_restored", partition=partition, seconds=absent_s, batches_lost=again)
         for worker in self.worker_table:
-            worker.alive_at, worker.lane_failures = now, 0
+            worker.alive_at = now
+            worker.lane_failures = 0
         if self._settings:
             self._actions.append(ChangeServer(partition, self._settings))
         self._actions += [Join(worker.name) for worker in self.worker_table if worker.joined]
@@ -396,7 +399,8 @@ class Coordinator:
     def _give_up_silent(self, now: float) -> None:
         if now < self._look_at:
             return
-        limits, servers = self._spec.failure, self.server_reports
+        limits = self._spec.failure
+        servers = self.server_reports
         for worker in list(self.worker_table):
             ends = self.worker_table.silence_deadline(worker, limits, servers.ready)
             if now >= ends and (not worker.at_work or servers.reported_at >= ends):
@@ -459,7 +463,8 @@ class Coordinator:
             self._start_epoch()
 
     def _end_if_due(self, now: float) -> None:
-        epochs, results = self.epochs, self.evaluations.results.values()
+        epochs = self.epochs
+        results = self.evaluations.results.values()
         target = self._limits.target_reached(epochs, self.reports.values(), results)
         out_of_time = now >= self._limits.deadline(self.began)
         if target or out_of_time or self._limits.reached(epochs, self.updates):

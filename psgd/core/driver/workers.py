@@ -109,7 +109,8 @@ class WorkerTable:
     def mark_up(self, name: str, now: float) -> None:
         """A worker is up."""
         worker = self._workers[name]
-        worker.up, worker.alive_at = True, now
+        worker.up = True
+        worker.alive_at = now
         self._count()
 
     def remove(self, name: str) -> WorkerRecord:
@@ -200,4 +201,5 @@ class WorkerTable:
         for name, pushes in report.heard.items():
             worker = self._workers.get(name)
             if worker and (pushes != worker.heard.get(report.partition, 0) or name in report.parked):
-                worker.heard[report.partition], worker.alive_at = pushes, now
+                worker.heard[report.partition] = pushes
+                worker.alive_at = now

@@ -130,7 +130,8 @@ class RoundMean(_Stateless):
 
     def close(self) -> Step:
         """Σ (nᵢ·N/Σn)·gᵢ / N; with equal nᵢ the factors are exactly 1."""
-        members, self._round = sorted(self._round, key=lambda taken: taken.batch), []
+        members = sorted(self._round, key=lambda taken: taken.batch)
+        self._round = []
         weight = sum(taken.weight for taken in members) / len(members)
         metadata = [taken.member for taken in members]
         if len(members) == 1 and members[0].scale == 1:
@@ -172,7 +173,8 @@ class RunningMean:
         """The mean, in the sum's own memory."""
         self._sum /= self._weight
         step = Step(self._sum, self._weight / len(self._members), self._members)
-        self._weight, self._members = 0.0, []
+        self._weight = 0.0
+        self._members = []
         return step
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -227,7 +229,10 @@ class Table:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._sums, self.counts, self._weight, self.fresh = {}, {}, 0.0, []
+        self._sums = {}
+        self.counts = {}
+        self._weight = 0.0
+        self.fresh = []
 
     def state(self, prefix: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Each worker's sum `[partition size]`, under names that begin with the prefix; and the counts."""
@@ -291,7 +296,8 @@ class Ring:
     keeps = False
 
     def __init__(self, size: int, trainable: int) -> None:
-        self._table, self._next = Table(size, trainable), Table(size, trainable)
+        self._table = Table(size, trainable)
+        self._next = Table(size, trainable)
         self._owed: set[str] = set()
         self._last = ""  # who pushed last
         self._due = False  # a step
@@ -322,7 +328,8 @@ class Ring:
             if not self._owed and not self._due:
                 self._turn()
         if self._collecting and self._table.counts and live <= self._table.counts.keys():
-            self._owed, self._due = set(live) - {self._last}, True
+            self._owed = set(live) - {self._last}
+            self._due = True
         return self._due
 
     def close(self) -> Step:
@@ -331,7 +338,8 @@ class Ring:
             self._owed = set()
             self._turn()
         step = self._table.step()
-        flushed, self._due = not self._due, False
+        flushed = not self._due
+        self._due = False
         if flushed or not self._owed:
             self._turn()
         return step
@@ -342,7 +350,8 @@ class Ring:
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Both tables, and who is owed a step."""
-        (arrays, table), (others, following) = self._table.state("table"), self._next.state("next")
+        (arrays, table) = self._table.state("table")
+        (others, following) = self._next.state("next")
         metadata = {"table": table, "next": following, "owed": sorted(self._owed), "last": self._last}
         return arrays | others, metadata
 
@@ -350,4 +359,5 @@ class Ring:
         """Go on with those."""
         self._table.load("table", arrays, metadata["table"])
         self._next.load("next", arrays, metadata["next"])
-        self._owed, self._last = set(metadata["owed"]), str(metadata["last"])
+        self._owed = set(metadata["owed"])
+        self._last = str(metadata["last"])

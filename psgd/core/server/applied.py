@@ -48,7 +48,8 @@ class AppliedSet:
 
     def add(self, batch: BatchId, skip: bool = False) -> None:
         """Settle a batch that is not settled yet, as contained or as skipped."""
-        epoch, position = batch.epoch, self._grid.position(batch)
+        epoch = batch.epoch
+        position = self._grid.position(batch)
         settled = self._settled.get(epoch)
         if settled is None:
             assert epoch >= self.epochs, batch

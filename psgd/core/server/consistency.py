@@ -248,7 +248,8 @@ class Malenia(Collecting):
         assert self._means is not None
         if not round_.collected or not round_.outstanding:
             return round_.collected > 0
-        counts, live = self._means.table.counts, round_.live.keys()
+        counts = self._means.table.counts
+        live = round_.live.keys()
         return live <= counts.keys() and sum(1 / counts[worker] for worker in live) * self._s <= len(live) ** 2
 
 

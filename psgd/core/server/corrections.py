@@ -146,7 +146,8 @@ class DcAsgd(Plain):
     ) -> FloatArray:
         """See above."""
         assert weights_read is not None, "the worker sends what it read when a correction asks for it"
-        out, scratch = self._corrected, self._scratch
+        out = self._corrected
+        scratch = self._scratch
         np.multiply(values, values, out=out)
         if self._squares is None:
             out *= self._strength
@@ -197,7 +198,8 @@ class GapAware(Plain):
         assert weights_read is not None, "the worker sends what it read when a correction asks for it"
         if not self._steps:
             return values
-        out, usual = self._corrected, self._scratch
+        out = self._corrected
+        usual = self._scratch
         np.divide(self._squares, 1 - self.DECAY**self._steps, out=usual)
         np.sqrt(usual, out=usual)
         usual += self.EPS
@@ -214,7 +216,8 @@ class GapAware(Plain):
         return self._average
 
     def _average(self, part: slice, direction: FloatArray) -> None:
-        squares, scratch = self._squares[part], self._scratch[: len(direction)]
+        squares = self._squares[part]
+        scratch = self._scratch[: len(direction)]
         np.multiply(direction, direction, out=scratch)
         scratch *= 1 - self.DECAY
         squares *= self.DECAY

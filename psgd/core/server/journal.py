@@ -85,7 +85,8 @@ class Journal:
     def push(self, now: float, gradient: Gradient, outcome: Outcome, version: Version) -> None:
         """A gradient arrived; `outcome` and `version` are those after it."""
         worker, batch, examples, read, _, loss, _, compute_s, _, _ = gradient
-        code, name = OUTCOMES[outcome], worker.encode()
+        code = OUTCOMES[outcome]
+        name = worker.encode()
         self._append((RecordKind.PUSH, code, name, now, *batch, examples, *read, *version, loss, compute_s))
 
     def take(self) -> NDArray[np.void]:

@@ -72,8 +72,10 @@ class Optimizer(ABC):
 
     def __init__(self, size: int, weight_decay: float = 0.0, decoupled: bool = False) -> None:
         self._blocks = in_blocks(size)
-        self._rate, self._decay = _scalar(0), _scalar(weight_decay)
-        self._decays_before, self._decays_after = weight_decay > 0 and not decoupled, weight_decay > 0 and decoupled
+        self._rate = _scalar(0)
+        self._decay = _scalar(weight_decay)
+        self._decays_before = weight_decay > 0 and not decoupled
+        self._decays_after = weight_decay > 0 and decoupled
 
     def step(self, weights: FloatArray, gradient: FloatArray, rate: float, watch: Watch | None = None) -> None:
         """w ← w - η·u, in place.
@@ -84,7 +86,8 @@ class Optimizer(ABC):
             rate: η.
             watch: is shown each block's u, before the block's weights change.
         """
-        rule, several = self._begin(), len(self._blocks) > 1
+        rule = self._begin()
+        several = len(self._blocks) > 1
         self._rate[()] = rate
         for block in self._blocks:
             part, scratch, spare = block
@@ -125,7 +128,8 @@ class Sgd(Optimizer):
     def __init__(self, spec: SgdOptimizer, size: int) -> None:
         super().__init__(size, spec.weight_decay)
         self._spec = spec
-        self._momentum, self._share = _scalar(spec.momentum), _scalar(1 - spec.dampening)
+        self._momentum = _scalar(spec.momentum)
+        self._share = _scalar(1 - spec.dampening)
         self._velocity = np.empty(size if spec.momentum else 0, np.float32)
         self._moving = False  # whether there is a velocity yet
 
@@ -182,7 +186,8 @@ class Adagrad(Optimizer):
         return self._normalize
 
     def _normalize(self, block: Block, gradient: FloatArray) -> FloatArray:
-        accumulator, u = self._accumulator[block.part], block.scratch
+        accumulator = self._accumulator[block.part]
+        u = block.scratch
         accumulator += np.multiply(gradient, gradient, out=u)
         np.add(accumulator, self._eps, out=u)
         np.sqrt(u, out=u)
@@ -209,7 +214,8 @@ class Adam(Optimizer):
 
     def __init__(self, spec: AdamOptimizer | AdamwOptimizer, size: int) -> None:
         super().__init__(size, spec.weight_decay, decoupled=isinstance(spec, AdamwOptimizer))
-        self._betas, self._eps = spec.betas, _scalar(spec.eps)
+        self._betas = spec.betas
+        self._eps = _scalar(spec.eps)
         self._mean_kept, self._square_kept = (_scalar(beta) for beta in spec.betas)
         self._mean_added, self._square_added = (_scalar(1 - beta) for beta in spec.betas)
         self._steps = np.zeros(1, np.int64)
@@ -221,12 +227,14 @@ class Adam(Optimizer):
         self._steps += 1
         steps = int(self._steps[0])
         mean_weight, square_weight = (1 - beta**steps for beta in self._betas)
-        self._mean_weight[()], self._root_weight[()] = mean_weight, sqrt(square_weight)
+        self._mean_weight[()] = mean_weight
+        self._root_weight[()] = sqrt(square_weight)
         return self._normalize
 
     def _normalize(self, block: Block, gradient: FloatArray) -> FloatArray:
         """The bias-corrected mean over the root of the bias-corrected square."""
-        (mean, square), u = self._average(block, gradient), block.scratch
+        (mean, square) = self._average(block, gradient)
+        u = block.scratch
         np.sqrt(square, out=u)
         u /= self._root_weight
         u += self._eps
@@ -235,7 +243,9 @@ class Adam(Optimizer):
         return u
 
     def _average(self, block: Block, gradient: FloatArray) -> tuple[FloatArray, FloatArray]:
-        mean, square, scratch = self._mean[block.part], self._square[block.part], block.scratch
+        mean = self._mean[block.part]
+        square = self._square[block.part]
+        scratch = block.scratch
         mean *= self._mean_kept
         mean += np.multiply(gradient, self._mean_added, out=scratch)
         np.multiply(gradient, gradient, out=scratch)
@@ -267,7 +277,8 @@ class DelayedNesterov(Optimizer):
     def __init__(self, spec: DelayedNesterovOptimizer, size: int) -> None:
         super().__init__(size)
         self._spec = spec
-        self._momentum, self._every = _scalar(spec.momentum), _scalar(spec.every)
+        self._momentum = _scalar(spec.momentum)
+        self._every = _scalar(spec.every)
         self._pushes = np.zeros(1, np.int64)
         self._sum = np.zeros(size, np.float32)
         self._velocity = np.zeros(size, np.float32)
@@ -285,7 +296,9 @@ class DelayedNesterov(Optimizer):
         return np.divide(gradient, self._every, out=block.scratch)
 
     def _accelerate(self, block: Block, gradient: FloatArray) -> FloatArray:
-        u, total, velocity = self._share(block, gradient), self._sum[block.part], self._velocity[block.part]
+        u = self._share(block, gradient)
+        total = self._sum[block.part]
+        velocity = self._velocity[block.part]
         total /= self._every
         velocity *= self._momentum
         velocity += total

@@ -75,7 +75,8 @@ class ParameterServer:
         version: Version,
         published: Published | None = None,
     ) -> None:
-        size, trainable = partition.stop - partition.start, partition.num_trainable
+        size = partition.stop - partition.start
+        trainable = partition.num_trainable
         assert weights.shape == (size,), (weights.shape, partition)
         self.partition = partition
         self.version = version
@@ -115,7 +116,8 @@ class ParameterServer:
         self._late = Outcome.DISCARDED if getattr(settings.consistency, "late", "") == "discard" else Outcome.REQUEUED
         self._aggregator = self._mode.aggregator(self._size, self.partition.num_trainable)
         optimizer = settings.optimizer
-        self._max_norm, self._clip_value = optimizer.max_grad_norm, optimizer.clip_value
+        self._max_norm = optimizer.max_grad_norm
+        self._clip_value = optimizer.clip_value
         self._correction.rate = optimizer.lr
         self._untouched = self._max_norm is None and self._clip_value is None and not self._correction.elementwise
         self._schedule = build_schedule(optimizer.schedule, optimizer.lr, self._grid.num_examples)
@@ -173,7 +175,8 @@ class ParameterServer:
         Raises:
             LaneError: the values were not sent as this partition reads them; nothing happened.
         """
-        updates, round_ = self.version.updates, self._round
+        updates = self.version.updates
+        round_ = self._round
         self._tally.bytes += gradient.nbytes
         outcome = self._admit(gradient)
         if outcome is Outcome.BUFFERED:
@@ -240,7 +243,8 @@ class ParameterServer:
         # Inf and nan are an answer of the norm's; a time must fit the journal.
         if gradient.norm < 0 or not 0 <= gradient.compute_s < LONGEST_S:
             raise LaneError(f"a push with norm {gradient.norm}, computed in {gradient.compute_s} s")
-        size, trainable = self._size, self.partition.num_trainable
+        size = self._size
+        trainable = self.partition.num_trainable
         if isinstance(gradient.values, Encoded):
             decode(gradient.values, self._decoded[:trainable])
             if trainable < size:
@@ -251,7 +255,8 @@ class ParameterServer:
             _check_vector("weights_read", gradient.weights_read, size)
 
     def _check_batch(self, gradient: Gradient) -> None:
-        (epoch, shard, index), per_shard = gradient.batch, self._grid.batches_per_shard
+        (epoch, shard, index) = gradient.batch
+        per_shard = self._grid.batches_per_shard
         # A partition that was restored may be an epoch behind the others.
         exists = epoch <= self._settled.epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
         if not exists or min(gradient.batch) < 0 or not 0 < gradient.examples <= self._grid.num_examples:
@@ -265,7 +270,8 @@ class ParameterServer:
     def _collect(self, gradient: Gradient) -> None:
         staleness = self.version.updates - gradient.read.updates
         weight = self._mode.weight(staleness) * self._correction.factor(gradient, staleness)
-        values, scale = self._decode(gradient), 1.0
+        values = self._decode(gradient)
+        scale = 1.0
         if not self._untouched:
             values, scale = self._correct(gradient, values, self._clip(gradient))
         self._settled.add(gradient.batch)
@@ -292,7 +298,8 @@ class ParameterServer:
         """What the whole gradient is multiplied by stays a factor, unless its values change one by one."""
         if self._clip_value is None and not self._correction.elementwise:
             return values, scale
-        trainable, limit = self.partition.num_trainable, self._clip_value
+        trainable = self.partition.num_trainable
+        limit = self._clip_value
         out = np.empty_like(self._clipped) if self._aggregator.keeps else self._clipped
         np.multiply(values, scale, out=out)
         out[trainable:] = values[trainable:]  # buffers are no gradients
@@ -328,7 +335,8 @@ class ParameterServer:
         self.version = version
 
     def _step(self, step: Step) -> None:
-        trainable, gradient = self.partition.num_trainable, step.gradient
+        trainable = self.partition.num_trainable
+        gradient = step.gradient
         rate = self._schedule.rate(self._counted)
         trained = gradient[:trainable] if self._has_buffers else gradient
         self._optimizer.step(self._trained, trained, rate * step.weight, self._correction.watch())
@@ -344,7 +352,8 @@ class ParameterServer:
         """The receipts that nothing holds back any more."""
         if not self._parked:
             return ()
-        waits, version = self._mode.waiting(self._round), self.version
+        waits = self._mode.waiting(self._round)
+        version = self.version
         due: list[Receipt] = []
         held: list[_Parked] = []
         for push in self._parked:
@@ -385,7 +394,8 @@ class ParameterServer:
 
     def report(self) -> Report:
         """What the driver may know and believe."""
-        tally, updates = self._tally, self.version.updates
+        tally = self._tally
+        updates = self.version.updates
         pushes = {outcome.value: tally.pushes[outcome] for outcome in Outcome}
         pushes[Outcome.BUFFERED.value] = self._round.collected
         return Report(

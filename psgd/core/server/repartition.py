@@ -58,7 +58,8 @@ def _difference(one: ServerState, other: ServerState) -> str | None:
 
 def _same_sets(one: ServerState, other: ServerState, name: str) -> bool:
     """An epoch whose bitmap is missing has none of its batches in the set."""
-    mine, theirs = _sets(one, name), _sets(other, name)
+    mine = _sets(one, name)
+    theirs = _sets(other, name)
     return mine.keys() == theirs.keys() and all(np.array_equal(mine[epoch], theirs[epoch]) for epoch in mine)
 
 
@@ -117,7 +118,8 @@ def _cut(name: str, states: Sequence[ServerState], partition: Partition) -> NDAr
     stop = partition.stop if _group(name) in OF_ALL else partition.start + partition.num_trainable
     parts = []
     for state in states:
-        start, array = _start(state), state.arrays[name]
+        start = _start(state)
+        array = state.arrays[name]
         _, _, end, trainable = state.metadata["partition"]
         assert len(array) == (end - start if _group(name) in OF_ALL else trainable), (name, array.shape)
         parts.append(array[max(0, partition.start - start) : max(0, stop - start)])

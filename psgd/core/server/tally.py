@@ -91,7 +91,8 @@ class Tally:
 
     def load(self, metadata: Mapping[str, Any]) -> None:
         """Count on from there."""
-        self.samples, self.bytes = metadata["samples"], metadata["bytes"]
+        self.samples = metadata["samples"]
+        self.bytes = metadata["bytes"]
         self.pushes.update({Outcome(name): count for name, count in metadata["pushes"].items()})
         self.staleness.update({int(value): count for value, count in metadata["staleness"]})
         self._losses = {epoch: [total, examples] for epoch, total, examples in metadata["losses"]}

@@ -37,7 +37,9 @@ WORKERS = 16
 GRADIENTS_IN_STEP = (1, 4, 8, 12, 15, 16)
 STEPS = 6000  # of all seeds together; more → nearer to the law
 TOLERANCE = 0.03
-CALLED_OFF, FINISHED, ASYNC = "K-sync, late workers called off", "k_sync, late gradients refused", "async"
+CALLED_OFF = "K-sync, late workers called off"
+FINISHED = "k_sync, late gradients refused"
+ASYNC = "async"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ def run(
 
 
 def _mean(mode: dict[str, Any], workers: int, seeds: Sequence[int], steps: int) -> float:
-    spec, batches = job(workers, 1.0, mode), 2 * steps * workers
+    spec = job(workers, 1.0, mode)
+    batches = 2 * steps * workers
     problem = Problem(EpochGrid((batches,), batches), np.zeros(1, np.float32), _nothing)
     runs = [TimedRun(spec, problem, "exponential:1", seed, lambda run: run.updates >= steps).run() for seed in seeds]
     return mean(run.end.elapsed_s / steps for run in runs)

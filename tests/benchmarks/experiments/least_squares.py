@@ -9,7 +9,9 @@ from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 
 __all__ = ["LeastSquares"]
 
-EXAMPLES, SIZE, BATCH = 2000, 100, 64
+EXAMPLES = 2000
+SIZE = 100
+BATCH = 64
 NOISE = 0.1  # standard deviation, of b
 
 
@@ -30,7 +32,8 @@ class LeastSquares:
         self._hessian = matrix.T @ matrix / EXAMPLES
         self._best = np.linalg.solve(self._hessian, matrix.T @ values / EXAMPLES)
         self.smoothness = float(np.linalg.eigvalsh(self._hessian)[-1])
-        self._matrix, self._values = matrix.astype(np.float32), values.astype(np.float32)
+        self._matrix = matrix.astype(np.float32)
+        self._values = values.astype(np.float32)
 
     def excess(self, weights: FloatArray) -> float:
         """F less its minimum."""

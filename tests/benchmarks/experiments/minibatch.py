@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Course", "claims", "figure", "run"]
 
-WORKERS, GRADIENTS, TARGET = 20, 8000, 2e-3
+WORKERS = 20
+GRADIENTS = 8000
+TARGET = 2e-3
 SPARE = 4000  # batches beyond: leases shrink towards an end
 EVERY = 80  # gradients between two points of a course
-MINIBATCH, ASYNC = "minibatch", "async"
+MINIBATCH = "minibatch"
+ASYNC = "async"
 DELAYS = {"exponential": "exponential:1", "lognormal": "lognormal:0,1", "one slow": "slow:20"}
 RATES = {"exponential": 0.18, "lognormal": 0.18, "one slow": 0.06}  # of async, times L
 MINIBATCH_RATE = 1.5
@@ -59,7 +62,8 @@ class _Watch:
         self.points: list[tuple[float, float]] = []
 
     def done(self, run: TimedRun) -> bool:
-        excess, gradients = self._squares.excess(run.shown), self._per_step * run.updates
+        excess = self._squares.excess(run.shown)
+        gradients = self._per_step * run.updates
         if excess <= TARGET and self.seconds == inf:
             self.seconds = run.elapsed_s
         if gradients % EVERY == 0:

@@ -78,7 +78,8 @@ class _RunningMean:
 
 
 def _time(name: str, workers: int, seed: int) -> Reached:
-    method, quadratic = METHODS[name], Quadratic(64, seed=seed)
+    method = METHODS[name]
+    quadratic = Quadratic(64, seed=seed)
     watch = _RunningMean(quadratic, KEPT**method.per_step)
     spec = job(workers, method.lr, method.consistency, method.correction)
     done = TimedRun(spec, quadratic.problem(PUSHES), "linear:1,1", seed, watch.reached).run()

@@ -52,7 +52,8 @@ class TimedRun(VirtualCluster):
     def __init__(
         self, spec: JobSpec, problem: Problem, delays: str, seed: int, until: Callable[[TimedRun], bool]
     ) -> None:
-        workers, model = spec.scaling.most_workers, parse_delays(delays)
+        workers = spec.scaling.most_workers
+        model = parse_delays(delays)
         self._sources = {f"worker-{i}": model.source(i, workers, seed) for i in range(workers)}
         self._until = until
         self._began: float | None = None
@@ -117,5 +118,6 @@ def job(workers: int, lr: float, consistency: dict[str, Any], correction: str = 
 
 def spread(values: list[float], form: str = ".1f") -> str:
     """Lowest to highest; one number where they look alike."""
-    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    low = f"{min(values):{form}}"
+    high = f"{max(values):{form}}"
     return low if low == high else f"{low} to {high}"

@@ -27,9 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Trained", "claims", "figure", "run"]
 
-WORKERS, EPOCHS, LR = 30, 30, 0.2
+WORKERS = 30
+EPOCHS = 30
+LR = 0.2
 STALENESS = (1, 6, 15, 30)
-FIXED, AWARE, HARD = "fixed rate", "rate / staleness", "hard sync"
+FIXED = "fixed rate"
+AWARE = "rate / staleness"
+HARD = "hard sync"
 CORRECTIONS = {FIXED: "none", AWARE: "staleness_lr"}
 DIGITS: dict[str, Any] = {
     "model": {"kind": "mlp", "hidden": [32]},
@@ -69,7 +73,8 @@ def _train(method: str, s: int, seed: int) -> Trained:
     in_epoch = opened.shards.grid.num_batches
     steps = EPOCHS * in_epoch // (WORKERS // max(1, s))
     done = TimedRun(opened.spec, _problem(opened), "gamma:100,0.01", seed, lambda run: run.updates >= steps).run()
-    validation, counts = opened.dataset.validation, done.end.report.staleness
+    validation = opened.dataset.validation
+    counts = done.end.report.staleness
     assert validation
     with np.errstate(over="ignore", invalid="ignore"):  # of a run that diverged
         accuracy = opened.worker("test").evaluate(done.end.weights, validation).accuracy
@@ -80,7 +85,8 @@ def _train(method: str, s: int, seed: int) -> Trained:
 
 def _problem(opened: OpenJob) -> Problem:
     """The epochs end to end, and as many again: what is measured lies before leases shrink towards an end."""
-    worker, shards = opened.worker("simulated"), opened.shards
+    worker = opened.worker("simulated")
+    shards = opened.shards
     in_epoch = shards.grid.num_batches
     batches = 2 * EPOCHS * in_epoch
 

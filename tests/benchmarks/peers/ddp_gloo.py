@@ -95,7 +95,8 @@ def measure(seconds: float) -> Measurement:
 
 
 def _train(rank: int, world: World, seconds: float) -> tuple[Span, float]:
-    data, model = Mnist.load(), network()
+    data = Mnist.load()
+    model = network()
     batches = Batches(data, seed=0)
     span = in_lock_step(rank, world, seconds, model, lambda model, batch: backpropagate(model, *batches[batch]))
     return span, accuracy(model, data)

@@ -73,7 +73,9 @@ def measure(seconds: float) -> Measurement:
 
 def _loop(rank: int, start: Barrier, seconds: float) -> tuple[Span, float]:
     data = Mnist.load()
-    model, batches, indices = NumpyMlp(seed=rank), Batches(data, seed=rank), count()
+    model = NumpyMlp(seed=rank)
+    batches = Batches(data, seed=rank)
+    indices = count()
     start.wait(timeout=60)
     span = repeat(lambda: model.step(*batches[next(indices)]), lambda span: span.seconds < seconds)
     return span, model.accuracy(data)

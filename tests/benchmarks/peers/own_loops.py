@@ -55,7 +55,8 @@ def measure(seconds: float) -> Measurement:
 
 
 def _loop(rank: int, start: Barrier, seconds: float) -> tuple[Span, float]:
-    loop, numbers = OwnLoop(JobSpec.model_validate(job(seconds) | {"seed": rank})), count()
+    loop = OwnLoop(JobSpec.model_validate(job(seconds) | {"seed": rank}))
+    numbers = count()
     start.wait(timeout=60)
     span = repeat(lambda: loop.step(next(numbers)), lambda span: span.seconds < seconds)
     return span, loop.accuracy()

@@ -103,7 +103,8 @@ def measurement(found: dict[str, Any]) -> Measurement:
     Raises:
         SystemExit: the run did not finish, or no epoch.
     """
-    metrics, updates = found["metrics"], found["updates"]
+    metrics = found["metrics"]
+    updates = found["updates"]
     if found["status"] != "finished":
         raise SystemExit(f"psgd: {found['status']}: {found['error']}")
     if metrics["val/accuracy"] is None:

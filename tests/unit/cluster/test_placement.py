@@ -6,7 +6,8 @@ from psgd.cluster.placement import choose_node
 
 
 def test_servers_are_spread_as_evenly_as_nodes_allow() -> None:
-    nodes, chosen = ["a", "b", "c"], list[str]()
+    nodes = ["a", "b", "c"]
+    chosen = list[str]()
     for _ in range(7):
         chosen.append(choose_node(nodes, chosen, {}))
     assert chosen == ["a", "b", "c", "a", "b", "c", "a"]

@@ -27,7 +27,8 @@ from tests.unit.store.test_checkpoints import manifest
 def test_a_save_that_failed_leaves_its_journal_to_the_next(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "run"))
     owner = RunDirectory(storage).own()
-    partition, layout = Partition(0, 0, len(START), len(START)), Layout.of({"weight": START})
+    partition = Partition(0, 0, len(START), len(START))
+    layout = Layout.of({"weight": START})
     context = RunContext(job(), layout, GRID, (partition,), owner.driver, storage.url)
 
     async def saves() -> None:
@@ -71,7 +72,8 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> SlowStorage:
 def only_server(tmp_path: Path, timeout_s: float) -> ServerActor:
     storage = Storage(str(tmp_path / "run"))
     owner = RunDirectory(storage).own()
-    partition, layout = Partition(0, 0, len(START), len(START)), Layout.of({"weight": START})
+    partition = Partition(0, 0, len(START), len(START))
+    layout = Layout.of({"weight": START})
     made = job(failure={"timeout_s": timeout_s})
     return ServerActor(
         RunContext(made, layout, GRID, (partition,), owner.driver, storage.url), 0, owner.incarnation, START
@@ -113,7 +115,8 @@ def test_a_checkpoint_does_not_wait_for_ever(tmp_path: Path, slow: SlowStorage) 
 def test_a_server_is_restored_from_a_checkpoint_of_another_number_of_servers(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "run"))
     owner = RunDirectory(storage).own()
-    layout, made = Layout.of({"weight": START}), job()
+    layout = Layout.of({"weight": START})
+    made = job()
     parts = []
     for partition in partition_weights(len(START), len(START), 2):
         server = ParameterServer(made, partition, START[partition.start : partition.stop], GRID, Version(1, 7))
@@ -134,7 +137,9 @@ def test_a_server_is_restored_from_a_checkpoint_of_another_number_of_servers(tmp
 def test_a_part_saved_before_the_settings_changed_is_restored_to_those_of_the_run(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "run"))
     owner = RunDirectory(storage).own()
-    layout, before, after = Layout.of({"weight": START}), job(), job(optimizer={"lr": 0.5})
+    layout = Layout.of({"weight": START})
+    before = job()
+    after = job(optimizer={"lr": 0.5})
     partition = Partition(0, 0, len(START), len(START))
     server = ParameterServer(before, partition, START, GRID, Version(1, 7))
     part = write_part(storage, "000001-1", server.state(), np.zeros(0, RECORD))

@@ -66,7 +66,8 @@ def test_a_lease_is_worked_through_and_every_server_gets_its_slice(opened: OpenJ
     end = start(opened, servers).work(LEASE)
     assert end == LeaseEnd(LEASE.id, stopped=False)
     assert [server.updates for server in servers] == [5, 5]
-    lone, weights = opened.worker("alone"), opened.weights.copy()
+    lone = opened.worker("alone")
+    weights = opened.weights.copy()
     gradient = np.empty_like(weights)
     for epoch, position in LEASE.positions():
         lone.gradient(opened.shards.grid.batch(epoch, position), weights, gradient)

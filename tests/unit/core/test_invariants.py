@@ -82,7 +82,8 @@ def test_async_with_one_worker_is_a_serial_loop(training: Training) -> None:
 
 
 def test_async_with_one_worker_is_a_serial_loop_with_momentum(training: Training) -> None:
-    weights, velocity = training.initial.copy(), np.zeros_like(training.initial)
+    weights = training.initial.copy()
+    velocity = np.zeros_like(training.initial)
     for batch in [batch for epoch in epochs_of(training.grid) for batch in epoch]:
         velocity = np.float32(0.9) * velocity + training.gradient(batch, weights)
         weights -= LR * velocity
@@ -194,7 +195,8 @@ def staleness_sums(workers: int, seed: int, scaling: dict[str, int] | None = Non
     sums: list[tuple[int, int, list[int]]] = []
 
     def observe(host: VirtualCluster) -> None:
-        updates, totals = host.servers[0].version.updates, []
+        updates = host.servers[0].version.updates
+        totals = []
         if updates > 100:
             host.stop()
             return

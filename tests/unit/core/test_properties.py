@@ -172,7 +172,8 @@ class Recorded(InProcess):
 
     def batches(self, *outcomes: Outcome, partition: int = 0) -> Counter[BatchId]:
         """How often a push of each batch had one of these outcomes."""
-        records, codes = self.records(partition), [list(Outcome).index(outcome) for outcome in outcomes]
+        records = self.records(partition)
+        codes = [list(Outcome).index(outcome) for outcome in outcomes]
         chosen = records[(records["kind"] == RecordKind.PUSH) & np.isin(records["outcome"], codes)]
         return Counter(BatchId(*batch) for batch in chosen[["epoch", "shard", "index"]].tolist())
 
@@ -226,8 +227,10 @@ def make(mode: Mode, workers: int, lr: float, **sections: Any) -> JobSpec:
 
 def assert_exactly_once(host: Recorded, before: Counter[BatchId] | None = None) -> None:
     """Every batch is in the weights or was discarded, once; and everything that was pushed is accounted for."""
-    report, counts = host.servers[0].report(), host.coordinator.counts()
-    taken, discarded = host.batches(Outcome.APPLIED, Outcome.BUFFERED), host.batches(Outcome.DISCARDED)
+    report = host.servers[0].report()
+    counts = host.coordinator.counts()
+    taken = host.batches(Outcome.APPLIED, Outcome.BUFFERED)
+    discarded = host.batches(Outcome.DISCARDED)
     assert host.finish == Finish("finished")
     assert taken + discarded + (before or Counter()) == Counter(BATCHES)
     assert (report.epochs, report.pushes["buffered"], host.servers[0].epochs) == (EPOCHS, 0, EPOCHS)
@@ -350,7 +353,8 @@ SAMPLES: dict[str, list[Mode]] = {
     ids=lambda mode: mode["mode"],
 )
 def test_one_worker_is_serial_gradient_descent_in_every_mode(mode: Mode) -> None:
-    serial, gradient = START.copy(), np.empty_like(START)
+    serial = START.copy()
+    gradient = np.empty_like(START)
     for batch in BATCHES:
         quadratic(batch, serial, gradient)
         serial -= np.float32(0.1) * gradient
@@ -452,7 +456,8 @@ def test_in_ssp_nobody_starts_more_than_s_batches_ahead(schedule: Schedule, s: i
 
 
 def test_in_ssp_a_worker_that_leaves_does_not_block_the_rest() -> None:
-    mode, slow = {"mode": "ssp", "s": 1}, Schedule(3, 0, "one slow", faults=(Fault("worker-0", 0, "before"),))
+    mode = {"mode": "ssp", "s": 1}
+    slow = Schedule(3, 0, "one slow", faults=(Fault("worker-0", 0, "before"),))
     host = run(mode, slow)
     assert_exactly_once(host)
     assert host.now < START_S + 0.5 + START_S  # the slow one died at its first push, and nobody waited for another
@@ -534,7 +539,8 @@ def test_modes_can_be_changed_whatever_befalls_the_workers(data: st.DataObject) 
 @settings(max_examples=6)
 @given(data=st.data(), at=st.integers(1, 8))
 def test_a_killed_run_goes_on_from_a_checkpoint(name: str, data: st.DataObject, at: int) -> None:
-    schedule, again = data.draw(rough()), data.draw(rough())
+    schedule = data.draw(rough())
+    again = data.draw(rough())
     mode = data.draw(modes(name, min(schedule.workers, again.workers)))
     first = run(mode, schedule, spec={"checkpoint": {"every_s": None, "every_updates": at}})
     for checkpoint in first.checkpoints[:2]:
@@ -544,7 +550,8 @@ def test_a_killed_run_goes_on_from_a_checkpoint(name: str, data: st.DataObject, 
 
 @pytest.mark.parametrize("name", COLLECTING)
 def test_a_checkpoint_holds_the_open_round(name: str) -> None:
-    schedule, (mode, *_) = Schedule(3, 5, "exponential"), SAMPLES[name]
+    schedule = Schedule(3, 5, "exponential")
+    (mode, *_) = SAMPLES[name]
     first = run(mode, schedule, spec={"checkpoint": {"every_s": None, "every_updates": 1}})
     opened = [checkpoint for checkpoint in first.checkpoints if buffered(checkpoint)]
     assert opened
@@ -557,7 +564,8 @@ def test_a_checkpoint_holds_the_open_round(name: str) -> None:
     "mode", [mode for samples in SAMPLES.values() for mode in samples if mode["mode"] != "k_sync"], ids=str
 )
 def test_one_worker_resumed_ends_bit_for_bit_as_undisturbed(mode: Mode) -> None:
-    mode, alone = mode | ({"b": 0} if mode["mode"] == "backup" else {}), Schedule(1, 0)
+    mode = mode | ({"b": 0} if mode["mode"] == "backup" else {})
+    alone = Schedule(1, 0)
     first = run(mode, alone, quadratic, spec={"checkpoint": {"every_s": None, "every_updates": 1}})
     assert len(first.checkpoints) > 3
     for checkpoint in first.checkpoints[::3]:

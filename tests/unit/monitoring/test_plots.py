@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from psgd.errors import InputError, MissingExtraError
 from psgd.monitoring.plots import COLOURS, Curve, bars, curves, histogram, svg
 
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
+INF = float("inf")
 
 
 def two_curves() -> Figure:

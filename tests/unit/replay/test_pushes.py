@@ -47,7 +47,8 @@ def test_the_same_batch_again_by_the_same_worker_is_another_push() -> None:
             journal(pushed("a", 0, read=2, loss=0.4)),
         ]
     )
-    first, second = pushes.number(0, 0), pushes.number(0, 1)
+    first = pushes.number(0, 0)
+    second = pushes.number(0, 1)
     assert pushes.number(1, 0) == second
     assert pushes.reads(first) == (Version(1, 1), None)
     assert pushes.reads(second) == (Version(1, 3), Version(1, 2))

@@ -360,7 +360,8 @@ def test_each_server_stops_with_the_weights_of_its_own_version(run: RunDirectory
             super()._deliver(partition, receipts)
 
     job = OpenJob.open(digits(scaling={"workers": 4, "servers": 2}))
-    expected, out = np.full_like(job.weights, np.nan), tmp_path / "weights.safetensors"
+    expected = np.full_like(job.weights, np.nan)
+    out = tmp_path / "weights.safetensors"
     Watched(run, job, None, skew_s=SKEW_S).run()
     assert replay(run, until=23, out=out).updates == 23
     np.testing.assert_array_equal(job.layout.pack(load_file(out)), expected)
@@ -423,7 +424,8 @@ def test_weights_that_differ_are_told_by_tensor(recorded: RunDirectory) -> None:
 
 def test_other_data_is_refused(run: RunDirectory, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    path, features = tmp_path / "data.npz", random.standard_normal((64, 4), dtype=np.float32)
+    path = tmp_path / "data.npz"
+    features = random.standard_normal((64, 4), dtype=np.float32)
     data = {"format": "npz", "path": str(path), "features": "x", "labels": "y", "batch_size": 8}
     np.savez(path, x=features, y=np.arange(64) % 3)
     record(run, digits(data=data))

@@ -67,7 +67,9 @@ def test_damaged_frames_change_nothing_and_stop_nobody(harnesses: Harnesses, kin
     """The undamaged push is refused, as not finite and read elsewhere, so that no damage may have it applied."""
     harness = harnesses()
     push = header(harness, payload=harness.push_format.sizes(kind != "tcp")[-1], norm=nan, version=Version(99, 9))
-    rng, streams, dropped = np.random.default_rng(0), harness.all_shaken(kind, CROWD), 0
+    rng = np.random.default_rng(0)
+    streams = harness.all_shaken(kind, CROWD)
+    dropped = 0
     for turn in range(1000 // CROWD):
         for number, stream in enumerate(streams):
             frame = (push, PULL, PULL._replace(kind=FrameKind.ASK, wants=False))[(turn + number) % 3]
@@ -168,7 +170,8 @@ def test_who_finds_no_room_in_the_crowd_has_a_thread_of_its_own(
         def register(self, *arguments: Any) -> None:
             raise OSError("no room")
 
-    harness, made = harnesses(), poller.SharedPoller.__init__
+    harness = harnesses()
+    made = poller.SharedPoller.__init__
 
     def make(self: poller.SharedPoller, *arguments: Any) -> None:
         made(self, *arguments)
@@ -231,7 +234,8 @@ def test_a_worker_that_does_not_read_its_weights_keeps_nobody_waiting(harnesses:
 
 def test_a_worker_that_asks_and_never_reads_is_dropped(harnesses: Harnesses) -> None:
     harness = harnesses(**BIG)
-    greedy, other = harness.shaken("tcp"), harness.lane("tcp")
+    greedy = harness.shaken("tcp")
+    other = harness.lane("tcp")
     with suppress(ConnectionResetError, BrokenPipeError):
         for _ in range(100):
             greedy.sendall(PULL.pack())
@@ -303,7 +307,8 @@ def test_a_server_without_descriptors_goes_on_and_takes_workers_when_it_has_some
 ) -> None:
     monkeypatch.setattr(listener_module, "RETRY_S", 0.05)
     harness = harnesses()
-    client, waiting = harness.lane(kind), harness.unconnected(kind)
+    client = harness.lane(kind)
+    waiting = harness.unconnected(kind)
     with no_more_files():
         harness.connect(waiting)
         harness.log.wait("cannot accept a worker: .*Too many open files", times=2)
@@ -322,7 +327,8 @@ def test_a_server_without_threads_takes_workers_when_it_has_some(
     monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds
 ) -> None:
     monkeypatch.setattr(listener_module, "RETRY_S", 0.05)
-    harness, starts = harnesses(), Thread.start
+    harness = harnesses()
+    starts = Thread.start
 
     def fails_twice(thread: Thread) -> None:
         if thread.name == "psgd-peer" and harness.log.count("cannot accept a worker: can't start new thread") < 2:

@@ -21,14 +21,16 @@ from tests.support.jobs import GRID, START, job, push
 
 LIMIT_S = 10.0
 V0 = Version(1, 0)
-FIRST, SECOND = BatchId(0, 0, 0), BatchId(0, 0, 1)
+FIRST = BatchId(0, 0, 0)
+SECOND = BatchId(0, 0, 1)
 
 
 def hosting(test: Callable[[ServerHost], Coroutine[Any, Any, None]], mode: str = "async") -> None:
     """Run that with a server; in lock-step, of two workers that have leases."""
 
     async def run() -> None:
-        spec, whole = job(mode, 2), Partition(0, 0, len(START), len(START))
+        spec = job(mode, 2)
+        whole = Partition(0, 0, len(START), len(START))
         host = ServerHost(ParameterServer(spec, whole, START, GRID, V0))
         for worker in ("worker-0", "worker-1"):
             host.join(worker)
@@ -223,14 +225,18 @@ def restless() -> Iterator[None]:
 def test_threads_that_push_at_once_are_served_one_after_the_other() -> None:
     """Every batch once, and no step lost: the weights are then what one thread would have made."""
     given: list[Receipt] = []
-    grid, size = EpochGrid((2000,), 2000), 1000
+    grid = EpochGrid((2000,), 2000)
+    size = 1000
     server = ParameterServer(job(), Partition(0, 0, size, size), np.zeros(size, np.float32), grid, V0)
-    host, positions = ServerHost(server), iter(range(grid.num_batches))
+    host = ServerHost(server)
+    positions = iter(range(grid.num_batches))
 
     def work(number: int) -> None:
-        into, ones = np.empty(size, np.float32), np.ones(size, np.float32)
+        into = np.empty(size, np.float32)
+        ones = np.ones(size, np.float32)
         for position in positions:
-            read, worker = host.pull(into), f"worker-{number}"
+            read = host.pull(into)
+            worker = f"worker-{number}"
             assert (into == into[0]).all(), "in the middle of a step"
             gradient = push(grid.batch(0, position), read, worker=worker, values=ones)
             host.push(gradient, given.append)

@@ -230,7 +230,8 @@ def test_what_no_worker_sends_ends_its_connection_and_changes_nothing(
 ) -> None:
     harness = harnesses()
     other = harness.lane(kind)
-    stream, (make, reason) = harness.shaken(kind), BAD_FRAMES[name]
+    stream = harness.shaken(kind)
+    (make, reason) = BAD_FRAMES[name]
     push = header(harness, payload=harness.push_format.sizes(kind != "tcp")[-1])
     stream.sendall(make(harness, push))
     with suppress(ConnectionResetError, BrokenPipeError):  # the header alone may have ended it
@@ -323,7 +324,8 @@ def test_a_server_cannot_listen_on_another_machines_address(harnesses: Harnesses
 def test_a_restarted_server_gets_its_port_back(harnesses: Harnesses) -> None:
     """The old one hung up first, so that the kernel keeps its connections for a minute."""
     harness = harnesses()
-    client, port = harness.lane("tcp"), harness.address.port
+    client = harness.lane("tcp")
+    port = harness.address.port
     assert port is not None
     client.lane.pull(0, LIMIT_S)
     harness.listener.close()

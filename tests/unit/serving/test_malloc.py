@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-SIZE, THREADS = 1 << 20, 8
+SIZE = 1 << 20
+THREADS = 8
 PROGRAM = f"""
 import os, sys, threading
 import numpy as np

@@ -25,7 +25,8 @@ def test_every_run_ends_and_keeps_the_invariants_whatever_befalls_it(first: int)
 
 def test_a_run_is_a_function_of_its_seed() -> None:
     for seed in range(10):
-        one, other = run_chaos(seed), run_chaos(seed)
+        one = run_chaos(seed)
+        other = run_chaos(seed)
         assert (one.now, one.coordinator.counts()) == (other.now, other.coordinator.counts())
         assert {number: server.versions for number, server in watched(one).items()} == {
             number: server.versions for number, server in watched(other).items()
@@ -46,7 +47,10 @@ def test_all_that_can_befall_a_run_does() -> None:
 
 def test_what_failures_do_is_met_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """A calm that nobody noticed would be worth nothing."""
-    notes, failures, outcomes, act = Counter[str](), Counter[str](), Counter[str](), Chaos.act
+    notes = Counter[str]()
+    failures = Counter[str]()
+    outcomes = Counter[str]()
+    act = Chaos.act
 
     def noted(cluster: Chaos, action: Any) -> None:
         if isinstance(action, Note):

@@ -79,7 +79,8 @@ def test_the_seed_and_the_worker_decide_the_times(delays: Delays) -> None:
 
 @pytest.mark.parametrize("delays", [delays for delays in MODELS if delays not in CONSTANT], ids=str)
 def test_workers_and_seeds_are_independent(delays: Delays) -> None:
-    mine, others = take(delays, 5000), [take(delays, 5000, worker=1), take(delays, 5000, seed=6)]
+    mine = take(delays, 5000)
+    others = [take(delays, 5000, worker=1), take(delays, 5000, seed=6)]
     for other in others:
         assert not set(mine) & set(other)
         assert abs(np.corrcoef(mine, other)[0, 1]) < 4 / sqrt(5000)
@@ -87,7 +88,8 @@ def test_workers_and_seeds_are_independent(delays: Delays) -> None:
 
 def test_workers_take_turns_without_changing_each_others_times() -> None:
     delays = Exponential(1)
-    first, second = delays.source(0, 2, 5), delays.source(1, 2, 5)
+    first = delays.source(0, 2, 5)
+    second = delays.source(1, 2, 5)
     turns = [(first(), second()) for _ in range(600)]
     assert [mine for mine, _ in turns] == take(delays, 600)
 
@@ -167,7 +169,8 @@ def test_measured_draws_what_the_recorded_worker_took() -> None:
 
 
 def test_measured_leaves_out_what_is_no_gradients_time() -> None:
-    joins, zero = journal((b"worker-0", 9.0), kind=RecordKind.JOIN), journal((b"worker-0", 0.0), (b"worker-3", np.nan))
+    joins = journal((b"worker-0", 9.0), kind=RecordKind.JOIN)
+    zero = journal((b"worker-0", 0.0), (b"worker-3", np.nan))
     delays = Measured.of(np.concatenate([joins, zero, journal((b"worker-1", 0.125))]))
     assert set(take(delays, 300)) == {0.125}
     with pytest.raises(SpecError, match="no gradient's compute time is among the 3 records"):

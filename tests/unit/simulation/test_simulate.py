@@ -57,8 +57,10 @@ def dynamics(mode: str, scenario: Scenario, pushes: int = 600, target: Target | 
 
 
 def test_the_quadratics_gradient_is_that_of_its_excess() -> None:
-    quadratic, random = Quadratic(8, noise=0.0), np.random.default_rng(0)
-    weights, out = random.standard_normal(8).astype(np.float32), np.empty(8, np.float32)
+    quadratic = Quadratic(8, noise=0.0)
+    random = np.random.default_rng(0)
+    weights = random.standard_normal(8).astype(np.float32)
+    out = np.empty(8, np.float32)
     quadratic.gradient(BatchId(0, 0, 0), weights, out)
     for i in range(8):
         step = np.zeros(8, np.float32)
@@ -69,7 +71,8 @@ def test_the_quadratics_gradient_is_that_of_its_excess() -> None:
 
 def test_the_quadratics_excess_is_0_at_its_minimum_and_nowhere_less() -> None:
     quadratic = Quadratic(8, noise=0.0)
-    weights, out = quadratic.start, np.empty(8, np.float32)
+    weights = quadratic.start
+    out = np.empty(8, np.float32)
     for _ in range(3000):
         quadratic.gradient(BatchId(0, 0, 0), weights, out)
         weights -= out
@@ -78,7 +81,8 @@ def test_the_quadratics_excess_is_0_at_its_minimum_and_nowhere_less() -> None:
 
 
 def test_the_quadratics_noise_has_the_deviation_asked_for() -> None:
-    quadratic, out = Quadratic(50, noise=0.3, seed=1), np.empty(50, np.float32)
+    quadratic = Quadratic(50, noise=0.3, seed=1)
+    out = np.empty(50, np.float32)
     plain = np.empty(50, np.float32)
     Quadratic(50, noise=0.0).gradient(BatchId(0, 0, 0), quadratic.start, plain)
     draws = []

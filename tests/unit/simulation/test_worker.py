@@ -33,7 +33,9 @@ def train_s(host: VirtualCluster) -> float:
 @pytest.mark.parametrize("servers", [1, 2])
 @pytest.mark.parametrize("pipeline", [0, 1, 2])
 def test_one_worker_is_a_loop_whose_gradients_are_as_many_steps_old_as_it_is_ahead(pipeline: int, servers: int) -> None:
-    weights, slots, gradient = START.copy(), [START.copy()] * (pipeline + 1), np.empty_like(START)
+    weights = START.copy()
+    slots = [START.copy()] * (pipeline + 1)
+    gradient = np.empty_like(START)
     for number in range(BATCHES):
         slot = number % (pipeline + 1)
         quadratic(BatchId(0, 0, number), weights if number <= pipeline else slots[slot], gradient)
@@ -47,7 +49,10 @@ def test_one_worker_is_a_loop_whose_gradients_are_as_many_steps_old_as_it_is_ahe
 
 
 def test_what_compression_leaves_out_stays_in_its_slot() -> None:
-    weights, slots, gradient, out = START.copy(), [START, START], np.empty_like(START), np.empty_like(START)
+    weights = START.copy()
+    slots = [START, START]
+    gradient = np.empty_like(START)
+    out = np.empty_like(START)
     memories = [ErrorFeedback(TopK(0.3), len(START)) for _ in slots]
     for number in range(BATCHES):
         slot = number % 2

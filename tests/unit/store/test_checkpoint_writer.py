@@ -97,7 +97,8 @@ def test_a_driver_that_lost_the_run_commits_nothing(run: RunDirectory) -> None:
 def test_a_driver_that_loses_the_run_at_a_commit_deletes_nothing(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, commit = checkpoint_writer(run), Checkpoints.commit
+    kept = checkpoint_writer(run)
+    commit = Checkpoints.commit
     for number in range(2):
         save(run, kept, number, updates=10 * number)
 

@@ -84,7 +84,8 @@ def test_a_state_is_restored_bit_for_bit(run: Storage) -> None:
     save(run, "000001-1")
     checkpoint = Checkpoints(run).open("000001-1")
     for partition in (0, 1):
-        saved, restored = state(partition), checkpoint.state(partition)
+        saved = state(partition)
+        restored = checkpoint.state(partition)
         assert restored.metadata == saved.metadata
         assert restored.arrays.keys() == saved.arrays.keys()
         for name, array in saved.arrays.items():

@@ -17,7 +17,8 @@ from psgd.store.checkpoints import Checkpoints, write_part
 from psgd.store.storage import Storage
 from tests.unit.store.test_checkpoints import NO_RECORDS, fail, manifest, state
 
-KILLS, KEEP = 120, 2
+KILLS = 120
+KEEP = 2
 NUMBER = struct.Struct("<I")
 
 
@@ -73,7 +74,9 @@ def test_whatever_moment_a_writer_is_killed_at_the_newest_checkpoint_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)  # that is for power failures, and takes time
-    run, random, newest = Storage(str(tmp_path / "run")), np.random.default_rng(7), 1
+    run = Storage(str(tmp_path / "run"))
+    random = np.random.default_rng(7)
+    newest = 1
     began = time.monotonic()
     write(run, 1, os.open(os.devnull, os.O_WRONLY))
     took_s = time.monotonic() - began

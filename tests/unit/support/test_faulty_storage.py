@@ -45,9 +45,11 @@ ERRORS = [OSError("scripted"), ValueError("scripted"), RuntimeError("a library's
 def test_an_operation_that_fails_leaves_the_newest_checkpoint_right(faulty: Faulty, error: Exception) -> None:
     run = faulty.storage()
     save(run, "000001-1")
-    saved, number = "000001-1", 2
+    saved = "000001-1"
+    number = 2
     for nth in range(1, 60):
-        begin, name = faulty.operations, f"{number:06d}-1"
+        begin = faulty.operations
+        name = f"{number:06d}-1"
         faulty.fails = lambda now, what, path, last=begin + nth: error if now == last else None  # type: ignore[misc]
         try:
             save(run, name)
@@ -139,6 +141,7 @@ def test_a_probe_finds_storage_that_truncates_or_stalls(faulty: Faulty) -> None:
     faulty.halves = lambda path: True
     with pytest.raises(StorageError, match="of 4 bytes that were written, 2 are there"):
         run.probe()
-    faulty.halves, faulty.stalls = lambda path: False, lambda path: True
+    faulty.halves = lambda path: False
+    faulty.stalls = lambda path: True
     with pytest.raises(StorageError, match="no answer within"):
         run.probe()

@@ -48,7 +48,8 @@ BATCHES = [BatchId(2, 0, 1), BatchId(2, 1, 0), BatchId(2, 0, 0)]
 
 def copied(gradient: Gradient) -> Gradient:
     """As a lane sends it: the worker goes on to write to its memory."""
-    values, read = gradient.values, gradient.weights_read
+    values = gradient.values
+    read = gradient.weights_read
     return gradient._replace(
         values=values if isinstance(values, Encoded) else values.copy(),
         weights_read=None if read is None else read.copy(),
@@ -221,7 +222,9 @@ def test_a_short_last_batch_says_how_many_examples_it_has() -> None:
 
 
 def test_two_partitions_get_their_slices_and_all_pushes_precede_the_first_receipt() -> None:
-    whole, first, second = lane_of(), lane_of(5), lane_of(SIZE - 5)
+    whole = lane_of()
+    first = lane_of(5)
+    second = lane_of(SIZE - 5)
     calls: list[str] = []
     first.calls = second.calls = calls
     second.at = Version(4, 90)
@@ -277,7 +280,8 @@ def test_a_server_that_does_not_answer_ends_the_lease() -> None:
 
 
 def test_only_the_lane_to_the_server_that_is_gone_is_hung_up() -> None:
-    first, second = lane_of(5), lane_of(SIZE - 5)
+    first = lane_of(5)
+    second = lane_of(SIZE - 5)
     worker = worker_of(first, second)
     worker.hang_up(1)  # there is no connection yet
     worker.connect()
@@ -299,7 +303,8 @@ def test_a_server_that_cannot_be_reached_leaves_no_lane_open() -> None:
         raise LaneError("nobody listens there")
 
     reached = lane_of(5)
-    first, second = slice(0, 5), slice(5, SIZE)
+    first = slice(0, 5)
+    second = slice(5, SIZE)
     routes = [Route(first, partial(reached.connect, part=first)), Route(second, connect)]
     worker = Worker("worker-3", MODEL, LAYOUT, TRAIN, SHARDS, 1, PLAIN, routes)
     with pytest.raises(LaneError, match="nobody listens"):
@@ -312,7 +317,8 @@ def test_a_pipeline_computes_ahead_while_so_many_pushes_are_under_way(pipeline: 
     lane = lane_of()
     lease = Lease(0, (BatchRange(0, 0, 6),))
     worker_of(lane, pipeline=pipeline).work(lease, never)
-    under_way, most = 0, 0
+    under_way = 0
+    most = 0
     for call in lane.calls:
         under_way += {"push": 1, "push and pull": 1, "receipt": -1}.get(call, 0)
         most = max(most, under_way)
@@ -371,7 +377,8 @@ def test_nor_is_that_of_a_buffer_that_is_not_finite(value: float) -> None:
 
 
 def test_random_layers_are_seeded_by_the_batch_and_the_job() -> None:
-    first, again = Stub(), Stub()
+    first = Stub()
+    again = Stub()
     for stub in (first, again):
         stub_pushes(stub)
     assert first.seeds == again.seeds
@@ -404,8 +411,11 @@ def dense(values: FloatArray | Encoded, size: int) -> FloatArray:
 def test_local_steps_push_the_way_back_from_where_they_end() -> None:
     shards = Shards(len(TRAIN), num_shards=2, batch_size=4, seed=1, shuffle=True, steps=2)
     worker = worker_of(shards=shards, worker_options=WorkerOptions(local=LocalSteps(steps=2, lr=0.5)))
-    batch, weights = BatchId(0, 1, 0), np.random.default_rng(3).standard_normal(SIZE, dtype=np.float32)
-    out, local, losses = np.empty(SIZE, np.float32), weights.copy(), []
+    batch = BatchId(0, 1, 0)
+    weights = np.random.default_rng(3).standard_normal(SIZE, dtype=np.float32)
+    out = np.empty(SIZE, np.float32)
+    local = weights.copy()
+    losses = []
     loss = worker.gradient(batch, weights, out)
     for index in range(2):
         gradient = np.empty(SIZE, np.float32)
@@ -440,11 +450,13 @@ def test_a_buffer_moves_by_all_local_steps_together() -> None:
 
 
 def test_what_compression_leaves_out_goes_with_the_next_push() -> None:
-    lane, plain = lane_of(), lane_of()
+    lane = lane_of()
+    plain = lane_of()
     worker = worker_of(lane, worker_options=WorkerOptions(compression=TopKCompression(name="top_k", ratio=0.25)))
     end = worker.work(LEASE, never)
     worker_of(plain).work(LEASE, never)
-    sent, whole = np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)
+    sent = np.zeros(SIZE, np.float32)
+    whole = np.zeros(SIZE, np.float32)
     for compressed, gradient in zip(lane.pushes, plain.pushes, strict=True):
         assert not isinstance(gradient.values, Encoded)
         sent += dense(compressed.values, SIZE)

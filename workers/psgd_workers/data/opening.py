@@ -71,7 +71,8 @@ def _features(parts: Sequence[RawPart]) -> list[Features]:
 
 
 def _check_lengths(part: RawPart) -> None:
-    features, labels = part.features.values.shape, part.labels.values.shape
+    features = part.features.values.shape
+    labels = part.labels.values.shape
     if features[:1] != labels[:1]:
         raise DataError(
             f"{part.features.name} has shape {features}, but {part.labels.name} {labels}; expected a label per example"

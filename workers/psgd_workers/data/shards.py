@@ -60,7 +60,8 @@ class Shards:
 
     def mini_batches(self, batch: BatchId) -> list[NDArray[np.int64]]:
         """The rows of each mini-batch of a batch, in order; the last one may be shorter."""
-        rows, size = self.examples(batch), self._mini_batch_size
+        rows = self.examples(batch)
+        size = self._mini_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _order(self, epoch: int, shard: int) -> NDArray[np.int64]:

@@ -69,7 +69,8 @@ class Sender:
             return [Gradient(self._worker, batch, examples, reads[0], values, loss, norm, compute_s)]
         sent = []
         for part, trained, memory, read in zip(self._parts, self._trained, self._memories, reads, strict=True):
-            mine, weights_read = values[part], weights[part] if self._sends_weights else None
+            mine = values[part]
+            weights_read = weights[part] if self._sends_weights else None
             encoded = memory.encode(mine[:trained]) if memory else mine
             buffers = mine[trained:] if memory and trained < len(mine) else None
             sent.append(
@@ -100,6 +101,7 @@ def gradient_norm(values: FloatArray, num_trainable: int) -> float:
     """
     if num_trainable == len(values):
         return sqrt(np.dot(values, values))
-    trained, buffers = values[:num_trainable], values[num_trainable:]
+    trained = values[:num_trainable]
+    buffers = values[num_trainable:]
     # A buffer that is not finite is refused like a gradient.
     return sqrt(np.dot(trained, trained)) if np.isfinite(buffers).all() else nan

@@ -24,7 +24,8 @@ def evaluate(model: Model, weights: Mapping[str, FloatArray], examples: Examples
         examples: at least one.
         rows: how many examples are predicted at once. More: faster, in more memory.
     """
-    total_loss, right = 0.0, 0
+    total_loss = 0.0
+    right = 0
     classified = np.issubdtype(examples.labels.dtype, np.integer)
     for start in range(0, len(examples), rows):
         labels = examples.labels[start : start + rows]

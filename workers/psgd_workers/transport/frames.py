@@ -25,7 +25,8 @@ from psgd_workers.transport.memory import Slot
 
 __all__ = ["HEADER_SIZE", "Frame", "FrameKind", "PushFormat"]
 
-MAGIC, FORMAT = b"psgd", 1
+MAGIC = b"psgd"
+FORMAT = 1
 # Magic, format, kind, slot, code, wants, incarnation, payload, epoch, shard, index, examples, the version, loss, norm,
 # seconds, processor.
 FIELDS = Struct("<4sBBBBIIQIIIIIQdddH")
@@ -270,7 +271,8 @@ def _encoded(encoded: Encoded) -> Iterator[NDArray[Any]]:
 def _decoded(payload: memoryview, kind: str, size: int) -> tuple[Encoded, memoryview]:
     if len(payload) < LENGTHS.size:
         raise LaneError(f"an encoded push of {len(payload)} bytes, expected at least {LENGTHS.size}")
-    lengths, payload = LENGTHS.unpack_from(payload), payload[LENGTHS.size :]
+    lengths = LENGTHS.unpack_from(payload)
+    payload = payload[LENGTHS.size :]
     arrays: list[NDArray[Any]] = []
     for dtype, length in zip(ARRAYS[kind], lengths, strict=False):
         taken = ceil(length * dtype.itemsize / ALIGNMENT) * ALIGNMENT

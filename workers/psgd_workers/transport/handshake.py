@@ -22,11 +22,14 @@ from psgd_workers.errors import LaneError
 
 __all__ = ["GREETING_SIZE", "HELLO_SIZE", "KEY_SIZE", "WELCOME_SIZE", "Address", "Greeting", "Hello", "proof"]
 
-MAGIC, FORMAT = b"psgd-lane", 1
+MAGIC = b"psgd-lane"
+FORMAT = 1
 KEY_SIZE = NONCE_SIZE = PROOF_SIZE = 32
 GREETING = Struct(f"<9sB{NONCE_SIZE}s")
 FACTS = Struct(f"<IQH?64s{NONCE_SIZE}s")
-GREETING_SIZE, HELLO_SIZE, WELCOME_SIZE = GREETING.size, FACTS.size + PROOF_SIZE, PROOF_SIZE
+GREETING_SIZE = GREETING.size
+HELLO_SIZE = FACTS.size + PROOF_SIZE
+WELCOME_SIZE = PROOF_SIZE
 
 
 class Address(NamedTuple):

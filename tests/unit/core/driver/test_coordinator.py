@@ -840,7 +840,8 @@ def test_a_full_disk_is_not_hammered() -> None:
 
 def test_every_epoch_is_evaluated_once_on_the_weights_it_ended_with() -> None:
     host = run(workers=1, run={"epochs": 3}, evaluate=validate)
-    serial, expected = START.copy(), {}
+    serial = START.copy()
+    expected = {}
     for epoch in range(3):
         for position in range(SIZE):
             gradient = np.empty_like(serial)
@@ -979,7 +980,9 @@ def test_leases_shrink_towards_an_epochs_end() -> None:
 
 def test_a_worker_that_is_late_finds_its_share() -> None:
     """The first one up would have all of a short epoch on lease."""
-    late, seconds, grid = 0.3, 0.005, EpochGrid((200,), 200)
+    late = 0.3
+    seconds = 0.005
+    grid = EpochGrid((200,), 200)
     starts = {"worker-1": START_S + late}
     host = run(grid=grid, compute_s=lambda w, b: seconds, start_s=lambda worker: starts.get(worker, START_S))
     assert_exactly_once(host, 1, grid)

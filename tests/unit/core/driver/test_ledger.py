@@ -135,7 +135,8 @@ def test_an_open_lease_is_not_settled() -> None:
 
 def test_leases_are_settled_one_by_one() -> None:
     ledger = Ledger(GRID)
-    first, second = granted(ledger, 2), granted(ledger, 2)
+    first = granted(ledger, 2)
+    second = granted(ledger, 2)
     ledger.close(first.id)
     asked = ledger.ask()
     ledger.close(second.id)
@@ -183,7 +184,8 @@ def test_an_epoch_is_complete_when_every_partition_contains_it() -> None:
 
 def test_the_next_epoch_begins_while_a_leases_return_is_still_under_way() -> None:
     ledger = Ledger(GRID)
-    late, doubtful = granted(ledger, 5), granted(ledger, 4)
+    late = granted(ledger, 5)
+    doubtful = granted(ledger, 4)
     ledger.close(doubtful.id)
     ledger.reported(report(range(SIZE)), asked=0)
     assert ledger.complete
@@ -290,7 +292,8 @@ def test_what_is_withheld_is_never_leased_again_in_its_epoch() -> None:
 
 def test_what_a_restored_partition_lacks_is_leased_again_unless_it_is_out() -> None:
     ledger = Ledger(GRID, partitions=2)
-    out, closed = granted(ledger, 3), granted(ledger, 3)
+    out = granted(ledger, 3)
+    closed = granted(ledger, 3)
     ledger.close(closed.id)
     for partition in range(2):
         ledger.reported(report([0, 1, 3, 4, 5], partition=partition), ledger.ask())

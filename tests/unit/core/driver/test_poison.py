@@ -6,7 +6,8 @@ from psgd.core.driver.poison import PoisonTracker
 from psgd_workers.messages import BatchId
 from tests.support.jobs import GRID
 
-ONE, OTHER = BatchId(0, 0, 1), BatchId(0, 0, 2)
+ONE = BatchId(0, 0, 1)
+OTHER = BatchId(0, 0, 2)
 
 
 def test_a_batch_that_workers_die_at_is_poison_after_so_many() -> None:
@@ -33,7 +34,8 @@ def test_deaths_and_rejections_add_up() -> None:
 
 
 def test_poison_is_withheld_in_its_own_epoch_whenever_that_is_turned_to() -> None:
-    tracker, ledger = PoisonTracker(GRID, 1), Ledger(GRID)
+    tracker = PoisonTracker(GRID, 1)
+    ledger = Ledger(GRID)
     tracker.died(OTHER)
     tracker.died(ONE)
     assert tracker.skips(ledger) == [Skip(ONE), Skip(OTHER)]

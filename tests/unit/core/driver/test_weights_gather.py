@@ -6,7 +6,8 @@ import numpy as np
 
 from psgd.core.driver.weights_gather import WeightsGather
 
-ONE, TWO = np.ones(2, np.float32), np.full(3, 2, np.float32)
+ONE = np.ones(2, np.float32)
+TWO = np.full(3, 2, np.float32)
 
 
 def test_parts_are_given_in_their_order_when_the_last_is_there() -> None:
@@ -38,7 +39,8 @@ def test_a_part_of_what_was_given_up_is_none_of_what_is_asked_anew() -> None:
 
 def test_a_lost_partition_ends_those_that_lack_its_part() -> None:
     gather = WeightsGather(2)
-    has, lacks = gather.begin("worker-0", 3), gather.begin("worker-1", None)
+    has = gather.begin("worker-0", 3)
+    lacks = gather.begin("worker-1", None)
     assert gather.add(has, 1, TWO) is None
     assert gather.lost(1) == [lacks]
     assert gather.lost(1) == []

@@ -102,7 +102,8 @@ def test_only_what_is_kept_is_in_no_state() -> None:
 
 
 def test_one_gradient_is_not_copied_unless_it_is_scaled() -> None:
-    aggregator, gradient = OneGradient(SIZE, TRAINABLE), taken(0)
+    aggregator = OneGradient(SIZE, TRAINABLE)
+    gradient = taken(0)
     assert step_on(aggregator, [gradient]).gradient is gradient.values
     assert step_on(aggregator, [gradient._replace(scale=0.5)]).gradient is not gradient.values
 
@@ -220,7 +221,10 @@ def turns(draw: st.DrawFn) -> tuple[str, list[str]]:
 @given(turns())
 def test_the_ring_is_the_papers_algorithm(given_turns: tuple[str, list[str]]) -> None:
     workers, pushers = given_turns
-    paper, reads, version, fresh = Paper(workers), dict.fromkeys(workers, 0), 0, list[int]()
+    paper = Paper(workers)
+    reads = dict.fromkeys(workers, 0)
+    version = 0
+    fresh = list[int]()
     staleness: list[int] = []
     ring, pushed_at = Ring(SIZE, TRAINABLE), dict[int, int]()  # number -> version read
     for number, worker in enumerate(pushers):
@@ -245,7 +249,8 @@ def test_the_ring_is_the_papers_algorithm(given_turns: tuple[str, list[str]]) ->
 
 
 def test_the_ring_owes_each_worker_one_step_on_each_table() -> None:
-    ring, made = Ring(SIZE, TRAINABLE), ""
+    ring = Ring(SIZE, TRAINABLE)
+    made = ""
     for number, worker in enumerate("abbcaccbabc"):
         ring.add(taken(number, worker))
         due = ring.due(set("abc"))
@@ -297,7 +302,8 @@ def test_at_an_end_the_ring_steps_on_what_no_step_holds() -> None:
 @pytest.mark.parametrize("before", range(10))
 @pytest.mark.parametrize("kind", RUNNING)
 def test_a_round_goes_on_bit_for_bit_in_another_aggregator(kind: Callable[[int, int], Aggregator], before: int) -> None:
-    first, second = kind(SIZE, TRAINABLE), kind(SIZE, TRAINABLE)
+    first = kind(SIZE, TRAINABLE)
+    second = kind(SIZE, TRAINABLE)
     steps: list[list[Step]] = [[], []]
 
     def push(target: Aggregator, number: int, into: list[Step]) -> None:
@@ -337,7 +343,8 @@ def test_between_rounds_there_is_nothing_to_save(kind: Callable[[int, int], Aggr
 def test_tables_are_summed_in_one_order_whatever_order_storage_gives_them_back_in(
     kind: Callable[[int, int], Aggregator],
 ) -> None:
-    first, second = kind(SIZE, TRAINABLE), kind(SIZE, TRAINABLE)
+    first = kind(SIZE, TRAINABLE)
+    second = kind(SIZE, TRAINABLE)
     for number, worker in enumerate(("w-9", "w-1", "w-10", "w-4", "w-2")):
         first.add(taken(number, worker, weight=10.0**number))
     arrays, metadata = first.state()

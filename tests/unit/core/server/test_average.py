@@ -37,7 +37,8 @@ def test_it_is_torchs_once_the_start_is_forgotten(size: int) -> None:
 
 def test_early_steps_weigh_more_than_the_start() -> None:
     start, *path = walk(6, 10)
-    average, expected = Average(0.99, start), start.copy()
+    average = Average(0.99, start)
+    expected = start.copy()
     for steps, weights in enumerate(path, 1):
         average.take(weights, steps)
         decay = (1 + steps) / (10 + steps)

@@ -104,7 +104,8 @@ def test_ssp_holds_back_who_is_more_than_s_ahead(clocks: dict[str, int], s: int,
 
 @pytest.mark.parametrize(("s", "live", "size"), [(1, 4, 4), (2, 4, 2), (3, 4, 1), (4, 4, 1), (2, 1, 1), (2, 0, 1)])
 def test_softsync_steps_on_n_over_s_gradients(s: int, live: int, size: int) -> None:
-    softsync, workers = mode("softsync", s=s), "abcd"[:live]
+    softsync = mode("softsync", s=s)
+    workers = "abcd"[:live]
     assert [softsync.closes(state(n, "", workers)) for n in range(size + 1)] == [False] * size + [True]
 
 

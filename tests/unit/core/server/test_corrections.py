@@ -103,7 +103,8 @@ def test_rescaled_rates_are_in_proportion_to_the_mean_compute_times(pushes: list
 
 
 def test_rescaled_gives_workers_equal_weight_whatever_their_pace() -> None:
-    rescaled, moved = build({"name": "rescaled"}), {"fast": 0.0, "slow": 0.0}
+    rescaled = build({"name": "rescaled"})
+    moved = {"fast": 0.0, "slow": 0.0}
     for worker in ("fast", "slow"):  # both are known
         rescaled.factor(timed(worker, {"fast": 1, "slow": 4}[worker]), 0)
     for worker in ["fast", "fast", "fast", "fast", "slow"] * 3:
@@ -135,7 +136,8 @@ class Formula:
     """The elementwise corrections in float64, as the papers write them."""
 
     def __init__(self, correction: dict[str, Any]) -> None:
-        self._name, self._adaptive = correction["name"], correction.get("variant") == "adaptive"
+        self._name = correction["name"]
+        self._adaptive = correction.get("variant") == "adaptive"
         self._strength = correction.get("strength", 2.0 if self._adaptive else 0.04)
         self._squares = np.zeros(SIZE)
         self._steps = 0
@@ -165,8 +167,10 @@ class Formula:
 def test_stale_gradients_are_corrected_by_the_formula(
     correction: dict[str, Any], momentum: float, lags: tuple[int, ...]
 ) -> None:
-    target, formula = server(correction, optimizer={"lr": LR, "momentum": momentum}), Formula(correction)
-    history, velocity = [START.astype(np.float64)], np.zeros(SIZE)
+    target = server(correction, optimizer={"lr": LR, "momentum": momentum})
+    formula = Formula(correction)
+    history = [START.astype(np.float64)]
+    velocity = np.zeros(SIZE)
     seen = [START.copy()]  # what the server published, by version
     for number in range(STEPS):
         read = max(0, number - lags[number % len(lags)])
@@ -191,7 +195,8 @@ def test_many_blocks_correct_like_one_to_the_bit(
     blocked = server(correction, optimizer=optimizer)
     for target in (whole, blocked):
         drive(target, range(STEPS))
-    arrays, expected = blocked.state().arrays, whole.state().arrays
+    arrays = blocked.state().arrays
+    expected = whole.state().arrays
     assert {name: array.tobytes() for name, array in arrays.items()} == {
         name: array.tobytes() for name, array in expected.items()
     }
@@ -199,7 +204,8 @@ def test_many_blocks_correct_like_one_to_the_bit(
 
 @pytest.mark.parametrize("correction", READING, ids=str)
 def test_without_a_gap_gradients_are_left_alone_to_the_bit(correction: dict[str, Any]) -> None:
-    corrected, weights = build(correction), randoms(99)
+    corrected = build(correction)
+    weights = randoms(99)
     for number in range(STEPS):
         values = randoms(number)
         np.testing.assert_array_equal(corrected.correct("a", values, weights, weights.copy()), values)
@@ -208,7 +214,8 @@ def test_without_a_gap_gradients_are_left_alone_to_the_bit(correction: dict[str,
 
 @given(st.integers(0, 2**32), st.integers(1, 5))
 def test_gap_aware_shortens_every_value_and_turns_none(seed: int, steps: int) -> None:
-    gap_aware, values = build(GAP_AWARE), randoms(seed, 0)
+    gap_aware = build(GAP_AWARE)
+    values = randoms(seed, 0)
     for number in range(steps):
         stepped(gap_aware, randoms(seed, 1, number))
     corrected = gap_aware.correct("a", values, randoms(seed, 2), randoms(seed, 3))
@@ -217,7 +224,8 @@ def test_gap_aware_shortens_every_value_and_turns_none(seed: int, steps: int) ->
 
 
 def test_gap_aware_halves_after_a_usual_step() -> None:
-    gap_aware, direction = build(GAP_AWARE), np.full(SIZE, 0.5, np.float32)
+    gap_aware = build(GAP_AWARE)
+    direction = np.full(SIZE, 0.5, np.float32)
     for _ in range(3):
         stepped(gap_aware, direction)
     corrected = gap_aware.correct("a", np.ones(SIZE, np.float32), START, START - np.float32(LR) * direction)
@@ -226,7 +234,10 @@ def test_gap_aware_halves_after_a_usual_step() -> None:
 
 @pytest.mark.parametrize("correction", [*READING, DANA], ids=str)
 def test_what_is_corrected_and_read_may_be_read_only(correction: dict[str, Any]) -> None:
-    corrected, values, weights, read = build(correction), randoms(0), randoms(1), randoms(2)
+    corrected = build(correction)
+    values = randoms(0)
+    weights = randoms(1)
+    read = randoms(2)
     for array in (values, weights, read):
         array.flags.writeable = False
     for _ in range(3):
@@ -237,7 +248,8 @@ def test_what_is_corrected_and_read_may_be_read_only(correction: dict[str, Any])
 def test_clipping_comes_before_the_correction() -> None:
     optimizer = {"lr": 1.0, "max_grad_norm": 1.0, "clip_value": 0.5}
     target = server({"name": "dc_asgd", "strength": 2.0}, optimizer=optimizer)
-    values, read = np.zeros(SIZE, np.float32), START - np.float32(0.25)
+    values = np.zeros(SIZE, np.float32)
+    read = START - np.float32(0.25)
     values[:2] = 30, 40  # the norm makes 0.6 and 0.8 of them, the values' limit 0.5
     target.push(push(batch_at(0), V0, values=values)._replace(weights_read=read), now=1.0)
     np.testing.assert_allclose((START - target.published)[:3], [0.5 + 2 * 0.25 * 0.25] * 2 + [0], rtol=1e-5)
@@ -257,7 +269,8 @@ def test_buffers_are_not_corrected(correction: dict[str, Any]) -> None:
 
 def momenta(pushes: Sequence[str], momentum: float) -> tuple[Float64, Float64]:
     """The weights, and what workers are shown, after a push of each of these; "-a": a leaves."""
-    weights, velocities = START.astype(np.float64), dict[str, Float64]()
+    weights = START.astype(np.float64)
+    velocities = dict[str, Float64]()
     shown = weights
     for number, worker in enumerate(pushes):
         if worker.startswith("-"):
@@ -281,7 +294,8 @@ def test_dana_is_a_plain_loop(pushes: str, momentum: float) -> None:
 
 
 def test_a_worker_that_leaves_takes_its_momentum_along() -> None:
-    target, pushes = server(DANA), ["a", "b", "a", "-a", "b", "c", "-c", "a", "b"]
+    target = server(DANA)
+    pushes = ["a", "b", "a", "-a", "b", "c", "-c", "a", "b"]
     for number, worker in enumerate(pushes):
         if worker.startswith("-"):
             target.leave(worker[1:], now=1.0)
@@ -304,7 +318,9 @@ def test_once_all_have_left_dana_shows_the_weights_to_the_bit() -> None:
 
 
 def test_dana_with_one_worker_shows_where_nesterov_looks() -> None:
-    target, lookahead, velocity = server(DANA), START.astype(np.float64), np.zeros(SIZE)
+    target = server(DANA)
+    lookahead = START.astype(np.float64)
+    velocity = np.zeros(SIZE)
     for number in range(STEPS):
         gradient = target.published * np.float32(0.5)
         target.push(push(batch_at(number), target.version, values=gradient), now=1.0)
@@ -343,7 +359,8 @@ def test_a_restored_server_goes_on_bit_for_bit(correction: dict[str, Any], done:
 
 @pytest.mark.parametrize("correction", READING, ids=str)
 def test_a_state_is_a_copy(correction: dict[str, Any]) -> None:
-    first, second = build(correction), build(correction)
+    first = build(correction)
+    second = build(correction)
     for number in range(3):
         first.correct("a", randoms(number), START, randoms(9))
         stepped(first, randoms(number))

@@ -128,7 +128,9 @@ def test_200_steps_are_those_of_torch(spec: OptimizerSpec) -> None:
 
 @pytest.mark.parametrize("spec", ALL, ids=hyperparameters)
 def test_a_step_is_the_direction_shown_times_the_rate_to_the_bit(spec: OptimizerSpec) -> None:
-    first, second, weights = build_optimizer(spec, SIZE), build_optimizer(spec, SIZE), start()
+    first = build_optimizer(spec, SIZE)
+    second = build_optimizer(spec, SIZE)
+    weights = start()
     for step in range(8):
         gradient = curvature(weights, step)
         expected = weights - np.float32(0.3) * direction(first, weights, gradient)
@@ -142,7 +144,8 @@ def test_a_step_is_the_direction_shown_times_the_rate_to_the_bit(spec: Optimizer
 @pytest.mark.parametrize(("size", "block"), [(0, 4), (3, 4), (4, 4), (9, 4), (12, 4)])
 def test_blocks_are_all_values_in_order(size: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "BLOCK", block)
-    blocks, values = in_blocks(size), np.arange(size)
+    blocks = in_blocks(size)
+    values = np.arange(size)
     parts = [values[block.part] for block in blocks]
     np.testing.assert_array_equal(np.concatenate([[], *parts]), values)
     for part, (_, scratch, spare) in zip(parts, blocks, strict=True):
@@ -155,9 +158,11 @@ def test_blocks_are_all_values_in_order(size: int, block: int, monkeypatch: pyte
 def test_many_blocks_make_the_step_of_one_to_the_bit(
     spec: OptimizerSpec, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, one = build_optimizer(spec, SIZE), start()
+    whole = build_optimizer(spec, SIZE)
+    one = start()
     monkeypatch.setattr(optimizers, "BLOCK", block)
-    blocked, many = build_optimizer(spec, SIZE), start()
+    blocked = build_optimizer(spec, SIZE)
+    many = start()
     for step in range(8):
         gradient = curvature(one, step)
         np.testing.assert_array_equal(direction(blocked, many, gradient), direction(whole, one, gradient))
@@ -188,7 +193,8 @@ def test_adagrads_first_step_is_by_the_sign() -> None:
 @pytest.mark.parametrize("spec", DELAYED_NESTEROV, ids=hyperparameters)
 def test_delayed_nesterov_is_a_plain_loop(spec: DelayedNesterovOptimizer) -> None:
     weights = start().astype(np.float64)
-    velocity, seen = np.zeros(SIZE), []
+    velocity = np.zeros(SIZE)
+    seen = []
     for step in range(50):
         seen.append(curvature(weights, step))
         move = seen[-1] / spec.every
@@ -220,7 +226,8 @@ def test_pushes_between_the_momentums_moves_step_by_their_share_alone() -> None:
 @pytest.mark.parametrize("spec", STATEFUL, ids=hyperparameters)
 def test_loaded_state_continues_bit_for_bit(spec: OptimizerSpec, steps_before: int) -> None:
     undisturbed = ours(spec, steps_before + 5)
-    first, second = build_optimizer(spec, SIZE), build_optimizer(spec, SIZE)
+    first = build_optimizer(spec, SIZE)
+    second = build_optimizer(spec, SIZE)
     weights = run(first, spec, start(), range(steps_before))
     state = {name: array.copy() for name, array in first.state().items()}
     second.load(state)
@@ -230,7 +237,8 @@ def test_loaded_state_continues_bit_for_bit(spec: OptimizerSpec, steps_before: i
 
 @pytest.mark.parametrize("spec", STATEFUL, ids=hyperparameters)
 def test_loading_forgets_what_was_before(spec: OptimizerSpec) -> None:
-    used, fresh = build_optimizer(spec, SIZE), build_optimizer(spec, SIZE)
+    used = build_optimizer(spec, SIZE)
+    fresh = build_optimizer(spec, SIZE)
     run(used, spec, start(), range(4))
     used.load(fresh.state())
     np.testing.assert_array_equal(run(used, spec, start(), range(7)), ours(spec, 7))
@@ -238,7 +246,8 @@ def test_loading_forgets_what_was_before(spec: OptimizerSpec) -> None:
 
 @pytest.mark.parametrize("spec", STATEFUL, ids=hyperparameters)
 def test_loaded_arrays_are_not_shared(spec: OptimizerSpec) -> None:
-    first, second = build_optimizer(spec, SIZE), build_optimizer(spec, SIZE)
+    first = build_optimizer(spec, SIZE)
+    second = build_optimizer(spec, SIZE)
     run(first, spec, start(), range(4))
     before = {name: array.copy() for name, array in first.state().items()}
     assert before
@@ -260,7 +269,8 @@ def test_sgd_has_no_state_without_momentum() -> None:
 @pytest.mark.parametrize("spec", ALL, ids=hyperparameters)
 def test_gradients_may_be_read_only_and_are_left_as_they_are(spec: OptimizerSpec) -> None:
     optimizer = build_optimizer(spec, SIZE)
-    gradient, weights = curvature(start(), 0), start()
+    gradient = curvature(start(), 0)
+    weights = start()
     gradient.flags.writeable = False
     for _ in range(8):
         optimizer.step(weights, gradient, spec.lr)
@@ -269,10 +279,12 @@ def test_gradients_may_be_read_only_and_are_left_as_they_are(spec: OptimizerSpec
 
 @pytest.mark.parametrize("spec", ALL, ids=hyperparameters)
 def test_no_array_is_made_by_a_step(spec: OptimizerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    size, block = 100_000, 30_000
+    size = 100_000
+    block = 30_000
     monkeypatch.setattr(optimizers, "BLOCK", block)
     optimizer = build_optimizer(spec, size)
-    weights, gradient = np.ones(size, np.float32), np.ones(size, np.float32)
+    weights = np.ones(size, np.float32)
+    gradient = np.ones(size, np.float32)
     tracemalloc.start()
     for _ in range(7):
         optimizer.step(weights, gradient, spec.lr)

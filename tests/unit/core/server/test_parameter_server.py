@@ -72,7 +72,8 @@ def test_async_steps_on_every_push() -> None:
 
 
 def test_the_initial_weights_and_the_pushed_values_are_not_touched() -> None:
-    initial, values = START.copy(), randoms(0)
+    initial = START.copy()
+    values = randoms(0)
     target = ParameterServer(job(optimizer=MOMENTUM), WHOLE, initial, GRID, V0)
     for number in range(3):
         target.push(push(batch_at(number), V0, values=values), now=1.0)
@@ -281,8 +282,10 @@ def test_the_norm_of_the_whole_gradient_decides_not_that_of_the_slice() -> None:
 
 def test_gradients_are_clipped_one_by_one_before_averaging() -> None:
     target = bsp("a", "b", optimizer={"lr": 1.0, "max_grad_norm": 1.0})
-    long, short = np.zeros_like(START), np.zeros_like(START)
-    long[0], short[1] = 100, 0.5
+    long = np.zeros_like(START)
+    short = np.zeros_like(START)
+    long[0] = 100
+    short[1] = 0.5
     target.push(push(FIRST, V0, worker="a", values=long), now=1.0)
     target.push(push(SECOND, V0, worker="b", values=short), now=1.0)
     np.testing.assert_allclose((START - target.published)[:3], [0.5, 0.25, 0], atol=1e-6)
@@ -329,7 +332,9 @@ def test_every_push_is_accounted_for_and_versions_are_steps(
     mode: str, schedule: list[tuple[str, str, int, int, bool]]
 ) -> None:
     target = server(mode)
-    pushed, receipts, weights = Counter[str](), 0, target.published.copy()
+    pushed = Counter[str]()
+    receipts = 0
+    weights = target.published.copy()
     for what, worker, position, behind, finite in schedule:
         version = target.version
         if what == "push":
@@ -418,7 +423,8 @@ def test_a_restored_server_goes_on_bit_for_bit(mode: str, done: int) -> None:
     for target in (undisturbed, again):
         fill(target, [batch_at(number) for number in range(done, 27)])
     np.testing.assert_array_equal(again.published, undisturbed.published)
-    ours, theirs = again.report(), undisturbed.report()
+    ours = again.report()
+    theirs = undisturbed.report()
     for name in ("epochs", "pushes", "staleness", "losses", "samples", "heard", "parked"):
         assert getattr(ours, name) == getattr(theirs, name), name
     np.testing.assert_array_equal(again.epoch_weights(3), undisturbed.epoch_weights(3))
@@ -505,7 +511,8 @@ def test_the_average_is_evaluated_and_the_weights_are_shown() -> None:
 
 def test_the_average_is_part_of_the_state() -> None:
     spec = job(optimizer={"lr": 0.1, "ema": 0.9})
-    whole, half = server(optimizer={"lr": 0.1, "ema": 0.9}), server(optimizer={"lr": 0.1, "ema": 0.9})
+    whole = server(optimizer={"lr": 0.1, "ema": 0.9})
+    half = server(optimizer={"lr": 0.1, "ema": 0.9})
     fill(whole, [batch_at(number) for number in range(6)])
     fill(half, [batch_at(number) for number in range(3)])
     again = ParameterServer.restore(spec, GRID, half.state(), incarnation=2, now=5.0)

@@ -85,7 +85,8 @@ def states(servers: int, num_trainable: int = 80, updates: int = 5, buffered: in
         for worker in range(buffered + 1):
             server.join(f"worker-{worker}", 0.0)
         for position in range(updates * (buffered + 1) + buffered):
-            batch, gradient = GRID.batch(0, position), np.empty_like(START)
+            batch = GRID.batch(0, position)
+            gradient = np.empty_like(START)
             quadratic(batch, START, gradient)
             values = gradient[partition.start : partition.stop].copy()
             server.push(Gradient("worker-0", batch, 1, server.version, values, 1.0, 1.0, 0.1), 0.0)
@@ -96,7 +97,8 @@ def states(servers: int, num_trainable: int = 80, updates: int = 5, buffered: in
 @pytest.mark.parametrize("before", [1, 2, 5])
 @pytest.mark.parametrize("after", [1, 3, 7])
 def test_every_value_moves_with_what_belongs_to_it_buffers_too(before: int, after: int) -> None:
-    old, new = states(before), states(after)
+    old = states(before)
+    new = states(after)
     assert disagreement(old) is None
     for partition, there in zip(partition_weights(len(START), 80, after), new, strict=True):
         made = repartition(old, partition)
@@ -111,7 +113,8 @@ def test_every_value_moves_with_what_belongs_to_it_buffers_too(before: int, afte
 def test_an_open_sum_moves_if_its_members_are_the_same() -> None:
     old = states(2, updates=2, buffered=1)
     assert disagreement(old) is None
-    (there,), made = states(1, updates=2, buffered=1), repartition(old, partition_weights(len(START), 80, 1)[0])
+    (there,) = states(1, updates=2, buffered=1)
+    made = repartition(old, partition_weights(len(START), 80, 1)[0])
     assert made.metadata["aggregator"] == there.metadata["aggregator"] != {}
     np.testing.assert_array_equal(made.arrays["aggregator.sum"], there.arrays["aggregator.sum"])
 

@@ -90,7 +90,8 @@ def test_warm_up_starts_above_0_and_ends_at_lr_to_the_bit() -> None:
 
 @pytest.mark.parametrize("spec", SCHEDULES, ids=repr)
 def test_warm_up_multiplies_whatever_the_schedule_says(spec: ScheduleSpec) -> None:
-    warm, cold = rates(spec, 500, EPOCH), rates(spec.model_copy(update={"warmup": 0.0}), 500, EPOCH)
+    warm = rates(spec, 500, EPOCH)
+    cold = rates(spec.model_copy(update={"warmup": 0.0}), 500, EPOCH)
     factors = [min(1.0, (examples + 1) / (spec.warmup * EPOCH)) if spec.warmup else 1.0 for examples in range(500)]
     assert warm == pytest.approx([rate * factor for rate, factor in zip(cold, factors, strict=True)])
 

@@ -45,7 +45,8 @@ def test_standardize_brings_each_feature_to_mean_0_and_deviation_1() -> None:
 
 @given(tables)
 def test_unit_spans_0_to_1_over_all_features_together(table: FloatArray) -> None:
-    low, high = float(table.min()), float(table.max())
+    low = float(table.min())
+    high = float(table.max())
     expected = (table.astype(np.float64) - low) / ((high - low) or 1)
     normalize("unit", examples(table))
     np.testing.assert_allclose(table, expected, rtol=1e-6)
@@ -63,7 +64,8 @@ def test_constant_features_become_exactly_0(kind: Normalization, value: float, r
 
 @pytest.mark.parametrize(("kind", "expected"), [("none", [[5, 3]]), ("unit", [[2.5, 1.5]]), ("standardize", [[4, 3]])])
 def test_the_validation_part_is_transformed_as_the_training_part(kind: Normalization, expected: Table) -> None:
-    train, validation = np.array([[0, 1], [2, 2]], np.float32), np.array([[5, 3]], np.float32)
+    train = np.array([[0, 1], [2, 2]], np.float32)
+    validation = np.array([[5, 3]], np.float32)
     assert normalized(kind, train, validation)[1].tolist() == expected
 
 

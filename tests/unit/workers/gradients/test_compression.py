@@ -84,7 +84,8 @@ def test_what_travels_and_what_stays_are_the_gradient_and_what_stayed(
 ) -> None:
     memory = ErrorFeedback(compressor, size)
     for seed in seeds:
-        gradient, before = normal(size, seed), error_of(memory)
+        gradient = normal(size, seed)
+        before = error_of(memory)
         original = gradient.copy()
         wanted = gradient + before
         sent = decoded(memory.encode(gradient))
@@ -98,7 +99,8 @@ def test_what_travels_and_what_stays_are_the_gradient_and_what_stayed(
 @given(any_compressor, vectors())
 def test_encoding_is_deterministic_and_leaves_no_views(compressor: Compressor, values: FloatArray) -> None:
     original = values.copy()
-    first, second = compressor.encode(values), compressor.encode(values.copy())
+    first = compressor.encode(values)
+    second = compressor.encode(values.copy())
     assert identical(values, original)
     for left, right in zip(first.arrays, second.arrays, strict=True):
         assert left.tobytes() == right.tobytes()
@@ -227,7 +229,8 @@ def test_a_push_that_is_not_finite_cannot_be_taken(compressor: Compressor) -> No
 
 @given(any_compressor, st.lists(st.booleans(), max_size=8))
 def test_refusals_leave_the_memory_as_if_they_had_not_been(compressor: Compressor, fates: list[bool]) -> None:
-    memory, undisturbed = ErrorFeedback(compressor, 30), ErrorFeedback(compressor, 30)
+    memory = ErrorFeedback(compressor, 30)
+    undisturbed = ErrorFeedback(compressor, 30)
     for seed, taken in enumerate(fates):
         memory.encode(normal(30, seed))
         if not taken:

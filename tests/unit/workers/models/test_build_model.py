@@ -28,7 +28,8 @@ def shapes(model: Model) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize(("loss", "outputs"), [("cross_entropy", 2), ("binary_cross_entropy", 1), ("mse", 1)])
 def test_sizes_are_taken_from_the_data(loss: LossName, outputs: int) -> None:
-    linear, mlp = LinearModel(kind="linear", loss=loss), MlpModel(kind="mlp", hidden=(5, 4), loss=loss)
+    linear = LinearModel(kind="linear", loss=loss)
+    mlp = MlpModel(kind="mlp", hidden=(5, 4), loss=loss)
     data = fit_labels(linear, IMAGES)
     assert shapes(build_model(linear, data)) == [(outputs, 6), (outputs,)]
     assert shapes(build_model(mlp, data)) == [(5, 6), (5,), (4, 5), (4,), (outputs, 4), (outputs,)]

@@ -11,7 +11,8 @@ from psgd_workers.errors import DataError
 from psgd_workers.models.labels import fit_labels, num_outputs
 from psgd_workers.spec import LinearModel, LossName, PythonModel
 
-INTEGERS, NUMBERS = np.int64, np.float32
+INTEGERS = np.int64
+NUMBERS = np.float32
 
 
 def examples(labels: ArrayLike, dtype: type) -> Examples:

@@ -76,9 +76,11 @@ LABELS: dict[LossName, NDArray[Any]] = {
     ("loss", "num_outputs"), [("cross_entropy", 3), ("mse", 2), ("mse", 1), ("binary_cross_entropy", 1)]
 )
 def test_equals_its_numpy_twin(adapted: Adapted, loss: LossName, num_outputs: int) -> None:
-    model, network = adapted(lambda: Mlp(6, 5, num_outputs), loss), Network((6, 5, num_outputs), loss)
+    model = adapted(lambda: Mlp(6, 5, num_outputs), loss)
+    network = Network((6, 5, num_outputs), loss)
     weights = network.initial_weights(0)
-    features, labels = batch()[0], LABELS[loss][:, :num_outputs] if loss == "mse" else LABELS[loss]
+    features = batch()[0]
+    labels = LABELS[loss][:, :num_outputs] if loss == "mse" else LABELS[loss]
     value, gradient = gradient_of(model, weights, features, labels)
     expected = {name: np.empty_like(tensor) for name, tensor in weights.items()}
     assert value == pytest.approx(network.loss_and_gradient(weights, features, labels, expected, 0), rel=1e-5)
@@ -95,7 +97,8 @@ def test_equals_its_numpy_twin(adapted: Adapted, loss: LossName, num_outputs: in
 def test_a_module_that_drops_the_last_axis_has_one_output(adapted: Adapted, loss: LossName) -> None:
     wide = adapted(lambda: nn.Linear(6, 1), loss)
     weights = wide.initial_weights(0)
-    features, labels = batch()[0], LABELS[loss][:, :1] if loss == "mse" else LABELS[loss]
+    features = batch()[0]
+    labels = LABELS[loss][:, :1] if loss == "mse" else LABELS[loss]
     expected = gradient_of(wide, weights, features, labels)
     outputs = wide.predict(weights, features)
 

@@ -176,7 +176,8 @@ def randoms(size: int, seed: int) -> FloatArray:
 
 def made(compression: CompressionSpec, weights: bool, trainable: int = TRAINABLE) -> tuple[PushFormat, Slot, Gradient]:
     """The pushes of such a job, a slot, and what was computed in it."""
-    slot, compressor = Slot(randoms(SIZE, 1), randoms(SIZE, 2)), build_compressor(compression)
+    slot = Slot(randoms(SIZE, 1), randoms(SIZE, 2))
+    compressor = build_compressor(compression)
     values: FloatArray | Encoded = slot.gradient
     buffers = None
     if compressor:
@@ -263,11 +264,9 @@ def test_a_payload_of_any_other_length_is_refused(compression: CompressionSpec, 
 def test_damaged_encoded_payloads_are_refused_or_decoded(compression: CompressionSpec) -> None:
     push_format, _, gradient = made(compression, weights=True)
     good = np.frombuffer(b"".join(push_format.payload(gradient, shared=False)), np.uint8)
-    frame, rng, out = (
-        Frame.of_push(gradient, 0, False, 1, len(good)),
-        np.random.default_rng(1),
-        np.empty(TRAINABLE, "f4"),
-    )
+    frame = Frame.of_push(gradient, 0, False, 1, len(good))
+    rng = np.random.default_rng(1)
+    out = np.empty(TRAINABLE, "f4")
     refused = 0
     for number in range(1500):
         bad = good.copy()

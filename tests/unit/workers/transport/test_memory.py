@@ -150,7 +150,8 @@ def test_the_kernel_refuses_to_change_a_segments_size(length: int) -> None:
 def test_memory_outlives_its_descriptor() -> None:
     segment = Segment(10, 1)
     assert segment.file is not None
-    file, received = segment.file, os.dup(segment.file)
+    file = segment.file
+    received = os.dup(segment.file)
     other = Segment(10, 1, received)
     assert other.file is None
     assert not is_open(received)
@@ -317,7 +318,8 @@ def test_a_reader_gives_up_after_three_tries_while_a_change_is_under_way(monkeyp
 def test_a_copy_during_which_the_values_changed_is_made_again_twice(
     monkeypatch: pytest.MonkeyPatch, changes: int, version: Version | None
 ) -> None:
-    vector, copies = PublishedVector(5), 0
+    vector = PublishedVector(5)
+    copies = 0
     copy = np.copyto
 
     def disturbed(into: FloatArray, values: FloatArray) -> None:
@@ -344,9 +346,11 @@ def test_a_snapshot_beside_a_writer_that_never_stops_is_of_one_version() -> None
     mine.settimeout(LIMIT_S)
     with mine, process(WRITER, its, SIZE):
         _, (file,), _, _ = socket.recv_fds(mine, 1, 1)
-        vector, into = PublishedVector(SIZE, file), np.empty(SIZE, np.float32)
+        vector = PublishedVector(SIZE, file)
+        into = np.empty(SIZE, np.float32)
         taken: set[int] = set()
-        newest, end = 0, time.monotonic() + LIMIT_S
+        newest = 0
+        end = time.monotonic() + LIMIT_S
         while len(taken) < SNAPSHOTS and time.monotonic() < end:
             version = vector.snapshot(into)
             if version is not None:

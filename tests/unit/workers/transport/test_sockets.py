@@ -70,7 +70,8 @@ def test_a_lane_gives_the_bits_of_a_server_called_directly(
 ) -> None:
     monkeypatch.setattr(sockets, "stores_are_ordered", lambda: reads_itself)
     harness = harnesses(sections=sections)
-    direct, client = harness.reference(), harness.lane(kind)
+    direct = harness.reference()
+    client = harness.lane(kind)
     outside = client.segment.slots[0].weights
     outside[:] = 5
     read = [client.lane.pull(slot, LIMIT_S) for slot in (0, 1)]
@@ -93,7 +94,8 @@ def test_a_lane_gives_the_bits_of_a_server_called_directly(
 @pytest.mark.parametrize("kind", KINDS)
 def test_pushes_of_several_slots_are_answered_whatever_is_asked_for_first(harnesses: Harnesses, kind: Kinds) -> None:
     harness = harnesses()
-    direct, client = harness.reference(), harness.lane(kind)
+    direct = harness.reference()
+    client = harness.lane(kind)
     gradients = [client.gradient(slot, batch(slot), V1, seed=slot) for slot in range(3)]
     expected = [direct.push(gradient, now=1.0)[0] for gradient in gradients]
     pending = [client.lane.push(gradient, slot, wants=False) for slot, gradient in enumerate(gradients)]
@@ -137,7 +139,8 @@ def test_a_servers_thread_follows_a_worker_that_waits_for_it_alone(
 def test_workers_that_share_processors_do_not_interrupt_the_thread_that_answers_all_of_them(
     processors: set[int], harnesses: Harnesses, kind: Kinds, patient: bool
 ) -> None:
-    harness, positions = harnesses(), count()
+    harness = harnesses()
+    positions = count()
 
     def pushed(client: WorkerHarness) -> WorkerHarness:
         """Who is answered is counted."""
@@ -174,7 +177,8 @@ def test_or_one_that_does_not_while_no_processor_is_free(
     processors: set[int], harnesses: Harnesses, given: dict[str, Any], slots: int
 ) -> None:
     harness = harnesses(**given)
-    client, positions = harness.lane("shm", slots=slots), count()
+    client = harness.lane("shm", slots=slots)
+    positions = count()
     (thread,) = (one for one in threading.enumerate() if one.name == "psgd-peer")
     processor = min(processors)
     os.sched_setaffinity(0, {processor})
@@ -298,7 +302,8 @@ def test_what_was_pushed_before_a_worker_hung_up_is_in_the_step(harnesses: Harne
     direct = harness.reference()
     for worker in ("worker-0", "worker-1"):
         direct.join(worker, now=0.0)
-    gone, client = harness.lane(kind, "worker-0"), harness.lane(kind, "worker-1")
+    gone = harness.lane(kind, "worker-0")
+    client = harness.lane(kind, "worker-1")
     lost = gone.gradient(0, batch(0), V1, seed=0)
     direct.push(lost._replace(values=randoms(0)[harness.part]), now=1.0)
     gone.lane.push(lost, 0, wants=True)
@@ -454,7 +459,8 @@ def test_no_receipt_in_time_is_a_timeout(harnesses: Harnesses, kind: Kinds) -> N
     harness = harnesses("bsp", 2)
     harness.join("worker-0", "worker-1")
     client = harness.lane(kind)
-    pending, began = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=True), time.monotonic()
+    pending = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=True)
+    began = time.monotonic()
     with pytest.raises(LaneTimeoutError, match=r"no answer from the server within 0\.1 s"):
         pending.receipt(0.1)
     assert 0.1 <= time.monotonic() - began < LIMIT_S / 2
@@ -464,7 +470,8 @@ def test_no_receipt_in_time_is_a_timeout(harnesses: Harnesses, kind: Kinds) -> N
 def test_a_server_that_hangs_is_a_timeout(monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds) -> None:
     monkeypatch.setattr(sockets, "stores_are_ordered", lambda: False)  # shm asks, too
     harness = harnesses()
-    client, began = harness.lane(kind), time.monotonic()
+    client = harness.lane(kind)
+    began = time.monotonic()
     with harness.frozen(), pytest.raises(LaneTimeoutError, match=r"no answer from the server within 0\.1 s"):
         client.lane.pull(0, 0.1)
     assert 0.1 <= time.monotonic() - began < LIMIT_S / 2
@@ -483,7 +490,8 @@ def test_a_push_that_the_server_does_not_take_can_be_given_up(
         return receive(stream, into, rest_s)
 
     monkeypatch.setattr(connection, "receive", no_payload)
-    client, began = harness.lane("tcp", slots=1), time.monotonic()
+    client = harness.lane("tcp", slots=1)
+    began = time.monotonic()
     pending = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=False)
     with pytest.raises(LaneTimeoutError):
         pending.receipt(0.1)

@@ -77,7 +77,8 @@ def _label_column(spec: CsvData, columns: list[str]) -> int:
 
 def _columns(path: str, columns: list[str], label: int, rows: Rows) -> tuple[NDArray[np.float64], NDArray[Any]]:
     names = columns[:label] + columns[label + 1 :]
-    features, labels = array("d"), []
+    features = array("d")
+    labels = []
     for line, cells in rows:
         if len(cells) != len(columns):
             raise DataError(f"{path}, line {line}: {len(cells)} cells, expected {len(columns)}; complete the row")

@@ -127,7 +127,8 @@ class Gelu:
 
     def backward(self, values: Array, slope: Array) -> None:
         # With f = x·h and h′ = 2·h·(1 - h)·u′, f′ = 2·f·u′·(1 - h) + h.
-        gate, term = self._gates.like(values), self._squares.like(values)
+        gate = self._gates.like(values)
+        term = self._squares.like(values)
         term *= 6 * self._CUBIC
         term += 2 * self._LINEAR
         term *= values

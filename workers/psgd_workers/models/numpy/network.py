@@ -98,7 +98,8 @@ class Network:
         self, weights: Mapping[str, FloatArray], inputs: list[Array], slope: Array, gradient: Mapping[str, FloatArray]
     ) -> None:
         for number in reversed(range(len(self._layers))):
-            layer, (weight, bias) = self._layers[number], self._names[number]
+            layer = self._layers[number]
+            (weight, bias) = self._names[number]
             layer.parameter_gradient(inputs[number], slope, gradient[weight], gradient[bias])
             if number > 0:
                 slope = layer.input_gradient(slope, weights[weight])

@@ -27,13 +27,17 @@ def doubles(*shape: int, seed: int = 0) -> NDArray[np.float64]:
 
 
 def test_dense_is_torch_linear() -> None:
-    inputs, weight, bias, slope = doubles(5, 3), doubles(4, 3, seed=1), doubles(4, seed=2), doubles(5, 4, seed=3)
+    inputs = doubles(5, 3)
+    weight = doubles(4, 3, seed=1)
+    bias = doubles(4, seed=2)
+    slope = doubles(5, 4, seed=3)
     tensors = [torch.from_numpy(array.copy()).requires_grad_() for array in (inputs, weight, bias)]
     expected = torch.nn.functional.linear(*tensors)
     expected.backward(torch.from_numpy(slope))  # type: ignore[no-untyped-call]
 
     layer = Dense()
-    weight_gradient, bias_gradient = np.full_like(weight, np.nan), np.full_like(bias, np.nan)
+    weight_gradient = np.full_like(weight, np.nan)
+    bias_gradient = np.full_like(bias, np.nan)
     np.testing.assert_allclose(layer.forward(inputs, weight, bias), expected.detach(), rtol=1e-12)
     layer.parameter_gradient(inputs, slope, weight_gradient, bias_gradient)
     gradients = layer.input_gradient(slope, weight), weight_gradient, bias_gradient
@@ -43,13 +47,17 @@ def test_dense_is_torch_linear() -> None:
 
 
 def test_dense_matches_central_differences(numerical_gradient: NumericalGradient) -> None:
-    inputs, weight, bias, slope = doubles(5, 3), doubles(4, 3, seed=1), doubles(4, seed=2), doubles(5, 4, seed=3)
+    inputs = doubles(5, 3)
+    weight = doubles(4, 3, seed=1)
+    bias = doubles(4, seed=2)
+    slope = doubles(5, 4, seed=3)
     layer = Dense()
 
     def objective() -> float:
         return float(np.sum(slope * layer.forward(inputs, weight, bias)))
 
-    weight_gradient, bias_gradient = np.empty_like(weight), np.empty_like(bias)
+    weight_gradient = np.empty_like(weight)
+    bias_gradient = np.empty_like(bias)
     layer.parameter_gradient(inputs, slope, weight_gradient, bias_gradient)
     np.testing.assert_allclose(weight_gradient, numerical_gradient(objective, weight), rtol=1e-6)
     np.testing.assert_allclose(bias_gradient, numerical_gradient(objective, bias), rtol=1e-6)
@@ -58,7 +66,8 @@ def test_dense_matches_central_differences(numerical_gradient: NumericalGradient
 
 @each_activation
 def test_activation_is_torchs(name: ActivationName) -> None:
-    values, slope = doubles(6, 7), doubles(6, 7, seed=1)
+    values = doubles(6, 7)
+    slope = doubles(6, 7, seed=1)
     tensor = torch.from_numpy(values.copy()).requires_grad_()
     expected = TORCH_ACTIVATIONS[name](tensor)
     expected.backward(torch.from_numpy(slope.copy()))  # type: ignore[no-untyped-call]
@@ -73,7 +82,8 @@ def test_activation_is_torchs(name: ActivationName) -> None:
 
 @each_activation
 def test_activation_matches_central_differences(name: ActivationName, numerical_gradient: NumericalGradient) -> None:
-    inputs, slope = doubles(6, 7), doubles(6, 7, seed=1)
+    inputs = doubles(6, 7)
+    slope = doubles(6, 7, seed=1)
     activation = ACTIVATIONS[name]()
 
     def objective() -> float:
@@ -89,7 +99,8 @@ def test_activation_matches_central_differences(name: ActivationName, numerical_
 
 
 def test_relu_has_slope_zero_at_zero() -> None:
-    values, slope = np.array([[-1.0, 0.0, 1.0]]), np.ones((1, 3))
+    values = np.array([[-1.0, 0.0, 1.0]])
+    slope = np.ones((1, 3))
     relu = ACTIVATIONS["relu"]()
     relu.forward(values)
     relu.backward(values, slope)
@@ -98,7 +109,8 @@ def test_relu_has_slope_zero_at_zero() -> None:
 
 @each_activation
 def test_activation_saturates_without_warnings(name: ActivationName) -> None:
-    values, slope = np.array([[-1e4, 1e4]], np.float32), np.ones((1, 2), np.float32)
+    values = np.array([[-1e4, 1e4]], np.float32)
+    slope = np.ones((1, 2), np.float32)
     activation = ACTIVATIONS[name]()
     activation.forward(values)
     activation.backward(values, slope)
@@ -107,8 +119,10 @@ def test_activation_saturates_without_warnings(name: ActivationName) -> None:
 
 @each_activation
 def test_a_layer_keeps_the_dtype_and_its_buffers_serve_shorter_batches(name: ActivationName) -> None:
-    weight, bias = doubles(4, 3, seed=1).astype(np.float32), doubles(4, seed=2).astype(np.float32)
-    dense, activation = Dense(), ACTIVATIONS[name]()
+    weight = doubles(4, 3, seed=1).astype(np.float32)
+    bias = doubles(4, seed=2).astype(np.float32)
+    dense = Dense()
+    activation = ACTIVATIONS[name]()
 
     def passes(inputs: NDArray[np.float32], dense: Dense = dense, activation: Any = activation) -> NDArray[Any]:
         values = dense.forward(inputs, weight, bias)
@@ -117,7 +131,8 @@ def test_a_layer_keeps_the_dtype_and_its_buffers_serve_shorter_batches(name: Act
         activation.backward(values, slope)
         return dense.input_gradient(slope, weight)
 
-    long, short = doubles(8, 3).astype(np.float32), doubles(5, 3, seed=9).astype(np.float32)
+    long = doubles(8, 3).astype(np.float32)
+    short = doubles(5, 3, seed=9).astype(np.float32)
     first = passes(long)
     assert first.dtype == np.float32
     first_values = first.copy()
@@ -129,10 +144,14 @@ def test_a_layer_keeps_the_dtype_and_its_buffers_serve_shorter_batches(name: Act
 
 @each_activation
 def test_a_step_allocates_no_arrays_once_its_buffers_are_there(name: ActivationName) -> None:
-    inputs, weight, bias = doubles(1024, 128), doubles(128, 128, seed=1), doubles(128, seed=2)
-    weight_gradient, bias_gradient = np.empty_like(weight), np.empty_like(bias)
+    inputs = doubles(1024, 128)
+    weight = doubles(128, 128, seed=1)
+    bias = doubles(128, seed=2)
+    weight_gradient = np.empty_like(weight)
+    bias_gradient = np.empty_like(bias)
     slope = doubles(1024, 128, seed=3)
-    dense, activation = Dense(), ACTIVATIONS[name]()
+    dense = Dense()
+    activation = ACTIVATIONS[name]()
 
     def step() -> None:
         values = dense.forward(inputs, weight, bias)

@@ -53,7 +53,8 @@ def test_loss_and_gradient_are_torchs(name: LossName, outputs: NDArray[np.float6
 def test_gradient_matches_central_differences(
     name: LossName, outputs: NDArray[np.float64], labels: NDArray[Any], numerical_gradient: NumericalGradient
 ) -> None:
-    gradient, moved = np.empty_like(outputs), outputs.copy()
+    gradient = np.empty_like(outputs)
+    moved = outputs.copy()
     LOSSES[name](outputs, labels, gradient)
     expected = numerical_gradient(lambda: LOSSES[name](moved, labels, np.empty_like(moved)), moved)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-8)
@@ -63,7 +64,8 @@ def test_gradient_matches_central_differences(
 def test_the_gradient_may_replace_the_outputs(
     name: LossName, outputs: NDArray[np.float64], labels: NDArray[Any]
 ) -> None:
-    apart, in_place = np.empty_like(outputs), outputs.copy()
+    apart = np.empty_like(outputs)
+    in_place = outputs.copy()
     loss = LOSSES[name](outputs, labels, apart)
     assert LOSSES[name](in_place, labels, in_place) == loss
     np.testing.assert_array_equal(in_place, apart)
@@ -82,7 +84,8 @@ def test_cross_entropy_of_equal_logits_is_log_classes() -> None:
 def test_cross_entropy_ignores_a_shift_and_its_gradient_sums_to_zero(
     logits: NDArray[np.float64], labels: NDArray[np.int64], shift: float
 ) -> None:
-    gradient, shifted = np.empty_like(logits), np.empty_like(logits)
+    gradient = np.empty_like(logits)
+    shifted = np.empty_like(logits)
     loss = cross_entropy(logits, labels, gradient)
     assert cross_entropy(logits + shift, labels, shifted) == pytest.approx(loss, rel=1e-9, abs=1e-9)
     np.testing.assert_allclose(shifted, gradient, atol=1e-9)

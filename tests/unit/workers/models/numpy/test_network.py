@@ -98,7 +98,8 @@ def test_gradient_is_written_through_a_layouts_views() -> None:
 def test_a_short_last_batch_is_computed_as_if_it_were_alone(activation: ActivationName) -> None:
     network = Network((6, 5, 3), "cross_entropy", activation)
     weights = network.initial_weights(0)
-    long, short = batch(8), batch(3, seed=5)
+    long = batch(8)
+    short = batch(3, seed=5)
     before = gradient_of(network, weights, *long)
     expected = gradient_of(Network((6, 5, 3), "cross_entropy", activation), weights, *short)
     for (loss, gradient), (other_loss, other) in [
@@ -153,7 +154,8 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
 @each_activation
 def test_initial_weights_have_the_deviation_of_their_initialisation(activation: ActivationName) -> None:
     tensors = Network((400, 300, 200), "cross_entropy", activation).initial_weights(0)
-    hidden, output = tensors["layers.0.weight"], tensors["layers.1.weight"]
+    hidden = tensors["layers.0.weight"]
+    output = tensors["layers.1.weight"]
     glorot = [np.sqrt(6 / (400 + 300)), np.sqrt(6 / (300 + 200))]
     deviation = glorot[0] / np.sqrt(3) if activation == "tanh" else np.sqrt(2 / 400)
     assert hidden.std() == pytest.approx(deviation, rel=0.01)
