@@ -192,25 +192,35 @@ def test_who_finds_no_room_in_the_crowd_has_a_thread_of_its_own(
 
 
 def test_a_crowd_that_fails_keeps_nobody_waiting_and_who_comes_later_has_a_thread_of_its_own(
-    harnesses: Harnesses,
+    harnesses: Harnesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Broken:
-        def __init__(self, poll: Any) -> None:
-            self._poll = poll
+    class Breaking:
+        """A poll that fails once it has returned a frame since it was armed."""
+
+        def __init__(self) -> None:
+            self._poll = epoll()
+            self.armed = False
+            self._returned = False
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._poll, name)
 
         def poll(self) -> Any:
-            raise MemoryError("no room")
+            if self._returned:
+                raise MemoryError("no room")
+            events = self._poll.poll()
+            self._returned = self.armed
+            return events
 
+    epoll = select.epoll
+    monkeypatch.setattr("psgd.serving.poller.select.epoll", Breaking)
     harness = harnesses()
     crews = [harness.lane("crowd", worker) for worker in ("worker-0", "worker-1")]
     for number, client in enumerate(crews):  # from here on both are in the crowd
         client.lane.push(client.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
     served = harness.listener._poller
     assert served is not None
-    served._poll = Broken(served._poll)  # type: ignore[assignment]
+    served._poll.armed = True  # type: ignore[attr-defined]
     receipt = crews[0].lane.push(crews[0].gradient(0, batch(2), V1), 0, wants=False).receipt(LIMIT_S)
     assert receipt.outcome is Outcome.APPLIED, "what was taken is answered"
     harness.log.wait("the connections of all workers with small pushes were closed by the server's own fault")
