@@ -1,4 +1,4 @@
-"""Incidents: what failed in a run, and what it cost."""
+"""Counts of a run's failures by kind, and of the batches that they wasted."""
 
 from __future__ import annotations
 
@@ -11,58 +11,59 @@ UNCHARGED = {"preempted", "save_failed", "poison"}
 
 
 class WorkerDeath(NamedTuple):
-    """A worker's death with a lease at work."""
+    """The death of a worker that was working through a lease."""
 
     worker: str
-    at: float  # seconds, of the host's clock
-    suspicious: bool  # whether the batch it was at may be why
+    at: float  # seconds, on the host's clock
+    suspicious: bool  # True if the batch in hand may be the cause
 
 
 class FailureCounts:
     """Counts failures by kind.
 
     Attributes:
-        failures: how many there were of each kind.
-        useful: batches that came into the weights, or were done without, over this process.
+        failures: kind -> number of failures.
+        useful: number of batches that this process brought into the weights or skipped.
     """
 
     def __init__(self) -> None:
         self.failures = Counter[str]()
-        self._open: dict[int, WorkerDeath] = {}  # by the lease that was at work
-        self._in_hand = 0  # batches that workers died at
+        self._open: dict[int, WorkerDeath] = {}  # lease in hand -> the death
+        self._in_hand = 0  # number of batches in the hands of workers that died
         self._done_before = 0
         self.useful = 0
 
     @property
     def charged(self) -> int:
-        """Failures that count against `failure.max_failures`."""
+        """Return the number of failures that count against `failure.max_failures`."""
         return sum(count for kind, count in self.failures.items() if kind not in UNCHARGED)
 
     def count(self, kind: str) -> None:
+        """Count a failure."""
         self.failures[kind] += 1
 
     def begin(self, done: int) -> None:
-        """Training begins with so many batches done."""
+        """Start counting: training begins with `done` batches in the weights."""
         self._done_before = done
 
     def progressed(self, done: int) -> None:
-        """So many batches are done."""
+        """Note that `done` batches are in the weights or skipped now."""
         self.useful = max(0, done - self._done_before)
 
     def died(self, lease: int, worker: str, now: float, suspicious: bool) -> None:
-        """A worker is gone in the middle of a lease."""
+        """Note that a worker died while it worked through a lease."""
         self._in_hand += 1
         self._open[lease] = WorkerDeath(worker, now, suspicious)
 
     def settled(self, lease: int) -> WorkerDeath | None:
-        """What became of a lease's batches is known; the incident that ended it, if one did."""
+        """Return the death that ended a lease, whose batches are no longer in doubt; None if it ended otherwise."""
         return self._open.pop(lease, None)
 
     def goodput(self, pushes: int) -> float | None:
-        """Useful batches over computed ones.
+        """Return the share of computed batches that no failure wasted; None if none was computed.
 
         Args:
-            pushes: that servers heard of.
+            pushes: number of pushes that reached the servers.
         """
         computed = pushes + self._in_hand
         return min(1.0, self.useful / computed) if computed else None

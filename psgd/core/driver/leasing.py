@@ -1,4 +1,4 @@
-"""Leasing: who gets which batches now, how many, and when an idle worker takes over from a slow one."""
+"""Leasing: which worker gets which batches, how many, and when an idle worker takes over from a slow one."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from psgd_workers.messages import Lease
 
 __all__ = ["Leasing"]
 
-TAKEOVER_S = 1.0  # a lease that has so long to go is shared with who is idle; less is not seen through reports
-LOOK_S = 0.25  # between two looks for such a lease, which cost a millisecond with a thousand workers
-TAKEOVER_FACTOR = 4  # ... and so many batches of the idle worker's
+TAKEOVER_S = 1.0  # seconds of work left in a lease from which on it is shared; reports do not resolve less
+LOOK_S = 0.25  # seconds between two searches for such a lease; a search costs 1 ms with 1,000 workers
+TAKEOVER_FACTOR = 4  # and the least work left, in batches of the idle worker
 
 
 class Leasing:
-    """Gives the ledger's batches to the roster's workers.
+    """Leases the ledger's batches to the workers.
 
     Args:
         spec: the job.
-        ledger: what is left to do.
-        roster: who can do it.
-        servers: how far they are.
-        limits: how far they are to come.
+        ledger: record of the epoch's batches.
+        worker_table: the workers.
+        servers: newest report of each server.
+        limits: limits of the run.
     """
 
     def __init__(
@@ -40,37 +40,37 @@ class Leasing:
         self._worker_table = worker_table
         self._server_reports = servers
         self._limits = limits
-        self._held: dict[str, int] = {}  # worker -> its lease that a server did not answer in
-        self._slow: dict[str, WorkerRecord] = {}  # whose leases were shared
-        self._look_at = 0.0  # when it may be worth it to share again
+        self._held: dict[str, int] = {}  # worker -> its lease in which a server did not answer
+        self._slow: dict[str, WorkerRecord] = {}  # workers whose leases were shared
+        self._look_at = 0.0  # time of the next search for a lease to share
         self._actions: list[Action] = []
         self.change(spec.consistency)
 
     def change(self, consistency: ConsistencySpec) -> None:
-        """Go on in another mode."""
+        """Continue in another consistency mode."""
         self._mode = build_consistency(consistency)
 
     @property
     def in_lockstep(self) -> bool:
-        """Whether leases are striped over all workers."""
+        """Return True if leases are striped over all workers."""
         return self._mode.in_lockstep(self._most_workers)
 
     def hold(self, worker: WorkerRecord, lease: int) -> None:
-        """A server did not answer in that lease: its worker gets nothing until all of them have reported since."""
+        """Lease the worker nothing until every server has reported: one did not answer during that lease."""
         self._held[worker.name] = lease
 
     @property
     def holds(self) -> bool:
-        """Whether some worker is held."""
+        """Return True if some worker is held."""
         return any(self._ledger.in_doubt(lease) for lease in self._held.values())
 
     def lease(self, now: float) -> list[Action]:
-        """Give everybody who can take it as much as there is."""
+        """Lease batches to every worker below its quota. Return what the host must do."""
         self._actions = []
         if self.in_lockstep:
             self._lease_rounds(now)
         elif self._left():
-            for ahead in range(AHEAD):  # nobody idles before another has a lease queued
+            for ahead in range(AHEAD):  # no worker is idle while another has a lease queued
                 for worker in [
                     worker for worker in self._worker_table.below_quota.values() if len(worker.leases) == ahead
                 ]:
@@ -82,7 +82,7 @@ class Leasing:
         return self._actions
 
     def call_off(self) -> list[Action]:
-        """A lease whose last batches others have done by now ends after the batch in hand."""
+        """Cancel leases whose last batches other workers have done; they end after the batch in hand."""
         actions: list[Action] = []
         for worker in list(self._slow.values()):
             done = list(takewhile(self._ledger.is_done, worker.leases))
@@ -94,12 +94,12 @@ class Leasing:
         return actions
 
     def cancel(self, worker: WorkerRecord) -> Cancel:
-        """All leases of a worker end after the batch in hand."""
+        """End all leases of a worker after the batch in hand."""
         worker.called_off = self._ledger.newest_lease
         return Cancel(worker.name, worker.called_off)
 
     def leave_idle(self) -> list[Action]:
-        """A worker without a lease is not live: no round may wait for it."""
+        """Return orders to leave for workers without a lease, so that no round waits for them."""
         idle = [worker for worker in self._worker_table if worker.joined and not worker.leases]
         for worker in idle:
             worker.joined = False
@@ -111,30 +111,35 @@ class Leasing:
         return worker.name in self._held
 
     def _share(self, now: float) -> None:
-        """Share what takes longest with idle workers, one after the other, as long as that is worth it."""
+        """Share the longest leases with idle workers, one after the other, while that pays off."""
         for idle in [worker for worker in self._worker_table.below_quota.values() if not worker.leases]:
             if not self._is_held(idle) and not self._take_over(idle, now):
                 self._look_at = now + LOOK_S
                 break
 
     def _take_over(self, idle: WorkerRecord, now: float) -> bool:
-        """Share the lease that has longest to go with an idle worker; whether that is worth it."""
+        """Share the lease with the most work left with an idle worker. Return False if none is long enough."""
         seconds, lease, slow = self._longest(max(TAKEOVER_S, TAKEOVER_FACTOR * (idle.batch_s or 0)), idle, now)
         if slow is idle:
             return False
         left = self._ledger.left(lease)
         pace = seconds / left
-        share = max(1, round(left * pace / (pace + (idle.batch_s or pace))))  # a new worker is taken to be as fast
+        share = max(1, round(left * pace / (pace + (idle.batch_s or pace))))  # a new worker is assumed to be as fast
         self._grant(idle, self._ledger.take_over(lease, share), now)
         self._slow[slow.name] = slow
         self._actions.append(Note("taken_over", {"worker": slow.name, "by": idle.name, "batches": share}))
         return True
 
     def _longest(self, least_s: float, nobody: WorkerRecord, now: float) -> tuple[float, int, WorkerRecord]:
-        """The lease that has longest to go, at least so long, and whose it is; or nobody's.
+        """Return the seconds left, the lease and the worker of the lease with the most work left.
 
-        That is by its worker's pace until now, and by its silence. What is left of a lease is counted only where the
-        whole of it would take longer than what was found.
+        The estimate is the worker's pace times its batches left, or the time since its last sign of life if that is
+        longer. Batches left are counted only for leases that would beat the best found so far as a whole.
+
+        Args:
+            least_s: seconds of work left that a lease must have.
+            nobody: worker to return if no lease has that much.
+            now: the host's clock, seconds.
         """
         found = (least_s, -1, nobody)
         leases = [
@@ -157,30 +162,31 @@ class Leasing:
         return max(worker.leases[lease] * pace, now - worker.alive_at)
 
     def _left(self) -> int:
-        """Batches that can be leased."""
+        """Return the number of batches that can be leased."""
         return min(self._ledger.pending, self._batches_allowed())
 
     def _size(self, worker: WorkerRecord, left: int) -> int:
-        """Half an even share of what is left: leases shrink towards an end, so that workers end together.
+        """Return the size of a worker's next lease: at most half an even share of what is left.
 
-        Those that are still to come up count too: what the first one has on lease, it would keep from them.
+        Leases shrink towards an epoch's end, so that workers end together. Workers that have not started yet count too:
+        the first one up must leave them a share.
         """
         workers = max(len(self._worker_table.up), min(self._worker_table.least, self._worker_table.target))
         share = left if workers <= 1 else ceil(left / (2 * workers))
         return min(self._worker_table.lease_size(worker), max(share, self._worker_table.least_lease_size(worker)), left)
 
     def _batches_allowed(self) -> int:
-        """How many more batches `max_updates` leaves to be leased."""
+        """Return the number of batches that may be leased before `run.max_updates` is reached."""
         left = self._limits.updates_left(self._server_reports.updates)
         if left is None:
             return self._ledger.pending
         per_update = self._mode.batches_per_update(len(self._worker_table.up))
-        # Contained, but in no update yet.
+        # Contained in the state, but in no step yet.
         buffered = max(report.pushes["buffered"] for report in self._server_reports.reports.values())
         return max(0, left * per_update - self._ledger.outstanding - buffered)
 
     def _lease_rounds(self, now: float) -> None:
-        """Whole blocks of rounds, to all workers at once, as soon as nobody has a block ahead of its present one."""
+        """Lease whole blocks of rounds to all workers at once, as soon as no worker has a second block queued."""
         workers = [worker for worker in self._worker_table.up if not worker.draining]
         if not workers or any(len(worker.leases) > 1 or self._is_held(worker) for worker in workers):
             return
@@ -191,9 +197,9 @@ class Leasing:
         size = min(self._worker_table.lease_size(worker) for worker in workers)
         rounds = min(size, ceil(self._batches_allowed() / len(workers)))
         leases = self._ledger.grant_striped(len(workers), rounds)
-        granted = list(zip(workers, leases, strict=False))  # an epoch's last block may leave some without
+        granted = list(zip(workers, leases, strict=False))  # an epoch's last block may be too small for all
         for worker, _ in granted:
-            self._join(worker)  # all of them, before the first can push
+            self._join(worker)  # all workers join before the first one can push
         for worker, lease in granted:
             self._grant(worker, lease, now)
 

@@ -1,4 +1,4 @@
-"""When a run has gone far enough."""
+"""The limits at which a run ends: epochs, updates, time, or a target for a metric."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ class Limits:
     """The limits of a job's `run`; the first that is reached ends it.
 
     Args:
-        run: the limits.
+        run: the job's `run` section.
     """
 
     def __init__(self, run: RunConfig) -> None:
         self._run = run
 
     def reached(self, epochs: int, updates: int) -> bool:
-        """Whether enough of the data, or enough steps, are in the weights."""
+        """Return True if the run has completed `run.epochs` epochs or made `run.max_updates` updates."""
         run = self._run
         return (run.epochs is not None and epochs >= run.epochs) or (
             run.max_updates is not None and updates >= run.max_updates
         )
 
     def updates_left(self, updates: int) -> int | None:
-        """Steps that `max_updates` still allows; None: any number."""
+        """Return the number of steps that `run.max_updates` still allows; None if it is not set."""
         return None if self._run.max_updates is None else max(0, self._run.max_updates - updates)
 
     def deadline(self, began: float | None) -> float:
-        """When the time is up."""
+        """Return the time at which `run.max_time_s` is over, on the clock of `began`; infinity if it never is."""
         return float("inf") if began is None or self._run.max_time_s is None else began + self._run.max_time_s
 
     def target_reached(self, epochs: int, reports: Iterable[Report], evaluations: Iterable[Evaluation]) -> bool:
-        """Whether a complete epoch's metric is as good as the target."""
+        """Return True if the metric of a complete epoch has reached `run.target`.
+
+        Args:
+            epochs: number of complete epochs.
+            reports: newest report of each partition.
+            evaluations: every evaluation so far.
+        """
         target = self._run.target
         if target is None:
             return False

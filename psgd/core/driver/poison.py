@@ -1,4 +1,4 @@
-"""Suspects: batches that may be what kills workers, and those that were given up as poison."""
+"""Batches that may kill their workers, and the ones that are treated as poison."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["PoisonTracker"]
 
 
 class PoisonTracker:
-    """Counts tries.
+    """Counts the failed attempts at each batch.
 
-    A worker that dies leaves a lease; the first batch of it that no server contains is what it was at. A gradient that
-    is not finite is a try as well.
+    The batch in hand when a worker died is the first batch of its lease that no server contains. A gradient that is not
+    finite counts as a failed attempt as well.
 
     Args:
-        grid: the shape of an epoch.
-        tries: after so many a batch is poison.
+        grid: number of batches by shard.
+        tries: number of failed attempts that make a batch poison.
     """
 
     def __init__(self, grid: EpochGrid, tries: int) -> None:
@@ -31,12 +31,12 @@ class PoisonTracker:
         self.poison: set[BatchId] = set()
 
     def died(self, batch: BatchId) -> bool:
-        """A worker died at it; whether it is poison now, for the first time."""
+        """Count the death of a worker at `batch`. Return True if that makes the batch poison."""
         self._deaths[batch] += 1
         return self._judge(batch)
 
     def rejected(self, counts: Iterable[tuple[BatchId, int]]) -> list[BatchId]:
-        """How often each batch's gradient was not finite, as a server counts; those that are poison now."""
+        """Take over a server's counts of gradients that were not finite. Return the batches that became poison."""
         found = []
         for batch, count in counts:
             self._rejected[batch] = max(self._rejected[batch], count)
@@ -45,10 +45,11 @@ class PoisonTracker:
         return found
 
     def tries(self, batch: BatchId) -> int:
+        """Return the number of failed attempts at a batch."""
         return self._deaths[batch] + self._rejected[batch]
 
     def skips(self, ledger: Ledger) -> list[Skip]:
-        """Every partition is to do without the poison of the epoch; one that was restored may not know it yet."""
+        """Withhold the epoch's poison from leases. Return orders to skip it, which a restored server needs again."""
         poison = sorted(batch for batch in self.poison if batch.epoch == ledger.epoch)
         for batch in poison:
             ledger.withhold(self._grid.position(batch))

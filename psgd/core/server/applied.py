@@ -1,4 +1,4 @@
-"""The applied set: which batches a partition's state contains, and which it was decided to do without."""
+"""The applied set: the batches whose gradient a partition's state contains, and the batches that were skipped."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class AppliedSet:
     A batch is *settled* once it is contained or skipped; an epoch is complete when all its batches are.
 
     Args:
-        grid: the shape of an epoch.
-        epochs: every batch of the epochs before this one is settled.
-        settled: bitmaps of open epochs, copied.
-        skipped: likewise, of the settled batches that are not contained; an epoch left out has none.
+        grid: number of batches by shard.
+        epochs: number of complete epochs: every batch of the earlier ones is settled.
+        settled: epoch -> bitmap of its settled batches, for each open epoch; copied.
+        skipped: epoch -> bitmap of its skipped batches; an epoch without an entry has none; copied.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class AppliedSet:
         self._missing = {epoch: int((~bitmap).sum()) for epoch, bitmap in self._settled.items()}
 
     def __contains__(self, batch: BatchId) -> bool:
-        """Whether the batch is settled."""
+        """Return True if the batch is settled."""
         if batch.epoch < self.epochs:
             return True
         bitmap = self._settled.get(batch.epoch)
         return bitmap is not None and bool(bitmap[self._grid.position(batch)])
 
     def add(self, batch: BatchId, skip: bool = False) -> None:
-        """Settle a batch that is not settled yet, as contained or as skipped."""
+        """Settle a batch, as contained or as skipped. It must not be settled yet."""
         epoch = batch.epoch
         position = self._grid.position(batch)
         settled = self._settled.get(epoch)
@@ -67,18 +67,19 @@ class AppliedSet:
             self.epochs += 1
 
     def settled(self) -> dict[int, Bitmap]:
-        """Copies of the bitmaps of the open epochs."""
+        """Return epoch -> copy of the bitmap of settled batches, for each open epoch."""
         return {epoch: bitmap.copy() for epoch, bitmap in self._settled.items()}
 
     def skipped(self) -> dict[int, Bitmap]:
-        """Copies of the bitmaps of what was skipped in the open epochs."""
+        """Return epoch -> copy of the bitmap of skipped batches, for each open epoch that has some."""
         return {epoch: bitmap.copy() for epoch, bitmap in self._skipped.items()}
 
     @property
     def between_epochs(self) -> bool:
-        """Whether no epoch is open: the complete ones are all there is."""
+        """Return True if no epoch is partly settled."""
         return not self._settled
 
     def __len__(self) -> int:
+        """Return the number of settled batches over all epochs."""
         open_ones = self._grid.num_batches * len(self._missing) - sum(self._missing.values())
         return self.epochs * self._grid.num_batches + open_ones

@@ -1,4 +1,4 @@
-"""Average: an exponential moving average of the weights, which is what a job that keeps one evaluates."""
+"""An exponential moving average of the weights. A job that keeps one evaluates it in place of the weights."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ __all__ = ["Average"]
 
 
 class Average:
-    """avg ← d·avg + (1 - d)·w, with d = min(decay, (1 + k) / (10 + k)) at the k-th step: the start is forgotten.
+    """Exponential moving average of the weights w.
+
+    avg ← d·avg + (1 - d)·w, with d = min(decay, (1 + k) / (10 + k)) at step k, so that early weights fade quickly.
 
     Args:
-        decay: in (0, 1). Higher: more steps are averaged.
-        weights: `[size]` float32, where it begins; copied.
+        decay: factor in (0, 1). Higher → more steps are averaged.
+        weights: `[size]` float32, initial value of the average; copied.
 
     Attributes:
         values: `[size]` float32, the average.
 
-    As TensorFlow's with `num_updates`: https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+    Same rule as TensorFlow's with `num_updates`:
+    https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
     """
 
     def __init__(self, decay: float, weights: FloatArray) -> None:
@@ -29,7 +32,7 @@ class Average:
         self.values = weights.copy()
 
     def take(self, weights: FloatArray, steps: int) -> None:
-        """Average the weights in as they are after so many steps."""
+        """Update the average with the weights `[size]` after `steps` optimizer steps."""
         decay = min(self._decay, (1 + steps) / (10 + steps))
         for part, scratch, _ in self._blocks:
             averaged = self.values[part]

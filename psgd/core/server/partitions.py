@@ -1,4 +1,4 @@
-"""How the weights are cut into partitions, one for each server."""
+"""Partitions: the slices of the weights, one for each server."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from psgd.errors import SpecError
 
 __all__ = ["Partition", "partition_weights"]
 
-LINE = 16  # values in a cache line of 64 bytes, which no two servers of a node should write to
+LINE = 16  # float32 values in a cache line of 64 bytes: two servers on one node must not write to the same line
 
 
 class Partition(NamedTuple):
-    """Which slice of the weights a server holds."""
+    """The slice of the weights that one server holds."""
 
-    number: int
-    start: int
-    stop: int
+    number: int  # from 0
+    start: int  # first value of the slice, as an index into the flat weights
+    stop: int  # one past the last value
     num_trainable: int  # values of the slice before the first buffer
 
 
 def partition_weights(num_parameters: int, num_trainable: int, servers: int) -> tuple[Partition, ...]:
     """Cut the weights into contiguous slices of about the same number of bytes.
 
-    Sizes differ by at most 16 values. Inner boundaries are multiples of 16, where every server gets as many.
+    Sizes differ by at most 16 values. Inner boundaries are multiples of 16 if every server gets at least 16 values.
 
     Args:
         num_parameters: length of the flat weights.
-        num_trainable: of these, how many lie before the first buffer.
-        servers: how many slices.
+        num_trainable: number of values before the first buffer.
+        servers: number of slices.
 
     Raises:
-        SpecError: there are fewer values than servers.
+        SpecError: the model has fewer values than there are servers.
 
     Example:
-        >>> [(part.start, part.stop) for part in split(100, 100, servers=3)]
+        >>> [(part.start, part.stop) for part in partition_weights(100, 100, servers=3)]
         [(0, 32), (32, 64), (64, 100)]
     """
     if num_parameters < servers:
         raise SpecError(
-            f"scaling.servers is {servers}, but the model has {num_parameters} parameters, and no server may be left "
-            f"without one: set it to {num_parameters} at most"
+            f"scaling.servers is {servers}, but the model has {num_parameters} parameters, and every server "
+            f"needs at least one: set scaling.servers to {num_parameters} or less"
         )
     unit = LINE if num_parameters >= LINE * servers else 1
     units, more = divmod(num_parameters // unit, servers)  # the first `more` slices get a unit more

@@ -1,4 +1,4 @@
-"""The published vector: the weights that workers are shown, which they may be reading while a step is made."""
+"""The published vector: the weights that workers read, perhaps while a step changes them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ __all__ = ["PrivateVector", "Published"]
 
 
 class Published(Protocol):
-    """Values of which a reader must know whether they changed meanwhile."""
+    """Port: a vector that tells its readers when it changes."""
 
     values: FloatArray  # [partition size]
 
     def begin(self) -> None:
-        """The values are about to change."""
+        """Announce that the values are about to change."""
 
     def end(self, version: Version) -> None:
-        """They have changed, and are of that version now."""
+        """Announce that the values changed and belong to `version` now."""
 
 
 class PrivateVector:
-    """Values that nobody reads but through their owner.
+    """A vector in the server's own memory, which only the server reads.
 
     Args:
-        size: how many.
+        size: number of values.
     """
 
     def __init__(self, size: int) -> None:
         self.values: FloatArray = np.empty(size, np.float32)
 
     def begin(self) -> None:
-        """Nobody is looking."""
+        """No-op: this vector has no concurrent readers."""
 
     def end(self, version: Version) -> None:
-        """Nobody has been looking."""
+        """No-op: this vector has no concurrent readers."""

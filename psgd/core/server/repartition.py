@@ -1,8 +1,8 @@
-"""Re-partitioning: the states of some servers become those of another number of them, and nothing is computed anew.
+"""Re-partitioning: cuts the states of some servers into the states of another number of servers.
 
-That is possible while all partitions contain the same batches: then any value of the weights may move to another server
-with what belongs to it (its average, its moments, its part of an open sum), and finds the same counts there. It is so
-at an epoch's end, and after a run was stopped in good order.
+This is possible if all partitions contain the same batches, as they do at an epoch's end and after a run was stopped
+in good order. Then a value of the weights can move to another server together with its average, its moments and its
+part of an open sum, and the counters there are the same.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from psgd_workers.messages import Outcome
 __all__ = ["disagreement", "repartition"]
 
 EQUAL = ("epochs", "samples", "counted", "aggregator", "correction", "settings", "changes")
-SETS = ("settled", "skipped")  # of batches
-OF_ALL = ("weights", "aggregator")  # a value for each of the partition's; others, for each that is trained
+SETS = ("settled", "skipped")  # bitmaps of batches
+OF_ALL = (
+    "weights",
+    "aggregator",
+)  # arrays with one value per value of the partition; others have one per trained value
 LASTING = (Outcome.APPLIED.value, Outcome.DISCARDED.value)  # outcomes that change the state
 
 
 def disagreement(states: Sequence[ServerState]) -> str | None:
-    """Why these states cannot be cut anew; None: they can.
+    """Return the reason why these states cannot be re-partitioned; None if they can.
 
     Args:
-        states: of all partitions of one checkpoint.
+        states: states of all partitions of one checkpoint.
     """
     first = states[0]
     for state in states[1:]:
@@ -57,7 +60,7 @@ def _difference(one: ServerState, other: ServerState) -> str | None:
 
 
 def _same_sets(one: ServerState, other: ServerState, name: str) -> bool:
-    """An epoch whose bitmap is missing has none of its batches in the set."""
+    """Return True if both states have the same bitmaps; a missing bitmap counts as an empty one."""
     mine = _sets(one, name)
     theirs = _sets(other, name)
     return mine.keys() == theirs.keys() and all(np.array_equal(mine[epoch], theirs[epoch]) for epoch in mine)
@@ -72,24 +75,23 @@ def _group(name: str) -> str:
 
 
 def _counts(name: str, array: NDArray[Any]) -> bool:
-    """Whether an array counts something of the whole partition: what has a value for each weight is float32."""
+    """Return True if an array counts something of the whole partition; arrays with a value per weight are float32."""
     return _group(name) not in SETS and array.dtype != np.float32
 
 
 def repartition(states: Sequence[ServerState], partition: Partition) -> ServerState:
-    """The state of one partition, made of those of others.
+    """Return the state of a new partition, cut from the states of the old ones.
 
-    Its history is empty. What a worker read before, it read of partitions that are no more: no version of theirs names
-    an ancestor of all of this one's weights. Nothing is lost, as no worker outlives its driver.
-
-    Statistics that are not the same everywhere are those of the partition in which the new one begins.
+    Its history is empty: a version of an old partition names no ancestor of all of the new partition's weights. Nothing
+    is lost by that, as no worker outlives its driver. Statistics that differ between partitions are taken from the old
+    partition in which the new one begins.
 
     Args:
-        states: of all partitions of one checkpoint; there is no `disagreement`.
-        partition: the new one.
+        states: states of all partitions of one checkpoint, without `disagreement`.
+        partition: the new partition.
 
     Returns:
-        Arrays may be views of the old ones.
+        A state whose arrays may be views of the old ones.
     """
     states = sorted(states, key=lambda state: int(state.metadata["partition"][1]))
     begins = max((state for state in states if state.metadata["partition"][1] <= partition.start), key=_start)
@@ -114,7 +116,7 @@ def _start(state: ServerState) -> int:
 
 
 def _cut(name: str, states: Sequence[ServerState], partition: Partition) -> NDArray[Any]:
-    """The values from the partition's first to its last, or to its last one that is trained."""
+    """Return an array's values from the partition's first value to its last one, or to its last trained one."""
     stop = partition.stop if _group(name) in OF_ALL else partition.start + partition.num_trainable
     parts = []
     for state in states:

@@ -1,4 +1,4 @@
-"""What a server tells the driver: its version, what its state contains, and what it counted."""
+"""A server's report to the driver: its version, the batches that its state contains, and its counters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["EpochLoss", "Mark", "Report", "staleness_summary"]
 
 
 class Mark(NamedTuple):
-    """How far a server was at one instant of its clock."""
+    """A server's progress at one instant of its clock."""
 
     now: float  # seconds
     updates: int
@@ -21,48 +21,53 @@ class Mark(NamedTuple):
 
 
 class EpochLoss(NamedTuple):
-    """Training loss summed over the examples of one epoch applied so far."""
+    """Training loss, summed over the examples of one epoch that were applied so far."""
 
     total: float
     examples: int
 
     @property
     def mean(self) -> float:
+        """Return the loss per example."""
         return self.total / self.examples
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One partition at one instant; arrays are copies."""
+    """The state of one partition at one instant. Arrays are copies."""
 
     partition: int
     version: Version
-    epochs: int  # complete: every batch of the epochs before this one is in the state, or skipped
-    settled: Mapping[int, Bitmap]  # over positions, of the epochs that are open: contained or skipped
-    pushes: Mapping[str, int]  # by outcome, over the whole run; buffered: now
-    staleness: Mapping[int, int]  # staleness -> applied gradients
-    losses: Mapping[int, EpochLoss]  # of the newest epochs
+    epochs: int  # number of complete epochs: every batch of the earlier ones is contained or skipped
+    settled: Mapping[int, Bitmap]  # open epoch -> bitmap over positions: contained or skipped
+    pushes: Mapping[str, int]  # outcome -> pushes over the whole run; buffered: at present
+    staleness: Mapping[int, int]  # staleness -> number of applied gradients
+    losses: Mapping[int, EpochLoss]  # epoch -> loss, for the newest epochs
     samples: int  # examples applied
-    heard: Mapping[str, int]  # live worker -> its pushes, whatever became of them
-    parked: frozenset[str]  # workers whose receipt is not yet given
-    bytes_pushed: int  # of the vectors of all pushes
-    first: Mark | None  # this incarnation's first step
-    last: Mark | None  # ... and newest
-    longest_s: float  # that a batch has taken to compute, since this server started
-    rejected: Mapping[BatchId, int]  # batches of open epochs -> how often their gradient was not finite
+    heard: Mapping[str, int]  # live worker -> number of its pushes, of any outcome
+    parked: frozenset[str]  # workers whose receipt is held back
+    bytes_pushed: int  # bytes of the vectors of all pushes
+    first: Mark | None  # at this incarnation's first step
+    last: Mark | None  # at its newest step
+    longest_s: float  # longest computing time of a batch since this server started
+    rejected: Mapping[BatchId, int]  # batch of an open epoch -> number of its gradients that were not finite
 
     @property
     def moment(self) -> tuple[int, ...]:
-        """Never less than that of an earlier report of the partition: answers may overtake each other on their way."""
+        """Return a key that orders a partition's reports by age, as answers may overtake each other."""
         settled = sum(int(bitmap.sum()) for bitmap in self.settled.values())
         return self.version.incarnation, sum(self.pushes.values()), self.version.updates, self.epochs, settled
 
     def contained(self, grid: EpochGrid) -> int:
-        """Batches settled, over the whole run."""
+        """Return the number of settled batches over the whole run."""
         return self.epochs * grid.num_batches + sum(int(bitmap.sum()) for bitmap in self.settled.values())
 
     def rate(self, count: str) -> float | None:
-        """Updates or samples per second from the first step to the newest, the first left out."""
+        """Return updates or samples per second from the first step to the newest one; None before a second step.
+
+        Args:
+            count: `updates` or `samples`.
+        """
         if self.first is None or self.last is None or self.last.now <= self.first.now:
             return None
         made: int = getattr(self.last, count) - getattr(self.first, count)
@@ -70,7 +75,7 @@ class Report:
 
 
 def staleness_summary(histogram: Mapping[int, int]) -> dict[str, float | None]:
-    """Mean, median, 95th percentile and maximum of a staleness histogram; percentiles are observed values."""
+    """Return mean, median, 95th percentile and maximum of a staleness histogram; percentiles are observed values."""
     total = sum(histogram.values())
     if total == 0:
         return {"mean": None, "p50": None, "p95": None, "max": None}

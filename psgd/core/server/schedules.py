@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the rate as a function of the examples a partition has counted, and of nothing else.
+"""Learning-rate schedules: the rate as a function of the number of examples that a partition has counted.
 
 The count is saved with the weights, so partitions, restarts and late joiners agree on the rate.
 """
@@ -15,12 +15,12 @@ __all__ = ["Schedule", "build_schedule"]
 class Schedule:
     """η = lr · shape(e) · min(1, (examples + 1) / (warmup · num_examples)), with e = examples / num_examples epochs.
 
-    The + 1 keeps the first step from being none.
+    The + 1 gives the first step a rate above 0.
 
     Args:
-        spec: the shape, and how long the warm-up is.
-        lr: the rate that `spec` scales.
-        num_examples: of one epoch.
+        spec: shape of the schedule and length of its warm-up.
+        lr: base rate η₀, which the shape and the warm-up multiply.
+        num_examples: number of examples in one epoch.
     """
 
     def __init__(self, spec: ScheduleSpec, lr: float, num_examples: int) -> None:
@@ -31,7 +31,11 @@ class Schedule:
         self._constant = isinstance(spec, ConstantSchedule) and not spec.warmup
 
     def rate(self, examples: int) -> float:
-        """η once `examples` examples are counted."""
+        """Return the rate η of the next step.
+
+        Args:
+            examples: number of examples applied or skipped so far.
+        """
         if self._constant:
             return self._lr
         return self._lr * self._shape(examples) * self._warmup(examples)
@@ -52,5 +56,5 @@ class Schedule:
 
 
 def build_schedule(spec: ScheduleSpec, lr: float, num_examples: int) -> Schedule:
-    """The schedule that a job asks for, over epochs of `num_examples` examples."""
+    """Build the schedule of a job whose epochs have `num_examples` examples."""
     return Schedule(spec, lr, num_examples)

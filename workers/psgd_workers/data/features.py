@@ -1,4 +1,4 @@
-"""Features, one example a row: finite float32, as every model wants them, or bytes."""
+"""Features with one example per row: finite float32, or bytes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["check_finite", "row_features"]
 
 
 def row_features(raw: RawArray) -> Features:
-    """The features as `[num_examples, *example_shape]`, C-contiguous; `[num_examples]` gets one column.
+    """Return the features as a C-contiguous array `[num_examples, *example_shape]`. A vector becomes one column.
 
-    Bytes (uint8) stay what they are; everything else becomes float32.
+    Bytes (uint8) stay bytes. Every other dtype becomes float32.
 
     Raises:
-        DataError: they are not numbers, are empty, or hold a value that is not finite in float32.
+        DataError: the values are not numbers, there are none, or one is not finite in float32.
     """
     if raw.values.dtype.kind not in "biuf":
         raise DataError(
@@ -36,13 +36,16 @@ def row_features(raw: RawArray) -> Features:
 
 
 def check_finite(name: str, values: FloatArray) -> None:
-    """Refuse NaN and infinities, naming the first.
+    """Refuse NaN and infinities.
 
     Args:
-        name: what to call the values in the message.
+        name: name of the values for the message.
         values: `[examples, ...]`, not empty.
+
+    Raises:
+        DataError: a value is not finite; the message names the first one.
     """
-    if np.isfinite(values.min()) and np.isfinite(values.max()):  # both carry a NaN on, and need no memory
+    if np.isfinite(values.min()) and np.isfinite(values.max()):  # both propagate NaN, and need no memory
         return
     row, *rest = np.argwhere(~np.isfinite(values))[0].tolist()
     column = rest[0] if len(rest) == 1 else tuple(rest)

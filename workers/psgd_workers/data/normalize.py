@@ -1,4 +1,4 @@
-"""Normalisation by the statistics of the training part, in place and piece by piece: the data may be most of memory."""
+"""Normalisation by statistics of the training part, in place and piece by piece: the data may fill most of memory."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def normalize(kind: Literal["none", "unit", "standardize"], train: Examples, *ot
     = standard deviation (of the population), per feature. A scale of 0 is taken as 1, so that constants become 0.
 
     Args:
-        kind: which; `none` leaves everything as it is.
-        train: from which shift and scale are taken; features that are float32 are overwritten.
-        others: to transform alike.
+        kind: the normalisation; `none` changes nothing.
+        train: training examples, from which shift and scale are computed. Float32 features are overwritten.
+        others: other examples, transformed by the same shift and scale.
 
     Returns:
-        All parts. Bytes are still bytes after `unit`, and are normalised batch by batch; after `standardize`, they are
+        All parts. After `unit`, bytes are still bytes and are normalised batch by batch; after `standardize` they are
         float32.
     """
     parts = (train, *others)

@@ -1,4 +1,4 @@
-"""What a reader found in its format, with the names to use in messages about it; nothing is checked yet."""
+"""Unchecked arrays as a format's reader found them, with names for messages about them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["RawArray", "RawData", "RawPart"]
 
 @dataclass(frozen=True, slots=True)
 class RawArray:
-    """An array, and what to call it in a message."""
+    """An array and its name for messages."""
 
-    name: str  # "mnist.npz: x_train"
-    values: NDArray[Any]  # of any dtype and shape; nobody else's, since features are normalised in place
+    name: str  # such as "mnist.npz: x_train"
+    values: NDArray[Any]  # any dtype and shape; owned by this object, since features are normalised in place
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class RawPart:
 
 @dataclass(frozen=True, slots=True)
 class RawData:
-    """All that a reader found."""
+    """The content of a data set."""
 
     parts: tuple[RawPart, ...]  # the training part, then the validation part if there is one
     classes: tuple[str, ...] | None = None  # names of the classes 0, 1, ..., if the format has them

@@ -1,4 +1,4 @@
-"""Setting a part of the examples aside to validate on."""
+"""Splits a validation part off the examples."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from psgd_workers.errors import DataError
 
 __all__ = ["split_validation"]
 
-SPAWN_KEY = (0,)  # sets this stream apart from those of `Shards`, whose keys have another length
+SPAWN_KEY = (0,)  # distinguishes this random stream from those of `Shards`, whose keys have another length
 
 
 def split_validation(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """Draw the validation part at random; both parts keep the order of the file.
+    """Draw the validation part at random. Both parts keep the order of the file.
 
     Args:
-        examples: at least two.
-        fraction: share of the examples to validate on, in (0, 1); rounded, but neither part is left empty.
-        seed: of the job, not negative.
+        examples: at least two examples.
+        fraction: share of the examples to validate on, in (0, 1); rounded so that neither part is empty.
+        seed: seed of the job, not negative.
 
     Returns:
         The training part and the validation part.
+
+    Raises:
+        DataError: there is only one example.
     """
     if len(examples) < 2:
         raise DataError("one example cannot be split: drop validation_fraction, or give more data")

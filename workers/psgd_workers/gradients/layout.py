@@ -1,4 +1,4 @@
-"""Where each named tensor lies in the one flat vector that servers hold and lanes carry."""
+"""The layout of the flat vector that servers hold and lanes carry: the slice and shape of each named tensor."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 class Layout:
     """Names, shapes and order of the tensors in a flat vector: trained parameters first, then buffers.
 
-    A *buffer* is state that a step changes without a gradient, such as a batch normalisation's running mean. It rides
-    in the same vector behind the parameters; the optimizer never sees it.
+    A *buffer* is state that a step changes without a gradient, such as a batch normalisation's running mean. It lies
+    in the same vector behind the parameters, and no optimizer changes it.
     """
 
     names: tuple[str, ...]
@@ -40,7 +40,11 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Mapping[str, NDArray[Any]], buffers: Collection[str] = ()) -> Layout:
-        """The layout that holds `tensors`, in their order, those named in `buffers` last."""
+        """Return the layout of `tensors` in their order, with the tensors named in `buffers` last.
+
+        Raises:
+            ModelError: a name in `buffers` is not among the tensors, or no tensor is trainable.
+        """
         if unknown := set(buffers) - set(tensors):
             raise ModelError(f"buffers {sorted(unknown)} are not among the weights {list(tensors)}")
         names = sorted(tensors, key=lambda name: name in buffers)
@@ -51,16 +55,16 @@ class Layout:
         return cls(tuple(names), shapes, trainable)
 
     def views(self, flat: NDArray[Scalar]) -> dict[str, NDArray[Scalar]]:
-        """The named tensors of a flat vector, as views: writing to one writes to the vector."""
+        """Return the named tensors as views of a flat vector `[num_parameters]`. Writing to a view changes the vector."""
         if flat.shape != (self.num_parameters,):
             raise ModelError(
-                f"a flat vector of shape {flat.shape} is not of this layout's {self.num_parameters} values"
+                f"a flat vector of shape {flat.shape} does not fit this layout of {self.num_parameters} values"
             )
         parts = zip(self.names, self._parts, self.shapes, strict=True)
         return {name: flat[part].reshape(shape) for name, part, shape in parts}
 
     def pack(self, tensors: Mapping[str, NDArray[Any]]) -> FloatArray:
-        """A new flat float32 vector with the values of `tensors`."""
+        """Return a new flat float32 vector with the values of `tensors`."""
         flat = np.empty(self.num_parameters, np.float32)
         for name, view in self.views(flat).items():
             view[...] = tensors[name]

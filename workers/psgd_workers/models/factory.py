@@ -1,4 +1,4 @@
-"""The user's own factories, found by `package.module:factory`."""
+"""Loads the user's own model factories by `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METHODS = ("initial_weights", "loss_and_gradient", "predict", "loss")
 
 
 def load_factory(path: str) -> Callable[..., object]:
-    """The callable at `package.module:factory`.
+    """Return the callable at `package.module:factory`.
 
     Raises:
         ModelError: the module cannot be imported, or has no such callable.
@@ -24,36 +24,40 @@ def load_factory(path: str) -> Callable[..., object]:
     module_name, _, name = path.partition(":")
     try:
         module = import_module(module_name)
-    except Exception as error:  # a module of the user's may raise anything
+    except Exception as error:  # the user's module may raise anything
         raise ModelError(
             f"cannot import {module_name!r}, of the model path {path!r}: {type(error).__name__}: {error}. "
             "The module and what it imports must be importable on every worker"
         ) from error
     factory = getattr(module, name, None)
     if factory is None:
-        raise ModelError(f"module {module_name!r} has no {name!r}, of the model path {path!r}")
+        raise ModelError(f"module {module_name!r} has no {name!r}, which the model path {path!r} names")
     if not callable(factory):
         raise ModelError(f"{path!r} is a {type(factory).__name__}; expected a function or class that makes the model")
     return cast("Callable[..., object]", factory)
 
 
 def build(path: str, kwargs: Mapping[str, Any]) -> object:
-    """What the factory at `path` returns for `kwargs`.
+    """Call the factory at `path` with `kwargs` and return its result.
 
     Raises:
-        ModelError: the factory cannot be found, or raised.
+        ModelError: the factory cannot be found, or it raised an exception.
     """
     factory = load_factory(path)
     try:
         return factory(**kwargs)
-    except Exception as error:  # a factory of the user's may raise anything
+    except Exception as error:  # the user's factory may raise anything
         raise ModelError(
             f"the model's factory {path!r} raised {type(error).__name__}: {error}. It was called with {dict(kwargs)}"
         ) from error
 
 
 def build_python_model(spec: PythonModel) -> Model:
-    """The user's own model, once it has the methods of `Model`."""
+    """Build the user's own model and check that it has the methods of `Model`.
+
+    Raises:
+        ModelError: the factory failed, or its result lacks a method.
+    """
     model = build(spec.path, spec.kwargs)
     if missing := [name for name in METHODS if not callable(getattr(model, name, None))]:
         raise ModelError(

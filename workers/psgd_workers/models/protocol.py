@@ -1,4 +1,4 @@
-"""What a model must answer. A user's own model is any object that keeps this protocol."""
+"""The port that every model implements. A user's own model is any object with these methods."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Model", "ModelWithBuffers"]
 
 
 class Model(Protocol):
-    """A differentiable model over named float32 tensors; it keeps no weights of its own.
+    """A differentiable model over named float32 tensors. It keeps no weights.
 
     Shapes: `features` is `[batch, *example_shape]` float32; `labels` is `[batch]` int64 for classes, or
     `[batch, targets]` float32 for a regression; outputs are `[batch, num_outputs]` float32.
     """
 
     def initial_weights(self, seed: int) -> Mapping[str, FloatArray]:
-        """The named tensors that training starts from: a function of `seed` alone."""
+        """Return the named tensors that training starts from. They must be a function of `seed` alone."""
 
     def loss_and_gradient(
         self,
@@ -33,26 +33,27 @@ class Model(Protocol):
         """Backpropagate one batch.
 
         Args:
-            weights: the tensors, read-only in spirit: views of a buffer that the next pull overwrites.
+            weights: named tensors, not to be written to: they are views of a buffer that the next pull overwrites.
             features: the batch's examples.
             labels: the batch's labels.
-            gradient: where the gradient of the batch's *mean* loss is written, every element of every tensor.
-                For a buffer of the model: the value read minus the new value.
-            seed: of this batch, for layers that draw at random; the same batch always has the same seed.
+            gradient: named tensors to overwrite with the gradient of the batch's *mean* loss, every element of every
+                tensor. For a buffer of the model: the value read minus the new value.
+            seed: seed of this batch for layers that draw at random. The same batch always has the same seed.
 
         Returns:
             The mean loss over the batch.
         """
 
     def predict(self, weights: Mapping[str, FloatArray], features: FloatArray) -> FloatArray:
-        """Outputs without training-time randomness: logits for a classifier, values for a regression."""
+        """Return the outputs without training-time randomness: logits for a classifier, values for a regression."""
 
     def loss(self, outputs: FloatArray, labels: NDArray[Any]) -> float:
-        """The mean loss of outputs that `predict` returned."""
+        """Return the mean loss of outputs that `predict` returned."""
 
 
 @runtime_checkable
 class ModelWithBuffers(Protocol):
-    """A model some of whose tensors change without a gradient: each push moves them by rate 1, b <- b - (b - b')."""
+    """A model with buffers: tensors that change without a gradient. A push moves a buffer b to its new value b' by
+    b ← b - (b - b')."""
 
     buffers: Collection[str]

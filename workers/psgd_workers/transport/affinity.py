@@ -1,4 +1,6 @@
-"""The processors that a thread runs on. The kernel picks them; who is waited for had best run where the waiting is."""
+"""Processor affinity and scheduling of the calling thread.
+
+A server thread that runs on the processor of the worker that waits for it answers sooner."""
 
 from __future__ import annotations
 
@@ -9,31 +11,35 @@ from contextlib import suppress
 
 __all__ = ["NOWHERE", "allowed_processors", "current_processor", "run_on", "wake"]
 
-NOWHERE = 0xFFFF  # a number that no processor has
+NOWHERE = 0xFFFF  # stands for an unknown processor; no processor has this number
 
-_getcpu = getattr(ctypes.CDLL(None), "sched_getcpu", None)  # Linux; Python does not offer it
+_getcpu = getattr(ctypes.CDLL(None), "sched_getcpu", None)  # Linux only; Python has no function for it
 
 
 def current_processor() -> int:
-    """The number of the processor that this thread runs on at this moment; `NOWHERE`, if the system does not say."""
+    """Return the number of the processor that this thread runs on now; `NOWHERE` if the system cannot tell."""
     return NOWHERE if _getcpu is None else int(_getcpu())
 
 
 def allowed_processors() -> set[int]:
-    """Those that this thread may run on; none, if the system does not say."""
+    """Return the processors that this thread may run on; an empty set if the system cannot tell."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def run_on(processors: AbstractSet[int]) -> None:
-    """Run this thread on those processors alone from now on. Nothing changes if all of them were taken from it."""
+    """Restrict this thread to `processors`. No-op if the process may use none of them any more."""
     with suppress(OSError):
         os.sched_setaffinity(0, processors)
 
 
 def wake(patiently: bool) -> None:
-    """Whether this thread, when it is woken, waits for its share of time, and interrupts nobody: see sched(7).
+    """Choose whether this thread, when it wakes, waits for its time slice instead of preempting another thread.
 
-    Nothing changes where the system has no such policy as SCHED_BATCH, or where somebody chose another.
+    That is the policy SCHED_BATCH of sched(7). No-op on systems without it, and if the thread has a policy other than
+    SCHED_OTHER and SCHED_BATCH.
+
+    Args:
+        patiently: True for SCHED_BATCH, False for SCHED_OTHER.
     """
     if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) in (os.SCHED_OTHER, os.SCHED_BATCH):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Whole messages over stream sockets that block."""
+"""Whole messages over blocking stream sockets."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ SECOND = 1_000_000  # microseconds
 
 
 def limit(stream: socket.socket, timeout_s: float | None) -> None:
-    """How long the next calls may wait before they raise BlockingIOError; None: until the connection is closed.
+    """Set the time limit of later calls, which raise BlockingIOError when it is over.
 
-    This is the kernel's own limit, which costs no extra call each time, as `socket.settimeout` does.
+    This is the kernel's limit (SO_RCVTIMEO, SO_SNDTIMEO). Unlike `socket.settimeout`, it adds no system call to each
+    transfer.
+
+    Args:
+        stream: socket to limit.
+        timeout_s: seconds that a call may wait; None: until the connection is closed.
     """
     seconds, rest = divmod(0 if timeout_s is None else max(1, round(timeout_s * SECOND)), SECOND)
     timeval = pack("@ll", seconds, rest)
@@ -25,10 +30,10 @@ def limit(stream: socket.socket, timeout_s: float | None) -> None:
 
 
 def send(stream: socket.socket, *parts: bytes | memoryview) -> None:
-    """All of them, one after the other.
+    """Send all parts, one after the other.
 
     Raises:
-        OSError: the socket's, its time limit included.
+        OSError: sending failed, or its time limit is over.
     """
     sent = stream.sendmsg(parts)
     for part in parts:
@@ -38,21 +43,21 @@ def send(stream: socket.socket, *parts: bytes | memoryview) -> None:
 
 
 def receive(stream: socket.socket, into: memoryview, rest_s: float | None = None) -> int:
-    """Fill `into`.
+    """Receive bytes until `into` is full.
 
     Args:
-        stream: to read.
-        into: filled from its beginning.
-        rest_s: seconds that more may take, once something is there; looked at when something comes.
+        stream: socket to read from.
+        into: buffer to fill.
+        rest_s: seconds that the rest may take after the first bytes, checked at each arrival; None: no limit.
 
     Returns:
-        How many bytes came: fewer than there is room for, if the other end hung up.
+        The number of bytes received: fewer than `len(into)` if the other end closed the connection.
 
     Raises:
-        OSError: the socket's, its time limit included.
+        OSError: receiving failed, or a time limit is over.
     """
     got = count = stream.recv_into(into)
-    if got == len(into):  # the usual case
+    if got == len(into):  # the common case
         return got
     deadline = inf if rest_s is None else monotonic() + rest_s
     while count and got < len(into):
@@ -63,6 +68,9 @@ def receive(stream: socket.socket, into: memoryview, rest_s: float | None = None
 
 
 def shut(stream: socket.socket) -> None:
-    """End every wait for it, in all threads, here and at its other end; it is still to be closed."""
-    with suppress(OSError):  # the other end has hung up already
+    """Shut a connection down, which ends every wait for it in all threads and at its other end.
+
+    The caller still has to close it.
+    """
+    with suppress(OSError):  # the other end has closed the connection already
         stream.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""The small data sets that come inside scikit-learn."""
+"""The small data sets that scikit-learn ships."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["read_sklearn"]
 
 
 def read_sklearn(spec: SklearnData) -> RawData:
-    """One of scikit-learn's sets, with the names of its classes.
+    """Read one of scikit-learn's data sets, with the names of its classes.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

@@ -1,7 +1,7 @@
 """Layers as pairs of passes over whole batches: forward computes, backward applies the chain rule.
 
-Layers keep no weights. They write into buffers that live as long as they do, so a training step allocates nothing, and
-they work in the dtype of the arrays they are given. An array that a layer returns is overwritten by its next pass.
+Layers keep no weights. They write into buffers of their own, so that a training step allocates nothing, and they
+compute in the dtype of their arguments. The next pass of a layer overwrites the array that it returned.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from numpy.typing import DTypeLike, NDArray
 
 __all__ = ["ACTIVATIONS", "Activation", "ActivationName", "Array", "Dense", "Gelu", "ReLU", "Tanh"]
 
-Array = NDArray[Any]  # of one floating dtype: float32 in training, float64 where a test wants more digits
+Array = NDArray[Any]  # one floating dtype: float32 in training, float64 in tests that need more digits
 
 ActivationName = Literal["relu", "tanh", "gelu"]
 
 
 class Scratch:
-    """A block of rows as long as the largest batch seen; a shorter batch gets its first rows."""
+    """A reusable block of rows, as long as the largest batch so far. A shorter batch gets its first rows."""
 
     def __init__(self) -> None:
         self._block: Array = np.empty((0, 0), np.float32)
-        self._rows = self._block  # what was given last, and nearly always is asked for again
+        self._rows = self._block  # the rows returned last, which the next call nearly always asks for again
 
     def rows(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """Return an array of that shape and dtype, with undefined values."""
         if self._rows.shape != shape or self._rows.dtype != dtype:
             block = self._block
             if shape[0] > len(block) or shape[1:] != block.shape[1:] or dtype != block.dtype:
@@ -36,6 +37,7 @@ class Scratch:
         return self._rows
 
     def like(self, values: Array) -> Array:
+        """Return an array of the shape and dtype of `values`, with undefined values."""
         return self.rows(values.shape, values.dtype)
 
 
@@ -47,6 +49,7 @@ class Dense:
         self._input_gradient = Scratch()
 
     def forward(self, inputs: Array, weight: Array, bias: Array) -> Array:
+        """Return the outputs `[batch, out]` of the inputs `[batch, in]`."""
         outputs = self._outputs.rows((len(inputs), len(weight)), inputs.dtype)
         np.matmul(inputs, weight.T, out=outputs)
         outputs += bias
@@ -58,23 +61,23 @@ class Dense:
         np.add.reduce(slope, axis=0, out=bias_gradient)  # np.sum costs 5 µs more
 
     def input_gradient(self, slope: Array, weight: Array) -> Array:
-        """∂loss/∂inputs = slope · weight; apart from `parameter_gradient`, for the first layer needs none."""
+        """Return ∂loss/∂inputs = slope · weight. The first layer does not need it."""
         gradient = self._input_gradient.rows((len(slope), weight.shape[1]), slope.dtype)
         return np.matmul(slope, weight, out=gradient)
 
 
 class Activation(Protocol):
-    """A function of each value by itself, computed in place."""
+    """Port: an elementwise function, computed in place."""
 
     def forward(self, values: Array) -> None:
-        """values ← f(values)."""
+        """Replace the values: values ← f(values)."""
 
     def backward(self, values: Array, slope: Array) -> None:
-        """slope ← slope · f′, given the `values` that the last forward pass left; they may be overwritten."""
+        """Replace the slope: slope ← slope · f′. `values` are those of the last forward pass and may be overwritten."""
 
 
 class ReLU:
-    """max(x, 0), with slope 0 at 0."""
+    """Rectifier: max(x, 0), with slope 0 at 0."""
 
     def __init__(self) -> None:
         self._mask = Scratch()
@@ -83,12 +86,12 @@ class ReLU:
         np.maximum(values, 0, out=values)
 
     def backward(self, values: Array, slope: Array) -> None:
-        # A boolean mask costs half of np.sign, and a fifth of assigning zeros where the mask says.
+        # A boolean mask takes half the time of np.sign, and a fifth of the time of assigning zeros by the mask.
         slope *= np.greater(values, 0, out=self._mask.rows(values.shape, np.bool_))
 
 
 class Tanh:
-    """tanh(x), with slope 1 - tanh²(x)."""
+    """Hyperbolic tangent: tanh(x), with slope 1 - tanh²(x)."""
 
     def forward(self, values: Array) -> None:
         np.tanh(values, out=values)
@@ -100,7 +103,7 @@ class Tanh:
 
 
 class Gelu:
-    """x · h(x) with h(x) = (1 + tanh u(x)) / 2 and u(x) = √(2/π) · (x + 0.044715 x³).
+    """Gaussian error linear unit: x · h(x) with h(x) = (1 + tanh u(x)) / 2 and u(x) = √(2/π) · (x + 0.044715 x³).
 
     This is the tanh approximation, `torch.nn.GELU(approximate="tanh")`: NumPy has no error function.
 

@@ -19,15 +19,15 @@ __all__ = ["Network"]
 
 
 class Network:
-    """Dense layers with an activation between each two; a single layer is the linear model.
+    """Dense layers with activations between them. A single layer is the linear model.
 
     Its tensors are `layers.0.weight`, `layers.0.bias`, `layers.1.weight`, and so on. Examples of any shape are read as
-    flat rows. Buffers are reused from call to call, so one network serves one thread.
+    flat rows. Calls share buffers, so a network must be used by one thread.
 
     Args:
-        sizes: of the input, of each hidden layer, and of the output.
-        activation: between layers.
-        loss: of the outputs.
+        sizes: number of values of the input, of each hidden layer and of the output.
+        loss: loss of the outputs.
+        activation: activation between layers.
     """
 
     def __init__(self, sizes: tuple[int, ...], loss: LossName, activation: ActivationName = "relu") -> None:
@@ -40,11 +40,13 @@ class Network:
 
     @property
     def num_parameters(self) -> int:
-        """Values of all tensors."""
+        """Return the number of values of all tensors."""
         return sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(self._sizes))
 
     def initial_weights(self, seed: int) -> dict[str, FloatArray]:
-        """Biases are 0; weights are He's normal before relu and gelu, Glorot's uniform before tanh and the output.
+        """Draw the initial weights: He's normal before relu and gelu, Glorot's uniform before tanh and the output.
+
+        Biases are 0.
 
         References:
             Glorot and Bengio, Understanding the difficulty of training deep feedforward neural networks, 2010.
@@ -67,9 +69,9 @@ class Network:
         gradient: Mapping[str, FloatArray],
         seed: int,
     ) -> float:
-        """Backpropagate one batch; see `Model.loss_and_gradient`."""
+        """Backpropagate one batch. See `Model.loss_and_gradient`."""
         del seed  # no layer here draws at random
-        # A model that diverges is not an error here: whoever pushes the gradient looks at its norm.
+        # A model that diverges is no error here: the worker checks the gradient's norm before it pushes.
         with np.errstate(over="ignore", invalid="ignore"):
             *inputs, outputs = self._forward(weights, features)
             loss = self._loss(outputs, labels, gradient=outputs)
@@ -77,15 +79,17 @@ class Network:
         return loss
 
     def predict(self, weights: Mapping[str, FloatArray], features: FloatArray) -> FloatArray:
+        """Return the outputs `[batch, num_outputs]`. See `Model.predict`."""
         with np.errstate(over="ignore", invalid="ignore"):
             return self._forward(weights, features)[-1].copy()
 
     def loss(self, outputs: FloatArray, labels: NDArray[Any]) -> float:
+        """Return the mean loss of outputs. See `Model.loss`."""
         with np.errstate(over="ignore", invalid="ignore"):
             return self._loss(outputs, labels, gradient=np.empty_like(outputs))
 
     def _forward(self, weights: Mapping[str, FloatArray], features: FloatArray) -> list[Array]:
-        """The input of each layer, then the outputs."""
+        """Return the input of each layer, and the outputs last."""
         values: list[Array] = [features.reshape(len(features), -1)]
         for number, layer in enumerate(self._layers):
             if number > 0:
