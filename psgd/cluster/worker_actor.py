@@ -1,4 +1,4 @@
-"""A `Worker` as a Ray actor."""
+"""The Ray actor that hosts a `Worker`."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ __all__ = ["WorkerActor", "start_worker"]
 
 
 class WorkerActor:
-    """Hosts one `Worker`: leases and evaluations run one after the other, `cancel` and `hang_up` beside them.
+    """Hosts one `Worker`. Leases and evaluations run one after the other; `cancel` and `hang_up` run beside them.
 
     Args:
-        facts: of the run.
-        name: of the worker.
+        context: the run's context.
+        name: name of the worker.
         dataset: read-only views of the node's copy in the object store.
-        servers: by partition.
+        servers: server actors by partition.
     """
 
     def __init__(self, context: RunContext, name: str, dataset: Dataset, servers: Sequence[ActorHandle[Any]]) -> None:
         self._validation = dataset.validation
-        self._cancelled = -1  # leases up to this one are
+        self._cancelled = -1  # leases up to this id are cancelled
         self._servers = list(servers)
         node = ray.get_runtime_context().get_node_id()
         routes = [
@@ -46,8 +46,8 @@ class WorkerActor:
         self._worker = build_worker(context.spec, name, dataset, context.layout, routes)
 
     def ready(self) -> tuple[str, tuple[LaneKind, ...]]:
-        """Its `host:pid` and its lanes, once it is built; no lanes if a server cannot be reached just now."""
-        with suppress(LaneError):  # it may be on its way back; the first lease tells
+        """Return `host:pid` and the lanes to the servers; no lanes if a server cannot be reached at present."""
+        with suppress(LaneError):  # the server may be restarting; the first lease connects again
             self._worker.connect()
         return f"{socket.gethostname()}:{os.getpid()}", self._worker.lanes
 
@@ -56,17 +56,17 @@ class WorkerActor:
         return self._worker.work(lease, lambda: lease.id <= self._cancelled)
 
     def reroute(self, partition: int, server: ActorHandle[Any]) -> None:
-        """A partition has another server from now on."""
+        """Connect to a partition's new server from the next lease on."""
         self._servers[partition] = server
         self._worker.disconnect()
 
     @ray.method(concurrency_group="control")
     def hang_up(self, partition: int) -> None:
-        """A partition's server is gone: a lease that waits for it ends now."""
+        """End a lease that waits for a partition's server, which is gone."""
         self._worker.hang_up(partition)
 
     def evaluate(self, *parts: FloatArray) -> Evaluation:
-        """Validate the weights whose partitions these are."""
+        """Evaluate the weights, given as one part per partition, on the validation examples."""
         assert self._validation is not None
         return self._worker.evaluate(np.concatenate(parts), self._validation)
 
@@ -79,7 +79,7 @@ class WorkerActor:
 def start_worker(
     context: RunContext, name: str, dataset: ray.ObjectRef[Any], servers: Sequence[ActorHandle[Any]]
 ) -> ActorHandle[Any]:
-    """Start a worker's process. Ray gives it as many BLAS threads as CPUs."""
+    """Start a worker's process. Ray gives it one BLAS thread per CPU of the worker."""
     scaling = context.spec.scaling
     remote: Any = ray.remote  # its stubs do not know concurrency groups
     actor = remote(concurrency_groups={"control": 1})(WorkerActor)

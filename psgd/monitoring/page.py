@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing but itself: no network, no script."""
+"""A self-contained HTML page, without scripts and without requests to any network."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ figcaption { margin-top: 6px; font-size: 14px; color: var(--muted); }
 
 
 class Page:
-    """A page, from top to bottom as it is added to; all text is escaped.
+    """A page that is built from top to bottom. All text is escaped.
 
     Args:
-        title: the heading, and the window's title.
-        lead: what the page shows, in a sentence.
+        title: heading and window title.
+        lead: one sentence on the content of the page.
     """
 
     def __init__(self, title: str, lead: str) -> None:
@@ -55,7 +55,7 @@ class Page:
         self._parts.append(_element("p", text))
 
     def add_table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Add a table; columns of nothing but numbers, or None for what is not known, are set to the right.
+        """Add a table. Columns that hold only numbers and None (shown as a dash) are right-aligned.
 
         Raises:
             InputError: a row is not as long as `columns`.
@@ -69,11 +69,11 @@ class Page:
         self._parts.append('<div class="wide">' + "\n".join(table) + "</div>")
 
     def add_figure(self, figure: Figure, caption: str) -> None:
-        """Add a plot, and under it what it shows."""
+        """Add a plot with a caption below it."""
         self._parts.append(f"<figure>{svg(figure)}{_element('figcaption', caption)}</figure>")
 
     def html(self) -> str:
-        """The whole page."""
+        """Return the page as HTML."""
         head = [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -100,7 +100,7 @@ def _is_number(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A cell's text; a fraction to four digits."""
+    """Return a cell's text; floats have four significant digits."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:

@@ -1,6 +1,6 @@
-"""Figures from plain data, as matplotlib objects, never pyplot: no state but the figure. Imported only by what draws.
+"""Figures from plain data, as matplotlib objects without pyplot, so that there is no state but the figure.
 
-All are 800 px wide, in colours that the colour-blind tell apart (Okabe and Ito, 2008, without the yellow).
+All are 800 px wide, in colours that colour-blind readers can tell apart (Okabe and Ito, 2008, without the yellow).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
 __all__ = ["Curve", "bars", "curves", "histogram", "svg"]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-DASHES = ("-", "--", ":")  # the next once the colours are used up
+DASHES = ("-", "--", ":")  # the next style is used when the colours are used up
 INK, MUTED, GRID = "#222222", "#555555", "#e4e4e4"
 
 PX = 1 / 96  # inches
@@ -39,9 +39,9 @@ WIDTH = 800 * PX
 HEIGHT = 400 * PX
 BAR_HEIGHT = 28 * PX
 LONGEST_LABEL = 40  # characters
-MOST_MARKED = 16  # points of a curve that get a dot each
-MOST_NAMED = 32  # bars that get their name and value
-LEAST_BINS, MOST_BINS = 12, 64  # room for the one, so that few bins do not look like walls
+MOST_MARKED = 16  # curves with up to this many points get a dot for each
+MOST_NAMED = 32  # up to this many bars get their name and value
+LEAST_BINS, MOST_BINS = 12, 64  # the axis has room for LEAST_BINS, so that few bins stay narrow
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +50,21 @@ class Curve:
 
     label: str
     x: ArrayLike  # [points]
-    y: ArrayLike  # [points]; what is not finite leaves a gap
-    low: ArrayLike | None = None  # [points], of a band around the line; with `high`
-    high: ArrayLike | None = None
+    y: ArrayLike  # [points]; values that are not finite leave a gap
+    low: ArrayLike | None = None  # [points], lower edge of a band around the line; goes with `high`
+    high: ArrayLike | None = None  # [points], upper edge
 
     def __post_init__(self) -> None:
         given = {name: values for name in ("x", "y", "low", "high") if (values := getattr(self, name)) is not None}
         shapes = {name: np.shape(values) for name, values in given.items()}
         if len(shapes) == 3 or len(shapes["x"]) != 1 or len(set(shapes.values())) > 1:
-            raise InputError(f"curve {self.label!r} needs x, y and both or none of low and high, as long: {shapes}")
+            raise InputError(
+                f"curve {self.label!r} needs x and y, and both or none of low and high, of equal lengths, not {shapes}"
+            )
 
 
 class _PlainNumbers(LogFormatterSciNotation):
-    """On a logarithmic axis, 0.1 in place of 10⁻¹."""
+    """Formatter of a logarithmic axis that writes 0.1 in place of 10⁻¹."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:g}" if super().__call__(x, pos) else ""
@@ -76,10 +78,10 @@ def curves(
     log_y: bool = False,
     title: str | None = None,
 ) -> Figure:
-    """Lines; the legend beside them lists them as they end, from the highest to the lowest.
+    """Draw lines. The legend beside them is in the order of their ends, from the highest to the lowest.
 
     Raises:
-        InputError: no point can be drawn: none is finite, or, on a logarithmic axis, above 0.
+        InputError: no point can be drawn, as none is finite or, on a logarithmic axis, above 0.
     """
     figure, axes = _figure(HEIGHT, x_label, y_label, title)
     ends = [_line(axes, number, curve, log_x, log_y) for number, curve in enumerate(series)]
@@ -100,10 +102,10 @@ def curves(
 
 
 def histogram(counts: Mapping[int, int], x_label: str, y_label: str, title: str | None = None) -> Figure:
-    """How often each whole number came, and their mean; a wide range in bins of several numbers.
+    """Draw how often each whole number occurred, and their mean. A wide range gets bins of several numbers.
 
     Raises:
-        InputError: nothing was counted.
+        InputError: all counts are 0.
     """
     numbers, times = _counted(counts)
     if not len(numbers):
@@ -126,7 +128,7 @@ def histogram(counts: Mapping[int, int], x_label: str, y_label: str, title: str 
 
 
 def bars(values: Mapping[str, float], name_label: str, value_label: str, title: str | None = None) -> Figure:
-    """A number for each name, in the order given; beyond `MOST_NAMED` the names give way to their places.
+    """Draw a bar for each name, in the order given. More than `MOST_NAMED` bars are numbered instead of named.
 
     Raises:
         InputError: there is no finite value.
@@ -144,26 +146,26 @@ def bars(values: Mapping[str, float], name_label: str, value_label: str, title: 
     shown = [f"{value:.4g}" if isfinite(value) else "–" for value in values.values()]
     axes.bar_label(drawn, shown, padding=4, color=INK, fontsize=9)
     axes.set_yticks(range(len(values)), [_label(name) for name in values])
-    axes.invert_yaxis()  # the first on top
+    axes.invert_yaxis()  # first bar on top
     axes.grid(visible=False, axis="y")
-    axes.margins(x=0.1)  # for the numbers
+    axes.margins(x=0.1)  # room for the numbers
     return _laid_out(figure)
 
 
 def svg(figure: Figure) -> str:
-    """The figure for a page of HTML; the same text for the same figure, its words as words."""
+    """Return the figure as SVG for an HTML page. The same figure gives the same text."""
     file = StringIO()
     with rc_context({"svg.hashsalt": "psgd", "svg.fonttype": "none"}):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = file.getvalue()
-    text = text[text.index("<svg") :]  # a page has no XML declaration within
-    # Figures on one page would share ids like "axes_1"; those that are referred to are hashes of what they name.
+    text = text[text.index("<svg") :]  # without the XML declaration, which a page must not contain
+    # Figures on one page would share ids like "axes_1". Ids that are referred to are hashes of their content: kept.
     referred = set(re.findall(r"#([\w-]+)", text))
     return re.sub(r'(<\w+) id="([^"]*)"', lambda found: found[0] if found[2] in referred else found[1], text)
 
 
 def _figure(height: float, x_label: str, y_label: str, title: str | None) -> tuple[Figure, Axes]:
-    """An empty plot in the style of all."""
+    """Return an empty plot in the common style."""
     figure = Figure((WIDTH, height), 1 / PX, facecolor="white", layout="constrained")
     axes = figure.add_subplot(facecolor="white")
     axes.set_xlabel(_label(x_label), color=INK)
@@ -179,7 +181,7 @@ def _figure(height: float, x_label: str, y_label: str, title: str | None) -> tup
 
 
 def _laid_out(figure: Figure) -> Figure:
-    """Lay the figure out once for all: done at each drawing, positions creep by rounding, and so do the SVG's ids."""
+    """Lay the figure out once: a layout at each drawing moves positions by rounding, which changes the SVG's ids."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure
@@ -195,7 +197,7 @@ def _plain_numbers(axis: Axis) -> None:
 
 
 def _line(axes: Axes, number: int, curve: Curve, log_x: bool, log_y: bool) -> tuple[float, Line2D]:
-    """Draw a curve; returns the height at which it ends, -inf if none of it can be drawn."""
+    """Draw a curve. Return the height of its end (-inf if it has no drawable point) and its line."""
     x = np.asarray(curve.x, float)
     y = np.asarray(curve.y, float)
     drawable = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))
@@ -220,19 +222,19 @@ def _line(axes: Axes, number: int, curve: Curve, log_x: bool, log_y: bool) -> tu
 
 
 def _bin_width(span: int) -> int:
-    """The least of 1, 2, 5, 10, 20, ... of which at most `MOST_BINS` cover so many numbers."""
+    """Return the least width of 1, 2, 5, 10, 20, ... with which `MOST_BINS` bins cover `span` numbers."""
     return next(
         width for power in count() for step in (1, 2, 5) if span <= MOST_BINS * (width := step * int(10**power))
     )
 
 
 def _counted(counts: Mapping[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The numbers that came at all, and how often each did."""
+    """Return the numbers that occurred, and how often each did."""
     came = [(number, times) for number, times in counts.items() if times > 0]
     numbers, times = np.array(came, np.int64).reshape(-1, 2).T
     return numbers, times
 
 
 def _label(text: str, longest: int = LONGEST_LABEL) -> str:
-    """Text that leaves room for the plot; a dollar sign begins no formula."""
+    """Shorten a text to `longest` characters, and escape dollar signs, which begin a formula."""
     return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""The C library's heap, in a process that makes large copies in several threads."""
+"""Settings of the C library's malloc for a process that makes large copies in several threads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ LARGE = 256 * 1024  # bytes
 
 
 def return_large_blocks() -> None:
-    """Give every large block back to the kernel as soon as it is freed; nothing, if the C library cannot.
+    """Return every large block to the kernel as soon as it is freed. No-op if the C library has no `mallopt`.
 
-    glibc gives blocks of their own mapping back at once. But with the first one freed it raises the size from which
-    blocks get one, and keeps the next ones of that size in the heap of whichever thread made them: every thread that
-    ever copied a large vector then holds on to memory for one.
+    glibc returns a block with a mapping of its own at once. But when the first one is freed, it raises the size from
+    which blocks get a mapping, and keeps later blocks of that size in the heap of the thread that allocated them. Every
+    thread that ever copied a large vector would then keep memory for one. A fixed threshold prevents that.
     See https://man7.org/linux/man-pages/man3/mallopt.3.html.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

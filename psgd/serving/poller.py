@@ -1,7 +1,7 @@
-"""The crowd: the workers of one machine whose pushes are small, served by one thread.
+"""One thread that serves all local workers whose pushes are small.
 
-What such a push takes is the interpreter's time, which one thread at a time can have: with a thread for each worker
-they would only wait for each other, and a busy server would get half as much done.
+A small push takes mostly the interpreter's time, which only one thread can have at a time. With a thread for each
+worker, threads would wait for each other, and a busy server would do half as much.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ __all__ = ["SharedPoller"]
 
 log = logging.getLogger("psgd.lanes")
 
-FRAME_S = 1.0  # that the rest of a header or a payload may take, which its worker sends as a whole
+FRAME_S = 1.0  # seconds that the rest of a header or payload may take; a worker sends each of them as a whole
 
 
 class SharedPoller:
-    """Takes whose turn it is from the kernel. Linux only, as shared memory is.
+    """Waits for frames on many connections with epoll. Linux only, like shared memory.
 
     Args:
-        published: the server's weights; their readers are told how many they are.
-        forget: called with the connection of who has hung up.
+        published: the server's weights; the number of polled connections is published with them.
+        forget: called with the socket of a closed connection.
     """
 
     def __init__(self, published: PublishedVector, forget: Callable[[socket], None]) -> None:
         self._published = published
         self._forget = forget
-        self._lock = Lock()  # of who is in it, and whether anybody can be
+        self._lock = Lock()  # guards `_connections` and `_ended`
         self._ended = False
         self._connections: dict[int, tuple[WorkerConnection, socket]] = {}
         self._poll = select.epoll()
@@ -43,14 +43,14 @@ class SharedPoller:
         self._poll.register(self._bell, select.EPOLLIN)
 
     def add(self, connection: WorkerConnection, stream: socket) -> None:
-        """Serve it from now on; to be called by any thread.
+        """Serve a connection from now on. Any thread may call this.
 
         Raises:
-            OSError: the kernel has no room for one more, or the thread has ended; the peer is as it was.
+            OSError: the kernel has no room for it, or the polling thread has ended; the connection is unchanged.
         """
         with self._lock:
             if self._ended:
-                raise OSError("the thread that serves the others has ended")
+                raise OSError("the polling thread has ended")
             self._add(connection, stream)
 
     def _add(self, connection: WorkerConnection, stream: socket) -> None:
@@ -58,7 +58,7 @@ class SharedPoller:
         connection.frame_s = FRAME_S
         limit(stream, FRAME_S)
         self._connections[number] = connection, stream
-        self._count()  # so that who is answered is counted
+        self._count()  # before the first answer, so that it is counted
         try:
             self._poll.register(stream, select.EPOLLIN)
         except OSError:
@@ -72,16 +72,16 @@ class SharedPoller:
         self._published.poller = len(self._connections)
 
     def run(self) -> None:
-        """Take frames until `close`, and then from nobody any more."""
+        """Serve all connections until `close`."""
         try:
             self._take_turns()
-        except Exception:  # our own: nobody need wait for a thread that is not there
-            log.exception("the connections of all workers with small pushes were closed by the server's own fault")
+        except Exception:  # a fault of our own: close the connections, so that no worker waits for this thread
+            log.exception("all connections with small pushes were closed: the server's polling thread failed")
         with self._lock:
             self._ended = True
         for number, (connection, stream) in list(self._connections.items()):
             shut(stream)
-            while connection.take():  # to its end
+            while connection.take():  # the frames that have arrived already
                 pass
             self._leave(number)
         self.release()
@@ -96,7 +96,7 @@ class SharedPoller:
                     self._leave(number)
 
     def release(self) -> None:
-        """Let go of what it watches with: it does not run, or no more."""
+        """Close the poller's file descriptors. The thread must not run, or have ended."""
         self._poll.close()
         os.close(self._bell)
 
@@ -107,7 +107,7 @@ class SharedPoller:
         self._forget(stream)
 
     def close(self) -> None:
-        """Have `run` end, if it has not; everybody was hung up on."""
+        """End `run`. The caller has shut all connections down."""
         with self._lock:
             if not self._ended:
                 os.eventfd_write(self._bell, 1)

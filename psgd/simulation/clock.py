@@ -1,4 +1,4 @@
-"""The virtual clock: all happens on a heap of (time, number, what), so that a run is a function of its arguments."""
+"""The virtual clock: a heap of (time, number, callback), so that a simulated run is a function of its arguments."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["VirtualClock", "without_collector"]
 
 
 class VirtualClock:
-    """What happens at one instant happens in the order in which it was asked for.
+    """A queue of callbacks in the order of their time; callbacks of one instant run in the order of their scheduling.
 
     Attributes:
-        now: virtual seconds.
+        now: the present time, in virtual seconds.
     """
 
     def __init__(self) -> None:
@@ -25,21 +25,21 @@ class VirtualClock:
         self._numbers = count()
 
     def at(self, time_s: float, happen: Callable[..., None], *arguments: Any) -> None:
-        """Let something happen at an instant."""
+        """Schedule a callback at a time, in virtual seconds."""
         heappush(self._heap, (time_s, next(self._numbers), happen, arguments))
 
     def after(self, delay_s: float, happen: Callable[..., None], *arguments: Any) -> None:
-        """Let something happen later."""
+        """Schedule a callback after a delay, in virtual seconds."""
         self.at(self.now + delay_s, happen, *arguments)
 
     def advance(self, until: float) -> bool:
-        """Go to what happens next, and let it happen; or to `until`, if that is sooner.
+        """Advance to the next callback and run it, or to `until` if that comes first.
 
         Returns:
-            Whether anything happened.
+            True if a callback ran.
         """
         if not self._heap or until < self._heap[0][0]:
-            assert until < float("inf"), "nothing will ever happen again"
+            assert until < float("inf"), "no callback is scheduled, and there is no deadline"
             self.now = max(self.now, until)
             return False
         self.now, _, happen, arguments = heappop(self._heap)
@@ -49,7 +49,9 @@ class VirtualClock:
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """No cyclic garbage is made here, and looking for it among a thousand workers costs an eighth of the time."""
+    """Turn Python's cyclic garbage collector off for a while.
+
+    A simulation makes no cyclic garbage, and searching for it among 1,000 workers takes an eighth of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""What simulations came to, side by side, as a page with figures."""
+"""A page with tables and figures that compares the results of simulations."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from psgd.simulation.simulate import FIGURES, Simulated, figures
 
 __all__ = ["page"]
 
-LOG_FROM = 30.0  # largest value over smallest, from which a metric is drawn on a logarithmic axis
+LOG_FROM = 30.0  # ratio of the largest value to the smallest from which on an axis is logarithmic
 
 
 def page(results: Sequence[Simulated], lead: str) -> str:
-    """One self-contained HTML page.
+    """Return one self-contained HTML page.
 
     Args:
-        results: at least one.
-        lead: what was simulated.
+        results: at least one result.
+        lead: one sentence on what was simulated.
     """
     metric = results[0].metric
     sheet = Page("Simulated on a virtual clock", lead)
-    columns = [figures(result) for result in results]  # a column for each result: names of modes are long
+    columns = [figures(result) for result in results]  # one column per result, as the names of modes are long
     rows = [[name, *cells] for name, *cells in zip(FIGURES, *columns, strict=True)]
     sheet.add_table(["", *(result.name for result in results)], rows)
     values = [point.value for result in results for point in result.curve if point.value > 0]
@@ -48,6 +48,6 @@ def page(results: Sequence[Simulated], lead: str) -> str:
         shares = dict(sorted(result.shares.items(), key=lambda item: -item[1]))
         sheet.add_figure(
             bars(shares, "worker", "share"),
-            f"Each worker's share of the gradients in the weights; all alike would be {1 / max(1, len(shares)):.4f}.",
+            f"Each worker's share of the gradients in the weights; an equal share is {1 / max(1, len(shares)):.4f}.",
         )
     return sheet.html()

@@ -1,7 +1,7 @@
-"""A noisy quadratic whose minimum is known: what a mode does to the dynamics, with no model or data in the way.
+"""A noisy quadratic with a known minimum, which shows the effect of a mode without any model or data.
 
-f(w) = ½·wᵀAw - bᵀw with A = ¼·tridiag(-1, 2, -1) and b = -¼·e₁, so that L = 1; gradients come with independent normal
-noise in each coordinate. The setting of Tyurin and Richtárik (2023) and of Maranjyan et al. (2025).
+f(w) = ½·wᵀAw - bᵀw with A = ¼·tridiag(-1, 2, -1) and b = -¼·e₁, so that L = 1; gradients have independent normal
+noise in each coordinate. This is the setting of Tyurin and Richtárik (2023) and of Maranjyan et al. (2025).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Quadratic:
     """The function, its gradients, and its minimum.
 
     Args:
-        size: length of w.
+        size: number of parameters.
         noise: standard deviation of each coordinate of a gradient.
-        seed: of the noise, which is drawn in the order of the calls.
+        seed: seed of the noise, which is drawn in the order of the calls.
     """
 
     def __init__(self, size: int = 100, noise: float = 0.1, seed: int = 0) -> None:
@@ -40,17 +40,17 @@ class Quadratic:
 
     @property
     def start(self) -> FloatArray:
-        """(√size, 0, 0, ...)."""
+        """Return the initial point (√size, 0, 0, ...)."""
         start = np.zeros(self._size, np.float32)
         start[0] = np.sqrt(self._size)
         return start
 
     def excess(self, weights: FloatArray) -> float:
-        """f(w) less the minimum."""
+        """Return f(w) minus the minimum of f."""
         return 0.5 * float(weights @ self._matrix @ weights) - float(self._slope @ weights) - self.minimum
 
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
-        """A·w - b and noise; the loss is left at 0, as it would cost as much again."""
+        """Write A·w - b plus noise into `out`. Return 0 in place of the loss, which would take as long again."""
         del batch
         if self._next == len(self._block):
             self._block = self._random.standard_normal((BLOCK, self._size), np.float32)
@@ -63,5 +63,5 @@ class Quadratic:
         return 0.0
 
     def problem(self, pushes: int) -> Problem:
-        """The quadratic as what is trained: one epoch of so many batches."""
+        """Return a training problem with one epoch of `pushes` batches."""
         return Problem(EpochGrid((pushes,), pushes), self.start, self.gradient)

@@ -127,7 +127,7 @@ def test_curves_without_a_point_are_refused(series: list[Curve], log: bool) -> N
     ],
 )
 def test_curves_of_unequal_lengths_are_refused(make: Callable[[], Curve]) -> None:
-    with pytest.raises(InputError, match="curve 'a' needs x, y and both or none of low and high"):
+    with pytest.raises(InputError, match="curve 'a' needs x and y, and both or none of low and high"):
         make()
 
 

@@ -223,12 +223,12 @@ def test_a_crowd_that_fails_keeps_nobody_waiting_and_who_comes_later_has_a_threa
     served._poll.armed = True  # type: ignore[attr-defined]
     receipt = crews[0].lane.push(crews[0].gradient(0, batch(2), V1), 0, wants=False).receipt(LIMIT_S)
     assert receipt.outcome is Outcome.APPLIED, "what was taken is answered"
-    harness.log.wait("the connections of all workers with small pushes were closed by the server's own fault")
+    harness.log.wait("all connections with small pushes were closed: the server's polling thread failed")
     for client in crews:
         with pytest.raises(LaneError, match="the server is gone"):
             client.lane.push(client.gradient(0, batch(3), V1), 0, wants=False).receipt(LIMIT_S)
     works(harness, 5, kind="crowd")
-    harness.log.wait("a worker is served by a thread of its own: the thread that serves the others has ended")
+    harness.log.wait("a worker is served by a thread of its own: the polling thread has ended")
 
 
 def test_a_worker_that_does_not_read_its_weights_keeps_nobody_waiting(harnesses: Harnesses) -> None:

@@ -55,7 +55,7 @@ class Layout:
         return cls(tuple(names), shapes, trainable)
 
     def views(self, flat: NDArray[Scalar]) -> dict[str, NDArray[Scalar]]:
-        """Return the named tensors as views of a flat vector `[num_parameters]`. Writing to a view changes the vector."""
+        """Return the named tensors as views of a flat vector `[num_parameters]`: writes go to the vector."""
         if flat.shape != (self.num_parameters,):
             raise ModelError(
                 f"a flat vector of shape {flat.shape} does not fit this layout of {self.num_parameters} values"
