@@ -1,4 +1,4 @@
-"""What all tests share: draws that can be repeated, and clusters with a folder of their own and no name in common."""
+"""Settings that all tests share: repeatable random draws, and clusters with folders and names of their own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ray_home() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def environment(ray_home: Path) -> dict[str, str]:
-    """What a command is started with: no token of the user's, no reports, one BLAS thread."""
+    """Return the environment of a command: no token of the user's, no usage reports, one BLAS thread."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return inherited | {
         "HOME": str(ray_home),

@@ -60,7 +60,7 @@ class Mark(NamedTuple):
         return 1e6 * self.cpu_s / self.applied
 
     def since(self, before: Mark) -> Mark:
-        """What was done since then."""
+        """Return what the server did since `before`."""
         return Mark(self.time_s - before.time_s, self.cpu_s - before.cpu_s, self.applied - before.applied)
 
 

@@ -20,7 +20,7 @@ __all__ = ["CONTENDERS", "LIMIT", "Contender", "Failure", "run_contender"]
 
 
 class Contender(NamedTuple):
-    """Who is compared with psgd."""
+    """A program that is compared with psgd."""
 
     title: str
     module: str  # of `peers`

@@ -27,7 +27,7 @@ class Finding:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is; None if there is none, or no figure."""
+        """Return True if the target is met; None if there is no target or no figure."""
         if self.value is None or (self.at_least is None and self.at_most is None):
             return None
         low = float("-inf") if self.at_least is None else self.at_least
@@ -48,7 +48,7 @@ class Finding:
 
     @classmethod
     def of_dict(cls, tree: Mapping[str, Any]) -> Finding:
-        """What `to_dict` gave."""
+        """Read a finding from the plain values of `to_dict`."""
         fields = {name: value for name, value in tree.items() if name != "met"}
         return cls(**fields | {"turns": tuple(tree["turns"])})
 
@@ -102,7 +102,7 @@ def spread(finding: Finding) -> str:
 
 
 def verdict(finding: Finding) -> str:
-    """Whether the target is met, in a word; empty if there is none."""
+    """Return `met` or `missed`; empty if there is no target."""
     if finding.at_least is None and finding.at_most is None:
         return ""
     return "yes" if finding.met else "no"

@@ -49,7 +49,8 @@ python -m tests.benchmarks.lanes_page
 COMMANDS = {  # that write another document than their own
     "steady": "throughput --seconds 20 --only psgd_job own_loops psgd_unvalidated_job --out bench/steady.json"
 }
-GREY, INK = "#b8b8b8", "#222222"
+GREY = "#b8b8b8"
+INK = "#222222"
 ROOM = 1.45  # of the longest bar, for what is written behind it
 
 
@@ -70,7 +71,7 @@ def main() -> int:
 
 
 def _documents(folder: Path) -> dict[str, dict[str, Any]]:
-    """Those with findings, by name, in the order of the page."""
+    """Return the documents with findings by name, in the order of the page."""
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
     names = [*HEADINGS, *(name for name in found if name not in HEADINGS)]
     return {name: found[name] for name in names if name in found and "findings" in found[name]}

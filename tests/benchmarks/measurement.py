@@ -1,4 +1,4 @@
-"""What a contender measures and prints: gradients applied per second, start-up left out."""
+"""The measurement that a contender prints: gradients applied per second, without start-up."""
 
 from __future__ import annotations
 

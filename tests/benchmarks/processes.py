@@ -1,4 +1,4 @@
-"""What Linux says of processes: whose children they are, what they are called, how much memory they hold."""
+"""Facts about processes from Linux' /proc: children, titles and memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def memory(pid: int) -> Memory:
 
 
 def title(pid: int) -> str:
-    """What a process is called, which for Ray's workers is their class; empty if it is gone."""
+    """Return a process's title, which names the class of a Ray worker; empty if the process is gone."""
     try:
         return (PROC / str(pid) / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").strip()
     except OSError:

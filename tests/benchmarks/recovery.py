@@ -1,4 +1,4 @@
-"""What deaths cost: `python -m tests.benchmarks.recovery`.
+"""The cost of deaths: `python -m tests.benchmarks.recovery`.
 
 Four workers that sleep 20 ms over each batch, on a real Ray: undisturbed; with one of them, drawn by lot, killed every
 five seconds; and with the server killed every eight. A worker has recovered when its successor is up, a server when its
@@ -42,7 +42,7 @@ LOOK_S = 0.05
 
 
 class Recovery(NamedTuple):
-    """What one run came to."""
+    """The outcome of one run."""
 
     rate: float  # examples in the weights at the end per second of training
     kills: int  # that the driver saw

@@ -1,4 +1,4 @@
-"""What the runs of all contenders come to: a table for people, a document for programs."""
+"""The report on the runs of all contenders: a table for people, a document for programs."""
 
 from __future__ import annotations
 

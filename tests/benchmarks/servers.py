@@ -79,7 +79,7 @@ def _rate(servers: int, arguments: Namespace) -> list[float]:
 
 
 def _measured(workers: int, arguments: Namespace) -> Mark:
-    """What the server does while so many workers push now and then."""
+    """Measure the server while `workers` workers push now and then."""
     start = SPAWN.Barrier(workers + 1)
     stop = stop_flag()
     with (

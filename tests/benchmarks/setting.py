@@ -1,4 +1,4 @@
-"""What is measured, alike for every contender."""
+"""The setting that is the same for every contender."""
 
 __all__ = ["BATCH_SIZE", "LEARNING_RATE", "NUM_WORKERS", "SIZES"]
 

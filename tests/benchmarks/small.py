@@ -59,7 +59,7 @@ def findings(turns: Mapping[LaneKind, Sequence[Mark]]) -> list[Finding]:
 
 
 def _measured(kind: LaneKind, arguments: Namespace) -> Mark:
-    """What the server does while all workers are at it."""
+    """Measure the server while all workers push."""
     workers = arguments.workers
     stop = stop_flag()
     start = SPAWN.Barrier(workers + 1)

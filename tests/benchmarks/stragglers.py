@@ -1,4 +1,4 @@
-"""What one slow worker costs: `python -m tests.benchmarks.stragglers`.
+"""The cost of one slow worker: `python -m tests.benchmarks.stragglers`.
 
 Four workers sleep 20 ms over each batch; then one of them 200 ms. Three workers and a tenth of one are left, 3.1 / 4 of
 the speed, if nobody waits for the slow one. psgd, async, on a real Ray, within one long epoch, and over two epochs of 9

@@ -1,4 +1,4 @@
-"""What Linux says of this very process, and of made-up ones."""
+"""Tests on this process and on made-up ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the runs come to."""
+"""Tests of the report on made-up runs."""
 
 from __future__ import annotations
 

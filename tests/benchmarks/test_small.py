@@ -1,4 +1,4 @@
-"""What a server's marks come to."""
+"""Tests of the findings from a server's marks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is left of the speed is compared with what could be."""
+"""Tests of the comparison between the remaining speed and the best possible one."""
 
 from __future__ import annotations
 

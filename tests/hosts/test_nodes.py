@@ -1,4 +1,4 @@
-"""What becomes of a run when a host is gone, or a cable is cut or slow."""
+"""Runs whose hosts disappear, or whose cables are cut or slow."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ import pytest
 
 from tests.support.command_line import DIGITS, LIMIT_S, CommandLine, eventually, recorded
 
-BATCHES, EXAMPLES = 90, 1438  # of an epoch
+BATCHES = 90  # of an epoch
+EXAMPLES = 1438  # of an epoch
 ENDLESS = 100_000  # epochs: what is done to a run while it trains is done to one that cannot be faster
 KEYS = [
     *("status", "name", "path", "epochs", "updates", "samples", "duration_s"),

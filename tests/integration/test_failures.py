@@ -1,4 +1,4 @@
-"""What dies on a real local Ray, and what becomes of the run."""
+"""Deaths of processes on a real local Ray."""
 
 from __future__ import annotations
 

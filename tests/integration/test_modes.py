@@ -17,7 +17,9 @@ from tests.support.digits import DATA
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-BATCHES, EPOCHS, EXAMPLES = 45, 2, 1438  # ceil(1438 / 32)
+EXAMPLES = 1438  # of an epoch
+BATCHES = 45  # ceil(1438 / 32)
+EPOCHS = 2
 
 
 def job(tmp_path: Path, **sections: Any) -> psgd.JobSpec:

@@ -46,7 +46,7 @@ def events(result: psgd.Result, kind: str) -> list[dict[str, Any]]:
 
 
 class Reference:
-    """What a job computes, computed plainly: no servers, no leases."""
+    """A plain computation of a job, without servers or leases."""
 
     def __init__(self, spec: psgd.JobSpec) -> None:
         data = spec.data

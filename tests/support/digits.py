@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 DATA = {"format": "sklearn", "dataset": "digits", "batch_size": 32, "normalize": "unit", "validation_fraction": 0.2}
-BATCHES, EXAMPLES = 45, 1438  # of an epoch
+BATCHES = 45  # of an epoch
+EXAMPLES = 1438  # of an epoch
 ENDLESS = 100_000  # epochs
 
 

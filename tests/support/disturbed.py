@@ -9,7 +9,8 @@ import psgd
 
 __all__ = ["BATCHES", "assert_as_if_undisturbed", "job"]
 
-BATCHES, EXAMPLES = 469, 60_000  # of an epoch
+BATCHES = 469  # of an epoch
+EXAMPLES = 60_000  # of an epoch
 
 
 def job(tmp_path: Path, mnist_file: Path, epochs: int, seconds: float, **sections: Any) -> psgd.JobSpec:

@@ -17,7 +17,7 @@ __all__ = ["Killer", "one_of", "processes"]
 
 
 def processes(prefix: str, home: str) -> list[int]:
-    """Those of Ray's processes of that name that were started with this folder for Ray, whoever their parent is."""
+    """Return Ray's processes of that name that use this folder for Ray, of any parent."""
     marker = f"RAY_TMPDIR={home}".encode()
     found = []
     for process in Path("/proc").glob("[0-9]*"):

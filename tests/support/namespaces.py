@@ -58,7 +58,7 @@ class Host:
 
     @property
     def inside(self) -> tuple[str, ...]:
-        """What a command begins with that is to run on this host."""
+        """Return the words that make a command run on this host."""
         return (str(shutil.which("nsenter", path=PATH)), f"--net=/run/netns/{self.name}", "--")
 
     def cut(self) -> None:
@@ -90,7 +90,7 @@ class Host:
         return not processes
 
     def processes(self, prefix: str = "") -> list[int]:
-        """Those that run here, whoever their parent is, and whose command line begins so."""
+        """Return the processes on this host whose command line begins with the given words."""
         found = []
         for text in _run("ip", "netns", "pids", self.name).split():
             with suppress(OSError):  # it ended a moment ago
@@ -101,7 +101,7 @@ class Host:
 
 @contextmanager
 def network(hosts: int) -> Iterator[tuple[Host, ...]]:
-    """So many hosts that reach each other and nothing else; all that runs on them is killed at the end."""
+    """Yield `count` hosts that reach only each other. All processes on them are killed at the end."""
     bridge = f"psgd{os.getpid()}-bridge"
     with ExitStack() as stack:
         stack.enter_context(_namespace(bridge))
@@ -137,7 +137,7 @@ def _join(host: Host) -> None:
 
 
 def _run(*command: str) -> str:
-    """What it prints."""
+    """Run a command and return its output."""
     done = subprocess.run(command, env={"PATH": PATH}, capture_output=True, text=True, timeout=LIMIT_S)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")

@@ -56,7 +56,8 @@ __all__ = [
 Kinds = Literal["shm", "crowd", "tcp"]  # crowd: the shm lane to a small partition
 KINDS: list[Kinds] = ["shm", "crowd", "tcp"]
 LIMIT_S = 10.0  # for what takes no time
-NUM_PARAMETERS, PART = 90, Partition(0, 8, 75, 60)  # odd sizes, and 7 buffers at the end
+NUM_PARAMETERS = 90
+PART = Partition(0, 8, 75, 60)  # odd sizes, and 7 buffers at the end
 V1 = Version(1, 0)
 FIRST = BatchId(0, 0, 0)
 SECOND = BatchId(0, 0, 1)
@@ -75,7 +76,7 @@ def randoms(seed: int, size: int = NUM_PARAMETERS) -> FloatArray:
 
 
 def exactly(stream: socket.socket, size: int) -> bytes:
-    """So many bytes, however they come; fewer when the other end hangs up."""
+    """Receive `size` bytes; fewer if the other end closes the connection."""
     data = bytearray()
     while len(data) < size and (more := stream.recv(size - len(data))):
         data += more
@@ -83,7 +84,7 @@ def exactly(stream: socket.socket, size: int) -> bytes:
 
 
 class Log(logging.Handler):
-    """What the listener wrote; `wait` for a line."""
+    """The log lines of the listener."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +188,7 @@ class ServerHarness:
         return ParameterServer(self.spec, self.partition, self.weights, GRID, V1, published)
 
     def report(self) -> Report:
-        """What the server knows."""
+        """Return the server's report."""
         with self.host._lock_server:
             return self.server.report()
 
@@ -205,7 +206,7 @@ class ServerHarness:
         return list(self.listener._streams)
 
     def untouched(self) -> bool:
-        """Whether nothing was ever applied."""
+        """Return True if no push was ever applied."""
         return self.server.version == V1 and not self.settled() and self._unchanged()
 
     def settled(self) -> int:
@@ -240,7 +241,7 @@ class ServerHarness:
         return WorkerHarness(self, worker, segment, lane)
 
     def _choose(self, kind: Kinds) -> None:
-        """Who serves the next ones, threads or a crowd; the partition is a small one, but for the largest."""
+        """Choose the server of the next connections: a thread for each, or the shared poller."""
         frames.SMALL = self._small if kind == "crowd" else 0
 
     def forget(self, client: WorkerHarness) -> None:
@@ -285,7 +286,7 @@ class ServerHarness:
         return stream
 
     def all_shaken(self, kind: Kinds, count: int) -> list[socket.socket]:
-        """So many of them, at once."""
+        """Return `count` connections whose handshakes ran at the same time."""
         streams = [self.connected(kind) for _ in range(count)]
         for stream in streams:
             self.greet(stream, kind)
@@ -296,7 +297,7 @@ class ServerHarness:
         return streams
 
     def finish(self, stream: socket.socket, kind: Kinds) -> None:
-        """What follows a hello."""
+        """Finish a handshake after the hello."""
         if kind == "tcp":
             exactly(stream, WELCOME_SIZE)
             return
@@ -356,7 +357,7 @@ def header(harness: ServerHarness, **changes: Any) -> Frame:
 
 
 def closed(stream: socket.socket) -> bool:
-    """Whether the other end hangs up, within the limit; what it still says is not listened to."""
+    """Return True if the other end closes the connection within the limit, whatever it sends before."""
     with suppress(ConnectionResetError, BrokenPipeError):
         while stream.recv(2**20):
             pass
@@ -377,7 +378,7 @@ def works(harness: ServerHarness, position: int = 0, kind: Kinds = "shm") -> Non
 
 
 def open_files() -> set[tuple[int, int]]:
-    """What this process has open; earlier tests' may yet be closed, but nothing is ever open twice under one number."""
+    """Return the open files of this process as (descriptor, inode)."""
     found = set()
     for file in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
         with suppress(OSError):  # the listing's own

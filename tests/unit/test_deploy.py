@@ -178,7 +178,7 @@ def test_make_runs_each_habit(target: str, commands: list[str]) -> None:
 
 
 def _volume_at(pod: dict[str, Any], path: str) -> dict[str, Any]:
-    """What each container of a pod finds at a path: the volume without its name."""
+    """Return the volume that each container of a pod mounts at a path, without its name."""
     names = {m["name"] for container in pod["containers"] for m in container["volumeMounts"] if m["mountPath"] == path}
     (volume,) = (volume for volume in pod["volumes"] if {volume["name"]} == names)
     return {key: value for key, value in volume.items() if key != "name"}

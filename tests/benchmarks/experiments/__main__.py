@@ -34,7 +34,7 @@ class Experiment(Protocol):
         """Results, dataclasses, of so many seeds."""
 
     def claims(self, results: Sequence[Any]) -> list[Claim]:
-        """What the paper says, beside what was seen."""
+        """Return the paper's claims beside the observed values."""
 
     def figure(self, results: Sequence[Any]) -> Figure:
         """The results at a glance."""

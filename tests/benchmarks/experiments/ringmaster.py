@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["Reached", "claims", "figure", "run"]
 
 WORKERS = (8, 32, 128, 512)
-TARGET, KEPT = 0.05, 0.9  # KEPT higher → smoother, and later by 1 / (1 - KEPT) gradients
+TARGET = 0.05
+KEPT = 0.9  # higher → smoother, and later by 1 / (1 - KEPT) gradients
 PUSHES = 20_000  # more than any run needs
 
 
 class Method(NamedTuple):
-    """What is compared."""
+    """A method under comparison."""
 
     lr: float
     consistency: dict[str, Any]
@@ -65,7 +66,7 @@ def run(seeds: Sequence[int], workers: Sequence[int] = WORKERS) -> list[Reached]
 
 
 class _RunningMean:
-    """Whether the running mean of f - f* has come down to the target."""
+    """Watches the running mean of f - f* until it reaches the target."""
 
     def __init__(self, quadratic: Quadratic, kept: float) -> None:
         self._quadratic = quadratic

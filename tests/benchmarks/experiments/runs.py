@@ -1,4 +1,4 @@
-"""What the experiments share: jobs for the simulator, runs whose clock starts with the first gradient, and claims."""
+"""Shared parts of the experiments: jobs for the simulator, runs timed from their first gradient, and claims."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEASE_S = 50.0
 
 
 class Claim(NamedTuple):
-    """What a paper says, and what was seen."""
+    """A claim of a paper beside the observed value."""
 
     text: str
     observed: str

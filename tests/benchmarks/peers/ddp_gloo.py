@@ -36,7 +36,7 @@ TIMEOUT = timedelta(seconds=60)
 
 
 class World(NamedTuple):
-    """What the processes have in common."""
+    """State that the processes share."""
 
     size: int
     folder: str  # in which they meet

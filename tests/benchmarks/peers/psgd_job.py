@@ -77,7 +77,7 @@ def result(process: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 
 def events(path: Path) -> list[dict[str, Any]]:
-    """What happened in the run of that directory."""
+    """Return the events of the run in that directory."""
     return [json.loads(line) for line in (path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -98,7 +98,7 @@ def check_lanes(path: Path) -> None:
 
 
 def measurement(found: dict[str, Any]) -> Measurement:
-    """What the JSON result of a run says.
+    """Return the measurement in the JSON result of a run.
 
     Raises:
         SystemExit: the run did not finish, or no epoch.

@@ -63,7 +63,7 @@ class SlowStorage:
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> SlowStorage:
-    """What server actors write to."""
+    """Replace the storage that server actors write to."""
     storage = SlowStorage()
     monkeypatch.setattr("psgd.cluster.server_actor.write_part", storage.write_part)
     return storage

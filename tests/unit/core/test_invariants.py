@@ -209,7 +209,8 @@ def staleness_sums(workers: int, seed: int, scaling: dict[str, int] | None = Non
     def seconds(worker: str, batch: BatchId) -> float:
         return float(np.random.default_rng([seed, int(worker[-1]), *batch]).exponential(0.1))
 
-    grid, weights = EpochGrid((5000,), 5000), np.zeros(3, np.float32)  # long leases, as long as an end is far
+    grid = EpochGrid((5000,), 5000)  # long leases, as long as an end is far
+    weights = np.zeros(3, np.float32)
     InProcess(
         job("async", workers, scaling=scaling or {}), grid, weights, one, compute_s=seconds, observe=observe
     ).run()

@@ -40,7 +40,7 @@ def checkpoint_writer(run: RunDirectory, resumed: str | None = None) -> Checkpoi
 
 
 def write(run: RunDirectory, name: str, updates: int) -> list[Part]:
-    """What the servers of a run would write."""
+    """Write the parts that the servers of a run would write."""
     servers = [
         ParameterServer(SPEC, part, START[part.start : part.stop], GRID, Version(1, updates + part.number))
         for part in PARTITIONS
@@ -57,7 +57,7 @@ def save(run: RunDirectory, kept: CheckpointWriter, number: int, updates: int) -
 
 
 def origin(kept: CheckpointWriter) -> str | None:
-    """What a server that is started now goes on from."""
+    """Return the checkpoint that a server started now would be restored from."""
     kept.find_origin()
     return kept.origin.manifest.name if kept.origin else None
 

@@ -84,7 +84,7 @@ def test_pushes_are_counted_over_a_restoration(servers: ServerReports) -> None:
 
 
 def test_an_older_report_takes_nothing_back_though_no_push_came_between(servers: ServerReports) -> None:
-    """What is done without makes no push."""
+    """A skipped batch makes no push."""
     servers.take(Reported(report(0, epochs=1), 50), now=2.0)
     servers.take(Reported(report(0, epochs=0), 49), now=2.1)
     assert servers.reports[0].epochs == 1

@@ -24,7 +24,8 @@ from psgd.core.server.aggregators import (
 )
 from psgd_workers.messages import BatchId, FloatArray
 
-SIZE, TRAINABLE = 6, 4  # two buffers
+SIZE = 6
+TRAINABLE = 4  # two buffers follow
 RUNNING: list[Callable[[int, int], Aggregator]] = [RunningMean, TableMean, Ring]
 EVERY: list[Callable[[int, int], Aggregator]] = [OneGradient, RoundMean, *RUNNING]
 

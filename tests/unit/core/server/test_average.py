@@ -22,7 +22,8 @@ def test_it_is_torchs_once_the_start_is_forgotten(size: int) -> None:
     start, *path = walk(size, 40)
     late = 890  # (10 d - 1) / (1 - d): from there on d alone counts
     ours = Average(0.99, start)
-    module, decay = torch.nn.Linear(size, 1, bias=False), get_ema_avg_fn(0.99)  # type: ignore[no-untyped-call]
+    module = torch.nn.Linear(size, 1, bias=False)
+    decay = get_ema_avg_fn(0.99)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         module.weight.copy_(torch.from_numpy(start))
         theirs: Any = AveragedModel(module, avg_fn=decay)

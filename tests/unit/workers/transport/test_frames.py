@@ -44,7 +44,8 @@ FRAMES = st.builds(
     processor=SHORT,
 )
 FRAME = Frame(FrameKind.PUSH, 1, 0, True, 3, 400, BatchId(1, 2, 3), 32, Version(3, 17), 0.25, 1.5, 0.01)
-SIZE, TRAINABLE = 37, 30  # odd, so that arrays are filled up
+SIZE = 37
+TRAINABLE = 30  # odd, so that arrays are padded
 COMPRESSIONS: list[CompressionSpec] = [
     NoCompression(),
     Fp16Compression(name="fp16"),

@@ -102,7 +102,7 @@ def is_open(file: int) -> bool:
 
 
 def open_files() -> set[tuple[int, int]]:
-    """What this process has open; earlier tests' may yet be closed, but nothing is ever open twice under one number."""
+    """Return the open files of this process as (descriptor, inode)."""
     found = set()
     for file in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
         with suppress(OSError):  # the listing's own
