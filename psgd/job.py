@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import numpy as np
-
-from psgd.errors import ModelError, SpecError, WorkerError
+from psgd.errors import ModelError, SpecError
 from psgd.spec import JobSpec
 from psgd_workers.data import Dataset, open_dataset
 from psgd_workers.data.shards import Shards
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, FloatArray
-from psgd_workers.models import Model, ModelWithBuffers, build_model, fit_labels
+from psgd_workers.models import Model, ModelWithBuffers, build_model
 from psgd_workers.models.numpy.network import Network
+from psgd_workers.models.trial import ModelTrial, draw_weights
 from psgd_workers.transport.memory import free_memory
 from psgd_workers.worker import Route, Worker
 
@@ -39,21 +38,28 @@ class OpenJob:
         Raises:
             InputError: the data cannot be used, or the model does not fit it.
         """
-        dataset = fit_labels(spec.model, open_dataset(spec.data, spec.seed))
+        dataset = open_dataset(spec.data, spec.seed, spec.model.loss)
         _check_target(spec, dataset)
+        shards = build_shards(spec, dataset)
         model = build_model(spec.model, dataset)
         _check_memory(model)
-        tensors = model.initial_weights(spec.seed)
+        tensors = draw_weights(model, spec.seed)
         layout = Layout.of(tensors, model.buffers if isinstance(model, ModelWithBuffers) else ())
-        job = cls(spec, dataset, build_shards(spec, dataset), layout, layout.pack(tensors))
-        worker = job.worker("trial")
-        try:
-            worker.gradient(BatchId(0, 0, 0), job.weights, np.empty_like(job.weights))
-            if dataset.validation is not None:
-                worker.evaluate(job.weights, dataset.validation[:1])
-        except WorkerError as error:
-            raise ModelError(f"the model does not fit the data, tried on the first batch: {error}") from error
+        job = cls(spec, dataset, shards, layout, layout.pack(tensors))
+        first = shards.mini_batches(BatchId(0, 0, 0))[0]
+        ModelTrial(model, layout, job.weights, dataset, spec.model.loss).run(first, shards.smallest_mini_batch())
         return job
+
+    def warnings(self) -> list[str]:
+        """Return one sentence for each thing that is allowed, and may not be wanted, of the job on its data."""
+        found = self.spec.warnings()
+        if self.shards.left_out:
+            which = "others each time" if self.spec.data.shuffle else "the same each time, as data.shuffle is false"
+            found.append(
+                f"data.drop_last leaves {self.shards.left_out} of {len(self.dataset.train)} training examples out of "
+                f"each epoch, {which}"
+            )
+        return found
 
     def worker(self, name: str, routes: Sequence[Route] = ()) -> Worker:
         """A worker of this job, with a model of its own."""
@@ -65,7 +71,7 @@ def build_shards(spec: JobSpec, dataset: Dataset) -> Shards:
     data = spec.data
     local = spec.worker_options.local
     steps = local.steps if local else 1
-    return Shards(len(dataset.train), data.num_shards, data.batch_size, spec.seed, data.shuffle, steps)
+    return Shards(len(dataset.train), data.num_shards, data.batch_size, spec.seed, data.shuffle, steps, data.drop_last)
 
 
 def build_worker(spec: JobSpec, name: str, dataset: Dataset, layout: Layout, routes: Sequence[Route] = ()) -> Worker:
@@ -88,7 +94,7 @@ def _check_memory(model: Model) -> None:
     """Drawing initial weights that do not fit would have this process killed instead of refused."""
     if not isinstance(model, Network):
         return  # only its own code knows how large it is
-    needed, free = 3 * 4 * model.num_parameters, free_memory()  # drawn, packed, and the gradient of a trial
+    needed, free = 4 * 4 * model.num_parameters, free_memory()  # drawn, packed, and a trial's weights and gradient
     if needed > free:
         raise ModelError(
             f"the model has {model.num_parameters:,} parameters, for which the driver needs {needed / 2**30:.1f} GiB, "

@@ -71,8 +71,9 @@ def check_checkpoint(manifest: Manifest, job: OpenJob, name: str) -> None:
     """
     if manifest.data_fingerprint != job.dataset.fingerprint:
         raise ResumeError(
-            f"the data of {name} is not what it was trained on: its fingerprint is {job.dataset.fingerprint}, "
-            f"and the checkpoint's {manifest.data_fingerprint}. Restore the data, or start a new --name"
+            f"the data of {name} is not what it was trained on (training part, validation part or class names): its "
+            f"fingerprint is {job.dataset.fingerprint}, and the checkpoint's {manifest.data_fingerprint}. Restore the "
+            "data, or start a new --name"
         )
     if manifest.layout != job.layout:
         raise ResumeError(

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 
@@ -100,7 +101,7 @@ def run_job(
     checkpoint = find_checkpoint(run, spec, refused)
     job = OpenJob.open(spec)
     partitions = partition_weights(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
-    for warning in _going_on(job, checkpoint).warnings():
+    for warning in replace(job, spec=_going_on(job, checkpoint)).warnings():
         _caution(warning)
     with session(spec, address):
         check_room(spec, job.layout.num_parameters)
@@ -165,6 +166,7 @@ def _supervise(
         workers=spec.scaling.model_dump()["workers"],  # which may differ from the first description's,
         pipeline=spec.scaling.pipeline,  # as may these
         servers=len(partitions),
+        left_out=job.shards.left_out,
     )
     run.bear_faults(_caution)  # from here on it is not stopped by its own log
     context = RunContext(

@@ -180,8 +180,11 @@ class JobSpec(Spec):
         return found
 
     def identity(self) -> dict[str, Any]:
-        """The part of a job that a resumed run may not change: what its weights are a function of."""
-        return self.model_dump(mode="json", include=IDENTITY)
+        """Return the part of a job that a resumed run may not change: what its weights are a function of.
+
+        Data is compared by content, by its fingerprint; the path to it may change.
+        """
+        return self.model_dump(mode="json", include=IDENTITY, exclude={"data": {"path"}})
 
     def identity_hash(self) -> str:
         """SHA-256 of `identity()`, in hex."""

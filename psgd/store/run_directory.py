@@ -69,8 +69,9 @@ class RunDirectory:
         return self.storage.exists("resolved.json")
 
     def begin(self, spec: JobSpec) -> None:
-        """Describe the run; a resumed one keeps its first description."""
+        """Describe the run; a resumed one keeps its first description, but for the path to its data."""
         if self.exists:
+            self._note_path(spec)
             return
         tree = spec.model_dump(mode="json", exclude_unset=True)
         packages = {name: version(name) for name in PACKAGES}
@@ -78,6 +79,13 @@ class RunDirectory:
         self.storage.write("spec.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
         self.storage.write("env.json", _json(env))
         self.storage.write("resolved.json", _json(spec.model_dump(mode="json")))
+
+    def _note_path(self, spec: JobSpec) -> None:
+        """Let `psgd replay` find the data where it lies now."""
+        before = json.loads(self.storage.read("resolved.json"))
+        now = before | {"data": spec.model_dump(mode="json")["data"]}
+        if now != before:
+            self.storage.write("resolved.json", _json(now))
 
     def check_identity(self, spec: JobSpec) -> None:
         """Refuse to resume a run as another job.

@@ -16,7 +16,7 @@ from psgd_workers.data import Dataset, open_dataset
 from psgd_workers.data.shards import Shards
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, FloatArray
-from psgd_workers.models import Model, build_model, fit_labels
+from psgd_workers.models import Model, build_model
 from tests.support.command_line import LIMIT_S, eventually, recorded
 from tests.support.digits import DATA, ENDLESS, stop_later, training
 
@@ -50,7 +50,7 @@ class Reference:
 
     def __init__(self, spec: psgd.JobSpec) -> None:
         data = spec.data
-        self.dataset: Dataset = fit_labels(spec.model, open_dataset(data, spec.seed))
+        self.dataset: Dataset = open_dataset(data, spec.seed, spec.model.loss)
         self.shards = Shards(len(self.dataset.train), data.num_shards, data.batch_size, spec.seed, data.shuffle)
         self.model: Model = build_model(spec.model, self.dataset)
         tensors = self.model.initial_weights(spec.seed)

@@ -9,7 +9,7 @@ import ast
 import inspect
 from itertools import pairwise
 from textwrap import dedent
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -80,7 +80,8 @@ class LinearModel(Spec):
     kind: Literal["linear"]
     """Which model."""
     loss: LossName = "cross_entropy"
-    """`cross_entropy` over integer classes, `binary_cross_entropy` over labels 0 and 1, `mse` over numbers."""
+    """`cross_entropy` over classes (numbered from 0, or text), `binary_cross_entropy` over two classes (0 and 1, -1 and
+    1, or two words), `mse` over numbers, whole ones included."""
 
 
 class MlpModel(Spec):
@@ -93,7 +94,8 @@ class MlpModel(Spec):
     activation: Literal["relu", "tanh", "gelu"] = "relu"
     """After each hidden layer. relu and gelu start from He's initialisation, tanh from Glorot's."""
     loss: LossName = "cross_entropy"
-    """`cross_entropy` over integer classes, `binary_cross_entropy` over labels 0 and 1, `mse` over numbers."""
+    """`cross_entropy` over classes (numbered from 0, or text), `binary_cross_entropy` over two classes (0 and 1, -1 and
+    1, or two words), `mse` over numbers, whole ones included."""
 
 
 class PythonModel(Spec):
@@ -105,6 +107,7 @@ class PythonModel(Spec):
     """`package.module:factory`, importable on the workers; called with `kwargs`, it returns the model."""
     kwargs: dict[str, Any] = {}
     """Keyword arguments of the factory: plain YAML values."""
+    loss: ClassVar[None] = None  # the model has its own
 
 
 class TorchModel(Spec):
@@ -128,6 +131,10 @@ ModelSpec = Annotated[LinearModel | MlpModel | PythonModel | TorchModel, Field(d
 class _Data(Spec):
     batch_size: int = Field(default=32, ge=1)
     """Examples per gradient. Larger: steadier gradients, fewer pushes."""
+    drop_last: bool = False
+    """True leaves out the last batch of each shard, in each epoch, if it is shorter than `batch_size`, as in a PyTorch
+    `DataLoader`: for models that cannot compute a short batch, such as batch normalisation of one example. With
+    `shuffle` each epoch leaves out other examples. Those of all other batches are trained on exactly once."""
     num_shards: int = Field(default=1, ge=1)
     """Pieces the training data is cut into, once, by the seed. 1: every epoch is one shuffle of everything, as in a
     PyTorch `DataLoader`. More: each shard is shuffled by itself, and a worker keeps to its own while it can."""
@@ -174,14 +181,15 @@ class CsvData(_Data):
     """A path, or any URL that fsspec opens."""
     label: str | int = -1
     """The label's column: its name in the header, or its number from 0 (negative: from the end)."""
-    header: bool = True
-    """Whether the first row names the columns."""
+    header: bool | None = None
+    """True: the first row names the columns. False: it is an example. Default: it names them; a first row whose
+    features are all numbers may be either, and is refused with a request to say which."""
     delimiter: str = Field(default=",", min_length=1, max_length=1)
     """What separates the columns."""
 
     @model_validator(mode="after")
     def _names_need_a_header(self) -> CsvData:
-        if isinstance(self.label, str) and not self.header:
+        if isinstance(self.label, str) and self.header is False:
             raise ValueError(f"label {self.label!r} names a column, but header is false: give the column's number")
         return self
 

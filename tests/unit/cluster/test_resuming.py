@@ -115,6 +115,25 @@ def test_other_data_or_another_model_is_refused(run: RunDirectory, job: OpenJob)
         check_checkpoint(known.model_copy(update={"num_trainable": 1}), job, "run")
 
 
+def test_data_is_compared_by_its_content_not_by_its_path(run: RunDirectory, tmp_path: Path) -> None:
+    arrays = {"x_train": np.eye(8), "y_train": np.arange(8) % 2, "x_test": np.eye(8)[:4], "y_test": np.arange(4) % 2}
+
+    def opened(path: Path, **changes: Any) -> OpenJob:
+        np.savez(path, **arrays | changes)
+        return OpenJob.open(digits(data={"format": "npz", "path": str(path), "batch_size": 2}))
+
+    before = opened(tmp_path / "before.npz")
+    commit(run, before, "000001-1", (5,))
+    moved = opened(tmp_path / "after.npz")
+    found = find_checkpoint(run, moved.spec, refused=fail)
+    assert found is not None
+    check_checkpoint(found.manifest, moved, "run")
+    changes: dict[str, Any]
+    for changes in ({"x_test": np.eye(8)[4:]}, {"y_test": np.arange(1, 5) % 2}, {"y_train": np.arange(1, 9) % 2}):
+        with pytest.raises(ResumeError, match="the data of run is not what it was trained on"):
+            check_checkpoint(found.manifest, opened(tmp_path / "after.npz", **changes), "run")
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
 def test_a_run_that_was_cut_anew_has_no_replay(run: RunDirectory, job: OpenJob, before: int, after: int) -> None:
     run.event("started", incarnation=1, resumed=None, workers=3, servers=before)

@@ -88,6 +88,16 @@ def test_what_was_refused_repeated_or_lost_is_replayed_as_such(run: RunDirectory
     assert_agrees(run, pushes=sum(counts.values()))
 
 
+def test_with_drop_last_an_epoch_is_every_full_batch_exactly_once_and_is_replayed_as_such(run: RunDirectory) -> None:
+    data = digits().data.model_dump() | {"drop_last": True}
+    faults = [Fault("worker-1", 8, "late"), Fault("worker-0", 5, "after"), Fault("worker-2", 4, "before")]
+    ended = record(run, digits(data=data), faults=faults)
+    shards = OpenJob.open(digits(data=data)).shards
+    assert (shards.left_out, shards.grid.num_examples) == (5, 2 * 14 * 64)
+    assert ended.servers[0].report().samples == 2 * shards.grid.num_examples
+    assert_agrees(run, updates=2 * shards.grid.num_batches)
+
+
 def test_a_gradient_that_is_not_finite_is_refused_again(run: RunDirectory) -> None:
     class Flaky(RecordedRun):
         computed = 0

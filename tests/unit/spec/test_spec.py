@@ -177,6 +177,7 @@ def test_a_label_by_name_needs_a_header() -> None:
     with pytest.raises(ValidationError, match="give the column's number"):
         spec(data=data | {"label": "price"})
     assert spec(data=data | {"label": 3})
+    assert spec(data={"format": "csv", "path": "table.csv", "label": "price"})
 
 
 def test_the_learning_rate_has_two_names_and_one_value() -> None:
@@ -260,6 +261,14 @@ def test_a_resumed_run_may_change_what_its_weights_do_not_depend_on(change: dict
 )
 def test_but_not_what_they_do_depend_on(change: dict[str, Any]) -> None:
     assert spec(**change).identity_hash() != spec().identity_hash()
+
+
+def test_where_the_data_lies_is_no_part_of_a_job_and_how_it_is_cut_is() -> None:
+    data = {"format": "csv", "path": "here.csv"}
+    known = spec(data=data)
+    assert spec(data=data | {"path": "s3://there/data.csv"}).identity_hash() == known.identity_hash()
+    for change in ({"drop_last": True}, {"label": 0}, {"header": True}, {"num_shards": 2}):
+        assert spec(data=data | change).identity_hash() != known.identity_hash()
 
 
 def test_a_job_survives_the_way_to_json_and_back() -> None:

@@ -47,6 +47,17 @@ def test_a_resumed_run_keeps_its_first_description(run: RunDirectory) -> None:
     assert run.storage.read("resolved.json") == before
 
 
+def test_a_resumed_run_says_where_its_data_lies_now(tmp_path: Path) -> None:
+    run = RunDirectory(Storage(str(tmp_path / "run")))
+    data = {"format": "csv", "path": "before.csv"}
+    run.begin(job(data=data, run={"epochs": 3}))
+    moved = job(data=data | {"path": "after.csv"}, run={"epochs": 9})
+    run.check_identity(moved)
+    run.begin(moved)
+    expected = job(data=data | {"path": "after.csv"}, run={"epochs": 3})
+    assert JobSpec.model_validate_json(run.storage.read("resolved.json")) == expected
+
+
 def test_resuming_may_change_everything_but_what_the_weights_depend_on(run: RunDirectory) -> None:
     run.check_identity(job(run={"epochs": 50}, scaling={"workers": 7}, checkpoint={"keep": 1}, name="other"))
     other = job(optimizer={"lr": 0.2}, data={"format": "sklearn", "dataset": "wine"})

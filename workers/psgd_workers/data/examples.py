@@ -36,13 +36,16 @@ class Examples:
         return replace(self, features=self.features[rows], labels=self.labels[rows])
 
     def inputs(self, rows: slice | NDArray[np.int64]) -> FloatArray:
-        """The features of some rows, as every model wants them: normalised float32, `[rows, *example_shape]`."""
-        # `take` is faster than an index.
-        features = self.features[rows] if isinstance(rows, slice) else self.features.take(rows, axis=0)
-        if features.dtype == np.float32:
-            return cast(FloatArray, features)
+        """Return the features of some rows, as every model wants them: normalised float32, `[rows, *example_shape]`.
+
+        The array is always a copy: a model may change its inputs in place, in training and in validation.
+        """
+        # `take` is faster than an index, and copies.
+        taken = self.features[rows] if isinstance(rows, slice) else self.features.take(rows, axis=0)
+        if taken.dtype == np.float32:
+            return cast(FloatArray, taken.copy() if isinstance(rows, slice) else taken)
         # Where the training part is of bytes, float32 comes to what float64 does: both numbers are whole.
-        inputs = features.astype(np.float32)
+        inputs = taken.astype(np.float32)
         if self.shift:
             inputs -= self.shift
         if self.scale != 1:
@@ -57,4 +60,4 @@ class Dataset:
     train: Examples
     validation: Examples | None
     classes: tuple[str, ...] | None  # the label of each class; None if the labels are not classes
-    fingerprint: str  # SHA-256 over the training arrays as they are kept: the same for the same data
+    fingerprint: str  # SHA-256 of the content: both parts, class names, and the kind of normalisation

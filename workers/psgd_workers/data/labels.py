@@ -1,4 +1,4 @@
-"""Labels as every model wants them: int64 classes from 0, or float32 targets, decided by their dtype."""
+"""Labels as a model's loss reads them: int64 classes from 0, or float32 targets."""
 
 from __future__ import annotations
 
@@ -12,40 +12,74 @@ from psgd_workers.data.features import check_finite
 from psgd_workers.data.raw import RawArray
 from psgd_workers.errors import DataError
 from psgd_workers.messages import FloatArray
+from psgd_workers.spec import LossName
 
-__all__ = ["encode_labels"]
+__all__ = ["check_two_classes", "encode_labels"]
 
 MAX_CLASSES = 1 << 20  # more than any vocabulary: labels beyond are amounts or identifiers
+MAX_WHOLE = 1 << 53  # floats beyond it skip whole numbers
 KINDS = {"b": "integers", "i": "integers", "u": "integers", "f": "floats", "U": "text"}
+REGRESSION = "for a regression use `loss: mse`"
+OWN_REGRESSION = "for a regression store the labels as floats (in a CSV file: 3.0 instead of 3)"
+
+Codes = NDArray[np.int64]
+Classes = tuple[str, ...]
 
 
 def encode_labels(
-    parts: Sequence[RawArray], names: tuple[str, ...] | None = None
-) -> tuple[list[NDArray[Any]], tuple[str, ...] | None]:
-    """The labels of every part, and the classes that the first part, the training part, has.
+    parts: Sequence[RawArray], loss: LossName | None, names: Classes | None = None
+) -> tuple[list[NDArray[Any]], Classes | None]:
+    """Encode the labels of every part for a loss.
 
-    Integers and bools are classes 0 to the largest; text becomes classes in sorted order; floats are targets.
+    | loss | accepted labels | encoded as |
+    |---|---|---|
+    | `cross_entropy` | whole numbers from 0; two different whole numbers; text | classes |
+    | `binary_cross_entropy` | 0 and 1; two different whole numbers; two different texts | classes |
+    | `mse` | numbers, also several for each example | targets |
+    | None | whole numbers from 0 and text by their dtype; floats | classes; targets |
+
+    Whole numbers are stored as integers or bools; two different ones may be floats, more are more likely the targets of
+    a regression. Numbers from 0 are the classes 0 to the largest of the training part; two different values and text
+    become classes in sorted order.
 
     Args:
         parts: the training labels, then the validation labels if there are some; not empty.
+        loss: of the model; None for a model that has its own.
         names: of the classes 0, 1, ..., where the format knows them.
 
     Returns:
         Per part `[examples]` int64 and the name of each class, or `[examples, targets]` float32 and None.
 
     Raises:
-        DataError: labels of the wrong dtype or shape, negative, not finite, or not among the training classes.
+        DataError: labels of the wrong type or shape, not finite, or not among the training classes.
     """
     kinds = [_kind(part) for part in parts]
-    if len(set(kinds)) > 1:
-        raise DataError(f"{parts[1].name} holds {kinds[1]}, but {parts[0].name} {kinds[0]}; give both the same dtype")
-    if kinds[0] == "floats":
+    _check_kinds(parts, kinds, loss)
+    if loss == "mse":
+        _check_amounts(parts[0], kinds[0], names)
+    if loss == "mse" or (loss is None and kinds[0] == "floats"):
         return _all_targets(parts), None
     if kinds[0] == "text":
-        classes = tuple(sorted(set(_flat(parts[0]).tolist())))
-        return [_text_codes(part, classes) for part in parts], classes
-    classes = names or _numbered(parts[0])
-    return [_integer_codes(part, classes) for part in parts], classes
+        return _text_classes(parts, loss)
+    return _number_classes(parts, loss, names)
+
+
+def check_two_classes(name: str, labels: NDArray[Any], classes: Classes | None, loss: LossName | None) -> None:
+    """Refuse to train a classifier on examples of one class: its loss would be 0 whatever the features are.
+
+    Args:
+        name: what to call the labels in the message.
+        labels: of the training part, encoded; not empty.
+        classes: names of the classes.
+        loss: of the model; None for a model that has its own, which may want this.
+    """
+    if loss is None or classes is None or (labels != labels[0]).any():
+        return
+    raise DataError(
+        f"{name}: all {len(labels)} training labels are {classes[labels[0]]!r}, but loss {loss!r} needs examples of at "
+        "least two classes: check which column or array holds the labels, and add examples of another class (if "
+        "validation_fraction took them all, lower it or change the seed)"
+    )
 
 
 def _kind(raw: RawArray) -> str:
@@ -54,11 +88,32 @@ def _kind(raw: RawArray) -> str:
     return KINDS[raw.values.dtype.kind]
 
 
+def _check_kinds(parts: Sequence[RawArray], kinds: Sequence[str], loss: LossName | None) -> None:
+    alike = kinds if loss is None else ["text" if kind == "text" else "numbers" for kind in kinds]
+    if len(set(alike)) > 1:
+        raise DataError(f"{parts[1].name} holds {kinds[1]}, but {parts[0].name} {kinds[0]}; give both the same dtype")
+
+
+def _check_amounts(raw: RawArray, kind: str, names: Classes | None) -> None:
+    """Refuse classes as targets of a regression: their numbers mean nothing."""
+    words = names if names and not all(map(str.isdecimal, names)) else ()
+    if kind == "text":
+        words = tuple(dict.fromkeys(_flat(raw)[:3].tolist()))
+    if words:
+        raise DataError(
+            f"{raw.name} holds classes named {', '.join(words[:3])}; loss 'mse' expects numbers: use `loss: "
+            "cross_entropy`, or give the labels as numbers"
+        )
+
+
 def _all_targets(parts: Sequence[RawArray]) -> list[NDArray[Any]]:
     targets: list[NDArray[Any]] = [_targets(part) for part in parts]
     for raw, values in zip(parts, targets, strict=True):
         if values.shape[1] != targets[0].shape[1]:
-            raise DataError(f"{raw.name} has {values.shape[1]} targets, but {parts[0].name} {targets[0].shape[1]}")
+            raise DataError(
+                f"{raw.name} has {values.shape[1]} targets, but {parts[0].name} {targets[0].shape[1]}; give both parts "
+                "the same number"
+            )
     return targets
 
 
@@ -78,37 +133,97 @@ def _flat(raw: RawArray) -> NDArray[Any]:
         return values[:, 0]
     if values.ndim != 1:
         raise DataError(
-            f"{raw.name} has dtype {values.dtype} and shape {values.shape}; expected one class per example, [examples] "
-            "(for several targets per example, store them as floats)"
+            f"{raw.name} has dtype {values.dtype} and shape {values.shape}; expected one class per example, "
+            "[examples]. For several targets per example use `loss: mse`, or floats for a model with a loss of its own"
         )
     return values
 
 
-def _numbered(raw: RawArray) -> tuple[str, ...]:
-    largest = int(_flat(raw).max())
-    if largest >= MAX_CLASSES:
-        raise DataError(
-            f"{raw.name}: label {largest} is beyond the {MAX_CLASSES} classes allowed; number the classes from 0, or "
-            "store the labels as floats for a regression"
-        )
-    return tuple(str(label) for label in range(max(largest, 0) + 1))
+def _text_classes(parts: Sequence[RawArray], loss: LossName | None) -> tuple[list[NDArray[Any]], Classes]:
+    classes = tuple(sorted(set(_flat(parts[0]).tolist())))
+    if loss == "binary_cross_entropy" and len(classes) > 2:
+        raise _not_binary(parts[0], classes)
+    return [_codes(part, _flat(part), np.array(classes)) for part in parts], classes
 
 
-def _integer_codes(raw: RawArray, classes: tuple[str, ...]) -> NDArray[np.int64]:
+def _number_classes(
+    parts: Sequence[RawArray], loss: LossName | None, names: Classes | None
+) -> tuple[list[NDArray[Any]], Classes]:
+    values = [_whole(part, loss) for part in parts]
+    if loss == "cross_entropy" and parts[0].values.dtype.kind == "f":
+        _check_few(parts[0], np.unique(values[0]))
+    numbers = np.arange(len(names)) if names else _class_numbers(parts[0], values[0], loss)
+    if loss == "binary_cross_entropy" and len(numbers) > 2:
+        raise _not_binary(parts[0], names or numbers.tolist())
+    classes = names or tuple(str(number) for number in numbers.tolist())
+    return [_codes(part, whole, numbers) for part, whole in zip(parts, values, strict=True)], classes
+
+
+def _whole(raw: RawArray, loss: LossName | None) -> NDArray[Any]:
     values = _flat(raw)
-    wrong = np.flatnonzero((values < 0) | (values >= len(classes)))
+    if values.dtype.kind != "f":
+        return values.astype(np.uint8) if values.dtype.kind == "b" else values
+    values = values.astype(np.float64)
+    wrong = np.flatnonzero(~(np.abs(values) <= MAX_WHOLE) | (values != np.floor(values)))  # NaN is neither
     if len(wrong):
         raise DataError(
-            f"{raw.name}: row {wrong[0]} (from 0) has label {values[wrong[0]]}; expected the training classes, 0 to "
-            f"{len(classes) - 1} (for a regression, store the labels as floats)"
+            f"{raw.name}: row {wrong[0]} (from 0) has label {values[wrong[0]]}; loss {loss!r} expects classes: whole "
+            f"numbers from 0, or text; {REGRESSION}"
         )
     return values.astype(np.int64)
 
 
-def _text_codes(raw: RawArray, classes: tuple[str, ...]) -> NDArray[np.int64]:
-    codes = {name: code for code, name in enumerate(classes)}
-    labels = _flat(raw).tolist()
-    for row, label in enumerate(labels):
-        if label not in codes:
-            raise DataError(f"{raw.name}: row {row} (from 0) has label {label!r}, which no training example has")
-    return np.array([codes[label] for label in labels], np.int64)
+def _check_few(raw: RawArray, distinct: NDArray[Any]) -> None:
+    if len(distinct) > 2:
+        raise DataError(
+            f"{raw.name} has {len(distinct)} different floats, {_listed(distinct.astype(float).tolist())}; loss "
+            "'cross_entropy' expects classes: store them as integers (in a CSV file: 3 instead of 3.0), or as text; "
+            f"{REGRESSION}"
+        )
+
+
+def _class_numbers(raw: RawArray, values: NDArray[Any], loss: LossName | None) -> NDArray[Any]:
+    """Return the label of each class, sorted."""
+    low = int(values.min())
+    high = int(values.max())
+    if loss == "binary_cross_entropy":
+        return np.arange(2) if low >= 0 and high <= 1 else np.unique(values)
+    if low >= 0 and high < MAX_CLASSES:
+        return np.arange(high + 1)
+    distinct = np.unique(values)
+    if loss is None or len(distinct) > 2:
+        raise _not_classes(raw, values, loss)
+    return distinct
+
+
+def _codes(raw: RawArray, values: NDArray[Any], classes: NDArray[Any]) -> Codes:
+    codes = np.minimum(np.searchsorted(classes, values), len(classes) - 1)
+    wrong = np.flatnonzero(classes[codes] != values)
+    if len(wrong):
+        raise DataError(
+            f"{raw.name}: row {wrong[0]} (from 0) has label {values[wrong[0]].item()!r}, which is not among the "
+            f"training classes, {_listed(classes.tolist())}: correct it, drop the row, or add such examples to the "
+            "training part"
+        )
+    return codes.astype(np.int64)
+
+
+def _not_binary(raw: RawArray, classes: Sequence[Any]) -> DataError:
+    return DataError(
+        f"{raw.name} has {len(classes)} different labels, {_listed(classes)}; loss 'binary_cross_entropy' expects two: "
+        f"use `loss: cross_entropy`, or {REGRESSION}"
+    )
+
+
+def _not_classes(raw: RawArray, values: NDArray[Any], loss: LossName | None) -> DataError:
+    row = int(np.flatnonzero((values < 0) | (values >= MAX_CLASSES))[0])
+    return DataError(
+        f"{raw.name}: row {row} (from 0) has label {values[row]}; expected classes numbered from 0 to "
+        f"{MAX_CLASSES - 1} at most{', or two different values' if loss else ''}: number the classes from 0, or write "
+        f"them as text; {REGRESSION if loss else OWN_REGRESSION}"
+    )
+
+
+def _listed(classes: Sequence[Any]) -> str:
+    shown = [str(label) for label in classes[:4]]
+    return ", ".join(shown) if len(classes) <= 4 else f"{', '.join(shown[:2])}, ..., {classes[-1]}"

@@ -23,11 +23,19 @@ class Shards:
     """The training examples in `num_shards` pieces, whose sizes differ by at most one, and their batches.
 
     Attributes:
-        grid: how many batches each shard has, every epoch.
+        grid: how many batches each shard has, every epoch, and how many examples they hold.
+        left_out: examples that no batch of an epoch holds; 0 without `drop_last`.
     """
 
     def __init__(
-        self, num_examples: int, num_shards: int, batch_size: int, seed: int, shuffle: bool, steps: int = 1
+        self,
+        num_examples: int,
+        num_shards: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        steps: int = 1,
+        drop_last: bool = False,
     ) -> None:
         """Cut the examples into shards.
 
@@ -38,6 +46,7 @@ class Shards:
             seed: of the job, not negative.
             shuffle: False keeps the order of the file, in the cut and in every epoch.
             steps: mini-batches of `batch_size` that make one batch, which is what a push is computed from.
+            drop_last: True ends each epoch's order of a shard with its last full mini-batch.
 
         Raises:
             DataError: a shard would be smaller than one batch.
@@ -49,20 +58,30 @@ class Shards:
         self._shuffle = shuffle
         self._shards = np.array_split(self._shuffled(np.arange(num_examples, dtype=np.int64)), num_shards)
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}  # by (epoch, shard), oldest first
-        self.grid = EpochGrid(tuple(-(-len(shard) // self._batch_size) for shard in self._shards), num_examples)
+        rests = [len(shard) % batch_size if drop_last else 0 for shard in self._shards]
+        self._sizes = [len(shard) - rest for shard, rest in zip(self._shards, rests, strict=True)]
+        self.left_out = sum(rests)
+        batches = tuple(-(-size // self._batch_size) for size in self._sizes)
+        self.grid = EpochGrid(batches, num_examples - self.left_out)
 
     def examples(self, batch: BatchId) -> NDArray[np.int64]:
         """The row numbers of a batch's examples, `[batch_size · steps]` or fewer at a shard's end; read-only."""
         if not 0 <= batch.shard < len(self._shards) or not 0 <= batch.index < self.grid.batches_per_shard[batch.shard]:
             raise IndexError(f"{batch} is outside an epoch with {self.grid.batches_per_shard} batches per shard")
         start = batch.index * self._batch_size
-        return self._order(batch.epoch, batch.shard)[start : start + self._batch_size]
+        stop = min(start + self._batch_size, self._sizes[batch.shard])
+        return self._order(batch.epoch, batch.shard)[start:stop]
 
     def mini_batches(self, batch: BatchId) -> list[NDArray[np.int64]]:
         """The rows of each mini-batch of a batch, in order; the last one may be shorter."""
         rows = self.examples(batch)
         size = self._mini_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def smallest_mini_batch(self) -> NDArray[np.int64]:
+        """Return the rows of the shortest mini-batch of the first epoch; those of every other epoch are no shorter."""
+        lasts = [BatchId(0, shard, batches - 1) for shard, batches in enumerate(self.grid.batches_per_shard)]
+        return min((self.mini_batches(batch)[-1] for batch in lasts), key=len)
 
     def _order(self, epoch: int, shard: int) -> NDArray[np.int64]:
         order = self._orders.get((epoch, shard))

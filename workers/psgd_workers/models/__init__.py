@@ -7,12 +7,11 @@ from math import prod
 from psgd_workers.data.examples import Dataset
 from psgd_workers.models.evaluation import evaluate
 from psgd_workers.models.factory import build_python_model
-from psgd_workers.models.labels import fit_labels, num_outputs
 from psgd_workers.models.numpy.network import Network
 from psgd_workers.models.protocol import Model, ModelWithBuffers
-from psgd_workers.spec import LinearModel, MlpModel, ModelSpec, PythonModel, TorchModel
+from psgd_workers.spec import LinearModel, LossName, MlpModel, ModelSpec, PythonModel, TorchModel
 
-__all__ = ["Model", "ModelWithBuffers", "build_model", "evaluate", "fit_labels"]
+__all__ = ["Model", "ModelWithBuffers", "build_model", "evaluate"]
 
 
 def build_model(spec: ModelSpec, dataset: Dataset) -> Model:
@@ -20,7 +19,7 @@ def build_model(spec: ModelSpec, dataset: Dataset) -> Model:
 
     Args:
         spec: what to build.
-        dataset: as `fit_labels` returned it.
+        dataset: opened for the model's loss.
 
     Raises:
         ModelError: the user's factory cannot be found, raised, or made something else than a model.
@@ -34,8 +33,15 @@ def build_model(spec: ModelSpec, dataset: Dataset) -> Model:
             # Imported here because importing torch takes seconds and it may not be installed.
             from psgd_workers.models.torch import TorchNetwork
 
-            return TorchNetwork(spec)
+            return TorchNetwork(spec, dataset.train.features.shape[1:])
         case LinearModel():
-            return Network((inputs, num_outputs(spec.loss, dataset)), spec.loss)
+            return Network((inputs, _num_outputs(spec.loss, dataset)), spec.loss)
         case MlpModel():
-            return Network((inputs, *spec.hidden, num_outputs(spec.loss, dataset)), spec.loss, spec.activation)
+            return Network((inputs, *spec.hidden, _num_outputs(spec.loss, dataset)), spec.loss, spec.activation)
+
+
+def _num_outputs(loss: LossName, dataset: Dataset) -> int:
+    if loss == "cross_entropy":
+        assert dataset.classes is not None, "the labels were encoded for another loss"
+        return len(dataset.classes)
+    return 1 if loss == "binary_cross_entropy" else dataset.train.labels.shape[1]

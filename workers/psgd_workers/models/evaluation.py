@@ -12,10 +12,12 @@ from psgd_workers.data.examples import Examples
 from psgd_workers.messages import Evaluation, FloatArray
 from psgd_workers.models.protocol import Model
 
-__all__ = ["evaluate"]
+__all__ = ["ROWS", "evaluate"]
+
+ROWS = 1024  # examples predicted at once
 
 
-def evaluate(model: Model, weights: Mapping[str, FloatArray], examples: Examples, rows: int = 1024) -> Evaluation:
+def evaluate(model: Model, weights: Mapping[str, FloatArray], examples: Examples, rows: int = ROWS) -> Evaluation:
     """The mean loss over `examples` and, if the labels are classes, the share of them predicted rightly.
 
     Args:
@@ -30,9 +32,9 @@ def evaluate(model: Model, weights: Mapping[str, FloatArray], examples: Examples
     for start in range(0, len(examples), rows):
         labels = examples.labels[start : start + rows]
         outputs = model.predict(weights, examples.inputs(slice(start, start + rows)))
-        total_loss += model.loss(outputs, labels) * len(labels)
         if classified:
             right += int(np.count_nonzero(_classes(outputs) == labels))
+        total_loss += model.loss(outputs, labels.copy()) * len(labels)  # which may write to both
     return Evaluation(total_loss / len(examples), right / len(examples) if classified else None, len(examples))
 
 

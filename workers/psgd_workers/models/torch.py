@@ -17,6 +17,7 @@ from psgd_workers.spec import TorchModel
 
 try:
     import torch
+    from torch.nn.parameter import is_lazy
 except ModuleNotFoundError as error:
     raise MissingExtraError(
         "a model of kind 'torch' needs PyTorch, which is not installed: pip install 'psgd[torch]'"
@@ -29,17 +30,24 @@ class TorchNetwork:
     """The module that the factory makes, fed with weights from outside.
 
     Its tensors are the module's parameters and persistent buffers, by the names of its `state_dict`. Integer buffers
-    travel as float32, exact up to 2²⁴. A frozen parameter counts as a buffer: no optimizer may decay it.
+    travel as float32, exact up to 2²⁴. A frozen parameter counts as a buffer: no optimizer may decay it. Lazy modules
+    get their sizes from one pass over zeros.
+
+    Args:
+        spec: what to build.
+        example_shape: of the features of one example.
 
     Attributes:
         buffers: the tensors that change, if at all, without a gradient.
 
     Raises:
-        ModelError: the factory does not make an `nn.Module`, or the device is not there.
+        ModelError: the factory does not make an `nn.Module`, some of its parameters have no values, or the device is
+            not there.
     """
 
-    def __init__(self, spec: TorchModel) -> None:
+    def __init__(self, spec: TorchModel, example_shape: tuple[int, ...]) -> None:
         self._spec = spec
+        self._example_shape = example_shape
         self._device = _device(spec.device)
         # A constant seed: what the factory draws and the weights do not hold is then the same on every worker.
         self._module = self._build(seed=0).to(self._device)
@@ -92,7 +100,25 @@ class TorchNetwork:
         module = build(self._spec.path, self._spec.kwargs)
         if not isinstance(module, torch.nn.Module):
             raise ModelError(f"{self._spec.path!r} made a {type(module).__name__}; expected a torch.nn.Module")
+        if _without_values(module):
+            self._initialise(module)
         return module
+
+    def _initialise(self, module: torch.nn.Module) -> None:
+        """Let lazy modules see the shape of their inputs."""
+        fault: str | None = None
+        module.eval()
+        try:
+            with torch.no_grad():
+                module(torch.zeros(2, *self._example_shape))
+        except Exception as error:  # noqa: BLE001 - a module of the user's may raise anything
+            fault = f"a pass over zeros of shape {[2, *self._example_shape]} raised {type(error).__name__}: {error}"
+        if missing := _without_values(module):
+            raise ModelError(
+                f"the module of {self._spec.path!r} has parameters without values: {', '.join(missing)}; "
+                f"{fault or 'a pass over zeros left them as they were'}. Give their layers all sizes, or use them in "
+                "forward(), and build them on the CPU"
+            )
 
     def _tensors(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
         # Asked anew each time: a module may assign a new tensor to a buffer instead of writing into the old one.
@@ -106,9 +132,14 @@ class TorchNetwork:
                 tensor.copy_(values if tensor.is_floating_point() else values.round())
 
     def _outputs(self, features: FloatArray) -> torch.Tensor:
-        """`[batch, num_outputs]`; a module that returns `[batch]` has one output."""
-        outputs: torch.Tensor = self._module(_tensor(features).to(self._device))
-        return outputs.unsqueeze(1) if outputs.ndim == 1 else outputs
+        """Return `[batch, num_outputs]`; a module that returns `[batch]` has one output."""
+        outputs = self._module(_tensor(features).to(self._device))
+        if not isinstance(outputs, torch.Tensor):
+            raise ModelError(
+                f"the module of {self._spec.path!r} returned a {type(outputs).__name__}; expected a tensor "
+                "[batch, outputs]"
+            )
+        return outputs.reshape(-1, 1) if outputs.ndim < 2 else outputs
 
     def _loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self._spec.loss == "cross_entropy":
@@ -119,6 +150,12 @@ class TorchNetwork:
         if self._spec.loss == "mse":
             return torch.nn.functional.mse_loss(outputs, targets)
         return torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets)
+
+
+def _without_values(module: torch.nn.Module) -> list[str]:
+    """Name the tensors that lazy modules have not made yet, and those on the meta device."""
+    tensors = chain[tuple[str, torch.Tensor]](module.named_parameters(), module.named_buffers())
+    return [name for name, tensor in tensors if is_lazy(tensor) or tensor.is_meta]
 
 
 def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:

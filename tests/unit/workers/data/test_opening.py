@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from psgd_workers.data import Dataset, open_dataset
+from psgd_workers.data import Dataset, Examples, open_dataset
+from psgd_workers.data.split import split_validation
 from psgd_workers.errors import DataError
-from psgd_workers.spec import CsvData, NpzData, SklearnData
+from psgd_workers.spec import CsvData, DataSpec, LossName, NpzData, SklearnData
 
 
 @pytest.fixture
@@ -82,7 +83,14 @@ def test_the_same_data_has_the_same_fingerprint(path: Path) -> None:
     known = open_arrays(path, x_train=features, y_train=labels).fingerprint
     assert re.fullmatch("[0-9a-f]{64}", known)
     assert open_arrays(path, seed=1, x_train=features.astype(np.int16), y_train=labels).fingerprint == known
+    with_validation: dict[str, Any] = {"x_train": features, "y_train": labels, "x_test": features, "y_test": labels}
     others = [
+        open_arrays(path, **with_validation),
+        open_arrays(path, **with_validation | {"x_test": features + 1}),
+        open_arrays(path, **with_validation | {"y_test": 1 - labels}),
+        open_arrays(path, **with_validation | {"x_test": features[:-1], "y_test": labels[:-1]}),
+        open_arrays(path, x_train=features, y_train=np.array(["a", "b"])[labels]),
+        open_arrays(path, x_train=features, y_train=np.array(["b", "c"])[labels]),
         open_arrays(path, x_train=features[::-1], y_train=labels),
         open_arrays(path, x_train=features, y_train=1 - labels),
         open_arrays(path, x_train=features.reshape(6, 2, 1), y_train=labels),
@@ -90,7 +98,46 @@ def test_the_same_data_has_the_same_fingerprint(path: Path) -> None:
         open_arrays(path, x_train=features, y_train=labels, fields={"normalize": "unit"}),
         *(open_arrays(path, s, x_train=features, y_train=labels, fields={"validation_fraction": 0.3}) for s in (1, 2)),
     ]
-    assert len({known, *(other.fingerprint for other in others)}) == 8
+    assert len({known, *(other.fingerprint for other in others)}) == 14
+
+
+def test_the_same_content_has_the_same_fingerprint_wherever_it_lies(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.csv").write_text("weight,kind\n30,dog\n4,cat\n5,cat\n")
+    np.savez(tmp_path / "c.npz", x_train=[[30], [4], [5]], y_train=["dog", "cat", "cat"])
+    specs: list[DataSpec] = [NpzData(format="npz", path=str(tmp_path / "c.npz"))]
+    specs += [CsvData(format="csv", path=str(tmp_path / name / f"{name}.csv")) for name in ("a", "b")]
+    assert len({open_dataset(spec, 0).fingerprint for spec in specs}) == 1
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("mse", [[25], [-310], [25]]), ("cross_entropy", [1, 0, 1])])
+def test_the_loss_decides_what_the_labels_mean(tmp_path: Path, loss: LossName, expected: list[Any]) -> None:
+    (tmp_path / "table.csv").write_text("x,y\n1,25\n2,-310\n3,25\n")
+    dataset = open_dataset(CsvData(format="csv", path=str(tmp_path / "table.csv")), 0, loss)
+    assert dataset.train.labels.tolist() == expected
+    assert dataset.classes == (None if loss == "mse" else ("-310", "25"))
+
+
+def test_a_regression_may_be_validated_on_larger_numbers_than_it_is_trained_on(path: Path) -> None:
+    arrays: dict[str, Any] = {"x_train": [[1], [2]], "y_train": [3, 4], "x_test": [[3]], "y_test": [2**21]}
+    np.savez(path, **arrays)
+    validation = open_dataset(NpzData(format="npz", path=str(path)), 0, "mse").validation
+    assert validation is not None
+    assert validation.labels.tolist() == [[2**21]]
+
+
+@pytest.mark.parametrize("fields", [{}, {"validation_fraction": 0.01}])
+def test_a_classifier_needs_two_classes_in_its_training_part(path: Path, fields: dict[str, Any]) -> None:
+    labels = np.ones(100, np.int64)
+    if fields:  # the only example of the other class is drawn for validation
+        drawn = split_validation(Examples(np.zeros((100, 1), np.float32), np.arange(100)), 0.01, 0)[1].labels
+        labels[drawn] = 0
+    np.savez(path, x_train=np.arange(100), y_train=labels, x_test=np.arange(2), y_test=np.arange(2))
+    with pytest.raises(
+        DataError, match=r"y_train: all (99|100) training labels are '1', but loss 'cross_entropy' needs"
+    ):
+        open_dataset(NpzData(format="npz", path=str(path), **fields), 0, "cross_entropy")
 
 
 @pytest.mark.parametrize(

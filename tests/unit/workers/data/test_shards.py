@@ -152,3 +152,45 @@ def test_a_batch_outside_the_grid_is_refused(batch: BatchId) -> None:
 def test_sizes_that_make_no_batch_are_refused(sizes: Sizes, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         Shards(*sizes, seed=0, shuffle=True)
+
+
+# Leaving out what remains
+
+
+@given(any_sizes(), seeds, epochs, st.booleans(), st.integers(1, 3))
+def test_drop_last_leaves_out_what_fills_no_batch_and_nothing_else(
+    sizes: Sizes, seed: int, epoch: int, shuffle: bool, steps: int
+) -> None:
+    kept, shards = (Shards(*sizes, seed, shuffle, steps, drop_last) for drop_last in (False, True))
+    batches = [shards.mini_batches(shards.grid.batch(epoch, number)) for number in range(shards.grid.num_batches)]
+    assert all(len(rows) == sizes.batch_size for batch in batches for rows in batch)
+    trained = np.concatenate([rows for batch in batches for rows in batch])
+    assert (
+        len(trained) == len(set(trained.tolist())) == shards.grid.num_examples == sizes.num_examples - shards.left_out
+    )
+    full = [
+        rows
+        for number in range(kept.grid.num_batches)
+        for rows in kept.mini_batches(kept.grid.batch(epoch, number))
+        if len(rows) == sizes.batch_size
+    ]
+    np.testing.assert_array_equal(trained, np.concatenate(full))  # of the same order
+    assert kept.left_out == 0
+
+
+def test_drop_last_leaves_out_others_in_each_epoch_if_they_are_shuffled() -> None:
+    for shuffle, expected in ((True, 10), (False, 1)):
+        shards = Shards(10, 1, 9, 0, shuffle, drop_last=True)
+        left = {(set(range(10)) - set(shards.examples(BatchId(epoch, 0, 0)).tolist())).pop() for epoch in range(100)}
+        assert len(left) == expected
+
+
+@given(any_sizes(), seeds, st.integers(1, 3), st.booleans())
+def test_the_smallest_mini_batch_is_the_smallest(sizes: Sizes, seed: int, steps: int, drop_last: bool) -> None:
+    shards = Shards(*sizes, seed, shuffle=True, steps=steps, drop_last=drop_last)
+    lengths = [
+        len(rows)
+        for number in range(shards.grid.num_batches)
+        for rows in shards.mini_batches(shards.grid.batch(0, number))
+    ]
+    assert len(shards.smallest_mini_batch()) == min(lengths)

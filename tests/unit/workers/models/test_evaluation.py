@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from psgd_workers.data.examples import Examples
 from psgd_workers.messages import FloatArray
@@ -62,3 +64,26 @@ def test_no_more_rows_are_predicted_at_once_than_asked() -> None:
     network = Counting((4, 1), loss)
     evaluate(network, network.initial_weights(0), Examples(FEATURES, np.zeros((23, 1), np.float32)), rows=10)
     assert seen == [10, 10, 3]
+
+
+def test_a_model_that_changes_its_inputs_in_place_is_given_copies_of_read_only_data() -> None:
+    class InPlace(Network):
+        def predict(self, weights: Mapping[str, FloatArray], features: FloatArray) -> FloatArray:
+            features *= 2
+            return super().predict(weights, features)
+
+        def loss(self, outputs: FloatArray, labels: NDArray[Any]) -> float:
+            value = super().loss(outputs, labels)
+            outputs *= -1
+            labels *= 0
+            return value
+
+    plain = Network((4, 3), "cross_entropy")
+    network = InPlace((4, 3), "cross_entropy")
+    weights = plain.initial_weights(0)
+    labels = rng.integers(0, 3, 23)
+    features = FEATURES.copy()
+    for array in (features, labels):
+        array.flags.writeable = False  # as a worker finds them in Ray's memory
+    expected = evaluate(plain, weights, Examples(2 * FEATURES, labels))
+    assert evaluate(network, weights, Examples(features, labels)) == expected

@@ -30,7 +30,7 @@ def adapted(users_module: ModuleType) -> Adapted:
 
     def make(factory: Callable[[], object], loss: LossName = "cross_entropy", device: Any = "cpu") -> TorchNetwork:
         users_module.make = factory  # type: ignore[attr-defined]
-        return TorchNetwork(TorchModel(kind="torch", path="users_own.models:make", loss=loss, device=device))
+        return TorchNetwork(TorchModel(kind="torch", path="users_own.models:make", loss=loss, device=device), (6,))
 
     return make
 
@@ -257,6 +257,57 @@ def test_read_only_arrays_are_taken_without_a_warning(adapted: Adapted) -> None:
     gradient = {name: np.empty_like(tensor) for name, tensor in weights.items()}
     loss = model.loss_and_gradient(weights, features, labels, gradient, seed=0)
     assert model.loss(model.predict(weights, features), labels) == pytest.approx(loss, rel=1e-6)
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(3))
+
+
+def test_lazy_modules_get_their_sizes_from_the_data(adapted: Adapted) -> None:
+    model = adapted(lazy)
+    first, again, other = (model.initial_weights(seed) for seed in (3, 3, 4))
+    assert first["0.weight"].shape == (5, 6)
+    assert first["3.weight"].shape == (3, 5)
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(tensor, again[name])
+    assert not np.array_equal(first["0.weight"], other["0.weight"])
+    np.testing.assert_array_equal(first["1.running_mean"], np.zeros(5))  # the pass over zeros leaves no trace
+    loss, gradient = gradient_of(model, first, *batch())
+    assert np.isfinite(loss)
+    assert gradient["0.weight"].any()
+
+
+def test_a_lazy_module_that_is_not_used_is_named(adapted: Adapted) -> None:
+    class Unused(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 3)
+            self.other = nn.LazyLinear(3)
+
+    with pytest.raises(ModelError, match=r"without values: other\.weight, other\.bias; a pass over zeros left them"):
+        adapted(Unused)
+
+
+def test_a_lazy_module_that_does_not_fit_the_data_is_refused_with_the_reason(adapted: Adapted) -> None:
+    with pytest.raises(ModelError, match=r"0\.weight, .*a pass over zeros of shape \[2, 6\] raised RuntimeError"):
+        adapted(lambda: nn.Sequential(nn.LazyConv2d(3, 3)))
+
+
+def test_parameters_without_memory_are_refused(adapted: Adapted) -> None:
+    with pytest.raises(ModelError, match=r"has parameters without values: weight, bias; .* build them on the CPU"):
+        adapted(lambda: nn.Linear(6, 3, device="meta"))
+
+
+def test_a_module_may_return_one_number_for_each_example(adapted: Adapted) -> None:
+    class Squeezed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 1)
+
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            return super().forward(values).squeeze()
+
+    model = adapted(Squeezed, "mse")
+    for rows in (1, 2):
+        assert model.predict(model.initial_weights(0), batch(rows)[0]).shape == (rows, 1)
 
 
 def test_a_factory_must_make_a_module(adapted: Adapted) -> None:

@@ -22,6 +22,7 @@ from psgd_workers.spec import CsvData
 __all__ = ["read_csv"]
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,18}")  # what int64 holds for certain
+MISSING = {"", "?", "-", "na", "n/a", "none", "null"}
 
 Rows = Iterable[tuple[int, list[str]]]  # each with the number of its last line, from 1
 
@@ -32,7 +33,7 @@ def read_csv(spec: CsvData) -> RawData:
     Raises:
         DataError: the file cannot be read, or is no table of numbers; the message names line and column.
     """
-    with open_file(spec.path, "rt", encoding="utf-8-sig", newline="") as file:
+    with open_file(spec.path, encoding="utf-8-sig", newline="") as file:
         try:
             return _parse(_rows(file, spec.delimiter), spec)
         except (UnicodeDecodeError, csv.Error) as error:
@@ -48,17 +49,49 @@ def _parse(rows: Iterator[tuple[int, list[str]]], spec: CsvData) -> RawData:
     first = next(rows, None)
     if first is None:
         raise DataError(f"{spec.path} is empty; expected one example a row")
-    columns = [name.strip() for name in first[1]] if spec.header else [str(i) for i in range(len(first[1]))]
+    named = _is_header(first[1], spec)
+    columns = [name.strip() for name in first[1]] if named else [str(i) for i in range(len(first[1]))]
     if len(columns) < 2:
         raise DataError(
             f"{spec.path} has one column, {columns[0]!r}; expected features and a label separated by "
             f"{spec.delimiter!r}: set `delimiter` to what separates them"
         )
     label = _label_column(spec, columns)
-    features, labels = _columns(spec.path, columns, label, rows if spec.header else chain([first], rows))
+    features, labels = _columns(spec.path, columns, label, rows if named else chain([first], rows))
     return RawData(
         (RawPart(RawArray(f"{spec.path}: features", features), RawArray(f"{spec.path}: {columns[label]}", labels)),)
     )
+
+
+def _is_header(cells: list[str], spec: CsvData) -> bool:
+    """Return True if the first row names the columns; refuse to guess where it may as well be an example."""
+    if isinstance(spec.label, str) or spec.header or len(cells) < 2:
+        return spec.header is not False
+    features = [cell for index, cell in enumerate(cells) if index != spec.label % len(cells)]
+    if spec.header is False and all(map(_is_name, features)):
+        raise DataError(
+            f"{spec.path}: the first row ({_shown(cells)}) has no numbers for features, so that it names the columns: "
+            "write `header: true`, or leave `header` out"
+        )
+    if spec.header is None and not any(map(_is_name, features)):
+        raise DataError(
+            f"{spec.path}: the first row ({_shown(cells)}) may be an example or the names of the columns, as its "
+            "features are numbers: write `header: false` if it is an example, `header: true` if it names the columns"
+        )
+    return spec.header is None
+
+
+def _is_name(cell: str) -> bool:
+    """Return True for what is neither a number nor a common sign for a missing one."""
+    try:
+        float(cell)
+    except ValueError:
+        return cell.strip().lower() not in MISSING
+    return False
+
+
+def _shown(cells: list[str]) -> str:
+    return ",".join(cells) if len(cells) <= 6 else f"{','.join(cells[:5])},...,{cells[-1]}"
 
 
 def _label_column(spec: CsvData, columns: list[str]) -> int:

@@ -28,7 +28,7 @@ def read_npz(spec: NpzData) -> RawData:
     Raises:
         DataError: the file cannot be read, is no archive, or lacks an array.
     """
-    with open_file(spec.path, "rb") as remote:
+    with open_file(spec.path) as remote:
         file = io.BytesIO(remote.read())  # reading an archive takes seeking, which some web servers do not offer
     with _archive(file, spec.path) as archive:
         keys = [(spec.features, spec.labels), *_validation_keys(spec, archive)]

@@ -25,7 +25,7 @@ class Loss(Protocol):
 
         Args:
             outputs: `[batch, num_outputs]`.
-            labels: of the batch, in the dtype and shape that `fit_labels` gives them.
+            labels: of the batch, in the dtype and shape that `open_dataset` gives them.
             gradient: like `outputs`, which it may be: where ∂loss/∂outputs is written.
         """
 

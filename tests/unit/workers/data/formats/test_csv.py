@@ -161,3 +161,47 @@ def test_a_label_name_that_two_columns_bear_is_refused(path: Path) -> None:
 def test_what_is_not_csv_in_utf_8_is_refused(path: Path, content: bytes) -> None:
     with pytest.raises(DataError, match=r"table\.csv is not a CSV file in UTF-8"):
         read(path, content)
+
+
+# Header
+
+
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [
+        ("5.1,3.5,setosa\n7,3.2,versicolor\n", -1),  # an example that would be lost
+        ("1,0.5,2\n0,0.7,3\n", 0),
+        ("0,1,2\n5.1,3.5,0\n", -1),  # the names that pandas gives to columns without any
+        ("label,0,1\n1,5.1,3.5\n", 0),
+        ("5.1,,setosa\n7,3.2,versicolor\n", -1),  # a number is missing
+        ("?,NA,nan,1\n7,3.2,1,0\n", -1),
+    ],
+)
+def test_a_first_row_that_may_be_an_example_is_not_lost_and_not_guessed(path: Path, content: str, label: int) -> None:
+    row = content.partition("\n")[0]
+    message = f"table.csv: the first row ({row}) may be an example or the names of the columns"
+    with pytest.raises(DataError, match=re.escape(message) + ".*`header: false`.*`header: true`"):
+        read(path, content, label=label)
+
+
+def test_such_a_row_is_what_the_job_says(path: Path) -> None:
+    content = "0,1,2\n5.1,3.5,0\n"
+    assert read(path, content, header=True).features.values.tolist() == [[5.1, 3.5]]
+    assert read(path, content, header=False).features.values.tolist() == [[0, 1], [5.1, 3.5]]
+
+
+@pytest.mark.parametrize(("header", "label"), [("a,2020,y", -1), ("1,2,y", "y"), (",a,y", -1), ("a,b,1", -1)])
+def test_a_row_with_a_name_is_a_header(path: Path, header: str, label: str | int) -> None:
+    assert read(path, f"{header}\n5.1,3.5,0\n", label=label).features.values.tolist() == [[5.1, 3.5]]
+
+
+def test_a_long_row_is_shown_shortened(path: Path) -> None:
+    with pytest.raises(DataError, match=r"the first row \(0,1,2,3,4,...,783\) may be"):
+        read(path, ",".join(map(str, range(784))) + "\n")
+
+
+def test_names_in_a_file_that_is_said_to_have_none_are_recognised(path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"the first row \(length,width,species\) .* names the columns: write `header: true`"
+    ):
+        read(path, IRIS, header=False)
