@@ -142,12 +142,7 @@ def submit(
     """
     from psgd.spec.reader import load_spec
 
-    settings = [
-        *(overrides or ()),
-        *([f"run.storage={storage}"] if storage else ()),
-        *([f"name={name}"] if name else ()),
-    ]
-    spec = load_spec(job, settings)
+    spec = load_spec(job, overrides or (), name=name, storage=storage)
     from psgd.cluster.jobs import Jobs
 
     jobs = Jobs(address)
@@ -314,25 +309,25 @@ def _show_checks(checks: Any) -> None:
 @app.command("simulate")
 def simulate_(
     job: JobFile,
-    workers: Annotated[int | None, typer.Option(min=1, help="How many to simulate. [default: the job's]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of workers. [default: the job's]")] = None,
     delays: Annotated[
-        str,
-        typer.Option(metavar="NAME:ARGS", help="Virtual seconds a gradient takes; see `psgd.simulation.delays`."),
-    ] = "constant:1",
+        str | None,
+        typer.Option(metavar="NAME:ARGS", help="Virtual seconds per gradient: lognormal:0,1. [default: constant:1]"),
+    ] = None,
     modes: Annotated[
         str | None, typer.Option(metavar="M,M:k=v", help="Modes to compare, such as async,ringmaster:r=32,bsp.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="quadratic", help="A noisy quadratic in place of the job's model and data.")
     ] = None,
-    size: Annotated[int, typer.Option(min=2, help="Parameters of the quadratic.")] = 100,
-    pushes: Annotated[int, typer.Option(min=1, help="Gradients of the quadratic, at the most.")] = 20_000,
-    link: Annotated[float, typer.Option(metavar="S", help="Virtual seconds a push, and a pull, take.")] = 0.0,
+    size: Annotated[int | None, typer.Option(min=2, help="Parameters of the quadratic. [default: 100]")] = None,
+    pushes: Annotated[int | None, typer.Option(min=1, help="Most gradients of the quadratic. [default: 20000]")] = None,
+    link: Annotated[float | None, typer.Option(metavar="S", help="Virtual seconds of a push, and of a pull.")] = None,
     crashes: Annotated[
         float | None, typer.Option(metavar="S", help="Mean virtual seconds between two crashes of a worker.")
     ] = None,
-    joins: Annotated[float, typer.Option(metavar="S", help="Mean virtual seconds until a worker joins.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of delays, crashes and joins.")] = 0,
+    joins: Annotated[float | None, typer.Option(metavar="S", help="Mean virtual seconds until a worker joins.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of delays, crashes and joins. [default: 0]")] = None,
     until: Annotated[
         str | None, typer.Option(metavar="METRIC=V", help="Stop there: excess, train/loss, val/loss, val/accuracy.")
     ] = None,
@@ -343,15 +338,24 @@ def simulate_(
     """Try a job on workers that are not there.
 
     The production core runs on a virtual clock, with the job's own model and data or a quadratic: what a mode does to
-    time, throughput, staleness and each worker's share, before paying for the workers.
+    time, throughput, staleness and each worker's share, before paying for the workers. Defaults come from the job's
+    `simulate` section; `psgd schema` describes it.
     """
-    from psgd.simulation.command import SimulationRequest, run
+    from psgd.simulation.command import run
     from psgd.spec.reader import load_spec
 
     spec = load_spec(job, overrides or ())
-    request = SimulationRequest(workers, delays, modes, model, size, pushes, link, crashes, joins, seed, until, html)
+    options: dict[str, Any] = {
+        "workers": workers,
+        "delays": delays,
+        "modes": modes,
+        "model": model,
+        "size": size,
+        "pushes": pushes,
+    }
+    options |= {"link_s": link, "crash_s": crashes, "join_s": joins, "seed": seed, "until": until}
     with redirect_stdout(sys.stderr):  # the user's own model may print
-        results = run(spec, request)
+        results = run(spec, options, html)
     if as_json:
         typer.echo(json.dumps({"results": [result.to_dict() for result in results]}))
 

@@ -60,7 +60,7 @@ from psgd.core.driver.events import (
 from psgd.core.driver.weights_gather import EvaluationRequest, WeightsGather
 from psgd.errors import SpecError
 from psgd.spec import Settings
-from psgd.spec.reader import change_settings, change_workers
+from psgd.spec.changes import change_settings, change_workers
 from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Version

@@ -7,7 +7,7 @@ that finished, or a `ViolationError`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from psgd.core.driver.events import Action, Change, Commit, Save, SaveFailed, Scale, WorkerLost
 from psgd.core.server.parameter_server import ParameterServer
@@ -24,8 +25,8 @@ from psgd.simulation.cluster import VirtualCheckpoint, VirtualCluster
 from psgd.simulation.invariants import WatchedServer, check_end, one_hot
 from psgd.simulation.problem import Timing
 from psgd.simulation.worker import Slot, VirtualWorker
-from psgd.spec import JobSpec, Settings
-from psgd.spec.reader import change_workers
+from psgd.spec import ConsistencySpec, JobSpec, ModeTraits, Settings
+from psgd.spec.changes import change_workers
 from psgd_workers.errors import LaneError
 from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Gradient, Receipt, Version
 
@@ -85,8 +86,7 @@ def draw_plan(seed: int) -> Plan:
     workers = random.randint(1, 6)
     servers = random.choice((1, 1, 2, 3))
     mode = _mode(random, workers, servers)
-    waits = mode["mode"] in ("bsp", "ssp") or mode.get("synchronous", False)
-    pipeline = 0 if waits or mode["mode"] in ALONE else random.choice((0, 0, 1, 2))
+    pipeline = 0 if _traits(mode).workers_wait or _traits(mode).chooses_gradients else random.choice((0, 0, 1, 2))
     least = random.randint(1, workers) if mode["mode"] in ("async", "bsp", "ssp") and random.random() < 0.3 else workers
     poison = {"poison": "skip", "poison_tries": 2} if random.random() < 0.2 else {"poison_tries": 10**6}
     epochs = random.randint(1, 3)
@@ -135,7 +135,11 @@ def draw_plan(seed: int) -> Plan:
     )
 
 
-ALONE = ("k_sync", "backup", "rennala", "malenia", "ringleader")  # modes of one server
+MODES: TypeAdapter[ConsistencySpec] = TypeAdapter(ConsistencySpec)
+
+
+def _traits(mode: Mapping[str, Any]) -> ModeTraits:
+    return MODES.validate_python(mode).traits
 
 
 def _mode(random: Random, workers: int, servers: int) -> dict[str, Any]:
@@ -155,7 +159,7 @@ def _mode(random: Random, workers: int, servers: int) -> dict[str, Any]:
         {"mode": "malenia", "s": random.randint(1, 2 * workers), "late": late},
         {"mode": "ringleader"},
     ]
-    return random.choice([mode for mode in modes if servers == 1 or mode["mode"] not in ALONE])
+    return random.choice([mode for mode in modes if servers == 1 or not _traits(mode).chooses_gradients])
 
 
 class Chaos(VirtualCluster):

@@ -1,11 +1,11 @@
-"""`psgd simulate`, once its arguments are parsed."""
+"""`psgd simulate`, after its arguments are parsed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,72 +13,68 @@ from rich.console import Console
 from rich.table import Table
 
 from psgd.core.server.journal import RECORD
-from psgd.errors import RunNotFoundError, SpecError, StorageError
+from psgd.errors import RunNotFoundError, StorageError
 from psgd.job import OpenJob
-from psgd.simulation.delays import parse_delays
-from psgd.simulation.scenario import Scenario, Target, contenders, parse_target
+from psgd.simulation.delays import build_delays
+from psgd.simulation.scenario import Scenario, contenders
 from psgd.simulation.simulate import FIGURES, JobSubject, QuadraticSubject, Simulated, Subject, figures, simulate
-from psgd.spec import JobSpec
+from psgd.spec import JobSpec, SimulateConfig
+from psgd.spec.reader import parse_spec
 from psgd.store.storage import Storage
 
-__all__ = ["SimulationRequest", "run"]
+__all__ = ["run"]
 
 
-@dataclass(frozen=True, slots=True)
-class SimulationRequest:
-    """The arguments, as they were given."""
-
-    workers: int | None  # None: the job's
-    delays: str
-    modes: str | None
-    model: str | None
-    size: int
-    pushes: int
-    link_s: float
-    crash_s: float | None
-    join_s: float
-    seed: int
-    until: str | None
-    html: Path | None
-
-
-def run(spec: JobSpec, request: SimulationRequest) -> list[Simulated]:
+def run(spec: JobSpec, options: Mapping[str, Any], html: Path | None = None) -> list[Simulated]:
     """Simulate each mode, show a table, and write the page.
 
+    Args:
+        spec: the job.
+        options: fields of its simulate section that are replaced, also in short form; None: the section's.
+        html: file of the page with figures; None: no page.
+
     Raises:
-        InputError: something asked for makes no sense; nothing was simulated.
+        InputError: an option makes no sense; nothing was simulated.
     """
-    workers = request.workers or spec.scaling.most_workers
-    target = parse_target(request.until) if request.until else None
-    delays = parse_delays(request.delays, read_journal)
-    scenario = Scenario(workers, delays, request.link_s, request.crash_s, request.join_s, request.seed)
-    jobs = contenders(spec, workers, request.modes)
-    if request.html:
+    spec = _with_options(spec, options)
+    section = spec.simulate or SimulateConfig()
+    workers = section.workers or spec.scaling.most_workers
+    scenario = Scenario.of(section, workers, build_delays(section.delays, read_journal))
+    jobs = contenders(spec, workers)
+    if html:
         from psgd.simulation import comparison  # before anything runs: matplotlib may be missing
     console = Console(stderr=True, highlight=False)
     results = []
     for name, job in jobs.items():
-        subject = _subject(job, request, target)
-        results.append(simulate(name, _for_quadratic(job) if request.model else job, subject, scenario, target))
+        subject = _subject(job, section)
+        job = _for_quadratic(job) if section.model else job
+        results.append(simulate(name, job, subject, scenario, section.until))
         console.print(f"simulated {name}: {results[-1].updates} updates in {results[-1].time_s:.4g} virtual s")
     console.print(_table(results))
-    if request.html:
-        lead = f"{workers} workers, {request.delays} virtual seconds a gradient, seed {request.seed}."
-        request.html.parent.mkdir(parents=True, exist_ok=True)
-        request.html.write_text(comparison.page(results, lead), encoding="utf-8")
-        console.print(f"figures: {request.html}", soft_wrap=True)
+    if html:
+        lead = f"{workers} workers, {_described(section)} virtual seconds a gradient, seed {section.seed}."
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(comparison.page(results, lead), encoding="utf-8")
+        console.print(f"figures: {html}", soft_wrap=True)
     return results
 
 
-def _subject(job: JobSpec, request: SimulationRequest, target: Target | None) -> Subject:
-    metric = target.metric if target else None
-    if request.model is None:
-        return JobSubject(OpenJob.open(job), metric)
-    if request.model != "quadratic":
-        raise SpecError(f"--model {request.model!r}: expected quadratic, or leave it out for the job's own model")
-    if metric not in (None, "excess"):
-        raise SpecError(f"--until {metric}: a quadratic has no loss on data; use --until excess=VALUE")
-    return QuadraticSubject(request.size, request.pushes, request.seed)
+def _with_options(spec: JobSpec, options: Mapping[str, Any]) -> JobSpec:
+    tree = spec.model_dump(mode="json", exclude_unset=True)
+    given = {name: value for name, value in options.items() if value is not None}
+    return parse_spec(tree | {"simulate": (tree.get("simulate") or {}) | given}, "the job with these options")
+
+
+def _described(section: SimulateConfig) -> str:
+    """Return the delays in a form for people, such as `lognormal, mu 0, sigma 1`."""
+    name, *parameters = section.delays.model_dump().items()
+    return ", ".join([str(name[1]), *(f"{parameter} {value}" for parameter, value in parameters)])
+
+
+def _subject(job: JobSpec, section: SimulateConfig) -> Subject:
+    if section.model is None:
+        return JobSubject(OpenJob.open(job), section.until.metric if section.until else None)
+    return QuadraticSubject(section.size, section.pushes, section.seed)
 
 
 def _for_quadratic(job: JobSpec) -> JobSpec:

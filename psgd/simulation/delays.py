@@ -1,24 +1,12 @@
-"""How long a simulated worker takes for one gradient, in virtual seconds.
-
-A model of delays is written NAME:ARG,ARG,...; workers count from 1 here:
-
-    constant:SECONDS          every gradient takes as long
-    exponential:MEAN          memoryless
-    lognormal:MU,SIGMA        exp(N(MU, SIGMA)): mean and standard deviation of the logarithm
-    gamma:SHAPE,SCALE         mean SHAPE·SCALE; higher SHAPE → less spread
-    linear:SLOPE,SPREAD       worker i takes i·SLOPE + |N(0, √(i·SPREAD))|, √ the standard deviation
-    slow:FACTOR               every gradient takes 1, the last worker's FACTOR
-    slow:FACTOR,NAME,ARG,...  every gradient as NAME:ARG,... says, the last worker's FACTOR times as long
-    measured:PATH             of a journal with k workers, worker i draws from the times of worker (i - 1) mod k + 1
+"""Times that imaginary workers take for a gradient, in virtual seconds; built from a job's `simulate.delays`.
 
 Experiment A of the literature (Zhang et al., 2016) is `gamma:100,0.01`, B (Ringmaster, 2025) `linear:1,1`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Protocol
 
@@ -27,11 +15,20 @@ from numpy.typing import NDArray
 
 from psgd.core.server.journal import RecordKind
 from psgd.errors import SpecError
+from psgd.spec import (
+    ConstantDelays,
+    DelaysSpec,
+    ExponentialDelays,
+    GammaDelays,
+    LinearDelays,
+    LognormalDelays,
+    MeasuredDelays,
+    SlowDelays,
+)
 
-__all__ = ["Constant", "Delays", "Exponential", "Gamma", "Linear", "Lognormal", "Measured", "Slow", "parse_delays"]
+__all__ = ["Constant", "Delays", "Exponential", "Gamma", "Linear", "Lognormal", "Measured", "Slow", "build_delays"]
 
 BLOCK = 256  # drawn at a time; more → cheaper draws, more of them never used
-LEAST, MOST = 1e-12, 1e12  # of most parameters: what is drawn stays finite
 SHORTEST = float(np.finfo(np.float64).tiny)  # seconds; for what underflows, as a gamma of a small shape does
 
 Times = NDArray[np.float64]  # [number], seconds
@@ -61,9 +58,6 @@ class Constant:
 
     seconds: float
 
-    def __post_init__(self) -> None:
-        _check(seconds=self.seconds)
-
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:
         del worker, workers, seed
         return repeat(self.seconds).__next__
@@ -74,9 +68,6 @@ class Exponential:
     """Memoryless."""
 
     mean: float  # seconds
-
-    def __post_init__(self) -> None:
-        _check(mean=self.mean)
 
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:
         del workers
@@ -90,10 +81,6 @@ class Lognormal:
     mu: float  # mean of the logarithm of the seconds
     sigma: float  # standard deviation of it; higher → longer tail
 
-    def __post_init__(self) -> None:
-        _check(-20, 20, mu=self.mu)
-        _check(LEAST, 10, sigma=self.sigma)
-
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:
         del workers
         return _stream(worker, seed, lambda rng: rng.lognormal(self.mu, self.sigma, BLOCK))
@@ -106,9 +93,6 @@ class Gamma:
     shape: float
     scale: float  # seconds
 
-    def __post_init__(self) -> None:
-        _check(shape=self.shape, scale=self.scale)
-
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:
         del workers
         return _stream(worker, seed, lambda rng: rng.gamma(self.shape, self.scale, BLOCK))
@@ -120,10 +104,6 @@ class Linear:
 
     slope: float  # seconds
     spread: float  # seconds²
-
-    def __post_init__(self) -> None:
-        _check(slope=self.slope)
-        _check(0, spread=self.spread)
 
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:
         del workers
@@ -138,9 +118,6 @@ class Slow:
 
     factor: float
     base: Delays
-
-    def __post_init__(self) -> None:
-        _check(factor=self.factor)
 
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:
         take = self.base.source(worker, workers, seed)
@@ -178,75 +155,37 @@ class Measured:
         return _stream(worker, seed, lambda rng: rng.choice(times, BLOCK))
 
 
-NUMERIC: dict[str, type[Any]] = {  # models whose parameters are numbers: the fields, in their order
-    "constant": Constant,
-    "exponential": Exponential,
-    "lognormal": Lognormal,
-    "gamma": Gamma,
-    "linear": Linear,
-}
-FORMS = {
-    **{name: f"{name}:{','.join(field.name.upper() for field in fields(model))}" for name, model in NUMERIC.items()},
-    "slow": "slow:FACTOR[,NAME,ARG,...]",
-    "measured": "measured:PATH",
-}
-
 ReadJournal = Callable[[str], NDArray[np.void]]
 
 
 def _no_journal(path: str) -> NDArray[np.void]:
-    raise SpecError(f"no journal can be read here, not at {path!r} either")
+    raise SpecError(f"no journal can be read here, so none at {path!r}")
 
 
-def parse_delays(text: str, read_journal: ReadJournal = _no_journal) -> Delays:
-    """The model of delays that `text` names, in the module's grammar.
+def build_delays(spec: DelaysSpec, read_journal: ReadJournal = _no_journal) -> Delays:
+    """Return the times that a job's delays describe.
 
     Args:
-        text: NAME:ARG,ARG,...
-        read_journal: gives the records of the journal at a path; what it raises goes through, unless a `SpecError`.
+        spec: the delays.
+        read_journal: returns the records of the journal at a path. Its errors are passed on.
 
     Raises:
-        SpecError: there is no such model, its parameters do not fit, or the journal holds no compute times.
+        SpecError: the journal holds no compute times.
     """
-    name, _, arguments = text.strip().partition(":")
-    try:
-        return _build(name, arguments, read_journal)
-    except SpecError as error:
-        raise SpecError(f"delays {text!r}: {error}. The models are {', '.join(FORMS.values())}") from None
+    if isinstance(spec, SlowDelays):
+        return Slow(spec.factor, build_delays(spec.base, read_journal))
+    if isinstance(spec, MeasuredDelays):
+        return Measured.of(read_journal(spec.path))
+    return _BUILDERS[type(spec)](spec)
 
 
-def _build(name: str, arguments: str, read_journal: ReadJournal) -> Delays:
-    if name not in FORMS:
-        close = get_close_matches(name, FORMS, 1)
-        raise SpecError(f"there is no model {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    if name == "slow":
-        first, _, others = arguments.partition(",")
-        (factor,) = _numbers(name, first, 1)
-        inner, _, rest = others.partition(",")
-        return Slow(factor, _build(inner, rest, read_journal) if others else Constant(1.0))
-    if name == "measured":
-        return Measured.of(read_journal(arguments))
-    model = NUMERIC[name]
-    delays: Delays = model(*_numbers(name, arguments, len(fields(model))))
-    return delays
-
-
-def _numbers(name: str, arguments: str, count: int) -> list[float]:
-    """`arguments` as that many numbers."""
-    given = [argument.strip() for argument in arguments.split(",")] if arguments else []
-    if len(given) != count:
-        raise SpecError(f"{FORMS[name]} takes {count} number{'s' * (count > 1)}; {len(given)} were given")
-    try:
-        return [float(argument) for argument in given]
-    except ValueError:
-        raise SpecError(f"{FORMS[name]} takes numbers, not {arguments!r}") from None
-
-
-def _check(least: float = LEAST, most: float = MOST, **parameters: float) -> None:
-    """Refuse what lies outside, and what is no number."""
-    for name, value in parameters.items():
-        if not least <= value <= most:
-            raise SpecError(f"{name} must be from {least:g} to {most:g}, not {value:g}")
+_BUILDERS: Mapping[type[Any], Callable[[Any], Delays]] = {
+    ConstantDelays: lambda spec: Constant(spec.seconds),
+    ExponentialDelays: lambda spec: Exponential(spec.mean),
+    LognormalDelays: lambda spec: Lognormal(spec.mu, spec.sigma),
+    GammaDelays: lambda spec: Gamma(spec.shape, spec.scale),
+    LinearDelays: lambda spec: Linear(spec.slope, spec.spread),
+}
 
 
 def _stream(worker: int, seed: int, draw: Callable[[np.random.Generator], Times]) -> Callable[[], float]:

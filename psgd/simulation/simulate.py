@@ -18,8 +18,8 @@ from psgd.job import OpenJob
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.problem import Problem, Timing
 from psgd.simulation.quadratic import Quadratic
-from psgd.simulation.scenario import Scenario, Target
-from psgd.spec import JobSpec
+from psgd.simulation.scenario import Scenario
+from psgd.spec import JobSpec, SimulationTarget
 from psgd_workers.messages import BatchId, Evaluation, FloatArray, Outcome
 
 __all__ = ["FIGURES", "JobSubject", "Point", "QuadraticSubject", "Simulated", "Subject", "figures", "simulate"]
@@ -180,7 +180,9 @@ class _Run(VirtualCluster):
             self.taken.update({name.decode(): int(n) for name, n in zip(names, counts, strict=True)})
 
 
-def simulate(name: str, spec: JobSpec, subject: Subject, scenario: Scenario, target: Target | None) -> Simulated:
+def simulate(
+    name: str, spec: JobSpec, subject: Subject, scenario: Scenario, target: SimulationTarget | None
+) -> Simulated:
     """Run one job to its end, or to the target.
 
     Args:
@@ -271,7 +273,7 @@ def _compute_s(scenario: Scenario) -> Callable[[str, BatchId], float]:
 class _Watch:
     """Looks at the metric now and then, and ends the run once it is good enough."""
 
-    def __init__(self, subject: Subject, target: Target | None, every: int) -> None:
+    def __init__(self, subject: Subject, target: SimulationTarget | None, every: int) -> None:
         self._subject = subject
         self._target = target
         self._every = every

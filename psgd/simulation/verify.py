@@ -22,7 +22,7 @@ from psgd.job import OpenJob
 from psgd.simulation.cluster import VirtualCheckpoint, VirtualCluster
 from psgd.simulation.problem import Problem
 from psgd.spec import JobSpec, ScalingConfig
-from psgd.spec.reader import override_spec
+from psgd.spec.changes import override_spec
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from psgd_workers.models import build_model
 

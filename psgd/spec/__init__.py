@@ -1,4 +1,4 @@
-"""A job, as plain frozen values: one module per section, composed by `JobSpec`."""
+"""A job, as plain frozen values: one module per section, composed by `JobSpec`; `reader` and `changes` make them."""
 
 from psgd.spec.consistency import (
     AsyncConsistency,
@@ -9,6 +9,7 @@ from psgd.spec.consistency import (
     KSyncConsistency,
     LocalConsistency,
     MaleniaConsistency,
+    ModeTraits,
     RennalaConsistency,
     RingleaderConsistency,
     RingmasterConsistency,
@@ -39,6 +40,19 @@ from psgd.spec.optimizer import (
     StepSchedule,
 )
 from psgd.spec.scaling import ScalingConfig
+from psgd.spec.simulate import (
+    ConstantDelays,
+    ContenderConfig,
+    DelaysSpec,
+    ExponentialDelays,
+    GammaDelays,
+    LinearDelays,
+    LognormalDelays,
+    MeasuredDelays,
+    SimulateConfig,
+    SimulationTarget,
+    SlowDelays,
+)
 
 __all__ = [
     "AdagradOptimizer",
@@ -50,19 +64,28 @@ __all__ = [
     "BufferedConsistency",
     "CheckpointConfig",
     "ConsistencySpec",
+    "ConstantDelays",
     "ConstantSchedule",
+    "ContenderConfig",
     "CorrectionSpec",
     "CosineSchedule",
     "DanaCorrection",
     "DcAsgdCorrection",
     "DelayAdaptiveCorrection",
     "DelayedNesterovOptimizer",
+    "DelaysSpec",
+    "ExponentialDelays",
     "FailureConfig",
+    "GammaDelays",
     "GapAwareCorrection",
     "JobSpec",
     "KSyncConsistency",
+    "LinearDelays",
     "LocalConsistency",
+    "LognormalDelays",
     "MaleniaConsistency",
+    "MeasuredDelays",
+    "ModeTraits",
     "NoCorrection",
     "OptimizerSpec",
     "RennalaConsistency",
@@ -74,6 +97,9 @@ __all__ = [
     "ScheduleSpec",
     "Settings",
     "SgdOptimizer",
+    "SimulateConfig",
+    "SimulationTarget",
+    "SlowDelays",
     "SoftsyncConsistency",
     "SspConsistency",
     "StalenessLrCorrection",

@@ -1,4 +1,4 @@
-"""Which modes, corrections and optimizers make sense together, and with how many workers and servers."""
+"""Combinations of modes, corrections, optimizers, workers and servers that make no sense, with the reason for each."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ from collections.abc import Iterator
 
 from psgd.spec.consistency import (
     BackupConsistency,
-    BspConsistency,
-    BufferedConsistency,
     ConsistencySpec,
     KSyncConsistency,
     LocalConsistency,
-    MaleniaConsistency,
-    RennalaConsistency,
     RingleaderConsistency,
     SoftsyncConsistency,
-    SspConsistency,
 )
 from psgd.spec.correction import (
     CorrectionSpec,
@@ -28,15 +23,11 @@ from psgd.spec.scaling import ScalingConfig
 
 __all__ = ["faults"]
 
-FRESH = (BspConsistency, KSyncConsistency, BackupConsistency, RennalaConsistency, MaleniaConsistency)
-MANY = (SoftsyncConsistency, BufferedConsistency)
-CHOOSING = (KSyncConsistency, BackupConsistency, RennalaConsistency, MaleniaConsistency, RingleaderConsistency)
-
 
 def faults(
     consistency: ConsistencySpec, correction: CorrectionSpec, optimizer: OptimizerSpec, scaling: ScalingConfig
 ) -> list[str]:
-    """What is wrong with this combination: what was given, what was expected, what to do."""
+    """Return a sentence for each fault of this combination: what was given, what was expected, what to do."""
     found = [
         *_too_few_workers(consistency, scaling.least_workers),
         *_senseless(consistency, correction),
@@ -67,7 +58,7 @@ def _senseless(consistency: ConsistencySpec, correction: CorrectionSpec) -> Iter
         return
     name = correction.name
     mode = consistency.mode
-    if isinstance(consistency, FRESH) or (isinstance(consistency, LocalConsistency) and consistency.synchronous):
+    if consistency.traits.fresh_only:
         yield f"correction {name} does nothing in mode {mode}, where no gradient is stale: drop it, or use mode async"
     elif isinstance(consistency, RingleaderConsistency):
         yield f"correction {name} does not go with mode ringleader, whose tables weigh workers already: drop it"
@@ -75,27 +66,21 @@ def _senseless(consistency: ConsistencySpec, correction: CorrectionSpec) -> Iter
         correction.reads_weights or isinstance(correction, DanaCorrection)
     ):
         yield f"correction {name} is made for gradients, and mode local pushes differences: use staleness_lr, or none"
-    elif isinstance(consistency, MANY) and isinstance(correction, DanaCorrection | RescaledCorrection):
+    elif consistency.traits.mixes_staleness and isinstance(correction, DanaCorrection | RescaledCorrection):
         yield f"correction {name} needs a step for each gradient, and mode {mode} averages several: use mode async"
 
 
 def _unscalable(consistency: ConsistencySpec, scaling: ScalingConfig) -> Iterator[str]:
     mode = consistency.mode
-    chooses = isinstance(consistency, CHOOSING)
-    if scaling.servers > 1 and chooses:
+    traits = consistency.traits
+    if scaling.servers > 1 and traits.chooses_gradients:
         yield (
             f"scaling.servers is {scaling.servers}, and mode {mode} chooses which gradients form a step: each "
             "partition would choose differently. Set scaling.servers to 1, or use mode async or bsp"
         )
-    if scaling.pipeline and (chooses or _waits(consistency)):
-        why = "chooses which gradients form a step" if chooses else "makes workers wait for each other"
+    if scaling.pipeline and (traits.chooses_gradients or traits.workers_wait):
+        why = "chooses which gradients form a step" if traits.chooses_gradients else "makes workers wait for each other"
         yield (
             f"scaling.pipeline is {scaling.pipeline}, and mode {mode} {why}, which batches computed ahead would "
             "defeat: set scaling.pipeline to 0, or use mode async"
         )
-
-
-def _waits(consistency: ConsistencySpec) -> bool:
-    if isinstance(consistency, LocalConsistency):
-        return consistency.synchronous
-    return isinstance(consistency, BspConsistency | SspConsistency)

@@ -1,4 +1,4 @@
-"""What a job says about what staleness does to a gradient."""
+"""The correction section of a job: how a gradient is changed because it is stale."""
 
 from __future__ import annotations
 
@@ -21,65 +21,69 @@ __all__ = [
 
 
 class _Correction(Spec):
-    reads_weights: ClassVar[bool] = False
-    """Whether a push must bring the weights along that the gradient was computed from."""
+    reads_weights: ClassVar[bool] = False  # a push carries the weights that the gradient was computed from
 
 
 class NoCorrection(_Correction):
-    """A stale gradient counts like any other."""
+    """No correction: a stale gradient counts like a fresh one."""
 
     name: Literal["none"] = "none"
-    """Which correction."""
+    """The kind of correction."""
 
 
 class StalenessLrCorrection(_Correction):
-    """The rate is divided by the staleness: η / max(1, τ)."""
+    """The learning rate is divided by the staleness τ: η / max(1, τ)."""
 
     name: Literal["staleness_lr"]
-    """Which correction."""
+    """The kind of correction."""
 
 
 class DelayAdaptiveCorrection(_Correction):
-    """The rate is lowered only for gradients staler than there are workers: η · n / max(n, τ)."""
+    """The learning rate is lowered only for gradients whose staleness τ exceeds the number of workers n:
+    η · n / max(n, τ)."""
 
     name: Literal["delay_adaptive"]
-    """Which correction."""
+    """The kind of correction."""
 
 
 class DcAsgdCorrection(_Correction):
-    """Delay compensation: the gradient as it would be at the present weights, to first order."""
+    """Delay compensation (DC-ASGD): a first-order estimate of the gradient at the present weights."""
 
     reads_weights: ClassVar[bool] = True
     name: Literal["dc_asgd"]
-    """Which correction."""
+    """The kind of correction."""
     variant: Literal["constant", "adaptive"] = "constant"
-    """`adaptive` divides the strength by the root of the running mean of the squared gradient."""
+    """`constant`: the same strength for every weight. `adaptive`: the strength is divided by the root of the running
+    mean of the squared gradient."""
     strength: float | None = Field(default=None, ge=0)
-    """λ in g + λ·g⊙g⊙(w - w_read). Default: 0.04, or 2 for `adaptive`. Higher: more is compensated, less steadily."""
+    """λ in g + λ·g⊙g⊙(w - w_read). null: 0.04 for `constant`, 2 for `adaptive`. Higher: more is compensated, and
+    training is less steady."""
 
 
 class GapAwareCorrection(_Correction):
-    """Each value is divided by how far its weight has moved since it was read, in units of a usual step."""
+    """Each value is divided by the distance that its weight has moved since the worker read it, in units of a usual
+    step."""
 
     reads_weights: ClassVar[bool] = True
     name: Literal["gap_aware"]
-    """Which correction."""
+    """The kind of correction."""
 
 
 class DanaCorrection(_Correction):
-    """A momentum for each worker, and workers are shown where the momenta will have taken the weights."""
+    """The servers keep one momentum per worker, and show each worker an estimate of the weights at the time when its
+    gradient will arrive."""
 
     name: Literal["dana"]
-    """Which correction."""
+    """The kind of correction."""
     momentum: float = Field(gt=0, lt=1)
-    """μ in vᵢ ← μ·vᵢ + g. It takes the place of the optimizer's."""
+    """μ in vᵢ ← μ·vᵢ + g. It replaces the optimizer's momentum."""
 
 
 class RescaledCorrection(_Correction):
-    """The rate is proportional to the worker's mean compute time, so that fast workers weigh no more than slow ones."""
+    """The learning rate is proportional to the worker's mean compute time: fast and slow workers count alike."""
 
     name: Literal["rescaled"]
-    """Which correction."""
+    """The kind of correction."""
 
 
 CorrectionSpec = Annotated[

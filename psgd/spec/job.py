@@ -1,60 +1,82 @@
-"""JobSpec: everything a job says, accepted or refused before any process starts."""
+"""JobSpec: a whole training job, accepted or refused before any process starts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from psgd.spec.combinations import faults
-from psgd.spec.consistency import AsyncConsistency, ConsistencySpec, LocalConsistency, RingmasterConsistency
+from psgd.spec.consistency import AsyncConsistency, ConsistencySpec, RingmasterConsistency
 from psgd.spec.correction import CorrectionSpec, NoCorrection
 from psgd.spec.optimizer import OptimizerSpec
 from psgd.spec.scaling import ScalingConfig
+from psgd.spec.simulate import SimulateConfig, expand_modes
 from psgd_workers.spec import (
     CompressionSpec,
+    Count,
     DataSpec,
-    LocalSteps,
     ModelSpec,
     NoCompression,
     Spec,
     TorchModel,
+    Whole,
     WorkerOptions,
 )
 
-__all__ = ["CheckpointConfig", "FailureConfig", "JobSpec", "RunConfig", "Settings", "TargetConfig"]
+__all__ = ["NAME_PATTERN", "CheckpointConfig", "FailureConfig", "JobSpec", "RunConfig", "Settings", "TargetConfig"]
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 
 IDENTITY = {"version", "seed", "model", "data", "optimizer", "consistency", "correction", "compression"}
 
 
+def _one(given: Any) -> Any:
+    """Refuse true, which Python takes for 1."""
+    if isinstance(given, bool):
+        raise ValueError("expected 1")  # noqa: TRY004 (pydantic wants a ValueError)
+    return given
+
+
+def _run_name(given: str) -> str:
+    if not re.fullmatch(NAME_PATTERN, given):
+        raise ValueError(
+            "expected at most 63 letters, digits, dots, underscores and hyphens, beginning with a letter or a digit"
+        )
+    return given
+
+
 class TargetConfig(Spec):
-    """End the run once an epoch's metric is this good."""
+    """A value of a metric at which the run ends early."""
 
     metric: Literal["val/accuracy", "val/loss", "train/loss"]
-    """Which metric."""
+    """The metric, measured at the end of each epoch."""
     value: float
-    """Accuracy: at least this. A loss: at most this."""
+    """The run ends when an accuracy is at least this value, or a loss at most this value."""
 
     def reached(self, value: float) -> bool:
         return value >= self.value if self.metric == "val/accuracy" else value <= self.value
 
 
 class RunConfig(Spec):
-    """When the run ends and where it is kept. It ends with whichever limit comes first."""
+    """When the run ends, and where its files are kept. At least one of `epochs`, `max_updates` and `max_time_s` must be
+    given; the run ends at the limit that is reached first."""
 
-    epochs: int | None = Field(default=None, ge=1)
-    """Passes over the training data."""
-    max_updates: int | None = Field(default=None, ge=1)
-    """Optimizer steps."""
+    epochs: Count | None = None
+    """Number of passes over the training data. null: no limit."""
+    max_updates: Count | None = None
+    """Number of optimizer steps. null: no limit."""
     max_time_s: float | None = Field(default=None, gt=0)
-    """Seconds of training, start-up left out."""
-    target: TargetConfig | None = None
-    """Stop early once a metric is good enough."""
+    """Seconds of training, not counting the start. null: no limit."""
+    target: TargetConfig | None = Field(default=None, examples=[{"metric": "val/accuracy", "value": 0.97}])
+    """Metric and value at which the run ends early, such as `{metric: val/accuracy, value: 0.97}`. null: none."""
     storage: str = Field(default="runs", min_length=1)
-    """Folder or fsspec URL that holds the run's directory; on a cluster, one that every node reaches."""
+    """Folder or fsspec URL, such as `s3://bucket/runs`, in which the run gets a directory of its name. On a cluster
+    every node must reach it."""
 
     @model_validator(mode="after")
     def _ends(self) -> RunConfig:
@@ -64,72 +86,86 @@ class RunConfig(Spec):
 
 
 class CheckpointConfig(Spec):
-    """How often the state is saved. A run's end and Ctrl-C always save."""
+    """How often the weights and the state of the run are saved. The run's end and Ctrl-C always save them."""
 
     every_s: float | None = Field(default=60.0, gt=0)
-    """Seconds between checkpoints; null: not by time. What a lost server costs at most."""
-    every_updates: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; null: not by steps."""
-    keep: int = Field(default=3, ge=1)
-    """Newest checkpoints kept; older ones are deleted."""
+    """Seconds between checkpoints. Lower: less work is repeated when a server is lost. null: not by time."""
+    every_updates: Count | None = None
+    """Optimizer steps between checkpoints. null: not by steps."""
+    keep: Count = 3
+    """Number of checkpoints that are kept. Older ones are deleted."""
 
 
 class FailureConfig(Spec):
-    """What is borne, and how long things are waited for."""
+    """How many failures the run survives, and the time limits of its waits."""
 
-    max_failures: int = Field(default=10, ge=-1)
-    """Deaths of workers and servers made good before the run fails; -1: any number. Preemptions are not counted."""
-    max_rejected: int = Field(default=10, ge=0)
-    """Gradients that are not finite before the run fails as diverged."""
+    max_failures: Whole = Field(default=10, ge=-1)
+    """Number of workers and servers that are replaced after they died; after one more the run fails. -1: no limit.
+    Preempted nodes are not counted."""
+    max_rejected: Whole = Field(default=10, ge=0)
+    """Number of gradients with infinite or NaN values that are left out; after one more the run fails as diverged."""
     poison: Literal["fail", "skip"] = "fail"
-    """What to do about a batch that again and again kills its worker or gives no finite gradient: end the run and name
-    it, or do without it and count it as discarded."""
-    poison_tries: int = Field(default=3, ge=1)
-    """Tries after which it is one."""
+    """What to do with a poison batch, which kills its worker or gives infinite or NaN gradients at each attempt.
+    `fail`: end the run and name the batch. `skip`: go on without the batch and count it as discarded."""
+    poison_tries: Count = 3
+    """Failed attempts after which a batch counts as poison."""
     start_timeout_s: float = Field(default=0.0, ge=0)
-    """Seconds to wait for a cluster that is too small to grow. 0: refuse at once."""
+    """Seconds to wait for a cluster that is too small for the job to grow. 0: refuse the job at once."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds any one answer may take: a receipt, a report, a process's start. Raise it for longer batches."""
+    """Seconds to wait for an answer of a worker or server, or for a process to start. Raise it if a batch takes
+    longer."""
 
 
 class Settings(Spec):
     """The part of a job that `psgd set` can change while it runs."""
 
     consistency: ConsistencySpec
-    """How workers wait for each other."""
+    """Which gradients form a step, and which workers wait for it."""
     optimizer: OptimizerSpec
-    """How a server steps."""
+    """The update rule of the servers."""
 
 
 class JobSpec(Spec):
-    """One training job."""
+    """A training job. A job file is this in YAML."""
 
-    version: Literal[1] = 1
-    """Of this format."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    """The run's name, and its directory's. Default: the job file's name without its ending."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides the initial weights, the split, the shards and every epoch's order."""
-    model: ModelSpec
-    """What is trained."""
-    data: DataSpec
-    """What it is trained on."""
-    optimizer: OptimizerSpec
-    """How a server steps."""
-    consistency: ConsistencySpec = AsyncConsistency()
-    """How workers wait for each other."""
-    correction: CorrectionSpec = NoCorrection()
-    """What staleness does to a gradient."""
-    compression: CompressionSpec = NoCompression()
-    """How gradients travel."""
-    scaling: ScalingConfig = ScalingConfig()
-    """How many workers and servers."""
-    run: RunConfig
-    """When the run ends, and where it is kept."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    """How often the state is saved."""
-    failure: FailureConfig = FailureConfig()
-    """What is borne."""
+    version: Annotated[Literal[1], BeforeValidator(_one)] = 1
+    """Version of the format of job files."""
+    name: Annotated[str, AfterValidator(_run_name), Field(json_schema_extra={"pattern": NAME_PATTERN})] | None = None
+    """Name of the run and of its directory. null: the job file's name without its ending, and with hyphens for
+    characters that a name cannot have."""
+    seed: Whole = Field(default=0, ge=0, lt=2**63)
+    """Seed of the initial weights, of the validation part and of the order of the examples in every epoch."""
+    model: ModelSpec = Field(examples=[{"kind": "mlp", "hidden": [64]}])
+    """The model to train."""
+    data: DataSpec = Field(examples=[{"format": "csv", "path": "data.csv"}])
+    """The data to train on."""
+    optimizer: OptimizerSpec = Field(examples=[{"name": "sgd", "lr": 0.1}])
+    """The update rule of the servers."""
+    consistency: ConsistencySpec = Field(default=AsyncConsistency(), examples=[{"mode": "async"}])
+    """Which gradients form a step of the servers, and which workers wait for it. The staleness of a gradient is the
+    number of steps between reading the weights that it was computed from and applying it."""
+    correction: CorrectionSpec = Field(default=NoCorrection(), examples=[{"name": "staleness_lr"}])
+    """How a gradient is changed because it is stale."""
+    compression: CompressionSpec = Field(default=NoCompression(), examples=[{"name": "fp16"}])
+    """How gradients are compressed on their way to the servers."""
+    scaling: ScalingConfig = Field(default=ScalingConfig(), examples=[{"workers": 4}])
+    """The number of workers and servers, and their resources."""
+    run: RunConfig = Field(examples=[{"epochs": 10}])
+    """When the run ends, and where its files are kept."""
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), examples=[{"every_s": 60}])
+    """How often the weights and the state of the run are saved."""
+    failure: FailureConfig = Field(default=FailureConfig(), examples=[{"max_failures": 10}])
+    """How many failures the run survives, and the time limits of its waits."""
+    simulate: SimulateConfig | None = Field(default=None, examples=[{"delays": "lognormal:0,1", "modes": "async,bsp"}])
+    """Imaginary workers for `psgd simulate`, and the modes to compare. Training ignores it. null: the defaults."""
+
+    @field_validator("simulate", mode="before")
+    @classmethod
+    def _own_mode_keeps_its_fields(cls, given: Any, info: ValidationInfo) -> Any:
+        """Return the section with the job's fields in modes in short form."""
+        if not isinstance(given, Mapping) or "modes" not in given:
+            return given
+        return dict(given) | {"modes": expand_modes(given["modes"], info.data.get("consistency"))}
 
     @model_validator(mode="after")
     def _cuda_needs_a_gpu(self) -> JobSpec:
@@ -147,29 +183,21 @@ class JobSpec(Spec):
 
     @property
     def worker_options(self) -> WorkerOptions:
-        """What its workers are told."""
-        mode = self.consistency
+        """Options of the job's workers besides model and data."""
         return WorkerOptions(
-            local=LocalSteps(steps=mode.h, lr=mode.lr) if isinstance(mode, LocalConsistency) else None,
+            local=self.consistency.local_steps,
             compression=self.compression,
             sends_weights=self.correction.reads_weights,
-            stop_at=self._stop_at,
+            stop_at=self.consistency.stop_at,
         )
 
     @property
-    def _stop_at(self) -> int | None:
-        if not getattr(self.consistency, "stop", False):
-            return None
-        # The other modes that refuse admit nothing stale at all.
-        return self.consistency.r if isinstance(self.consistency, RingmasterConsistency) else 1
-
-    @property
     def settings(self) -> Settings:
-        """What `psgd set` can change."""
+        """The part of the job that `psgd set` can change."""
         return Settings(consistency=self.consistency, optimizer=self.optimizer)
 
     def warnings(self) -> list[str]:
-        """What is allowed, and probably not wanted."""
+        """Return a sentence for each choice that is allowed but probably a mistake."""
         found = []
         if isinstance(self.consistency, RingmasterConsistency) and self.data.num_shards > 1 and not self.data.shuffle:
             found.append(
@@ -180,12 +208,12 @@ class JobSpec(Spec):
         return found
 
     def identity(self) -> dict[str, Any]:
-        """Return the part of a job that a resumed run may not change: what its weights are a function of.
+        """Return the part of the job that decides the weights, which a resumed run may not change.
 
-        Data is compared by content, by its fingerprint; the path to it may change.
+        Data is compared by its content, through its fingerprint: the path to it may change.
         """
         return self.model_dump(mode="json", include=IDENTITY, exclude={"data": {"path"}})
 
     def identity_hash(self) -> str:
-        """SHA-256 of `identity()`, in hex."""
+        """Return the SHA-256 of `identity()`, in hex."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()

@@ -1,26 +1,26 @@
-"""What a job says about its processes: how many, what each is given, and how they reach each other."""
+"""The scaling section of a job: the number of workers and servers, their resources, and their connections."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Strict, Tag, model_validator
 
-from psgd_workers.spec import Spec
+from psgd_workers.spec import Count, Spec, Whole, whole
 
 __all__ = ["ScalingConfig", "WorkerRange"]
 
-Port = Annotated[int, Field(ge=1024, le=65535)]
-Workers = Annotated[int, Field(ge=1, le=4096)]
+Port = Annotated[int, Field(ge=1024, le=65535), BeforeValidator(whole)]
+Workers = Annotated[int, Field(ge=1, le=4096), BeforeValidator(whole)]
 
 
 class WorkerRange(Spec):
-    """How many workers, as the cluster has room."""
+    """A number of workers that grows and shrinks with the cluster."""
 
     min: Workers = 1
-    """Training begins with so many."""
+    """Number of workers that training begins with. It waits until the cluster has room for them."""
     max: Workers
-    """More are started while there is room for them, up to this."""
+    """Largest number of workers. More than `min` are started while the cluster has room for them."""
 
     @model_validator(mode="after")
     def _in_order(self) -> WorkerRange:
@@ -34,36 +34,38 @@ def _number_or_range(value: object) -> str:
 
 
 class ScalingConfig(Spec):
-    """How many workers and servers, and what each is given."""
+    """The number of workers and servers, and their resources."""
 
     workers: Annotated[
         Annotated[Workers, Tag("number")] | Annotated[WorkerRange, Tag("range")], Discriminator(_number_or_range)
-    ] = 2
-    """Worker processes: a number, or `{min, max}` for a cluster that grows and shrinks. More: faster epochs, more
-    staleness (about workers - 1) in `async`."""
-    cpus_per_worker: int = Field(default=1, ge=1)
-    """CPUs Ray reserves for each worker, and BLAS threads it may use. The servers ask for none."""
+    ] = Field(default=2, examples=[4, {"min": 2, "max": 8}])
+    """Number of worker processes, such as 4, or `{min: 2, max: 8}` for a cluster that grows and shrinks. More: faster
+    epochs, and in mode `async` more staleness (about the number of workers minus 1)."""
+    cpus_per_worker: Count = 1
+    """CPUs that Ray reserves for each worker, and threads that NumPy may use in it. Servers reserve none."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
-    """GPUs Ray reserves for each worker, for models of kind `torch`."""
-    servers: int = Field(default=1, ge=1, le=64)
-    """Parameter servers; each holds one slice of the weights (a partition), spread over nodes. More: large models
-    travel and step faster, and every push is more messages."""
-    pipeline: int = Field(default=0, ge=0, le=2)
-    """Batches a worker may compute ahead while earlier pushes travel; each adds one version of staleness per worker."""
+    """GPUs that Ray reserves for each worker, for models of kind `torch`. A fraction lets workers share a GPU."""
+    servers: Whole = Field(default=1, ge=1, le=64)
+    """Number of parameter servers. Each holds one slice of the weights (a partition); they are spread over the nodes.
+    More: faster for large models, and more messages per push."""
+    pipeline: Whole = Field(default=0, ge=0, le=2)
+    """Batches that a worker may compute while earlier pushes are on their way. Higher: slow networks hold workers up
+    less, and staleness grows by about the number of workers for each batch."""
     lane: Literal["auto", "shm", "tcp", "ray"] = "auto"
-    """How workers reach servers: shared memory on one node, sockets between nodes, Ray's actor calls anywhere; `auto`
-    picks per worker and server."""
-    ports: tuple[Port, Port] | None = None
-    """First and last of the TCP ports that servers may listen on, for firewalls; null: any free port."""
+    """How gradients travel to servers. `shm`: shared memory, on one node only. `tcp`: sockets. `ray`: Ray's actor
+    calls, which work everywhere. `auto`: the fastest of these that works, for each pair of worker and server."""
+    ports: Annotated[tuple[Port, Port], Strict(False)] | None = Field(default=None, examples=[[20000, 20100]])
+    """First and last TCP port that servers may listen on, such as `[20000, 20100]`, for firewalls. null: any free
+    port."""
 
     @property
     def least_workers(self) -> int:
-        """So many there must be."""
+        """Smallest number of workers that trains the job."""
         return self.workers if isinstance(self.workers, int) else self.workers.min
 
     @property
     def most_workers(self) -> int:
-        """So many there may be."""
+        """Largest number of workers that trains the job."""
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
     @model_validator(mode="after")

@@ -312,7 +312,7 @@ def _parse_manifest(name: str, text: bytes) -> Manifest:
                 f"checkpoint {name} has format {tree.get('format')!r}, and this psgd reads format {FORMAT}: "
                 "use the psgd that wrote it"
             )
-        return Manifest.model_validate(tree)
+        return Manifest.model_validate_json(text)
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {name}: its COMMITTED is not a manifest: {error}") from error
 

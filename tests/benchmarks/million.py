@@ -26,9 +26,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("bench/million.json"), help="where the document goes")
     arguments = parser.parse_args()
-    spec = load_spec(JOB, ["run.epochs=1", "optimizer.lr=5e-4"])
+    spec = load_spec(JOB, ["run.epochs=1", "optimizer.lr=5e-4", "simulate.modes=async"])
     scenario = Scenario(arguments.workers, Lognormal(0.0, 1.0))
-    ((name, job),) = contenders(spec, arguments.workers, "async").items()
+    ((name, job),) = contenders(spec, arguments.workers).items()
     began = perf_counter()
     found = simulate(name, job, QuadraticSubject(100, arguments.pushes, seed=0), scenario, target=None)
     seconds = perf_counter() - began

@@ -1,22 +1,36 @@
-"""What a job says about its model, its data and what workers push; `psgd.spec.JobSpec` composes these.
+"""The parts of a job that workers read: model, data, compression, local steps. `psgd.spec.JobSpec` composes them.
 
-Specs are frozen and know no defaults from outside: what they say is all a run depends on.
+Specs are frozen and take no defaults from outside: a run depends on nothing but its spec. They are strict: text is
+never taken for a number, nor a boolean for a number or for text.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import re
 from itertools import pairwise
+from math import isfinite
+from numbers import Integral
 from textwrap import dedent
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    Strict,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 __all__ = [
     "CompressionSpec",
+    "Count",
     "CsvData",
     "DataSpec",
     "Fp16Compression",
@@ -34,7 +48,10 @@ __all__ = [
     "Spec",
     "TopKCompression",
     "TorchModel",
+    "Whole",
     "WorkerOptions",
+    "descriptions",
+    "whole",
 ]
 
 LossName = Literal["cross_entropy", "mse", "binary_cross_entropy"]
@@ -42,27 +59,81 @@ LossName = Literal["cross_entropy", "mse", "binary_cross_entropy"]
 FACTORY_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
 
-class Spec(BaseModel):
-    """A frozen part of a job: unknown fields are refused, and so are infinities."""
+def whole(given: Any) -> Any:
+    """Return 1e6 and NumPy's integers as an int, and anything else, a boolean included, as it is."""
+    if isinstance(given, bool):
+        return given
+    whole = isinstance(given, Integral) or (isinstance(given, float) and given.is_integer())
+    return int(given) if whole else given
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+Whole = Annotated[int, BeforeValidator(whole)]
+"""A whole number, however it is written: 1000, 1e3 or 1000.0."""
+Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]  # the bound stands first, else it is not in the JSON schema
+"""A whole number of 1 or more."""
+
+
+def _factory(given: str) -> str:
+    """Refuse what cannot be imported, with what was probably meant."""
+    if re.fullmatch(FACTORY_PATTERN, given) and ".py:" not in given:
+        return given
+    path = given.replace("/", ".").replace(".py:", ":").strip(".")
+    if path.endswith(".py") or not re.search("[.:]", path):
+        path = path.removesuffix(".py") + ":build"
+    elif ":" not in path:
+        path = ":".join(path.rsplit(".", 1))
+    example = path if re.fullmatch(FACTORY_PATTERN, path) else "my_models:build"
+    raise ValueError(f"expected 'package.module:factory'; for example {example}")
+
+
+Factory = Annotated[str, AfterValidator(_factory), Field(json_schema_extra={"pattern": FACTORY_PATTERN})]
+"""A function that can be imported, as `package.module:function`."""
+
+
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    """Refuse values that a job file cannot hold: they would not survive `resolved.json`."""
+    waiting: list[Any] = [given]
+    while waiting:
+        match waiting.pop():
+            case dict() as mapping:
+                if wrong := [key for key in mapping if not isinstance(key, str)]:
+                    raise ValueError(f"a key must be text: write {wrong[0]!r:.80} in quotes")
+                waiting.extend(mapping.values())
+            case list() | tuple() as items:
+                waiting.extend(items)
+            case float() as number if not isfinite(number):
+                raise ValueError(f"{number} is not finite: leave it out, and let the factory choose it")
+            case None | str() | int() | float():
+                pass
+            case other:
+                raise ValueError(f"expected plain YAML values, not {type(other).__name__}")
+    return given
+
+
+Kwargs = Annotated[dict[str, Any], AfterValidator(_plain)]
+
+
+class Spec(BaseModel):
+    """A frozen part of a job: unknown fields are refused, and so are infinities and values of another type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """With the text below each field as its description.
+        """Return the schema with the text below each field as its description.
 
-        pydantic's `use_attribute_docstrings` says the same, but reads the sources whenever a process starts.
+        pydantic's `use_attribute_docstrings` does the same, but reads the sources whenever a process starts.
         """
         made = handler(schema)
         properties = handler.resolve_ref_schema(made).get("properties", {})
-        for name, text in _descriptions(cls).items():
+        for name, text in descriptions(cls).items():
             if name in properties:  # else it is a constant of the class
                 properties[name]["description"] = text
         return made
 
 
-def _descriptions(spec: type[Spec]) -> dict[str, str]:
-    """The string after each field of a class and of those it is made from."""
+def descriptions(spec: type[Spec]) -> dict[str, str]:
+    """Return the string after each field of a class and of its bases, by the field's name."""
     found = {}
     for each in reversed(spec.__mro__[: spec.__mro__.index(Spec)]):
         (definition,) = ast.parse(dedent(inspect.getsource(each))).body
@@ -75,93 +146,104 @@ def _descriptions(spec: type[Spec]) -> dict[str, str]:
 
 
 class LinearModel(Spec):
-    """outputs = features · weightᵀ + bias: linear or (multinomial) logistic regression, by its loss."""
+    """A linear model, outputs = features · weightᵀ + bias. With `mse` it is linear regression, with `cross_entropy`
+    (multinomial) logistic regression."""
 
     kind: Literal["linear"]
-    """Which model."""
+    """The kind of model. The other fields of `model` depend on it."""
     loss: LossName = "cross_entropy"
-    """`cross_entropy` over classes (numbered from 0, or text), `binary_cross_entropy` over two classes (0 and 1, -1 and
-    1, or two words), `mse` over numbers, whole ones included."""
+    """The loss that is minimised: `cross_entropy` for classes (numbered 0, 1, 2, ..., or text), `binary_cross_entropy`
+    for two classes (0 and 1, -1 and 1, or two words), `mse` (mean squared error) for numbers."""
 
 
 class MlpModel(Spec):
-    """A multi-layer perceptron; the input and output sizes are taken from the data."""
+    """A multi-layer perceptron: fully connected layers. The sizes of its input and output are taken from the data."""
 
     kind: Literal["mlp"]
-    """Which model."""
-    hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(128,), min_length=1)
-    """Units of each hidden layer, from input to output."""
+    """The kind of model. The other fields of `model` depend on it."""
+    hidden: Annotated[tuple[Count, ...], Strict(False)] = Field(default=(128,), min_length=1, examples=[[256, 128]])
+    """Number of units in each hidden layer, from input to output, such as `[256, 128]`."""
     activation: Literal["relu", "tanh", "gelu"] = "relu"
-    """After each hidden layer. relu and gelu start from He's initialisation, tanh from Glorot's."""
+    """Activation function after each hidden layer. Initial weights are He's for relu and gelu, Glorot's for tanh."""
     loss: LossName = "cross_entropy"
-    """`cross_entropy` over classes (numbered from 0, or text), `binary_cross_entropy` over two classes (0 and 1, -1 and
-    1, or two words), `mse` over numbers, whole ones included."""
+    """The loss that is minimised: `cross_entropy` for classes (numbered 0, 1, 2, ..., or text), `binary_cross_entropy`
+    for two classes (0 and 1, -1 and 1, or two words), `mse` (mean squared error) for numbers."""
 
 
 class PythonModel(Spec):
-    """A model of the user's own: an object that keeps `psgd_workers.models.Model`."""
+    """A model of your own in Python: an object with the methods of `psgd_workers.models.Model`."""
 
     kind: Literal["python"]
-    """Which model."""
-    path: str = Field(pattern=FACTORY_PATTERN)
-    """`package.module:factory`, importable on the workers; called with `kwargs`, it returns the model."""
-    kwargs: dict[str, Any] = {}
-    """Keyword arguments of the factory: plain YAML values."""
+    """The kind of model. The other fields of `model` depend on it."""
+    path: Factory
+    """The function that makes the model, as `package.module:function`. Workers import it and call it with `kwargs`."""
+    kwargs: Kwargs = {}
+    """Keyword arguments for that function: plain YAML values."""
     loss: ClassVar[None] = None  # the model has its own
 
 
 class TorchModel(Spec):
-    """A PyTorch `nn.Module`. Its parameters are the weights; its persistent buffers ride behind them (see README)."""
+    """A PyTorch `nn.Module`. Its parameters are trained; its persistent buffers are kept with them (see README)."""
 
     kind: Literal["torch"]
-    """Which model."""
-    path: str = Field(pattern=FACTORY_PATTERN)
-    """`package.module:factory`, importable on the workers; called with `kwargs`, it returns an `nn.Module`."""
-    kwargs: dict[str, Any] = {}
-    """Keyword arguments of the factory: plain YAML values."""
+    """The kind of model. The other fields of `model` depend on it."""
+    path: Factory
+    """The function that makes the `nn.Module`, as `package.module:function`. Workers import it and call it with
+    `kwargs`."""
+    kwargs: Kwargs = {}
+    """Keyword arguments for that function: plain YAML values."""
     loss: LossName = "cross_entropy"
-    """Mean loss of the module's outputs: `cross_entropy` of logits `[batch, classes]`, the others of `[batch, 1]`."""
+    """The loss that is minimised, a mean over the batch. The module returns logits `[batch, classes]` for
+    `cross_entropy`, and `[batch, 1]` for `binary_cross_entropy` and `mse`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where a worker computes; `auto` takes a GPU if Ray gave the worker one."""
+    """The device that a worker computes on. `auto`: a GPU if Ray gave the worker one, else the CPU."""
 
 
 ModelSpec = Annotated[LinearModel | MlpModel | PythonModel | TorchModel, Field(discriminator="kind")]
 
 
+def _one_character(given: str) -> str:
+    if len(given) != 1:
+        raise ValueError('expected one character; a tab is written "\\t", in double quotes')
+    return given
+
+
 class _Data(Spec):
-    batch_size: int = Field(default=32, ge=1)
-    """Examples per gradient. Larger: steadier gradients, fewer pushes."""
+    batch_size: Count = 32
+    """Examples per gradient. Larger: steadier gradients, fewer updates in an epoch."""
     drop_last: bool = False
-    """True leaves out the last batch of each shard, in each epoch, if it is shorter than `batch_size`, as in a PyTorch
-    `DataLoader`: for models that cannot compute a short batch, such as batch normalisation of one example. With
-    `shuffle` each epoch leaves out other examples. Those of all other batches are trained on exactly once."""
-    num_shards: int = Field(default=1, ge=1)
-    """Pieces the training data is cut into, once, by the seed. 1: every epoch is one shuffle of everything, as in a
-    PyTorch `DataLoader`. More: each shard is shuffled by itself, and a worker keeps to its own while it can."""
+    """true leaves out the last batch of each shard, in each epoch, if it is shorter than `batch_size`, as in a PyTorch
+    `DataLoader`. For models that cannot compute a short batch, such as batch normalisation of one example. With
+    `shuffle` each epoch leaves out other examples. The examples of all other batches are trained on exactly once."""
+    num_shards: Count = 1
+    """Number of pieces that the training data is cut into; the seed decides the cut. 1: every epoch shuffles all
+    examples together, as a PyTorch `DataLoader` does. More: each shard is shuffled by itself, and a worker stays with
+    its shard while it can."""
     shuffle: bool = True
-    """Whether each epoch has an order of its own. False: the order of the file, every epoch."""
+    """true: every epoch has another order, which the seed decides. false: every epoch has the order of the file."""
     normalize: Literal["none", "unit", "standardize"] = "none"
-    """`unit`: (x - min) / (max - min), over all features of the training part. `standardize`: each feature to mean 0
-    and deviation 1 over the training part."""
+    """How features are scaled. `unit`: (x - min) / (max - min), with one minimum and maximum of the training part for
+    all features. `standardize`: each feature to mean 0 and standard deviation 1 over the training part."""
     validation_fraction: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the examples set aside, by the seed, to validate on; for data that has no validation part."""
+    """Share of the examples that is set aside for validation, such as 0.2; the seed decides which. For data that has no
+    validation part of its own. null: nothing is set aside."""
 
 
 class NpzData(_Data):
-    """Arrays in a NumPy `.npz` file; the default keys are those of Keras' `mnist.npz`."""
+    """Arrays in a NumPy `.npz` file. The default keys are those of Keras' `mnist.npz`."""
 
     format: Literal["npz"]
-    """Which format."""
+    """The format of the data. The other fields of `data` depend on it."""
     path: str = Field(min_length=1)
-    """A path, or any URL that fsspec opens."""
+    """Path of the file, or any URL that fsspec opens, such as `s3://bucket/mnist.npz`."""
     features: str = "x_train"
-    """Key of the training features, `[examples, ...]`."""
+    """Key of the training features, an array `[examples, ...]`."""
     labels: str = "y_train"
-    """Key of the training labels, `[examples]` or `[examples, targets]`."""
+    """Key of the training labels, an array `[examples]` or `[examples, targets]`."""
     validation_features: str | None = None
-    """Key of the validation features. Default: `x_test` if the file has it and no `validation_fraction` is set."""
+    """Key of the validation features. null: `x_test` if the file has it and no `validation_fraction` is set."""
     validation_labels: str | None = None
-    """Key of the validation labels. Default: `y_test`, as above."""
+    """Key of the validation labels. null: `y_test` if the file has it and no `validation_fraction` is set."""
 
     @model_validator(mode="after")
     def _one_validation_part(self) -> NpzData:
@@ -173,19 +255,21 @@ class NpzData(_Data):
 
 
 class CsvData(_Data):
-    """A table of numbers, one example a row; one column is the label."""
+    """A table of numbers. Each row is an example, and one column is the label."""
 
     format: Literal["csv"]
-    """Which format."""
+    """The format of the data. The other fields of `data` depend on it."""
     path: str = Field(min_length=1)
-    """A path, or any URL that fsspec opens."""
-    label: str | int = -1
-    """The label's column: its name in the header, or its number from 0 (negative: from the end)."""
+    """Path of the file, or any URL that fsspec opens, such as `s3://bucket/table.csv`."""
+    label: str | Whole = -1
+    """The column of the label: its name in the header, or its number. 0 is the first column, -1 the last."""
     header: bool | None = None
-    """True: the first row names the columns. False: it is an example. Default: it names them; a first row whose
-    features are all numbers may be either, and is refused with a request to say which."""
-    delimiter: str = Field(default=",", min_length=1, max_length=1)
-    """What separates the columns."""
+    """true: the first row holds the names of the columns. false: the first row is an example. null: the first row holds
+    the names; a first row whose features are all numbers could be either, and is refused."""
+    delimiter: Annotated[str, AfterValidator(_one_character)] = Field(
+        default=",", json_schema_extra={"minLength": 1, "maxLength": 1}
+    )
+    """The character between two columns. A tab is written `"\\t"`, in double quotes."""
 
     @model_validator(mode="after")
     def _names_need_a_header(self) -> CsvData:
@@ -195,53 +279,55 @@ class CsvData(_Data):
 
 
 class SklearnData(_Data):
-    """One of the data sets that come inside scikit-learn."""
+    """One of the data sets that are part of scikit-learn."""
 
     format: Literal["sklearn"]
-    """Which format."""
+    """The format of the data. The other fields of `data` depend on it."""
     dataset: Literal["breast_cancer", "diabetes", "digits", "iris", "wine"]
-    """Which set."""
+    """Name of the data set."""
 
 
 DataSpec = Annotated[NpzData | CsvData | SklearnData, Field(discriminator="format")]
 
 
 class NoCompression(Spec):
-    """Gradients travel as float32, 4 bytes a value."""
+    """No compression: gradients travel as float32, 4 bytes per value."""
 
     name: Literal["none"] = "none"
-    """Which compression."""
+    """The kind of compression."""
 
 
 class Fp16Compression(Spec):
-    """Half precision, 2 bytes a value; the mildest."""
+    """Half precision: 2 bytes per value. The least lossy compression."""
 
     name: Literal["fp16"]
-    """Which compression."""
+    """The kind of compression."""
 
 
 class TopKCompression(Spec):
-    """Only the values of largest magnitude travel, 8 bytes each."""
+    """Only the values of largest magnitude travel, with 8 bytes each. The rest is added to the next gradient."""
 
     name: Literal["top_k"]
-    """Which compression."""
+    """The kind of compression."""
     ratio: float = Field(gt=0, le=1)
-    """Share of each partition's values that travel in a push. Lower: fewer bytes, and the rest arrives later. Above
-    0.5 it takes more bytes than no compression."""
+    """Share of the values that travel in a push. Lower: fewer bytes, and more values arrive later. Above 0.5 a push has
+    more bytes than without compression."""
 
 
 class ScaledSignCompression(Spec):
-    """The sign of each value and one magnitude for all of a partition, 1 bit a value."""
+    """The sign of each value, and one magnitude for all values that a server holds: 1 bit per value. The error is added
+    to the next gradient."""
 
     name: Literal["scaled_sign"]
-    """Which compression."""
+    """The kind of compression."""
 
 
 class Int8Compression(Spec):
-    """Multiples from -127 to 127 of a step, which each block of 1024 values has of its own; 1 byte a value."""
+    """Integers from -127 to 127, with one scale for each block of 1024 values: 1 byte per value. The error is added to
+    the next gradient."""
 
     name: Literal["int8"]
-    """Which compression."""
+    """The kind of compression."""
 
 
 CompressionSpec = Annotated[
@@ -251,22 +337,22 @@ CompressionSpec = Annotated[
 
 
 class LocalSteps(Spec):
-    """A worker's own steps of plain SGD between a pull and a push."""
+    """Steps of plain SGD that a worker takes by itself between a pull and a push."""
 
-    steps: int = Field(ge=1)
-    """Mini-batches in a push."""
+    steps: Count
+    """Number of steps, each on one mini-batch."""
     lr: float = Field(gt=0)
-    """Their rate."""
+    """Learning rate of these steps."""
 
 
 class WorkerOptions(Spec):
-    """What a job wants of its workers, beyond computing gradients: derived from the job by `psgd.spec`."""
+    """Options of a job's workers besides model and data: derived from the job by `psgd.spec`."""
 
     local: LocalSteps | None = None
-    """Steps to take before each push; None: a push is a gradient."""
+    """Steps to take before each push. None: a push is a gradient."""
     compression: CompressionSpec = NoCompression()
-    """How gradients travel."""
+    """Compression of the gradients."""
     sends_weights: bool = False
-    """Whether a push brings the weights along that the gradient was computed from."""
-    stop_at: int | None = Field(default=None, ge=1)
-    """Staleness, in versions, at which a finished gradient is not pushed any more; None: it always is."""
+    """True: a push also carries the weights that the gradient was computed from."""
+    stop_at: Count | None = None
+    """Staleness, in versions, from which on a finished gradient is not pushed. None: every gradient is pushed."""

@@ -287,7 +287,7 @@ _BUILDERS: Mapping[type[Any], Callable[[Any], Consistency]] = {
     SspConsistency: lambda spec: Ssp(spec.s),
     SoftsyncConsistency: lambda spec: Collecting(lambda live: max(1, live // spec.s)),
     RingmasterConsistency: lambda spec: Ringmaster(spec.r),
-    RennalaConsistency: lambda spec: Collecting(lambda live: spec.s, fresh=True),
+    RennalaConsistency: lambda spec: Collecting(lambda live: spec.s, fresh=spec.traits.fresh_only),
     BufferedConsistency: lambda spec: Collecting(lambda live: spec.k, _buffered_weight),
     LocalConsistency: lambda spec: LockStep() if spec.synchronous else Async(),
     MaleniaConsistency: lambda spec: Malenia(spec.s),

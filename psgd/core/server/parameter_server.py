@@ -113,7 +113,7 @@ class ParameterServer:
     def _set(self, settings: Settings) -> None:
         self.settings = settings
         self._mode = build_consistency(settings.consistency)
-        self._late = Outcome.DISCARDED if getattr(settings.consistency, "late", "") == "discard" else Outcome.REQUEUED
+        self._late = Outcome.DISCARDED if settings.consistency.discards_late else Outcome.REQUEUED
         self._aggregator = self._mode.aggregator(self._size, self.partition.num_trainable)
         optimizer = settings.optimizer
         self._max_norm = optimizer.max_grad_norm

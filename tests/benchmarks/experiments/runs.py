@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from psgd.core.server.report import Report
 from psgd.simulation.cluster import VirtualCluster
-from psgd.simulation.delays import parse_delays
+from psgd.simulation.delays import build_delays
 from psgd.simulation.problem import Problem, Timing
-from psgd.spec import JobSpec
+from psgd.spec import JobSpec, SimulateConfig
 from psgd_workers.messages import BatchId, FloatArray
 
 __all__ = ["Claim", "End", "TimedRun", "job", "spread"]
@@ -41,7 +41,7 @@ class TimedRun(VirtualCluster):
     Args:
         spec: the job; it never ends by itself before `until` says so, if the problem has enough batches.
         problem: what is trained.
-        delays: of the workers, in the grammar of `psgd.simulation.delays`.
+        delays: of the workers, in the short form of a job's `simulate.delays`.
         seed: of the delays.
         until: whether the run has what it is for; asked after each step.
 
@@ -53,7 +53,7 @@ class TimedRun(VirtualCluster):
         self, spec: JobSpec, problem: Problem, delays: str, seed: int, until: Callable[[TimedRun], bool]
     ) -> None:
         workers = spec.scaling.most_workers
-        model = parse_delays(delays)
+        model = build_delays(SimulateConfig.model_validate({"delays": delays}).delays)
         self._sources = {f"worker-{i}": model.source(i, workers, seed) for i in range(workers)}
         self._until = until
         self._began: float | None = None

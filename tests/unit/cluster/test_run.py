@@ -9,7 +9,7 @@ from psgd.cluster.run import train
 from psgd.core.driver.events import Change
 from psgd.errors import SpecError
 from psgd.spec import JobSpec
-from psgd.spec.reader import change_settings
+from psgd.spec.changes import change_settings
 from tests.support.recorded_run import digits, record, run_directory
 
 

@@ -21,7 +21,7 @@ from psgd.errors import CheckpointError, DataError, JournalError, ReplayError, R
 from psgd.job import OpenJob
 from psgd.replay.lineage import read_lineage
 from psgd.replay.replay import replay
-from psgd.spec.reader import change_settings
+from psgd.spec.changes import change_settings
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Outcome, Receipt

@@ -19,8 +19,9 @@ from psgd.simulation.delays import (
     Lognormal,
     Measured,
     Slow,
-    parse_delays,
+    build_delays,
 )
+from psgd.spec import SimulateConfig
 
 CONSTANT: list[Delays] = [Constant(2.5), Slow(20, Constant(1))]
 MODELS: list[Delays] = [
@@ -32,6 +33,10 @@ MODELS: list[Delays] = [
     Slow(3, Exponential(1)),
 ]
 by_name = pytest.mark.parametrize("delays", MODELS, ids=str)
+
+
+def build(text: str, *reader: Callable[[str], NDArray[np.void]]) -> Delays:
+    return build_delays(SimulateConfig.model_validate({"delays": text}).delays, *reader)
 
 
 def take(delays: Delays, number: int, worker: int = 0, workers: int = 8, seed: int = 5) -> list[float]:
@@ -107,56 +112,14 @@ def test_times_are_positive_and_finite(delays: Delays) -> None:
         ("constant:1", Constant(1)),
         ("exponential:.5", Exponential(0.5)),
         ("lognormal:0,1", Lognormal(0, 1)),
-        ("lognormal:-4.6, 1", Lognormal(-4.6, 1)),
-        (" gamma:100,0.01 ", Gamma(100, 0.01)),
+        ("gamma:100,0.01", Gamma(100, 0.01)),
         ("linear:1,0", Linear(1, 0)),
         ("slow:20", Slow(20, Constant(1))),
         ("slow:20,exponential,1", Slow(20, Exponential(1))),
-        ("slow:20,gamma,100,0.01", Slow(20, Gamma(100, 0.01))),
     ],
 )
-def test_each_model_is_parsed(text: str, delays: Delays) -> None:
-    assert parse_delays(text) == delays
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "there is no model ''"),
-        ("expnential:1", "there is no model 'expnential'; did you mean 'exponential'?"),
-        ("slow:20,gama,1,1", "there is no model 'gama'; did you mean 'gamma'?"),
-        ("constant", "constant:SECONDS takes 1 number; 0 were given"),
-        ("constant:1,2", "constant:SECONDS takes 1 number; 2 were given"),
-        ("gamma:100", "gamma:SHAPE,SCALE takes 2 numbers; 1 were given"),
-        ("gamma:100,", "gamma:SHAPE,SCALE takes numbers, not '100,'"),
-        ("linear:one,1", "linear:SLOPE,SPREAD takes numbers, not 'one,1'"),
-        ("slow:exponential,1", "slow:FACTOR[,NAME,ARG,...] takes numbers, not 'exponential'"),
-        ("constant:0", "seconds must be from 1e-12 to 1e+12, not 0"),
-        ("exponential:-1", "mean must be from 1e-12 to 1e+12, not -1"),
-        ("exponential:nan", "mean must be from 1e-12 to 1e+12, not nan"),
-        ("lognormal:1000,1", "mu must be from -20 to 20, not 1000"),
-        ("lognormal:0,0", "sigma must be from 1e-12 to 10, not 0"),
-        ("gamma:inf,1", "shape must be from 1e-12 to 1e+12, not inf"),
-        ("gamma:1,-inf", "scale must be from 1e-12 to 1e+12, not -inf"),
-        ("linear:1,-1", "spread must be from 0 to 1e+12, not -1"),
-        ("slow:0", "factor must be from 1e-12 to 1e+12, not 0"),
-        ("measured:runs/a", "no journal can be read here, not at 'runs/a' either"),
-    ],
-)
-def test_other_texts_are_refused_with_what_to_give(text: str, message: str) -> None:
-    with pytest.raises(SpecError) as refused:
-        parse_delays(text)
-    forms = (
-        "constant:SECONDS, exponential:MEAN, lognormal:MU,SIGMA, gamma:SHAPE,SCALE, linear:SLOPE,SPREAD, "
-        "slow:FACTOR[,NAME,ARG,...], measured:PATH"
-    )
-    assert str(refused.value) == f"delays {text!r}: {message}. The models are {forms}"
-
-
-@pytest.mark.parametrize("make", [lambda: Exponential(0), lambda: Slow(-1, Constant(1)), lambda: Linear(0, 1)])
-def test_models_made_by_hand_are_checked_too(make: Callable[[], Delays]) -> None:
-    with pytest.raises(SpecError, match="must be from"):
-        make()
+def test_each_distribution_is_built(text: str, delays: Delays) -> None:
+    assert build(text) == delays
 
 
 def test_measured_draws_what_the_recorded_worker_took() -> None:
@@ -184,8 +147,8 @@ def test_measured_asks_for_the_journal_at_the_path() -> None:
         asked.append(path)
         return journal((b"worker-1", 0.5))
 
-    assert take(parse_delays("measured:s3://runs/a,b:1", read), 2) == [0.5, 0.5]
-    assert take(parse_delays("slow:2,measured,runs/a", read), 1, worker=7) == [1.0]
+    assert take(build("measured:s3://runs/a,b:1", read), 2) == [0.5, 0.5]
+    assert take(build("slow:2,measured,runs/a", read), 1, worker=7) == [1.0]
     assert asked == ["s3://runs/a,b:1", "runs/a"]
 
 
@@ -194,4 +157,9 @@ def test_a_run_that_is_not_there_is_said_as_the_reader_says_it() -> None:
         raise RunNotFoundError(f"there is no run in {path}")
 
     with pytest.raises(RunNotFoundError, match="there is no run in runs/a"):
-        parse_delays("measured:runs/a", read)
+        build("measured:runs/a", read)
+
+
+def test_a_journal_is_read_only_where_one_can_be() -> None:
+    with pytest.raises(SpecError, match="no journal can be read here, so none at 'runs/a'"):
+        build("measured:runs/a")

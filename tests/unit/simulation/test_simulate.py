@@ -13,9 +13,11 @@ from psgd.errors import RunNotFoundError, SpecError
 from psgd.simulation.command import read_journal
 from psgd.simulation.delays import Constant, Exponential, Slow
 from psgd.simulation.quadratic import Quadratic
-from psgd.simulation.scenario import Scenario, Target, contenders, parse_target
+from psgd.simulation.scenario import Scenario, contenders
 from psgd.simulation.simulate import QuadraticSubject, Simulated, simulate
-from psgd.spec.reader import load_spec, override_spec
+from psgd.spec import SimulationTarget
+from psgd.spec.changes import override_spec
+from psgd.spec.reader import load_spec
 from psgd_workers.messages import BatchId
 
 JOB = """
@@ -46,10 +48,10 @@ def psgd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return command
 
 
-def dynamics(mode: str, scenario: Scenario, pushes: int = 600, target: Target | None = None) -> Simulated:
+def dynamics(mode: str, scenario: Scenario, pushes: int = 600, target: SimulationTarget | None = None) -> Simulated:
     """One mode on a small quadratic."""
-    job = load_spec("job.yaml", ["run.epochs=1", "optimizer.lr=0.05"])
-    ((name, spec),) = contenders(job, scenario.workers, mode).items()
+    job = load_spec("job.yaml", ["run.epochs=1", "optimizer.lr=0.05", f"simulate.modes='{mode}'"])
+    ((name, spec),) = contenders(job, scenario.workers).items()
     return simulate(name, spec, QuadraticSubject(16, pushes, seed=0), scenario, target)
 
 
@@ -171,7 +173,9 @@ def test_crashes_and_joins_leave_the_epoch_whole() -> None:
 
 def test_a_target_ends_the_run_and_says_when_and_after_how_much() -> None:
     scenario = Scenario(4, Exponential(1.0))
-    found, whole = (dynamics("async", scenario, target=target) for target in (Target("excess", 0.5), None))
+    found, whole = (
+        dynamics("async", scenario, target=target) for target in (SimulationTarget(metric="excess", value=0.5), None)
+    )
     assert found.time_to_target_s is not None
     assert found.examples_to_target is not None
     assert 0 < found.time_to_target_s <= found.time_s < whole.time_s
@@ -193,50 +197,42 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another() -> None:
 @pytest.mark.parametrize(
     ("modes", "message"),
     [
-        ("async,,bsp", "expected different modes"),
-        ("bsp,bsp", "expected different modes"),
-        ("ringmaster", "consistency.r: missing"),
-        ("k_sync:k=9", "consistency.k is 9, but there are 4 workers"),
-        ("ringmaster:r", "'r' is no FIELD=VALUE"),
-        ("ringmastr:r=3", "consistency"),
+        ("async,,bsp", "one of them is empty"),
+        ("bsp,bsp", "two of the modes are named 'bsp': give different modes"),
+        ("ringmaster", r"simulate\.modes\.0\.consistency\.r: missing"),
+        ("k_sync:k=9", "mode k_sync:k=9: .*\n  consistency.k is 9, but there are 4 workers"),
+        ("ringmaster:r", "expected FIELD=VALUE, such as r=32, in the mode 'ringmaster:r', not 'r'"),
+        ("ringmastr:r=3", r"simulate\.modes\.0\.consistency\.mode: .* did you mean 'ringmaster'"),
         ("bsp:correction=staleness_lr", "does nothing in mode bsp"),
     ],
 )
 def test_modes_that_make_no_sense_are_refused(modes: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        contenders(load_spec("job.yaml"), 4, modes)
+        contenders(load_spec("job.yaml", [f"simulate.modes='{modes}'"]), 4)
 
 
 def test_a_mode_may_have_a_rate_and_a_correction_of_its_own() -> None:
-    jobs = contenders(load_spec("job.yaml"), 4, "async:lr=0.5:correction=delay_adaptive,bsp")
-    first, second = jobs.values()
+    spec = load_spec("job.yaml", ["simulate.modes='async:lr=0.5:correction=delay_adaptive,bsp'"])
+    first, second = contenders(spec, 4).values()
     assert (first.optimizer.lr, first.correction.name) == (0.5, "delay_adaptive")
     assert (second.optimizer.lr, second.correction.name, second.consistency.mode) == (0.2, "none", "bsp")
+    assert first.simulate is None
 
 
 def test_the_jobs_own_mode_keeps_its_fields() -> None:
-    spec = load_spec("job.yaml", ["consistency={mode: ringmaster, r: 5}"])
-    jobs = contenders(spec, 4, "ringmaster,ringmaster:r=9")
-    assert [job.consistency.model_dump()["r"] for job in jobs.values()] == [5, 9]
-    assert list(contenders(spec, 4, None)) == ["ringmaster"]
+    own = "consistency={mode: ringmaster, r: 5}"
+    jobs = contenders(load_spec("job.yaml", [own, "simulate.modes='ringmaster,ringmaster:r=9'"]), 4)
+    assert {name: job.consistency.model_dump()["r"] for name, job in jobs.items()} == {
+        "ringmaster": 5,
+        "ringmaster:r=9": 9,
+    }
+    assert list(contenders(load_spec("job.yaml", [own]), 4)) == ["ringmaster"]
 
 
-@pytest.mark.parametrize("text", ["accuracy=1", "val/loss", "val/loss=low", "val/loss=true"])
-def test_a_target_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(SpecError, match="expected METRIC=NUMBER"):
-        parse_target(text)
-
-
-def test_a_target_is_met_from_its_side() -> None:
-    assert parse_target("val/accuracy=0.9").reached(0.95)
-    assert not parse_target("val/accuracy=0.9").reached(0.85)
-    assert parse_target("excess=1e-3").reached(5e-4)
-
-
-@pytest.mark.parametrize("fields", [{"workers": 0}, {"link_s": -1.0}, {"join_s": float("nan")}, {"crash_s": 0.0}])
-def test_a_scenario_that_cannot_be_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(SpecError):
-        Scenario(**{"workers": 1} | fields)
+def test_a_rate_replaces_the_jobs_under_either_name() -> None:
+    changes = ["optimizer={learning_rate: 0.3}", "simulate={modes: [{consistency: {mode: bsp}, lr: 0.1}]}"]
+    (job,) = contenders(load_spec("job.yaml", changes), 4).values()
+    assert job.optimizer.lr == 0.1
 
 
 def test_a_journal_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -283,10 +279,10 @@ def test_a_page_is_written(psgd: Any) -> None:
     ("arguments", "message"),
     [
         (("--delays", "lognormol:0,1"), "did you mean 'lognormal'"),
-        (("--model", "cubic"), "expected quadratic"),
-        (("--model", "quadratic", "--until", "val/loss=1"), "use --until excess=VALUE"),
-        (("--until", "excess=1"), "which this job does not have"),
-        (("--crashes", "-1"), "crashes every -1.0 s"),
+        (("--model", "cubic"), "simulate.model: expected quadratic, not 'cubic'"),
+        (("--model", "quadratic", "--until", "val/loss=1"), "a quadratic has only excess"),
+        (("--until", "excess=1"), "the job's own model has the other metrics"),
+        (("--crashes", "-1"), "simulate.crash_s: expected at least 1e-12, not -1.0"),
         (("--delays", "measured:nowhere"), "holds no journal"),
     ],
 )
@@ -294,3 +290,15 @@ def test_what_makes_no_sense_is_refused_with_exit_2(psgd: Any, arguments: tuple[
     code, out, err = psgd(*arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_the_jobs_section_says_what_is_simulated_and_options_win_over_it(psgd: Any) -> None:
+    section = "{model: quadratic, size: 8, pushes: 40, workers: 3, modes: [bsp, 'async:lr=0.01'], delays: 'gamma:9,1'}"
+    Path("job.yaml").write_text(f"{JOB}simulate: {section}\n")
+    code, out, err = psgd("--pushes", "60", "--json")
+    assert code == 0, err
+    first, second = json.loads(out)["results"]
+    assert (first["name"], first["updates"], second["name"], second["updates"]) == ("bsp", 20, "async:lr=0.01", 60)
+    code, out, err = psgd("--modes", "async", "--delays", "constant:2", "--workers", "1", "--json")
+    (found,) = json.loads(out)["results"]
+    assert (code, found["updates"], found["time_s"]) == (0, 40, pytest.approx(80, rel=0.03))

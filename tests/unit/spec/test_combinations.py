@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from psgd.errors import SpecError
-from psgd.spec import BspConsistency, CosineSchedule, JobSpec, RingmasterConsistency, SspConsistency
-from psgd.spec.reader import change_settings
+from psgd.spec import JobSpec
 from psgd_workers.spec import Int8Compression, LocalSteps, NoCompression, TopKCompression, WorkerOptions
 
 MINIMAL: dict[str, Any] = {
@@ -281,142 +279,6 @@ def test_no_other_mode_is(name: str) -> None:
     assert spec(consistency=mode(name), data=MINIMAL["data"] | {"shuffle": False}).warnings() == []
 
 
-# Changes while a job runs
-
-
-def test_what_can_change_is_changed_and_nothing_else() -> None:
-    before = spec(consistency=mode("ssp"), optimizer={"lr": 0.1, "momentum": 0.9})
-    changes = [
-        "consistency.s=3",
-        "optimizer.lr=1e-2",
-        "optimizer.schedule={name: cosine, epochs: 5}",
-        "optimizer.max_grad_norm=1",
-        "optimizer.clip_value=2",
-    ]
-    after = change_settings(before, changes)
-    assert after.consistency == SspConsistency(mode="ssp", s=3)
-    optimizer = before.optimizer.model_copy(
-        update={
-            "lr": 0.01,
-            "schedule": CosineSchedule(name="cosine", epochs=5),
-            "max_grad_norm": 1.0,
-            "clip_value": 2.0,
-        }
-    )
-    assert after == before.model_copy(update={"consistency": after.consistency, "optimizer": optimizer})
-
-
-def test_another_mode_drops_the_old_ones_fields() -> None:
-    after = change_settings(spec(consistency=mode("ssp", s=3)), ["consistency.mode=bsp"])
-    assert after.consistency == BspConsistency(mode="bsp")
-
-
-def test_a_modes_own_fields_are_given_after_it() -> None:
-    before = spec(consistency=mode("k_sync", late="discard"))
-    after = change_settings(before, ["consistency.mode=ringmaster", "consistency.r=2"])
-    assert after.consistency == RingmasterConsistency(mode="ringmaster", r=2)
-    with pytest.raises(SpecError, match=r"consistency\.r: missing"):
-        change_settings(before, ["consistency.mode=ringmaster"])
-
-
-def test_the_same_mode_again_keeps_its_fields() -> None:
-    after = change_settings(spec(consistency=mode("ssp", s=3)), ["consistency.mode=ssp", "optimizer.lr=0.2"])
-    assert after.consistency == SspConsistency(mode="ssp", s=3)
-
-
-def test_the_rate_is_changed_under_either_name() -> None:
-    assert change_settings(spec(), ["optimizer.learning_rate=0.2"]).optimizer.lr == 0.2
-    assert change_settings(spec(optimizer={"learning_rate": 0.1}), ["optimizer.lr=0.2"]).optimizer.lr == 0.2
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ("seed=1", "seed"),
-        ("optimizer.momentum=0.5", r"optimizer\.momentum"),
-        ("optimizer.name=adam", "optimizer"),
-        ("correction.name=staleness_lr", "correction"),
-        ("compression.name=int8", "compression"),
-        ("scaling.workers=2", r"scaling\.workers"),
-        ("scaling.servers=2", r"scaling\.servers"),
-        ("data.batch_size=8", r"data\.batch_size"),
-        ("model.kind=mlp", "model"),
-        ("run.epochs=9", r"run\.epochs"),
-        ("checkpoint.keep=1", r"checkpoint\.keep"),
-        ("failure.timeout_s=1", r"failure\.timeout_s"),
-        ("name=other", "name"),
-    ],
-)
-def test_what_cannot_change_is_named(change: str, field: str) -> None:
-    with pytest.raises(SpecError, match=f"^{field} cannot change while the job runs: only consistency, and the opt"):
-        change_settings(spec(), ["optimizer.lr=0.2", change])
-
-
-def test_a_change_of_nothing_is_refused() -> None:
-    with pytest.raises(
-        SpecError, match=r"optimizer\.lr=0\.1 consistency\.mode=async: that is how the job runs already"
-    ):
-        change_settings(spec(), ["optimizer.lr=0.1", "consistency.mode=async"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        (["consistency.mode=k_sync", "consistency.k=9"], "consistency.k is 9, but there are 4 workers"),
-        (["consistency.mode=bsp"], "correction staleness_lr does nothing in mode bsp"),
-        (["optimizer.lr=0"], "greater than 0"),
-        (["consistency.mode=lockstep"], "lockstep"),
-        (["consistency.slack=1"], "unknown field"),
-    ],
-)
-def test_a_change_is_checked_like_a_job(changes: list[str], fault: str) -> None:
-    with pytest.raises(SpecError, match=fault):
-        change_settings(spec(consistency=mode("async"), correction=correction("staleness_lr")), changes)
-
-
-@pytest.mark.parametrize(
-    ("scaling", "changes", "fault"),
-    [
-        ({"servers": 2}, ["consistency.mode=ringleader"], "scaling.servers is 2, and mode ringleader chooses"),
-        ({"pipeline": 1}, ["consistency.mode=bsp"], "scaling.pipeline is 1, and mode bsp makes workers wait"),
-    ],
-)
-def test_a_running_job_keeps_its_servers_and_its_pipeline(
-    scaling: dict[str, int], changes: list[str], fault: str
-) -> None:
-    with pytest.raises(SpecError, match=fault):
-        change_settings(spec(scaling=scaling), changes)
-
-
-LOCAL = ["consistency.mode=local", "consistency.h=4", "consistency.lr=0.1"]
-
-
-@pytest.mark.parametrize(
-    ("before", "changes"),
-    [
-        ("async", LOCAL),
-        ("local", ["consistency.mode=async"]),
-        ("local", ["consistency.h=5"]),
-        ("local", ["consistency.lr=0.2"]),
-    ],
-)
-def test_batches_of_local_steps_stay_what_they_are(before: str, changes: list[str]) -> None:
-    with pytest.raises(SpecError, match="are what workers are started with"):
-        change_settings(spec(consistency=mode(before)), changes)
-
-
-@pytest.mark.parametrize(
-    ("before", "changes"),
-    [
-        ("async", ["consistency={mode: ringmaster, r: 3, stop: true}"]),
-        ("ringmaster", ["consistency.stop=true"]),
-    ],
-)
-def test_workers_that_are_running_cannot_be_told_to_stop(before: str, changes: list[str]) -> None:
-    with pytest.raises(SpecError, match="are what workers are started with"):
-        change_settings(spec(consistency=mode(before)), changes)
-
-
 @pytest.mark.parametrize(
     ("name", "fields", "stop_at"),
     [("ringmaster", {"r": 4}, 4), ("k_sync", {"k": 2}, 1), ("backup", {"b": 1}, 1), ("rennala", {"s": 2}, 1)],
@@ -424,7 +286,3 @@ def test_workers_that_are_running_cannot_be_told_to_stop(before: str, changes: l
 def test_stopping_is_at_the_staleness_that_would_be_refused(name: str, fields: dict[str, Any], stop_at: int) -> None:
     assert spec(consistency={"mode": name, **fields, "stop": True}).worker_options.stop_at == stop_at
     assert spec(consistency={"mode": name, **fields}).worker_options.stop_at is None
-
-
-def test_local_steps_may_become_synchronous() -> None:
-    assert change_settings(spec(consistency=mode("local")), ["consistency.synchronous=true"]).worker_options.local

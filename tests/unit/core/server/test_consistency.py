@@ -48,6 +48,43 @@ def test_what_is_admitted_by_staleness(name: str, fields: dict[str, Any], admitt
     assert [mode(name, **fields).admits(staleness) for staleness in range(4)] == admitted
 
 
+STOPPING = ("k_sync", "backup", "ringmaster", "rennala", "malenia")
+MODES: list[dict[str, Any]] = [
+    {"mode": "async"},
+    {"mode": "bsp"},
+    {"mode": "k_sync", "k": 2},
+    {"mode": "backup", "b": 1},
+    {"mode": "ssp", "s": 1},
+    {"mode": "softsync", "s": 2},
+    {"mode": "ringmaster", "r": 2},
+    {"mode": "rennala", "s": 3},
+    {"mode": "malenia", "s": 3},
+    {"mode": "ringleader"},
+    {"mode": "buffered", "k": 2},
+    {"mode": "local", "h": 2, "lr": 0.1},
+    {"mode": "local", "h": 2, "lr": 0.1, "synchronous": True},
+]
+
+
+@pytest.mark.parametrize("fields", MODES, ids=lambda fields: f"{fields['mode']}{fields.get('synchronous', '')}")
+def test_a_mode_behaves_as_its_spec_says(fields: dict[str, Any]) -> None:
+    spec: ConsistencySpec = TypeAdapter(ConsistencySpec).validate_python(fields)
+    built = build_consistency(spec)
+    ahead = state(1, "a", {"a": 9, "b": 0})
+    assert built.admits(1) == (not spec.traits.fresh_only)
+    assert built.waiting(ahead)("a") == spec.traits.workers_wait
+    several = built.batches_per_update(4) > 1
+    assert spec.traits.mixes_staleness == (several and built.admits(9) and not spec.traits.chooses_gradients)
+
+
+@pytest.mark.parametrize("fields", [fields | {"stop": True} for fields in MODES if fields["mode"] in STOPPING])
+def test_a_worker_stops_at_the_staleness_that_is_refused(fields: dict[str, Any]) -> None:
+    spec: ConsistencySpec = TypeAdapter(ConsistencySpec).validate_python(fields)
+    assert spec.stop_at is not None
+    built = build_consistency(spec)
+    assert (built.admits(spec.stop_at - 1), built.admits(spec.stop_at)) == (True, False)
+
+
 @pytest.mark.parametrize("name", ["async", "ssp", "ringmaster", "local"])
 @given(collected=st.integers(0, 1), heard=some_workers, live=some_workers, outstanding=st.booleans())
 def test_modes_of_single_gradients_step_on_every_one(

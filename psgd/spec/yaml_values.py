@@ -1,0 +1,150 @@
+"""Plain YAML values, read from text that anybody may have written: bounded in size, depth and aliases.
+
+Tags (`!!float`) and dates are not read, a number with a leading zero is decimal, and `1e-3` is a number, which YAML 1.1
+takes for text. Keys are texts, and none is given twice.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from psgd.errors import SpecError
+
+__all__ = ["FILE_LIMIT", "VALUE_LIMIT", "read_yaml"]
+
+FILE_LIMIT = 1 << 20  # bytes of a job file
+VALUE_LIMIT = 10_000  # characters of a value from a command
+MAX_DEPTH = 32
+MAX_VALUES = 20_000  # an alias counts as all that it stands for
+LONGEST_NUMBER = 100  # characters; longer ones are texts
+
+PREFIX = "tag:yaml.org,2002:"
+RESOLVERS = {  # tag -> texts without quotes that have it, and their first characters
+    "merge": (r"<<", "<"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO"),
+    "int": (r"[-+]?(0x[0-9a-fA-F]+|[0-9][0-9_]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader of plain values, with the limits and rules of this module."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's; filled below)
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._values = 0
+        self._sizes: dict[str, int] = {}  # anchor -> values below it, once it is complete
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: yaml.CollectionStartEvent | yaml.ScalarEvent | yaml.AliasEvent = self.peek_event()  # type: ignore[no-untyped-call]
+        before = self._values
+        if isinstance(event, yaml.AliasEvent):
+            self._values += self._size_of(event)
+            self._check(event)
+            return super().compose_node(parent, index)
+        if event.tag is not None:
+            raise _refusal(f"tags such as {event.tag!r:.80} are not read: write the value without", event)
+        self._depth += 1
+        self._values += 1
+        self._check(event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if event.anchor is not None:
+            self._sizes[event.anchor] = self._values - before
+        return node
+
+    def _size_of(self, alias: yaml.AliasEvent) -> int:
+        if alias.anchor in self.anchors and alias.anchor not in self._sizes:
+            raise _refusal(f"the alias *{alias.anchor:.80} stands for something that contains it", alias)
+        return self._sizes.get(str(alias.anchor), 0)  # PyYAML refuses an alias without an anchor
+
+    def _check(self, event: yaml.Event) -> None:
+        if self._depth > MAX_DEPTH:
+            raise _refusal(f"nested more than {MAX_DEPTH} levels deep", event)
+        if self._values > MAX_VALUES:
+            raise _refusal(f"more than {MAX_VALUES:,} values, those that aliases stand for included", event)
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and len(value) > LONGEST_NUMBER:
+            return PREFIX + "str"
+        return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, value in node.value:
+            if key.tag == PREFIX + "merge":
+                continue
+            if key.tag != PREFIX + "str":
+                given = f"{key.value!r:.80}" if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                decimal = "; a decimal has a point, not a comma" if value.tag == PREFIX + "null" else ""  # {lr: 0,1}
+                raise _refusal(f"a field's name must be text: write {given} in quotes{decimal}", key)
+            if key.value in seen:
+                raise _refusal(f"{key.value!r:.80} is given twice", key)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        """Return the number, decimal also with a leading zero, which YAML 1.1 takes for octal."""
+        text = node.value.replace("_", "")
+        return int(text, 16 if "x" in text else 10)
+
+
+for tag, (texts, first) in RESOLVERS.items():
+    _Loader.add_implicit_resolver(PREFIX + tag, re.compile(f"(?:{texts})$"), list(first))
+_Loader.add_constructor(PREFIX + "int", _Loader.construct_int)
+
+
+def read_yaml(text: str, source: str, limit: int = VALUE_LIMIT) -> Any:
+    """Read a document of plain values.
+
+    Args:
+        text: the document.
+        source: the document's name in errors.
+        limit: the most characters that are read.
+
+    Raises:
+        SpecError: the text is not YAML, or not within the limits.
+    """
+    if len(text) > limit:
+        raise SpecError(f"{source} has {len(text):,} characters, and at most {limit:,} are read")
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        raise SpecError(f"{source} is not YAML that can be read: {_where(error)}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: PyYAML gives chr() and int() any escape and version
+        reason = " ".join(str(error).split())
+        raise SpecError(f"{source} is not YAML that can be read: {reason:.200}") from error
+
+
+def _refusal(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    """Return an error at the place of an event or a node."""
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+
+def _where(error: yaml.MarkedYAMLError) -> str:
+    """Return the place, the problem and, for usual mistakes, the remedy."""
+    mark = error.problem_mark or error.context_mark
+    place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+    if mark and error.context_mark and error.context_mark.line != mark.line:
+        place += f", in the part that begins on line {error.context_mark.line + 1}"
+    problem = error.problem or error.context or "malformed"
+    return f"{place}: {problem:.200}{next((hint for sign, hint in HINTS.items() if sign in problem), '')}"
+
+
+HINTS = {  # part of PyYAML's message -> what to do
+    "'\\t'": ". Indent with spaces, not with tabs",
+    "mapping values are not allowed": ". Fields of one section begin in the same column; text with ': ' needs quotes",
+    "could not find expected ':'": ". A field is written NAME: VALUE, with a space after the colon",
+    "expected ',' or": ". A bracket or a brace is not closed, or a comma is missing",
+    "expected <block end>": ". Fields of one section begin in the same column",
+}
