@@ -117,7 +117,8 @@ def test_the_architecture_guide_lists_the_layers_as_they_are_checked() -> None:
     layers = [[room.strip() for room in layer.split("|")] for layer in contracts()[0]["layers"]]
     below = list(accumulate(reversed(layers), lambda lower, layer: [*layer, *lower], initial=list[str]()))[-2::-1]
     above = list(accumulate(layers, lambda upper, layer: [*upper, *layer], initial=list[str]()))[:-1]
-    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \|$", (ROOT / "psgd/README.md").read_text(), re.M)
+    section = (ROOT / "psgd/README.md").read_text().partition("\n## Rooms\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \|$", section, re.MULTILINE)
     shown = {room: (may.split(", "), by.split(", ")) for room, may, by in rows}
     assert shown == {
         room: (lower or ["nothing"], upper or ["nothing"])
