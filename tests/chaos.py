@@ -40,7 +40,7 @@ def main() -> int:
     if arguments.seed is not None:
         print(draw_plan(arguments.seed))
         cluster = run_chaos(arguments.seed)
-        print(f"{cluster.finish}, after {cluster.now:.1f} virtual seconds: {cluster.coordinator.counts()}")
+        print(f"{cluster.finish}, after {cluster.now:.1f} virtual seconds: {cluster.status.ledger}")
         return 0
     first, last = map(int, arguments.seeds.split(":"))
     return _run_many(range(first, last), arguments.processes)

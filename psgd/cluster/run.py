@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from types import FrameType
+from typing import Any
 
 import ray
 from rich.console import Console
@@ -21,6 +23,7 @@ from psgd.cluster.supervisor import Inputs, Supervisor
 from psgd.core.context import RunContext
 from psgd.core.driver.coordinator import Coordinator
 from psgd.core.driver.events import Finish, Stop
+from psgd.core.driver.status import RunStatus
 from psgd.core.server.partitions import Partition, partition_weights
 from psgd.errors import CheckpointError, OwnershipError, RunExistsError, RunFailedError, StorageError
 from psgd.job import OpenJob
@@ -29,11 +32,11 @@ from psgd.monitoring.observer import Observer
 from psgd.monitoring.progress import Display
 from psgd.result import Result
 from psgd.spec import JobSpec
-from psgd.spec.reader import parse_spec
+from psgd.spec.reader import as_spec, parse_spec
 from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.checkpoints import Checkpoint, Checkpoints
 from psgd.store.run_directory import Owner, RunDirectory
-from psgd.store.storage import Storage
+from psgd.store.storage import Storage, location
 
 __all__ = ["run_job", "train"]
 
@@ -41,10 +44,10 @@ _ENDED = {"failed": "failed", "unsaved": "is not saved"}
 
 
 def train(
-    spec: JobSpec,
+    spec: JobSpec | Mapping[str, Any],
     *,
     name: str | None = None,
-    storage: str | None = None,
+    storage: str | PathLike[str] | None = None,
     address: str | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -52,7 +55,7 @@ def train(
     """Train a model, and wait for it.
 
     Args:
-        spec: the job.
+        spec: the job, or a mapping with the fields of a job file.
         name: of the run; default: the job's, else one made of the time.
         storage: folder or fsspec URL for the run's directory; default: `spec.run.storage`.
         address: of a running Ray cluster, `HOST:PORT` or `auto`; default: the present connection, `RAY_ADDRESS`, or
@@ -86,11 +89,18 @@ def train(
 
 
 def run_job(
-    spec: JobSpec, *, name: str | None, storage: str | None, address: str | None, resume: bool, progress: bool
+    spec: JobSpec | Mapping[str, Any],
+    *,
+    name: str | None,
+    storage: str | PathLike[str] | None,
+    address: str | None,
+    resume: bool,
+    progress: bool,
 ) -> Result:
     """As `train`, but a failed or interrupted run is a result like any other."""
+    spec = as_spec(spec)
     name = name or spec.name or f"psgd-{time.strftime('%Y%m%d-%H%M%S')}"
-    spec = _named(spec, name, storage)
+    spec = _named(spec, name, None if storage is None else location(storage))
     check_address(address)
     run = RunDirectory(Storage(spec.run.storage, spec.failure.timeout_s).folder(name))
     Storage(spec.run.storage, spec.failure.timeout_s).probe()
@@ -193,8 +203,8 @@ def _supervise(
         saved_epochs=manifest.epochs if manifest else 0,
         requeued=manifest.requeued if manifest else 0,
     )
-    finish = _train(job, run, coordinator, inputs, checkpoint_writer, progress)
-    result = _result(run, coordinator, finish, checkpoint_writer.committed[-1] if checkpoint_writer.committed else None)
+    finish, status = _train(job, run, coordinator, inputs, checkpoint_writer, progress)
+    result = _result(run, status, finish, checkpoint_writer.committed[-1] if checkpoint_writer.committed else None)
     if run.is_ours:
         run.event("finished", status=finish.status, error=finish.error)
         run.finish(result)
@@ -208,36 +218,34 @@ def _train(
     inputs: Inputs,
     checkpoint_writer: CheckpointWriter,
     progress: bool,
-) -> Finish:
-    """How it ended."""
-    console = Console(stderr=True, quiet=not progress)
-    with Display(job.spec, job.shards.grid.num_batches, console) as display:
+) -> tuple[Finish, RunStatus]:
+    """Train. Return how it ended, and the run's last status."""
+    with Display(job.spec, Console(stderr=True, quiet=not progress)) as display:
         observer = Observer(run, display, _caution, time.monotonic())
         supervisor = Supervisor(coordinator, inputs, run, checkpoint_writer, observer)
         try:
             with _signals(supervisor):
                 finish = supervisor.train()
         except (StorageError, CheckpointError, OwnershipError) as error:  # no input any more: it worked at the start
-            finish = Finish("failed", f"{error}; {coordinator.checkpoint_schedule.told}")
-        if run.is_ours:
-            observer.write(coordinator)
-    return finish
+            finish = Finish("failed", f"{error}; {coordinator.status(time.monotonic()).checkpoint.text}")
+        status = coordinator.status(time.monotonic())
+        observer.finish(status)
+    return finish, status
 
 
-def _result(run: RunDirectory, coordinator: Coordinator, finish: Finish, checkpoint: str | None) -> Result:
-    reports = coordinator.reports.values()
+def _result(run: RunDirectory, status: RunStatus, finish: Finish, checkpoint: str | None) -> Result:
     return Result(
         status=finish.status,
         name=run.storage.url.rpartition("/")[2],
         path=run.storage.url,
-        epochs=coordinator.epochs,
-        updates=coordinator.updates,
-        samples=min((report.samples for report in reports), default=0),
-        duration_s=time.monotonic() - coordinator.began if coordinator.began is not None else 0.0,
-        metrics=run_metrics(coordinator),
-        ledger=coordinator.counts(),
-        failures=dict(coordinator.failure_counts.failures),
-        goodput=coordinator.goodput,
+        epochs=status.epochs,
+        updates=status.updates,
+        samples=status.examples,
+        duration_s=status.elapsed_s,
+        metrics=run_metrics(status),
+        ledger=status.ledger,
+        failures=dict(status.failures),
+        goodput=status.goodput,
         checkpoint=checkpoint,
         error=finish.error,
     )

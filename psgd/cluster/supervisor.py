@@ -57,6 +57,7 @@ from psgd.core.driver.events import (
     WorkerLost,
     WorkerUp,
 )
+from psgd.core.driver.status import RunStatus
 from psgd.core.driver.weights_gather import EvaluationRequest, WeightsGather
 from psgd.errors import SpecError
 from psgd.spec import Settings
@@ -72,7 +73,7 @@ RECORDED = (
     *(WorkerUp, WorkerLost, WorkerFailed, LaneFailed, ServerLost),
     *(SaveFailed, Evaluated, EvaluationLost, Stop, Scale),
 )
-Observer = Callable[[Coordinator, float], None]
+Observer = Callable[[Callable[[float], RunStatus], float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class Supervisor:
         inputs: for the actors.
         run: the run directory, owned.
         saves: its checkpoints.
-        observe: shown the coordinator and the time after every event.
+        observe: called after every event with the time, and a function that makes the status of a time.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Supervisor:
         self._weights_gather = WeightsGather(len(inputs.context.partitions))
         self._commands_at = 0.0
         self._finish: Finish | None = None
+        self._reported = False  # True once a server of the first start has reported
 
     def stop(self, event: Stop) -> None:
         """Ask for the run's end; safe to call from a signal handler."""
@@ -149,9 +151,10 @@ class Supervisor:
     def _handle(self, event: Event) -> None:
         now = time.monotonic()
         self._record(event)  # before what follows from it
+        self._reported = self._reported or isinstance(event, Reported)
         for action in self._coordinator.handle(event, now):
             self._act(action)
-        self._observe(self._coordinator, now)
+        self._observe(self._coordinator.status, now)
 
     def _record(self, event: Event) -> None:
         if isinstance(event, RECORDED):
@@ -241,7 +244,8 @@ class Supervisor:
             case Save(checkpoint):
                 self._save(checkpoint)
             case Commit():
-                self._events.append(self._checkpoint_writer.commit(action, self._coordinator.ledger.requeued))
+                requeued = self._coordinator.status(time.monotonic()).ledger.requeued
+                self._events.append(self._checkpoint_writer.commit(action, requeued))
             case Note(event, context):
                 self._run.event(event, **context)
             case Finish():
@@ -372,7 +376,7 @@ class Supervisor:
         """Call a server; an answer that is an error means that it is lost, unless `refused` says what it means."""
         limits = self._spec.failure
         server = self._servers[partition]
-        patience = limits.timeout_s + (0 if self._coordinator.reports else limits.start_timeout_s)
+        patience = limits.timeout_s + (0 if self._reported else limits.start_timeout_s)
         failed = partial(self._server_error, partition, server, refused=refused)
         self._calls[ref] = _Call(answered, failed, time.monotonic() + patience, server)
 

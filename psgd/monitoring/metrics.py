@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from psgd.core.driver.status import RunStatus
+from psgd.core.server.report import staleness_summary
 
-from psgd.core.driver.coordinator import Coordinator
-from psgd.core.server.report import Report, staleness_summary
-from psgd_workers.messages import Evaluation
-
-__all__ = ["run_metrics"]
+__all__ = ["metrics_row", "run_metrics"]
 
 
-def run_metrics(coordinator: Coordinator) -> dict[str, float | None]:
-    """What the run's result reports as `metrics`; None for what was not measured (yet)."""
-    reports = list(coordinator.reports.values())
-    histogram = Counter[int]()
-    for report in reports:
-        histogram.update(report.staleness)
-    losses = [loss for report in reports for loss in [report.losses.get(max(report.losses, default=0))] if loss]
-    evaluation = _newest(coordinator)
-    rates = {count: [rate for report in reports if (rate := report.rate(count))] for count in ("updates", "samples")}
+def run_metrics(status: RunStatus) -> dict[str, float | None]:
+    """Return what the run's result reports as `metrics`; None for a value that was not measured (yet).
+
+    `train/epoch` and `val/epoch` say which epoch, counted from 1, the losses and the accuracy are of: validation runs
+    beside the next epoch's training, so the two differ.
+    """
+    validation = status.validation
     return {
-        "train/loss": losses[0].mean if losses else None,
-        "val/loss": evaluation.loss if evaluation else None,
-        "val/accuracy": evaluation.accuracy if evaluation else None,
-        "perf/updates_per_s": min(rates["updates"], default=None),
-        "perf/samples_per_s": min(rates["samples"], default=None),
-        "perf/bytes_per_push": _bytes_per_push(reports),
-        "compression/residual_norm": coordinator.worker_table.residual_norm,
-    } | {f"async/staleness_{name}": value for name, value in staleness_summary(histogram).items()}
+        "train/loss": status.loss,
+        "train/epoch": status.loss_epoch,
+        "val/loss": validation.loss if validation else None,
+        "val/accuracy": validation.accuracy if validation else None,
+        "val/epoch": status.validation_epoch,
+        "perf/updates_per_s": status.updates_per_s,
+        "perf/samples_per_s": status.examples_per_s,
+        "perf/bytes_per_push": status.bytes_per_push,
+        "compression/residual_norm": status.residual_norm,
+    } | {f"async/staleness_{name}": value for name, value in staleness_summary(status.staleness).items()}
 
 
-def _bytes_per_push(reports: Sequence[Report]) -> float | None:
-    """Of all partitions together."""
-    pushes = [sum(report.pushes.values()) for report in reports]
-    return sum(r.bytes_pushed / n for r, n in zip(reports, pushes, strict=True)) if pushes and all(pushes) else None
-
-
-def _newest(coordinator: Coordinator) -> Evaluation | None:
-    """Of the final weights, else of the newest epoch."""
-    results = coordinator.evaluations.results
-    return results[max(results, key=lambda epochs: float("inf") if epochs is None else epochs)] if results else None
+def metrics_row(status: RunStatus) -> dict[str, float | None]:
+    """Return a line of `metrics.jsonl`: how far the run is, and its metrics."""
+    position = {"epochs": status.epochs, "updates": status.updates, "workers": status.workers_up}
+    return position | run_metrics(status)

@@ -1,17 +1,17 @@
-"""The observer: what is told while a run goes on, to people and to `metrics.jsonl`."""
+"""The observer: what people and `metrics.jsonl` are told while a run goes on, read from one status at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from psgd.core.driver.checkpoint_schedule import CheckpointSchedule
-from psgd.core.driver.coordinator import Coordinator
-from psgd.monitoring.metrics import run_metrics
+from psgd.core.driver.status import CheckpointStatus, RunStatus
+from psgd.monitoring.metrics import metrics_row
 from psgd.monitoring.progress import Display
 from psgd.store.run_directory import RunDirectory
 
 __all__ = ["Observer"]
 
+LOOK_S = 0.2  # between two looks at the status: making one costs time that grows with the workers
 METRICS_S = 1.0  # between two lines of metrics.jsonl
 
 
@@ -19,9 +19,9 @@ class Observer:
     """Writes metrics, moves the display and warns of checkpoints that cannot be written.
 
     Args:
-        run: where metrics go.
-        display: of the run.
-        caution: tells people.
+        run: directory that metrics are written to.
+        display: progress display of the run.
+        caution: prints a warning.
         now: seconds.
     """
 
@@ -29,31 +29,39 @@ class Observer:
         self._run = run
         self._display = display
         self._caution = caution
+        self._looked_at = float("-inf")
         self._written_at = now
-        self._unsaved = False  # whether it was told that the newest checkpoint could not be written
+        self._warned = False  # True until a checkpoint can be written again
 
-    def __call__(self, coordinator: Coordinator, now: float) -> None:
-        self._display.show(coordinator, now)
-        self._watch_saving(coordinator.checkpoint_schedule)
-        if now - self._written_at >= METRICS_S and coordinator.reports:
-            self._written_at = now
-            self.write(coordinator)
+    def __call__(self, status: Callable[[float], RunStatus], now: float) -> None:
+        """Look at the run, unless the last look was a moment ago.
 
-    def _watch_saving(self, checkpoint_schedule: CheckpointSchedule) -> None:
+        Args:
+            status: makes the status of a time.
+            now: seconds.
+        """
+        if now - self._looked_at < LOOK_S:
+            return
+        self._looked_at = now
+        self._look(status(now))
+
+    def _look(self, status: RunStatus) -> None:
+        self._display.show(status)
+        self._watch_saving(status.checkpoint)
+        if status.now - self._written_at >= METRICS_S and status.phase != "starting":
+            self._written_at = status.now
+            self._run.metrics(metrics_row(status))
+
+    def finish(self, status: RunStatus) -> None:
+        """Show and write the end of the run; a run that another driver took over is not written to."""
+        self._display.finish(status)
+        if self._run.is_ours:
+            self._run.metrics(metrics_row(status))
+
+    def _watch_saving(self, checkpoint: CheckpointStatus) -> None:
         """Tell once that checkpoints cannot be written, until one can."""
-        goes_on = not checkpoint_schedule.last or checkpoint_schedule.retry_at < float("inf")  # else the result tells
-        if checkpoint_schedule.fault and goes_on and not self._unsaved:
-            further = "It is tried again" if checkpoint_schedule.last else "Training goes on"
-            self._caution(
-                f"a checkpoint could not be written: {checkpoint_schedule.fault}. {further}; {checkpoint_schedule.told}"
-            )
-        self._unsaved = checkpoint_schedule.fault is not None
-
-    def write(self, coordinator: Coordinator) -> None:
-        """One line of metrics."""
-        position = {
-            "epochs": coordinator.epochs,
-            "updates": coordinator.updates,
-            "workers": len(coordinator.worker_table.up),
-        }
-        self._run.metrics(position | run_metrics(coordinator))
+        goes_on = not checkpoint.last or checkpoint.retries  # else the result tells
+        if checkpoint.fault and goes_on and not self._warned:
+            further = "It is tried again" if checkpoint.last else "Training goes on"
+            self._caution(f"a checkpoint could not be written: {checkpoint.fault}. {further}; {checkpoint.text}")
+        self._warned = checkpoint.fault is not None

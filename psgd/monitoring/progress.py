@@ -1,28 +1,36 @@
-"""The progress display: one live bar on a terminal, a line per epoch elsewhere; always on stderr."""
+"""The progress display, always on stderr: a line for every epoch, and on a terminal a live line below them.
+
+    epoch  2/30  loss 0.2113  val loss 0.1980  val acc 0.9444  1204 updates/s  workers 2/2
+    epoch  3/30 ━━━━━━━━━━━━━━━━━━━━  loss 0.1532  0:24 left  1204 updates/s  workers 2/2
+
+The losses and the accuracy in an epoch's line are of that epoch: the line waits for its validation. The live line shows
+the training loss of the open epoch. Numbers that do not fit the width are left out.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.live import Live
 from rich.text import Text
 
-from psgd.core.driver.coordinator import Coordinator
-from psgd.monitoring.metrics import run_metrics
+from psgd.core.driver.status import EpochStatus, RunStatus
+from psgd.core.server.report import staleness_summary
+from psgd.monitoring.pace import Pace
 from psgd.spec import JobSpec
 
 __all__ = ["Display"]
 
-REFRESH_S = 0.2
-
-
-class _Numbers(ProgressColumn):
-    """The newest numbers, those not measured yet left out."""
-
-    def render(self, task: Task) -> Text:
-        return Text(str(task.fields["numbers"]), style="cyan")
+GAP = "  "
+BAR = 20  # cells
+LEAST_BAR = 8  # cells: a shorter bar is left out
+NO_LOSS = ["loss -     "]  # of the open epoch, yet: as wide as one, so that nothing jumps
+MOST_NAMED = 3  # processes that the live line says it waits for
+STUCK_S = 2.0  # after which the live line says what the run waits for
 
 
 class Display:
@@ -30,67 +38,137 @@ class Display:
 
     Args:
         spec: the job.
-        num_batches: of an epoch.
-        console: where to.
+        console: where to. It gets a live line if it is a terminal that can move its cursor, whatever FORCE_COLOR says.
     """
 
-    def __init__(self, spec: JobSpec, num_batches: int, console: Console) -> None:
+    def __init__(self, spec: JobSpec, console: Console) -> None:
         self._epochs = spec.run.epochs
-        self._workers = spec.scaling.most_workers
-        self._num_batches = num_batches
+        self._pace = Pace(spec.run)
         self._console = console
-        columns = (TextColumn("{task.description}"), BarColumn(20), _Numbers(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, transient=True)
-        self._task = self._progress.add_task("starting", total=num_batches, numbers="")
-        self._shown_at = float("-inf")
-        self._told = 0
+        self._live = Live(console=console, transient=True, auto_refresh=False) if _is_live(console) else None
+        self._told = 0  # newest epoch that has a line
+        self._waiting: tuple[tuple[str, ...], float] = ((), 0.0)  # for what, and since when
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._progress.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
-            self._progress.stop()
+        if self._live:
+            self._live.stop()
 
-    def show(self, coordinator: Coordinator, now: float) -> None:
-        """Bring the display up to date: the bar at most every `REFRESH_S`, a line whenever an epoch is done."""
-        if coordinator.phase == "starting":
+    def show(self, status: RunStatus) -> None:
+        """Print the lines of the epochs that are complete and validated, and bring the live line up to date."""
+        self._pace.see(status)
+        for epoch in status.recent_epochs:
+            if epoch.validating:
+                break
+            self._tell(epoch, status)
+        if self._live:
+            self._live.update(self._live_line(status), refresh=True)
+
+    def finish(self, status: RunStatus) -> None:
+        """Print the lines that are left, validated or not."""
+        for epoch in status.recent_epochs:
+            self._tell(epoch, status)
+
+    def _tell(self, epoch: EpochStatus, status: RunStatus) -> None:
+        if epoch.epoch <= self._told:  # told before, also if it was done again after a server was restored
             return
-        if not self._console.is_terminal:
-            self._tell(coordinator)
-        elif now - self._shown_at >= REFRESH_S:
-            self._shown_at = now
-            self._move(coordinator)
+        self._told = epoch.epoch
+        needed = _number("loss", epoch.loss)
+        if epoch.validation:
+            needed += _number("val loss", epoch.validation.loss) + _number("val acc", epoch.validation.accuracy)
+        extras = _extras(status) if self._live else [*self._left(), *_extras(status)]
+        width = self._console.width if self._live else None
+        line = _fitting([self._title(epoch.epoch), *needed], extras, width)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _tell(self, coordinator: Coordinator) -> None:
-        epochs = coordinator.epochs
-        if epochs > self._told:  # less after a server was restored: what is done again was told
-            self._told = epochs
-            line = f"{self._title(epochs)} done  {self._numbers(coordinator)}"
-            self._console.print(line, highlight=False, soft_wrap=True)
+    def _live_line(self, status: RunStatus) -> Text:
+        """Return the live line: title, bar, the needed numbers, and as many of the others as fit."""
+        width = self._console.width - 1  # a full line makes some terminals wrap
+        title, needed, extras, share = self._live_parts(status)
+        room = width - cell_len(GAP.join([title, *needed])) - 1
+        bar = min(BAR, room) if share is not None and room >= LEAST_BAR else 0
+        numbers = _fitting(needed, extras, width - cell_len(title) - 1 - bar - len(GAP))
+        line = Text.assemble(f"{title} ", *self._bar(share or 0.0, bar))
+        line.append(f"{GAP if bar else ' '}{numbers}", style="cyan")
+        line.truncate(width, overflow="ellipsis")
+        return line
 
-    def _move(self, coordinator: Coordinator) -> None:
-        epochs = coordinator.epochs
-        current = epochs + 1 if self._epochs is None else min(epochs + 1, self._epochs)
-        done = coordinator.ledger.done if coordinator.phase == "training" else self._num_batches
-        numbers = self._numbers(coordinator)
-        self._progress.update(self._task, description=self._title(current), completed=done, numbers=numbers)
+    def _bar(self, share: float, cells: int) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Return the done part and the rest with their styles; without colours the rest is blank."""
+        done = round(cells * share)
+        dash = "━" if self._console.encoding.startswith("utf") else "-"
+        coloured = self._console.color_system is not None and not self._console.no_color
+        return (dash * done, "bar.complete"), ((dash if coloured else " ") * (cells - done), "bar.back")
+
+    def _live_parts(self, status: RunStatus) -> tuple[str, list[str], list[str], float | None]:
+        """Return the title, the numbers that are always shown, those shown where there is room, and the share done."""
+        clock = [f"{_duration(status.elapsed_s)} so far"] if status.began is not None else []
+        if status.phase != "training":
+            return status.phase, _waiting(status), clock, None
+        epoch = status.epochs + 1 if self._epochs is None else min(status.epochs + 1, self._epochs)
+        loss = _number("loss", status.loss) if status.loss_epoch == epoch else NO_LOSS
+        needed = [*loss, *(_waiting(status) if self._is_stuck(status) else self._left())]
+        return self._title(epoch), needed, _extras(status) + clock, self._pace.share(status)
+
+    def _left(self) -> list[str]:
+        left_s = self._pace.left_s()
+        return [] if left_s is None else [f"{_duration(left_s)} left"]
+
+    def _is_stuck(self, status: RunStatus) -> bool:
+        if self._waiting[0] != status.waiting_for:
+            self._waiting = (status.waiting_for, status.now)
+        return bool(status.waiting_for) and status.now - self._waiting[1] >= STUCK_S
 
     def _title(self, epoch: int) -> str:
-        return f"epoch {epoch}" + (f"/{self._epochs}" if self._epochs else "")
+        return f"epoch {epoch}" if self._epochs is None else f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}"
 
-    def _numbers(self, coordinator: Coordinator) -> str:
-        metrics = run_metrics(coordinator)
-        shown = [
-            ("loss", metrics["train/loss"], "{:.4f}"),
-            ("val acc", metrics["val/accuracy"], "{:.4f}"),
-            ("updates/s", metrics["perf/updates_per_s"], "{:.0f}"),
-            ("staleness p50", metrics["async/staleness_p50"], "{:.0f}"),
-            ("p95", metrics["async/staleness_p95"], "{:.0f}"),
-        ]
-        parts = [f"{name} {form.format(value)}" for name, value, form in shown if value is not None]
-        return "  ".join([*parts, f"workers {len(coordinator.worker_table.up)}/{self._workers}"])
+
+def _is_live(console: Console) -> bool:
+    """Return True if the console can show a live line: FORCE_COLOR makes no terminal of a file."""
+    is_tty = getattr(console.file, "isatty", None)
+    able = console.is_interactive and not console.is_dumb_terminal and not console.quiet
+    return able and is_tty is not None and is_tty()
+
+
+def _extras(status: RunStatus) -> list[str]:
+    """Return numbers of the run as a whole, the most interesting first."""
+    extras = [] if status.updates_per_s is None else [f"{status.updates_per_s:.0f} updates/s"]
+    extras.append(f"workers {status.workers_up}/{status.target_workers}")
+    staleness = staleness_summary(status.staleness)
+    if staleness["p50"] is not None:
+        extras.append(f"staleness {staleness['p50']:.0f} (p95 {staleness['p95']:.0f})")
+    return extras
+
+
+def _number(name: str, value: float | None) -> list[str]:
+    return [] if value is None else [f"{name} {value:.4f}"]
+
+
+def _waiting(status: RunStatus) -> list[str]:
+    if not status.waiting_for:
+        return []
+    more = len(status.waiting_for) - MOST_NAMED
+    named = ", ".join(status.waiting_for[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return [f"waiting for {named}"]
+
+
+def _fitting(needed: Sequence[str], extras: Sequence[str], width: int | None) -> str:
+    """Join the needed numbers and as many of the extras, in their order, as fit the width; None: all."""
+    parts = [*needed]
+    for extra in extras:
+        if width is not None and cell_len(GAP.join([*parts, extra])) > width:
+            break
+        parts.append(extra)
+    return GAP.join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

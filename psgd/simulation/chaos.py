@@ -228,7 +228,7 @@ class Chaos(VirtualCluster):
                 break
             if not self.advance(self._deadline):
                 self._tell_tick()
-        raise RunError(f"no end at {self.now:.1f} s: {self.coordinator.phase}")
+        raise RunError(f"no end at {self.now:.1f} s: {self.status.phase}")
 
     # What is drawn as it happens
 

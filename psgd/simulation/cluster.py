@@ -42,6 +42,7 @@ from psgd.core.driver.events import (
     WorkerLost,
     WorkerUp,
 )
+from psgd.core.driver.status import RunStatus
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import partition_weights
 from psgd.core.server.repartition import disagreement, repartition
@@ -152,6 +153,11 @@ class VirtualCluster(VirtualClock):
         return np.concatenate([self.servers[partition].weights for partition in range(len(self.parts))])
 
     @property
+    def status(self) -> RunStatus:
+        """The run now, as its coordinator describes it."""
+        return self.coordinator.status(self.now)
+
+    @property
     def newest_checkpoint(self) -> VirtualCheckpoint | None:
         """The newest committed one, of this run or the one it resumed."""
         return self.checkpoint or self._resume
@@ -177,7 +183,7 @@ class VirtualCluster(VirtualClock):
                 return self
             if not self.advance(self._deadline):
                 self._tell_tick()
-        raise RunError(f"no end in {max_events} events, at {self.now:.3f} s in phase {self.coordinator.phase}")
+        raise RunError(f"no end in {max_events} events, at {self.now:.3f} s in phase {self.status.phase}")
 
     def _tell_tick(self) -> None:
         self._tell(Tick())
@@ -282,7 +288,7 @@ class VirtualCluster(VirtualClock):
 
     def _crash(self) -> None:
         assert self._crashes
-        if self.workers and self.coordinator.phase == "training":
+        if self.workers and self.status.phase == "training":
             name = sorted(self.workers)[int(self._random.integers(len(self.workers)))]
             self.kill(name)
             self.tell_soon(WorkerLost(name, "scripted"), self.timing.death_s)
@@ -347,7 +353,7 @@ class VirtualCluster(VirtualClock):
 
     def _on_commit(self, action: Commit) -> None:
         states = tuple(self._states[partition] for partition in sorted(self._states))
-        requeued = self.coordinator.ledger.requeued
+        requeued = self.status.ledger.requeued
         self.checkpoint = VirtualCheckpoint(states, action.checkpoint, action.updates, requeued)
         self.tell_soon(Committed(action.checkpoint))
 

@@ -19,13 +19,13 @@ from psgd.simulation.delays import build_delays
 from psgd.simulation.scenario import Scenario, contenders
 from psgd.simulation.simulate import FIGURES, JobSubject, QuadraticSubject, Simulated, Subject, figures, simulate
 from psgd.spec import JobSpec, SimulateConfig
-from psgd.spec.reader import parse_spec
+from psgd.spec.reader import as_spec, parse_spec
 from psgd.store.storage import Storage
 
 __all__ = ["run"]
 
 
-def run(spec: JobSpec, options: Mapping[str, Any], html: Path | None = None) -> list[Simulated]:
+def run(spec: JobSpec | Mapping[str, Any], options: Mapping[str, Any], html: Path | None = None) -> list[Simulated]:
     """Simulate each mode, show a table, and write the page.
 
     Args:
@@ -36,7 +36,7 @@ def run(spec: JobSpec, options: Mapping[str, Any], html: Path | None = None) -> 
     Raises:
         InputError: an option makes no sense; nothing was simulated.
     """
-    spec = _with_options(spec, options)
+    spec = _with_options(as_spec(spec), options)
     section = spec.simulate or SimulateConfig()
     workers = section.workers or spec.scaling.most_workers
     scenario = Scenario.of(section, workers, build_delays(section.delays, read_journal))
@@ -49,7 +49,9 @@ def run(spec: JobSpec, options: Mapping[str, Any], html: Path | None = None) -> 
         subject = _subject(job, section)
         job = _for_quadratic(job) if section.model else job
         results.append(simulate(name, job, subject, scenario, section.until))
-        console.print(f"simulated {name}: {results[-1].updates} updates in {results[-1].time_s:.4g} virtual s")
+        ended = results[-1]
+        told = f"simulated {name}: {ended.updates} updates in {ended.time_s:.4g} virtual s; {ended.status}"
+        console.print(told, markup=False, soft_wrap=True)
     console.print(_table(results))
     if html:
         lead = f"{workers} workers, {_described(section)} virtual seconds a gradient, seed {section.seed}."

@@ -184,10 +184,10 @@ def check_end(cluster: VirtualCluster, epochs: int) -> None:
         assert isinstance(server, WatchedServer)
         server.audit()
         _check(server.contained == saved.states[partition].metadata["noted"][0], "what was done last is not durable")
-        live = {worker.name for worker in cluster.coordinator.worker_table if worker.joined}
+        live = {worker.name for worker in cluster.status.workers if worker.joined}
         _check(server.report().heard.keys() <= live, "rounds wait for workers that are gone")
-    _check(cluster.coordinator.ledger.settled, "leases are out")
-    known = {worker.name for worker in cluster.coordinator.worker_table}
+    _check(cluster.status.open_leases == 0, "leases are out")
+    known = {worker.name for worker in cluster.status.workers}
     _check(cluster.workers.keys() <= known, f"{cluster.workers.keys() - known} still live")
 
 

@@ -211,7 +211,7 @@ def simulate(
     server = run.servers[0]
     run.journal(0, server.journal.take())
     report = server.report()
-    began = run.coordinator.began or 0.0
+    began = run.status.began or 0.0
     ended = report.last.now if report.last else run.now
     watch.look(run, ended)
     assert run.finish
@@ -233,7 +233,7 @@ def simulate(
         staleness=staleness_summary(report.staleness),
         staleness_counts=dict(sorted(report.staleness.items())),
         shares={worker: count / total for worker, count in sorted(run.taken.items(), key=_number)},
-        crashes=run.coordinator.failures,
+        crashes=run.status.charged_failures,
         curve=tuple(watch.curve),
     )
 
@@ -278,6 +278,7 @@ class _Watch:
         self._target = target
         self._every = every
         self._next = 0
+        self._began = 0.0
         self.curve: list[Point] = []
         self.reached: Point | None = None
 
@@ -290,7 +291,8 @@ class _Watch:
         """Measure, and take a point if it is to be kept or reaches the target."""
         server = cluster.servers[0]
         value = self._subject.measure(cluster)
-        point = Point(now - (cluster.coordinator.began or 0.0), server.samples, value)
+        self._began = self._began or cluster.status.began or 0.0
+        point = Point(now - self._began, server.samples, value)
         reaches = bool(self._target and not self.reached and self._target.reached(value))
         if reaches:
             self.reached = point

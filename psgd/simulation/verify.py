@@ -6,7 +6,7 @@ compression and clipping are replaced by what each check is about. Its own serve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -18,15 +18,19 @@ import numpy as np
 from psgd.core.server.optimizers import build_optimizer
 from psgd.core.server.partitions import partition_weights
 from psgd.core.server.schedules import build_schedule
+from psgd.errors import RunError
 from psgd.job import OpenJob
-from psgd.simulation.cluster import VirtualCheckpoint, VirtualCluster
+from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.problem import Problem
 from psgd.spec import JobSpec, ScalingConfig
 from psgd.spec.changes import override_spec
+from psgd.spec.reader import as_spec
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from psgd_workers.models import build_model
 
 __all__ = ["Check", "verify"]
+
+_Seen = tuple[str, bool]  # what was observed, and whether it is what was promised
 
 WORKERS = 4
 SERVERS = 3
@@ -49,16 +53,17 @@ class Check:
     holds: bool
 
 
-def verify(spec: JobSpec, limit_s: float = 40.0) -> list[Check]:
+def verify(spec: JobSpec | Mapping[str, Any], limit_s: float = 40.0) -> list[Check]:
     """Try every promise.
 
     Args:
-        spec: the job.
+        spec: the job, or a mapping with the fields of a job file.
         limit_s: seconds it may take, about; slow models are tried on fewer batches.
 
     Raises:
         InputError: the job's data or model cannot be used.
     """
+    spec = as_spec(spec)
     neutral = [
         "consistency={mode: async}",
         "correction={name: none}",
@@ -76,16 +81,41 @@ def verify(spec: JobSpec, limit_s: float = 40.0) -> list[Check]:
         len(job.weights), job.layout.num_trainable, spec.scaling.servers
     )  # so many servers must be possible
     trial = _Trial(job, spec.scaling, limit_s)
+    bsp = f"bsp of {WORKERS} workers"
+    servers = min(SERVERS, len(job.weights))
     return [
-        trial.gradient(),
-        trial.same_twice(),
-        trial.serial(),
-        trial.mean_of_n(),
-        trial.big_batch(),
-        trial.partitions(),
-        trial.resumed(),
-        trial.crashes(),
+        _check("gradient", f"is the slope of the loss, within {SLOPE_TOLERANCE:.0%}, tensor by tensor", trial.gradient),
+        _check("a batch computed again", "is the same gradient on every worker, bit for bit", trial.same_twice),
+        _check("1 asynchronous worker", "is a serial loop of the optimizer, bit for bit", trial.serial),
+        _check(bsp, f"steps on the mean of {WORKERS} gradients, bit for bit", trial.mean_of_n),
+        _check(
+            bsp,
+            f"is one worker with batches {WORKERS} times as large, within {BIG_BATCH_TOLERANCE} of the way",
+            trial.big_batch,
+        ),
+        _check(f"{servers} partitions", "hold the weights that 1 does, bit for bit", lambda: trial.partitions(servers)),
+        _check("kill and resume", "ends as if undisturbed (1 worker), bit for bit", trial.resumed),
+        _check(
+            "killed workers",
+            f"leave each of {trial.num_batches} batches in the weights exactly once",
+            trial.crashes,
+        ),
     ]
+
+
+def _check(name: str, promised: str, attempt: Callable[[], _Seen]) -> Check:
+    """Try one promise; a trial that cannot be finished breaks it."""
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            observed, holds = attempt()
+    except _TrialError as error:
+        observed = str(error)
+        holds = False
+    return Check(name, promised, observed, holds)
+
+
+class _TrialError(RunError):
+    """A trial that did not come to its end."""
 
 
 class _Trial:
@@ -111,23 +141,35 @@ class _Trial:
     def _spec(self, *overrides: str) -> JobSpec:
         return override_spec(self._job.spec, overrides)
 
-    def _cluster(self, spec: JobSpec, **options: Any) -> VirtualCluster:
+    @property
+    def num_batches(self) -> int:
+        """Batches of the trial epoch."""
+        return self._grid.num_batches
+
+    def _run(self, spec: JobSpec, **options: Any) -> VirtualCluster:
         job = self._job
         problem = Problem(self._grid, job.weights, self._worker.gradient, job.layout.num_trainable, self._examples)
-        return VirtualCluster(spec, problem, options.pop("compute_s", _uneven), **options)
+        run = VirtualCluster(spec, problem, options.pop("compute_s", _uneven), **options).run()
+        if run.finish is None or run.finish.status != "finished":
+            raise _TrialError(f"{run.finish.error if run.finish else 'it has no end'}")
+        return run
 
     def _batches(self) -> Iterator[BatchId]:
         return (self._grid.batch(0, position) for position in range(self._grid.num_batches))
 
     # Checks
 
-    def gradient(self) -> Check:
-        """Central differences of the loss along each tensor's gradient, and along parts of it."""
+    def gradient(self) -> _Seen:
+        """Compare with central differences of the loss along each tensor's gradient, and along parts of it."""
         job = self._job
         batch = BatchId(0, 0, 0)
         slope = np.empty_like(job.weights)
         self._worker.gradient(batch, job.weights, slope)
+        if not np.isfinite(slope).all():
+            return "the gradient of the first batch is not finite", False
         slope[job.layout.num_trainable :] = 0
+        if not slope.any():
+            return "the gradient is zero in every tensor: training changes nothing", False
         tensors = {name: tensor for name, tensor in job.layout.views(slope).items() if tensor.any()}
         worst = 0.0
         where = "no tensor"
@@ -143,12 +185,8 @@ class _Trial:
                 if error > worst:
                     worst = error
                     where = name
-        return Check(
-            "gradient",
-            f"is the slope of the loss, within {SLOPE_TOLERANCE:.0%}, tensor by tensor",
-            f"differs by {worst:.2g} at most, in {where}; {tried} of {len(tensors)} tensors tried",
-            bool(worst <= SLOPE_TOLERANCE),
-        )
+        told = f"differs by {worst:.2g} at most, in {where}; {tried} of {len(tensors)} tensors tried"
+        return told, bool(worst <= SLOPE_TOLERANCE)
 
     def _slope_error(self, batch: BatchId, slope: FloatArray, direction: FloatArray) -> float:
         """Relative to the slope, by the best of some steps: long ones meet kinks, short ones float32's rounding."""
@@ -164,7 +202,7 @@ class _Trial:
             errors.append(abs((ahead - behind) / (2 * step) - told) / abs(told))
         return min(errors)
 
-    def same_twice(self) -> Check:
+    def same_twice(self) -> _Seen:
         """The same batch and weights, on two workers."""
         job = self._job
         batch = BatchId(0, 0, self._grid.num_batches - 1)
@@ -172,69 +210,52 @@ class _Trial:
         second = np.empty_like(job.weights)
         self._worker.gradient(batch, job.weights, first)
         job.worker("other").gradient(batch, job.weights, second)
-        return _same("a batch computed again", "is the same gradient on every worker", first, second)
+        return _same(first, second)
 
-    def serial(self) -> Check:
+    def serial(self) -> _Seen:
         """One asynchronous worker against a loop."""
         weights = self._loop(self._batches())
-        run = self._cluster(self._spec("scaling.workers=1")).run()
-        return _same("1 asynchronous worker", "is a serial loop of the optimizer", run.weights, weights)
+        return _same(self._run(self._spec("scaling.workers=1")).weights, weights)
 
-    def mean_of_n(self) -> Check:
+    def mean_of_n(self) -> _Seen:
         """bsp against a loop over means, weighted by examples."""
-        run = self._cluster(self._spec(f"scaling.workers={WORKERS}", "consistency={mode: bsp}")).run()
-        weights = self._rounds(self._mean)
-        return _same(f"bsp of {WORKERS} workers", f"steps on the mean of {WORKERS} gradients", run.weights, weights)
+        run = self._run(self._spec(f"scaling.workers={WORKERS}", "consistency={mode: bsp}"))
+        return _same(run.weights, self._rounds(self._mean))
 
-    def big_batch(self) -> Check:
+    def big_batch(self) -> _Seen:
         """bsp against steps on one batch of all the examples of a round."""
-        name = f"bsp of {WORKERS} workers"
-        promised = f"is one worker with batches {WORKERS} times as large"
         if self._job.layout.num_trainable < self._job.layout.num_parameters:
-            return Check(name, promised, "not tried: the model's buffers depend on the batch", True)
-        run = self._cluster(self._spec(f"scaling.workers={WORKERS}", "consistency={mode: bsp}")).run()
+            return "not tried: the model's buffers depend on the batch", True
+        run = self._run(self._spec(f"scaling.workers={WORKERS}", "consistency={mode: bsp}"))
         weights = self._rounds(self._together)
         moved = float(np.abs(weights - self._job.weights).max())
         difference = float(np.abs(run.weights - weights).max()) / (moved + 1e-12)
-        return Check(
-            name,
-            f"{promised}, within {BIG_BATCH_TOLERANCE} of the way",
-            f"differs by {difference:.2g}",
-            bool(difference <= BIG_BATCH_TOLERANCE),
-        )
+        return f"differs by {difference:.2g}", bool(difference <= BIG_BATCH_TOLERANCE)
 
-    def partitions(self) -> Check:
+    def partitions(self, servers: int) -> _Seen:
         """Some servers against one, for one order of pushes."""
-        servers = min(SERVERS, len(self._job.weights))
         one, some = (
-            self._cluster(self._spec(f"scaling.workers={WORKERS}", f"scaling.servers={number}")).run()
-            for number in (1, servers)
+            self._run(self._spec(f"scaling.workers={WORKERS}", f"scaling.servers={number}")) for number in (1, servers)
         )
-        return _same(f"{servers} partitions", "hold the weights that 1 does", some.weights, one.weights)
+        return _same(some.weights, one.weights)
 
-    def resumed(self) -> Check:
+    def resumed(self) -> _Seen:
         """A run that ends in the middle, and goes on from its checkpoint."""
-        whole = self._cluster(self._spec("scaling.workers=1")).run()
+        whole = self._run(self._spec("scaling.workers=1"))
         half = max(1, self._grid.num_batches // 2)
-        first = self._cluster(self._spec("scaling.workers=1", f"run.max_updates={half}")).run()
-        assert isinstance(first.checkpoint, VirtualCheckpoint)
-        second = self._cluster(self._spec("scaling.workers=1"), resume=first.checkpoint).run()
-        return _same("kill and resume", "ends as if undisturbed (1 worker)", second.weights, whole.weights)
+        first = self._run(self._spec("scaling.workers=1", f"run.max_updates={half}"))
+        second = self._run(self._spec("scaling.workers=1"), resume=first.checkpoint)
+        return _same(second.weights, whole.weights)
 
-    def crashes(self) -> Check:
+    def crashes(self) -> _Seen:
         """Workers die on the way."""
         scaling = self._scaling
         spec = self._spec(f"scaling={{workers: {WORKERS}, servers: {scaling.servers}, pipeline: {scaling.pipeline}}}")
         random = np.random.default_rng(0)
-        run = self._cluster(spec, crashes=lambda: float(random.exponential(1.5)), seed=1).run()
-        counts = run.coordinator.counts()
-        expected = self._grid.num_batches
-        return Check(
-            "killed workers",
-            f"leave each of {expected} batches in the weights exactly once",
-            f"{counts.applied} applied, {counts.batches} different, {run.coordinator.failures} workers killed",
-            counts.applied == counts.batches == expected,
-        )
+        status = self._run(spec, crashes=lambda: float(random.exponential(1.5)), seed=1).status
+        counts = status.ledger
+        observed = f"{counts.applied} applied, {counts.batches} different, {status.charged_failures} workers killed"
+        return observed, counts.applied == counts.batches == self.num_batches
 
     # What it is compared with
 
@@ -260,6 +281,8 @@ class _Trial:
         seen = 0
         for gradient, members in rounds:
             change = gradient(weights, members)
+            if not np.isfinite(change).all():
+                raise _TrialError(f"training diverges: the gradient of {members[0]} is not finite. Lower optimizer.lr")
             optimizer.step(weights[:trainable], change[:trainable], schedule.rate(seen))
             weights[trainable:] -= change[trainable:]
             seen += sum(self._examples(batch) for batch in members)
@@ -305,8 +328,7 @@ def _uneven(worker: str, batch: BatchId) -> float:
     return float(0.05 + 0.2 * np.random.default_rng([int(worker.removeprefix("worker-")), *batch]).random())
 
 
-def _same(name: str, promised: str, found: FloatArray, expected: FloatArray) -> Check:
+def _same(found: FloatArray, expected: FloatArray) -> _Seen:
     if np.array_equal(found, expected):
-        return Check(name, f"{promised}, bit for bit", "the same bits", True)
-    worst = float(np.abs(found - expected).max())
-    return Check(name, f"{promised}, bit for bit", f"differs by up to {worst:.3g}", False)
+        return "the same bits", True
+    return f"differs by up to {float(np.abs(found - expected).max()):.3g}", False

@@ -14,7 +14,7 @@ from psgd.spec.explanations import explain
 from psgd.spec.job import JobSpec
 from psgd.spec.yaml_values import FILE_LIMIT, read_yaml
 
-__all__ = ["load_spec", "parse_spec", "parse_value", "with_setting"]
+__all__ = ["as_spec", "load_spec", "parse_spec", "parse_value", "with_setting"]
 
 MAX_DEPTH = 16  # names in a setting
 
@@ -44,6 +44,22 @@ def load_spec(
         tree = _with(tree, ("run", "storage"), storage, "--storage")
     given = tree.get("name") if name is None else name
     return parse_spec(tree | {"name": _name_of(path) if given is None else given}, str(path))
+
+
+def as_spec(job: JobSpec | Mapping[str, Any]) -> JobSpec:
+    """Return a job as it is, or the job that a mapping of its fields describes, checked as a job file is.
+
+    Raises:
+        SpecError: the mapping is not a valid job; every fault is listed. Or it is something else altogether.
+    """
+    if isinstance(job, JobSpec):
+        return job
+    if isinstance(job, Mapping):
+        return parse_spec(dict(job), "the job")
+    raise SpecError(
+        f"a job is a JobSpec, or a mapping of its fields such as model and data, not {job!r:.80}; "
+        "psgd.spec.reader.load_spec reads a job file"
+    )
 
 
 def parse_spec(tree: Mapping[str, Any], source: str) -> JobSpec:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
+from os import PathLike
 from typing import Any, Literal
 
 import numpy as np
@@ -317,17 +318,18 @@ def _parse_manifest(name: str, text: bytes) -> Manifest:
         raise CheckpointError(f"checkpoint {name}: its COMMITTED is not a manifest: {error}") from error
 
 
-def load_weights(path: str, averaged: bool = False) -> dict[str, FloatArray]:
-    """The named weights that a run saved last.
+def load_weights(path: str | PathLike[str], averaged: bool = False) -> dict[str, FloatArray]:
+    """Return the named weights that a run saved last.
 
     Args:
-        path: of a run directory, or of one checkpoint's directory inside it; a path or an fsspec URL.
-        averaged: the moving average that `optimizer.ema` asks for, instead of the weights themselves.
+        path: a run's directory, or one checkpoint's directory inside it: a string, a `Path` or an fsspec URL.
+        averaged: return the moving average that `optimizer.ema` asks for instead of the weights themselves.
 
     Returns:
         Tensor name -> float32 array, buffers included.
 
     Raises:
+        StorageError: `path` is neither a path nor a URL that can be opened.
         CheckpointError: there is no whole checkpoint, or no average in it.
 
     Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,10 +17,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from psgd.errors import StorageError
 
-__all__ = ["PATIENCE_S", "Storage"]
+__all__ = ["PATIENCE_S", "Storage", "location"]
 
 PATIENCE_S = 60.0
 SLOWEST = 1e6  # bytes per second: a file may take so much longer
+
+SCHEME = re.compile(r"\w{2,}:/(?!/)")  # one letter would be a drive
 
 T = TypeVar("T")
 
@@ -28,15 +31,17 @@ class Storage:
     """A folder.
 
     Args:
-        url: a local path, or a URL such as `s3://bucket/runs` whose fsspec filesystem is installed.
+        url: local path (a string or a `Path`), or a URL such as `s3://bucket/runs`, whose fsspec filesystem must be
+            installed.
         patience_s: seconds that the filesystem may take to answer, a second more for each MB of a file. Higher: slow
             storage is put up with. Lower: storage that hangs is found out sooner.
 
     Raises:
-        StorageError: no filesystem is installed for the URL.
+        StorageError: the URL is neither a string nor a path, or no filesystem is installed for it.
     """
 
-    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, url: str | os.PathLike[str], patience_s: float = PATIENCE_S) -> None:
+        url = location(url)
         self.url = url if "://" in url else str(Path(url).expanduser().absolute())
         self.patience_s = patience_s
         try:
@@ -154,6 +159,22 @@ class Storage:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}" if answer.done() else f"no answer within {limit_s:.1f} s"
             raise StorageError(f"cannot {doing} in {self.url}: {reason}") from error
+
+
+def location(url: str | os.PathLike[str]) -> str:
+    """Return a folder's path or URL as text.
+
+    Raises:
+        StorageError: it is neither, or a URL that a `Path` has changed.
+    """
+    text = url if isinstance(url, str) else os.fspath(url) if isinstance(url, os.PathLike) else None
+    if not isinstance(text, str):
+        raise StorageError(f"a folder is a path or a URL such as s3://bucket/runs, not {url!r:.80}")
+    if text is not url and (scheme := SCHEME.match(text)):
+        raise StorageError(
+            f"{text!r} is a URL without one of its slashes: give {scheme[0]}/... as a string, not a Path"
+        )
+    return text
 
 
 def _check_size(size: int | None, data: bytes) -> None:

@@ -92,8 +92,8 @@ def simulated_s(mode: dict[str, Any]) -> float:
         return delay_s(batch_seed(spec.seed, batch), SCALE_S)
 
     run = VirtualCluster(spec, problem, compute_s, timing=TIMING).run()
-    assert run.coordinator.began is not None
-    return run.now - run.coordinator.began
+    assert run.status.began is not None
+    return run.now - run.status.began
 
 
 def real_s(mode: dict[str, Any]) -> float:

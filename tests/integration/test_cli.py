@@ -24,7 +24,7 @@ KEYS = [
     *("metrics", "ledger", "failures", "goodput", "checkpoint", "error"),
 ]
 METRICS = {
-    *("train/loss", "val/loss", "val/accuracy", "perf/updates_per_s", "perf/samples_per_s"),
+    *("train/loss", "train/epoch", "val/loss", "val/accuracy", "val/epoch", "perf/updates_per_s", "perf/samples_per_s"),
     *("perf/bytes_per_push", "compression/residual_norm"),
     *(f"async/staleness_{name}" for name in ("mean", "p50", "p95", "max")),
 }
@@ -76,7 +76,7 @@ def test_train_prints_one_json_document_and_nothing_else(finished: tuple[Command
 def test_progress_and_the_summary_go_to_stderr(finished: tuple[CommandLine, CompletedProcess[str]]) -> None:
     told = finished[1].stderr
     assert [line.split("  ")[0] for line in told.splitlines() if line.startswith("epoch ")] == [
-        f"epoch {epoch}/3 done" for epoch in (1, 2, 3)
+        f"epoch {epoch}/3" for epoch in (1, 2, 3)
     ]
     assert "finished digits: 3 epochs, 270 updates" in told
     assert "--resume" not in told

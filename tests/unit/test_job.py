@@ -132,3 +132,26 @@ def test_a_target_that_is_never_measured_is_refused(path: Path) -> None:
     mse = {"kind": "linear", "loss": "mse"}
     with pytest.raises(SpecError, match="the labels are no classes: use val/loss"):
         OpenJob.open(spec(path, run=target, model=mse, data={"validation_fraction": 0.2}))
+
+
+def tried(model: str, local: bool = False) -> OpenJob:
+    tree = {
+        "model": {"kind": "python", "path": f"tests.support.models:{model}"},
+        "data": {"format": "sklearn", "dataset": "digits"},
+        "optimizer": {"lr": 0.1},
+        "consistency": {"mode": "local", "h": 2, "lr": 0.1} if local else {"mode": "async"},
+        "run": {"epochs": 1},
+    }
+    return OpenJob.open(JobSpec.model_validate(tree))
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("model", ["Silent", "Adding"])
+def test_a_model_whose_gradient_depends_on_what_was_in_its_memory_is_refused(model: str, local: bool) -> None:
+    with pytest.raises(ModelError, match=r"loss_and_gradient wrote 0 of the \d+ values of gradient 'layers\.0\."):
+        tried(model, local)
+
+
+@pytest.mark.parametrize("model", ["Wrong", "Flat", "Endless"])
+def test_a_gradient_that_is_wrong_zero_or_not_finite_was_written(model: str) -> None:
+    assert tried(model).layout.num_parameters == 650

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from psgd.core.driver.events import Commit, Committed, Save, Saved, SaveFailed
+from psgd.core.driver.status import CheckpointStatus
 from psgd.spec import CheckpointConfig
 
 __all__ = ["CheckpointSchedule"]
@@ -106,11 +107,16 @@ class CheckpointSchedule:
         return None
 
     @property
-    def told(self) -> str:
-        """What storage holds, for people."""
-        if self.saved_updates is None:
-            return "nothing is saved"
-        return f"saved is what was done up to {self.saved_updates} updates and {self.saved_epochs} complete epochs"
+    def status(self) -> CheckpointStatus:
+        """What storage holds, and how the newest attempt went."""
+        return CheckpointStatus(
+            self.saved_updates,
+            self.saved_epochs,
+            writing=self.busy,
+            last=self.last,
+            retries=self.retry_at < float("inf"),
+            fault=self.fault,
+        )
 
     def abandon(self, now: float) -> None:
         """A server is gone, and with it its part of the checkpoint under way, or what was to be tried again."""

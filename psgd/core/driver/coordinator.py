@@ -6,7 +6,6 @@ doubts settled, the state saved and committed, the last weights evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from psgd.core.driver.checkpoint_schedule import CheckpointSchedule
@@ -40,14 +39,16 @@ from psgd.core.driver.events import (
     WorkerUp,
 )
 from psgd.core.driver.failures import FailureCounts
+from psgd.core.driver.history import History
 from psgd.core.driver.leasing import Leasing
 from psgd.core.driver.ledger import Ledger
 from psgd.core.driver.limits import Limits
 from psgd.core.driver.poison import PoisonTracker
 from psgd.core.driver.server_reports import ServerReports
+from psgd.core.driver.status import RunStatus
+from psgd.core.driver.status_reader import StatusReader
 from psgd.core.driver.workers import LEASE_S, LEAST_SILENCE_TIMEOUT_S, WorkerRecord, WorkerTable
-from psgd.core.server.report import Report
-from psgd.result import LedgerCounts, Status
+from psgd.result import Status
 from psgd.spec import JobSpec, Settings
 from psgd_workers.messages import BatchId, EpochGrid
 
@@ -90,19 +91,28 @@ class Coordinator:
         self._grid = grid
         self._partitions = partitions = spec.scaling.servers
         self._limits = Limits(spec.run)
-        self.phase: Literal["starting", "training", "ending"] = "starting"
-        self.ledger = Ledger(grid, partitions)
-        self.ledger.requeued = requeued
-        self.server_reports = ServerReports(partitions, self.ledger.ask)
-        self.worker_table = WorkerTable(spec.scaling.most_workers, spec.scaling.least_workers, lease_s)
-        self.evaluations = Evaluations(self.worker_table, validates)
-        self.checkpoint_schedule = CheckpointSchedule(
-            spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs
+        self._phase: Literal["starting", "training", "ending"] = "starting"
+        self._ledger = Ledger(grid, partitions)
+        self._ledger.requeued = requeued
+        self._servers = ServerReports(partitions, self._ledger.ask)
+        self._worker_table = WorkerTable(spec.scaling.most_workers, spec.scaling.least_workers, lease_s)
+        self._evaluations = Evaluations(self._worker_table, validates)
+        self._saving = CheckpointSchedule(spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs)
+        self._leasing = Leasing(spec, self._ledger, self._worker_table, self._servers, self._limits)
+        self._incidents = FailureCounts()
+        self._history = History()
+        self._reader = StatusReader(
+            grid,
+            self._ledger,
+            self._servers,
+            self._worker_table,
+            self._evaluations,
+            self._saving,
+            self._incidents,
+            self._history,
         )
-        self._leasing = Leasing(spec, self.ledger, self.worker_table, self.server_reports, self._limits)
-        self.failure_counts = FailureCounts()
         self._poison_tracker = PoisonTracker(grid, spec.failure.poison_tries)
-        self.began: float | None = None
+        self._began: float | None = None
         self._started: float | None = None
         self._rejected_before: int | None = None
         self._end_status: Status = "finished"
@@ -129,52 +139,22 @@ class Coordinator:
         self._take(event, now)
         if not self._finish:
             self._decide(now)
-        if not self._finish and (self.phase == "ending" or isinstance(event, Reported)):
+        if not self._finish and (self._phase == "ending" or isinstance(event, Reported)):
             self._actions += self._leasing.leave_idle()
         return (self._finish,) if self._finish else tuple(self._actions)
 
     def next_deadline(self) -> float | None:
         """When the host must send a `Tick`, if nothing happens before; None: never."""
-        deadlines = [self._end_deadline, self._look_at, self.checkpoint_schedule.retry_at]
-        if self.phase == "training" and self.server_reports.ready:  # while one is restored, its report is waited for
-            deadlines += [self._limits.deadline(self.began), self.checkpoint_schedule.deadline(self.updates)]
+        deadlines = [self._end_deadline, self._look_at, self._saving.retry_at]
+        if self._phase == "training" and self._servers.ready:  # while one is restored, its report is waited for
+            deadlines += [self._limits.deadline(self._began), self._saving.deadline(self._servers.updates)]
         return None if (soonest := min(deadlines)) == float("inf") else soonest
 
-    def counts(self) -> LedgerCounts:
-        """What became of the batches so far."""
-        pushes = [report.pushes for report in self.reports.values()]
-        return LedgerCounts(
-            batches=self.ledger.epoch * self._grid.num_batches + self.ledger.done,
-            applied=min((p["applied"] for p in pushes), default=0),
-            duplicates=sum(p["duplicate"] for p in pushes),
-            requeued=self.ledger.requeued,
-            discarded=max((p["discarded"] for p in pushes), default=0),
-        )
-
-    @property
-    def reports(self) -> Mapping[int, Report]:
-        """The newest of each partition."""
-        return self.server_reports.reports
-
-    @property
-    def epochs(self) -> int:
-        """Epochs that every partition contains."""
-        return self.server_reports.epochs
-
-    @property
-    def updates(self) -> int:
-        """Steps taken, by the partition that is least far."""
-        return self.server_reports.updates
-
-    @property
-    def failures(self) -> int:
-        """Those that count against `failure.max_failures`."""
-        return self.failure_counts.charged
-
-    @property
-    def goodput(self) -> float | None:
-        """Share of the computed batches of this process that no failure wasted; None: none was computed."""
-        return self.failure_counts.goodput(self.server_reports.pushes)
+    def status(self, now: float) -> RunStatus:
+        """Describe the run at one instant. It costs a few microseconds for each worker: ask at a display's pace."""
+        validates = self._phase == "ending" and self._end_status != "interrupted" and not self._finish
+        to_validate = self._final_weights() if validates else None
+        return self._reader.read(now, "ended" if self._finish else self._phase, self._began, to_validate)
 
     # Events: what they change
 
@@ -183,7 +163,7 @@ class Coordinator:
             case Started():
                 self._started = now
                 for partition in range(self._partitions):
-                    self._actions += self.server_reports.start(partition)
+                    self._actions += self._servers.start(partition)
             case Reported():
                 self._on_report(event, now)
             case Stop(status):
@@ -191,7 +171,7 @@ class Coordinator:
             case Change(settings):
                 self._change(settings)
             case Scale(workers):
-                self.worker_table.target = workers
+                self._worker_table.target = workers
             case ServerLost():
                 self._on_server_lost(event, now)
             case Saved() | SaveFailed() | Committed():
@@ -202,30 +182,30 @@ class Coordinator:
                 self._take_from_worker(event, now)
 
     def _take_from_worker(self, event: WorkerEvent, now: float) -> None:
-        if event.worker not in self.worker_table:
+        if event.worker not in self._worker_table:
             return  # it was given up before its answer came
-        worker = self.worker_table[event.worker]
+        worker = self._worker_table[event.worker]
         match event:
             case WorkerUp():
-                self.worker_table.mark_up(worker.name, now)
+                self._worker_table.mark_up(worker.name, now)
             case LeaseClosed(_, lease, residual_norm):
                 worker.residual_norm = residual_norm
                 worker.lane_failures = 0
-                self._close(worker, lease, now, whole=lease > worker.called_off and lease not in self.ledger.overtaken)
+                self._close(worker, lease, now, whole=lease > worker.called_off and lease not in self._ledger.overtaken)
             case LaneFailed(_, lease, cause):
                 self._on_lane_failed(worker, lease, cause, now)
             case WorkerLost(_, cause, preempted):
                 self._lose(worker, now, suspicious=not preempted)
                 if preempted:
-                    self.failure_counts.count("preempted")
+                    self._incidents.count("preempted")
                 else:
                     self._charge("worker_lost", f"{worker.name} was lost: {cause}")
             case WorkerFailed(_, cause):
                 self._fail(f"{worker.name}: {cause}")
             case Evaluated(_, epochs, evaluation):
-                self.evaluations.done(worker, epochs, evaluation, now)
+                self._evaluations.done(worker, epochs, evaluation, now)
             case EvaluationLost(_, epochs):
-                self.evaluations.cancelled(worker, epochs, now)
+                self._evaluations.cancelled(worker, epochs, now)
 
     def _on_lane_failed(self, worker: WorkerRecord, lease: int, cause: str, now: float) -> None:
         """Its server is gone, of which we hear soon; or only this worker cannot reach it."""
@@ -240,29 +220,29 @@ class Coordinator:
     def _on_server_lost(self, event: ServerLost, now: float) -> None:
         partition = event.partition
         cause = event.cause
-        if partition not in self.reports and not event.died:
+        if partition not in self._servers.reports and not event.died:
             self._fail(f"server {partition} could not be started: {cause}")
             return
-        self.server_reports.lost(partition, now)
-        self.checkpoint_schedule.abandon(now)
-        if self.phase == "ending":
-            self.evaluations.forget(self.epochs)
-        if self.phase == "ending" and self._end_status == "finished":
-            self.phase, self._end_deadline = "training", float("inf")  # what it lacks has to be done again
-        self._actions += self.server_reports.start(partition)
+        self._servers.lost(partition, now)
+        self._saving.abandon(now)
+        if self._phase == "ending":
+            self._evaluations.forget(self._servers.epochs)
+        if self._phase == "ending" and self._end_status == "finished":
+            self._phase, self._end_deadline = "training", float("inf")  # what it lacks has to be done again
+        self._actions += self._servers.start(partition)
         self._charge("server_lost", f"server {partition} was lost: {cause}")
 
     def _on_report(self, event: Reported, now: float) -> None:
         partition = event.report.partition
-        before = self.reports.get(partition)
-        taken = self.server_reports.take(event, now)
+        before = self._servers.reports.get(partition)
+        taken = self._servers.take(event, now)
         if taken is None:
             return
         report, absent_s = taken
-        for lease, lost in self.ledger.reported(report, event.asked):
+        for lease, lost in self._ledger.reported(report, event.asked):
             self._on_settled(lease, lost.tolist(), now)
-        self.failure_counts.progressed(self.ledger.epoch * self._grid.num_batches + self.ledger.done)
-        self.worker_table.heard(report, now)
+        self._incidents.progressed(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
+        self._worker_table.heard(report, now)
         if self._overdue:
             self._look_at = now
         if absent_s is not None and before is not None:
@@ -271,49 +251,51 @@ class Coordinator:
         self._watch_divergence()
         for batch in self._poison_tracker.rejected(report.rejected.items()):
             self._on_poison(batch)
-        if self.phase == "training":
+        if self._phase != "starting" and self._servers.ready:
+            self._history.advance(self._servers.epochs, self._servers.reports.values())
+        if self._phase == "training":
             self._actions += self._leasing.call_off()
 
     def _on_restored(self, partition: int, absent_s: float, again: int, now: float) -> None:
         """It knows no workers and nothing decided since its checkpoint; and nobody is given up for its absence."""
         self._note("server_restored", partition=partition, seconds=absent_s, batches_lost=again)
-        for worker in self.worker_table:
+        for worker in self._worker_table:
             worker.alive_at = now
             worker.lane_failures = 0
         if self._settings:
             self._actions.append(ChangeServer(partition, self._settings))
-        self._actions += [Join(worker.name) for worker in self.worker_table if worker.joined]
-        self._actions += self._poison_tracker.skips(self.ledger)
+        self._actions += [Join(worker.name) for worker in self._worker_table if worker.joined]
+        self._actions += self._poison_tracker.skips(self._ledger)
 
     def _on_settled(self, lease: int, lost: list[int], now: float) -> None:
         """What a dead worker's lease left undone is known."""
-        incident = self.failure_counts.settled(lease)
+        incident = self._incidents.settled(lease)
         if incident is None:
             return
         self._note("worker_recovered", worker=incident.worker, seconds=now - incident.at, batches_again=len(lost))
         if not lost or not incident.suspicious:
             return
-        batch = self._grid.batch(self.ledger.epoch, lost[0])  # what it was at, or about to be
+        batch = self._grid.batch(self._ledger.epoch, lost[0])  # what it was at, or about to be
         if self._poison_tracker.died(batch):
             self._on_poison(batch)
         else:
-            self.ledger.isolate(lost[0])
+            self._ledger.isolate(lost[0])
 
     def _on_poison(self, batch: BatchId) -> None:
-        self.failure_counts.count("poison")
+        self._incidents.count("poison")
         tries = self._poison_tracker.tries(batch)
         said = f"{batch} was tried {tries} times, and each time its worker died or its gradient was not finite"
         if self._spec.failure.poison == "fail":
             self._fail(f"{said}. Look at its examples, or set failure.poison to skip")
             return
         self._note("poison_skipped", batch=batch, tries=tries)
-        self._actions += self._poison_tracker.skips(self.ledger)
+        self._actions += self._poison_tracker.skips(self._ledger)
 
     def _watch_divergence(self) -> None:
         """Count the gradients that were not finite; those before a resumption are past."""
-        if not self.server_reports.ready:
+        if not self._servers.ready:
             return
-        rejected = max(report.pushes["rejected"] for report in self.reports.values())
+        rejected = max(report.pushes["rejected"] for report in self._servers.reports.values())
         if self._rejected_before is None:
             self._rejected_before = rejected
         if rejected - self._rejected_before > self._spec.failure.max_rejected:
@@ -323,22 +305,22 @@ class Coordinator:
             )
 
     def _on_save(self, event: Saved | SaveFailed | Committed, now: float) -> None:
-        if not self.checkpoint_schedule.concerns(event):
+        if not self._saving.concerns(event):
             return
-        commit = self.checkpoint_schedule.take(event, now)
+        commit = self._saving.take(event, now)
         if commit:
             self._actions.append(commit)
         if isinstance(event, SaveFailed):
-            self.failure_counts.count("save_failed")
-            if self.checkpoint_schedule.last and not self.checkpoint_schedule.pauses(now):
+            self._incidents.count("save_failed")
+            if self._saving.last and not self._saving.pauses(now):
                 self._finish_unsaved(event.cause)
 
     def _finish_unsaved(self, cause: str) -> None:
+        reached = f"{self._servers.updates} updates and {self._servers.epochs} complete epochs"
         self._finish = self._finish or Finish(
             "unsaved",
-            f"training came to {self.updates} updates and {self.epochs} complete epochs, but the last checkpoint could "
-            f"not be written: {cause}; {self.checkpoint_schedule.told}. "
-            "Mend the storage, and --resume continues from there",
+            f"training came to {reached}, but the last checkpoint could not be written: {cause}; "
+            f"{self._saving.status.text}. Mend the storage, and --resume continues from there",
         )
 
     def _change(self, settings: Settings) -> None:
@@ -347,25 +329,25 @@ class Coordinator:
         self._actions += [ChangeServer(partition, settings) for partition in range(self._partitions)]
 
     def _close(self, worker: WorkerRecord, lease: int, now: float, whole: bool = False) -> None:
-        self.worker_table.closed(worker, lease, now, whole)
-        self.ledger.close(lease)
+        self._worker_table.closed(worker, lease, now, whole)
+        self._ledger.close(lease)
 
     def _lose(self, worker: WorkerRecord, now: float, suspicious: bool = False) -> None:
         if worker.leases:
-            self.failure_counts.died(next(iter(worker.leases)), worker.name, now, suspicious)
+            self._incidents.died(next(iter(worker.leases)), worker.name, now, suspicious)
         for lease in list(worker.leases):
             self._close(worker, lease, now)
-        self.evaluations.lost(worker)
+        self._evaluations.lost(worker)
         if worker.joined:
             self._actions.append(Leave(worker.name))
-        self.worker_table.remove(worker.name)
+        self._worker_table.remove(worker.name)
 
     def _charge(self, kind: str, cause: str) -> None:
-        self.failure_counts.count(kind)
+        self._incidents.count(kind)
         allowed = self._spec.failure.max_failures
-        if 0 <= allowed < self.failure_counts.charged:
+        if 0 <= allowed < self._incidents.charged:
             self._fail(
-                f"{cause}. That is failure {self.failure_counts.charged}, and failure.max_failures is {allowed}; "
+                f"{cause}. That is failure {self._incidents.charged}, and failure.max_failures is {allowed}; "
                 "--resume continues from the newest checkpoint"
             )
 
@@ -380,29 +362,29 @@ class Coordinator:
     def _decide(self, now: float) -> None:
         self._give_up_silent(now)
         self._staff(now)
-        if self.phase == "starting":
+        if self._phase == "starting":
             self._begin(now)
-        if self.phase == "training" and self.server_reports.ready:
+        if self._phase == "training" and self._servers.ready:
             self._turn_epoch()
             self._end_if_due(now)
-        if self.phase == "training" and self.server_reports.ready:
+        if self._phase == "training" and self._servers.ready:
             self._actions += self._leasing.lease(now)
-            if self.checkpoint_schedule.due(self.updates, now):
-                self._actions.append(self.checkpoint_schedule.begin(self.updates))
-        if self.phase == "ending":
+            if self._saving.due(self._servers.updates, now):
+                self._actions.append(self._saving.begin(self._servers.updates))
+        if self._phase == "ending":
             self._finish_if_done(now)
-        if self.server_reports.ready:
-            self._actions += self.evaluations.assign(now)
-        hurry = self.phase == "ending" or not self.ledger.pending or self._leasing.holds
-        self._actions += self.server_reports.ask(self.ledger.newest_doubt, hurry)
+        if self._servers.ready:
+            self._actions += self._evaluations.assign(now)
+        hurry = self._phase == "ending" or not self._ledger.pending or self._leasing.holds
+        self._actions += self._servers.ask(self._ledger.newest_doubt, hurry)
 
     def _give_up_silent(self, now: float) -> None:
         if now < self._look_at:
             return
         limits = self._spec.failure
-        servers = self.server_reports
-        for worker in list(self.worker_table):
-            ends = self.worker_table.silence_deadline(worker, limits, servers.ready)
+        servers = self._servers
+        for worker in list(self._worker_table):
+            ends = self._worker_table.silence_deadline(worker, limits, servers.ready)
             if now >= ends and (not worker.at_work or servers.reported_at >= ends):
                 silent_s = now - worker.alive_at
                 cause = f"no sign of life for {silent_s:.1f} s (see failure.timeout_s)"
@@ -414,60 +396,61 @@ class Coordinator:
         # Whoever is granted something from now on is given at least so much patience.
         later = now + min(LEAST_SILENCE_TIMEOUT_S, self._spec.failure.timeout_s)
         soonest = min(
-            (self.worker_table.silence_deadline(w, limits, servers.ready) for w in self.worker_table), default=later
+            (self._worker_table.silence_deadline(w, limits, servers.ready) for w in self._worker_table), default=later
         )
         self._overdue = soonest <= now
         self._look_at = later if self._overdue else min(later, soonest)
 
     def _staff(self, now: float) -> None:
         """As many workers as there should be."""
-        wanted = self.worker_table.target
-        if self.phase == "ending":
-            wanted = 1 if self.evaluations.waiting and self._end_status != "interrupted" else 0
+        wanted = self._worker_table.target
+        if self._phase == "ending":
+            wanted = 1 if self._evaluations.waiting and self._end_status != "interrupted" else 0
         else:
-            for worker in self.worker_table.surplus():
+            for worker in self._worker_table.surplus():
                 self._actions.append(self._leasing.cancel(worker))
-            for worker in [worker for worker in self.worker_table.draining if not worker.busy]:
+            for worker in [worker for worker in self._worker_table.draining if not worker.busy]:
                 self._actions.append(StopWorker(worker.name, "there are to be fewer workers"))
                 self._lose(worker, now)
-        self._actions += [StartWorker(worker.name) for worker in self.worker_table.hire(wanted, now)]
+        self._actions += [StartWorker(worker.name) for worker in self._worker_table.hire(wanted, now)]
 
     def _begin(self, now: float) -> None:
         """Train once the servers have reported and a worker is up; lock-step modes wait for all of them."""
-        enough = self._leasing.in_lockstep or self.worker_table.least < self.worker_table.target
-        ready = self.worker_table.complete if enough else bool(self.worker_table.up)
-        if self.server_reports.ready and ready:
-            self.phase = "training"
-            self.began = self.checkpoint_schedule.closed_at = now
+        enough = self._leasing.in_lockstep or self._worker_table.least < self._worker_table.target
+        ready = self._worker_table.complete if enough else bool(self._worker_table.up)
+        if self._servers.ready and ready:
+            self._phase = "training"
+            self._began = self._saving.closed_at = now
+            self._history.begin(self._servers.epochs)
             self._start_epoch()
-            self.failure_counts.begin(self.ledger.epoch * self._grid.num_batches + self.ledger.done)
+            self._incidents.begin(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
 
     def _start_epoch(self) -> None:
-        self.ledger.advance(self.epochs)
-        for report in self.reports.values():
-            self.ledger.reported(report, asked=0)
-        self._actions += self._poison_tracker.skips(self.ledger)
+        self._ledger.advance(self._servers.epochs)
+        for report in self._servers.reports.values():
+            self._ledger.reported(report, asked=0)
+        self._actions += self._poison_tracker.skips(self._ledger)
 
     def _turn_epoch(self) -> None:
         """Lease the next epoch once this one is complete in every partition; or one again that is not any more."""
-        epochs = self.epochs
-        if epochs < self.ledger.epoch:
+        epochs = self._servers.epochs
+        if epochs < self._ledger.epoch:
             self._note("epoch_reopened", epoch=epochs)
-            self.evaluations.forget(epochs)
+            self._evaluations.forget(epochs)
             self._start_epoch()
             return
-        if not self.ledger.complete:
+        if not self._ledger.complete:
             return
-        self.evaluations.want(epochs)
-        if self.evaluations.open < EVALUATIONS_BEHIND or self._limits.reached(epochs, self.updates):
+        self._evaluations.want(epochs)
+        if self._evaluations.open < EVALUATIONS_BEHIND or self._limits.reached(epochs, self._servers.updates):
             self._start_epoch()
 
     def _end_if_due(self, now: float) -> None:
-        epochs = self.epochs
-        results = self.evaluations.results.values()
-        target = self._limits.target_reached(epochs, self.reports.values(), results)
-        out_of_time = now >= self._limits.deadline(self.began)
-        if target or out_of_time or self._limits.reached(epochs, self.updates):
+        epochs = self._servers.epochs
+        results = self._evaluations.results.values()
+        target = self._limits.target_reached(epochs, self._servers.reports.values(), results)
+        out_of_time = now >= self._limits.deadline(self._began)
+        if target or out_of_time or self._limits.reached(epochs, self._servers.updates):
             self._end("finished", now)
 
     # The end
@@ -477,42 +460,41 @@ class Coordinator:
         limit = INTERRUPT_S if status == "interrupted" else self._spec.failure.timeout_s
         self._end_deadline = min(self._end_deadline, now + limit)
         if status == "interrupted":
-            self.checkpoint_schedule.hurry()
-        if self.phase != "ending" or status == "interrupted":
+            self._saving.hurry()
+        if self._phase != "ending" or status == "interrupted":
             self._end_status = status
-        if self.phase != "ending":
-            self._actions += [self._leasing.cancel(worker) for worker in self.worker_table if worker.leases]
-        self.phase = "ending"
+        if self._phase != "ending":
+            self._actions += [self._leasing.cancel(worker) for worker in self._worker_table if worker.leases]
+        self._phase = "ending"
 
     def _finish_if_done(self, now: float) -> None:
         if now >= self._end_deadline:
             self._abandon_leases(now)
-            if self._end_status == "interrupted" and not self.server_reports.ready and self.reports:
+            if self._end_status == "interrupted" and not self._servers.ready and self._servers.reports:
                 self._finish = Finish(self._end_status)  # without what the lost server had
                 return
-        if not self.ledger.settled or self.checkpoint_schedule.busy or (self.reports and not self.server_reports.ready):
+        if not self._ledger.settled or self._saving.busy or (self._servers.reports and not self._servers.ready):
             return
-        if self.reports and (
-            self.checkpoint_schedule.lacks(self.updates) or self.checkpoint_schedule.saved_epochs < self.epochs
-        ):
-            if not self.checkpoint_schedule.pauses(now):
-                self._actions.append(self.checkpoint_schedule.begin(self.updates, last=True))
+        unsaved = self._saving.lacks(self._servers.updates) or self._saving.saved_epochs < self._servers.epochs
+        if self._servers.reports and unsaved:
+            if not self._saving.pauses(now):
+                self._actions.append(self._saving.begin(self._servers.updates, last=True))
             return
         if self._end_status == "interrupted":
             self._finish = Finish(self._end_status)
             return
-        self.evaluations.want(self._final_weights())
-        if not self.evaluations.open:
+        self._evaluations.want(self._final_weights())
+        if not self._evaluations.open:
             self._finish = Finish(self._end_status)
 
     def _abandon_leases(self, now: float) -> None:
         self._end_deadline = float("inf")
-        for worker in [worker for worker in self.worker_table if worker.leases]:
+        for worker in [worker for worker in self._worker_table if worker.leases]:
             self._actions.append(StopWorker(worker.name, "it did not end its lease in time"))
             self._lose(worker, now)
 
     def _final_weights(self) -> int | None:
         """The name of the weights that the run ends with: an epoch's last ones, if it ends there."""
-        epochs = self.epochs
-        at_an_end = epochs > 0 and all(r.epochs == epochs and not r.settled for r in self.reports.values())
+        epochs = self._servers.epochs
+        at_an_end = epochs > 0 and all(r.epochs == epochs and not r.settled for r in self._servers.reports.values())
         return epochs if at_an_end else None

@@ -32,16 +32,29 @@ class Evaluations:
         return bool(self._wanted)
 
     @property
+    def enabled(self) -> bool:
+        """True if there is anything to validate on."""
+        return self._enabled
+
+    @property
+    def awaited(self) -> list[int | None]:
+        """Names of the weights that were asked for and have no result yet, those under way first."""
+        under_way = [
+            epochs
+            for worker in self._worker_table
+            for epochs in worker.evaluations
+            if (worker.name, epochs) not in self._void
+        ]
+        return [*under_way, *self._wanted]
+
+    @property
     def open(self) -> int:
         """How many have no result yet."""
         return len(self._wanted) + sum(len(worker.evaluations) for worker in self._worker_table)
 
     def want(self, epochs: int | None) -> None:
         """Ask for an evaluation, unless it was asked for already."""
-        under_way = epochs in self._wanted or any(
-            epochs in worker.evaluations and (worker.name, epochs) not in self._void for worker in self._worker_table
-        )
-        if self._enabled and not under_way and epochs not in self.results:
+        if self._enabled and epochs not in self.awaited and epochs not in self.results:
             self._wanted.append(epochs)
 
     def assign(self, now: float) -> list[Evaluate]:

@@ -254,9 +254,14 @@ class Ledger:
         return self._next_lease - 1
 
     @property
+    def open_leases(self) -> int:
+        """Leases that are out or in doubt."""
+        return len(self._out) + len(self._closed)
+
+    @property
     def settled(self) -> bool:
         """Whether nothing is out and nothing is in doubt."""
-        return not self._out and not self._closed
+        return not self.open_leases
 
     @property
     def newest_doubt(self) -> int:

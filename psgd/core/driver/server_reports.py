@@ -6,6 +6,7 @@ from collections.abc import Callable
 from math import inf
 
 from psgd.core.driver.events import Action, AskReport, Reported, StartServer
+from psgd.core.driver.status import ServerPhase, ServerStatus
 from psgd.core.server.report import Report
 
 __all__ = ["ServerReports"]
@@ -106,6 +107,18 @@ class ServerReports:
                 self._polls[partition] = self._ask_now(partition)
                 actions.append(AskReport(partition, self._polls[partition], wait=True))
         return actions
+
+    def status(self, now: float) -> tuple[ServerStatus, ...]:
+        """Describe the server of every partition."""
+        return tuple(self._status(partition, now) for partition in self._partitions)
+
+    def _status(self, partition: int, now: float) -> ServerStatus:
+        report = self.reports.get(partition)
+        if report is None:
+            return ServerStatus(partition, "starting", incarnation=0, updates=0, silent_s=None)
+        phase: ServerPhase = "restoring" if partition in self._down else "up"
+        silent_s = now - self._reported_at[partition]
+        return ServerStatus(partition, phase, report.version.incarnation, report.version.updates, silent_s)
 
     def _ask_now(self, partition: int) -> int:
         self._asked[partition] = self._stamp()

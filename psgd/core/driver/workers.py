@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import inf, sqrt
 
+from psgd.core.driver.status import WorkerPhase, WorkerStatus
 from psgd.core.server.report import Report
 from psgd.spec import FailureConfig
 
@@ -190,6 +191,27 @@ class WorkerTable:
         """Where the worker's own part of the shards begins, as a share of all."""
         return Fraction(worker.slot % self._slots, self._slots)
 
+    def status(self, parked: Collection[str], now: float) -> tuple[WorkerStatus, ...]:
+        """Describe every worker, in the order of their slots.
+
+        Args:
+            parked: names of workers whose receipt is held back.
+            now: seconds.
+        """
+        return tuple(
+            WorkerStatus(
+                worker.name,
+                _phase(worker, parked),
+                worker.joined,
+                pushes=max(worker.heard.values(), default=0),
+                leases=len(worker.leases),
+                leased=sum(worker.leases.values()),
+                batch_s=worker.batch_s,
+                silent_s=now - worker.alive_at,
+            )
+            for worker in self
+        )
+
     @property
     def residual_norm(self) -> float:
         """Of what compression has left out and no later push has brought: the living workers' and the dead ones'."""
@@ -203,3 +225,13 @@ class WorkerTable:
             if worker and (pushes != worker.heard.get(report.partition, 0) or name in report.parked):
                 worker.heard[report.partition] = pushes
                 worker.alive_at = now
+
+
+def _phase(worker: WorkerRecord, parked: Collection[str]) -> WorkerPhase:
+    if not worker.up:
+        return "starting"
+    if worker.draining:
+        return "leaving"
+    if worker.leases:
+        return "waiting" if worker.name in parked else "working"
+    return "evaluating" if worker.evaluations else "idle"

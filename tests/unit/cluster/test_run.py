@@ -7,7 +7,7 @@ import pytest
 
 from psgd.cluster.run import train
 from psgd.core.driver.events import Change
-from psgd.errors import SpecError
+from psgd.errors import RunExistsError, SpecError
 from psgd.spec import JobSpec
 from psgd.spec.changes import change_settings
 from tests.support.recorded_run import digits, record, run_directory
@@ -30,3 +30,16 @@ def test_more_servers_than_values_are_refused(tmp_path: Path) -> None:
     spec = digits(model={"kind": "linear"}, data=data, scaling={"servers": 16})
     with pytest.raises(SpecError, match=r"scaling\.servers is 16, but the model has 15 parameters"):
         train(spec, name="run", storage=str(tmp_path), progress=False)
+
+
+def test_a_mapping_is_checked_like_a_job_file(tmp_path: Path) -> None:
+    wrong = digits().model_dump(exclude_unset=True) | {"optimizer": {"learning": 0.1}}
+    with pytest.raises(SpecError, match=r"optimizer\.learning: unknown field; did you mean 'learning_rate'"):
+        train(wrong, storage=tmp_path)
+
+
+def test_a_folder_may_be_a_path(tmp_path: Path) -> None:
+    spec = digits()
+    record(run_directory(tmp_path), spec)
+    with pytest.raises(RunExistsError, match=f"there is a run in {tmp_path}/run already"):
+        train(spec.model_dump(exclude_unset=True), name="run", storage=tmp_path)

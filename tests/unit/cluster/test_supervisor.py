@@ -30,6 +30,7 @@ from psgd.core.driver.events import (
     Tick,
     WorkerUp,
 )
+from psgd.core.driver.status import RunStatus
 from psgd.core.server.partitions import partition_weights
 from psgd.job import OpenJob
 from psgd.store.checkpoint_writer import CheckpointWriter
@@ -108,8 +109,6 @@ class Cluster:
 class Script:
     """Stands for the coordinator: what each event leads to."""
 
-    reports: dict[int, Any] = {}  # noqa: RUF012
-
     def __init__(self, *steps: tuple[type[Event], list[Action]]) -> None:
         self._steps = iter(steps)
         self.events: list[Event] = []
@@ -124,6 +123,9 @@ class Script:
 
     def next_deadline(self) -> None:
         """Never."""
+
+    def status(self, now: float) -> RunStatus:
+        raise AssertionError("nothing here looks at the run")
 
 
 @pytest.fixture

@@ -228,7 +228,7 @@ def make(mode: Mode, workers: int, lr: float, **sections: Any) -> JobSpec:
 def assert_exactly_once(host: Recorded, before: Counter[BatchId] | None = None) -> None:
     """Every batch is in the weights or was discarded, once; and everything that was pushed is accounted for."""
     report = host.servers[0].report()
-    counts = host.coordinator.counts()
+    counts = host.status.ledger
     taken = host.batches(Outcome.APPLIED, Outcome.BUFFERED)
     discarded = host.batches(Outcome.DISCARDED)
     assert host.finish == Finish("finished")
@@ -275,7 +275,7 @@ def test_every_mode_survives_a_fault_in_the_middle_of_a_round(name: str, kind: F
 def assert_exactly_once_everywhere(host: Recorded) -> None:
     """As above, in every partition by itself: what each discards is its own affair."""
     assert host.finish == Finish("finished")
-    assert host.coordinator.counts().batches == len(BATCHES)
+    assert host.status.ledger.batches == len(BATCHES)
     for partition, server in host.servers.items():
         report = server.report()
         taken, discarded = (

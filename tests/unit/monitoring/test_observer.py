@@ -9,13 +9,15 @@ from rich.console import Console
 
 from psgd.core.driver.checkpoint_schedule import PAUSES_S
 from psgd.core.driver.events import Action, Stop
+from psgd.core.driver.status import RunStatus
 from psgd.monitoring.observer import METRICS_S, Observer
 from psgd.monitoring.progress import Display
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
-from psgd_workers.messages import EpochGrid
+from psgd_workers.messages import EpochGrid, Evaluation
 from tests.support.in_process import InProcess
 from tests.support.jobs import START, job, quadratic
+from tests.support.statuses import status
 
 GRID = EpochGrid((60,), 60)
 EVERY = {"every_s": None, "every_updates": 20}
@@ -28,13 +30,13 @@ class Observed(InProcess):
         spec = job(run={"epochs": 1}, checkpoint=checkpoint)
         self.told: list[str] = []
         self.directory = RunDirectory(Storage(str(folder)))
-        display = Display(spec, GRID.num_batches, Console(quiet=True))
+        display = Display(spec, Console(quiet=True))
         self.observer = Observer(self.directory, display, self.told.append, 0.0)
         super().__init__(spec, GRID, START, quadratic, **options)
 
     def act(self, action: Action) -> None:
         super().act(action)
-        self.observer(self.coordinator, self.now)
+        self.observer(self.coordinator.status, self.now)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +77,32 @@ def test_metrics_are_a_line_a_second(tmp_path: Path) -> None:
     assert run.now / METRICS_S - 2 <= len(lines) <= run.now / METRICS_S
     assert [line["updates"] for line in lines] == sorted(line["updates"] for line in lines)
     assert lines[-1].keys() > {"epochs", "updates", "workers", "train/loss", "perf/updates_per_s"}
+
+
+def test_a_line_tells_the_epoch_of_its_validation(tmp_path: Path) -> None:
+    run = Observed(tmp_path, EVERY, compute_s=lambda worker, batch: 0.1, evaluate=lambda weights: Evaluation(1, 0.5, 1))
+    run.run()
+    run.observer.finish(run.status)
+    lines = [json.loads(line) for line in run.directory.storage.read("metrics.jsonl").splitlines()]
+    assert [line["val/epoch"] for line in lines[:5]] == [None] * 5  # the epoch takes six seconds
+    assert (lines[-1]["epochs"], lines[-1]["val/epoch"], lines[-1]["val/accuracy"]) == (1, 1, 0.5)
+
+
+def test_the_status_is_made_a_few_times_a_second_however_much_happens(tmp_path: Path) -> None:
+    made: list[float] = []
+
+    def make(now: float) -> RunStatus:
+        made.append(now)
+        return status(now=now)
+
+    observer = Observed(tmp_path, EVERY).observer
+    for event in range(10_000):
+        observer(make, event / 10_000)
+    assert len(made) == 5
+
+
+def test_the_end_of_a_run_that_another_driver_took_over_is_not_written(tmp_path: Path) -> None:
+    run = Observed(tmp_path, EVERY)
+    run.directory.is_ours = False
+    run.observer.finish(status())
+    assert not run.directory.storage.exists("metrics.jsonl")

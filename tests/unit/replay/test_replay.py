@@ -189,7 +189,7 @@ LOST = [1.8, 3.0]
 def test_a_lost_server_is_replayed_from_what_it_was_restored_from(run: RunDirectory, sections: dict[str, Any]) -> None:
     spec = digits(**{"checkpoint": {"every_s": None, "every_updates": 4}} | sections)
     ended = record(run, spec, losses=2, events=[(1.5, Change(digits(**sections).settings))])
-    assert ended.coordinator.failure_counts.failures["server_lost"] == 2
+    assert ended.status.failures["server_lost"] == 2
     origins = [line["checkpoint"] for line in run.read_lines("events.jsonl") if line["event"] == "server_started"]
     assert [origin[-2:] for origin in origins] == ["-1", "-2"]
     pushes = sum(ended.servers[0].report().pushes.values())

@@ -27,7 +27,7 @@ def test_a_run_is_a_function_of_its_seed() -> None:
     for seed in range(10):
         one = run_chaos(seed)
         other = run_chaos(seed)
-        assert (one.now, one.coordinator.counts()) == (other.now, other.coordinator.counts())
+        assert (one.now, one.status.ledger) == (other.now, other.status.ledger)
         assert {number: server.versions for number, server in watched(one).items()} == {
             number: server.versions for number, server in watched(other).items()
         }
@@ -60,7 +60,7 @@ def test_what_failures_do_is_met_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Chaos, "act", noted)
     for seed in range(200):
         cluster = run_chaos(seed)
-        failures += cluster.coordinator.failure_counts.failures
+        failures += cluster.status.failures
         for server in cluster.servers.values():
             outcomes += Counter(server.report().pushes)
     assert notes.keys() >= {"server_restored", "epoch_reopened", "worker_recovered", "poison_skipped", "taken_over"}

@@ -258,6 +258,12 @@ def test_the_jobs_own_model_and_data_are_simulated(psgd: Any) -> None:
     assert "simulated async: 90 updates" in err
 
 
+def test_a_simulated_job_that_diverges_is_told_so(psgd: Any) -> None:
+    code, _, err = psgd("--workers", "2", "--set", "optimizer.lr=1e38")
+    assert code == 0
+    assert "updates in 1.02 virtual s; failed: " in err
+
+
 def test_one_simulated_worker_computes_what_a_serial_loop_does(psgd: Any) -> None:
     code, out, _ = psgd("--workers", "1", "--json")
     (found,) = json.loads(out)["results"]

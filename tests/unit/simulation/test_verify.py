@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from psgd.cli import main
+from psgd.errors import ModelError, SpecError
 from psgd.simulation.verify import Check, verify
 from psgd.spec import JobSpec
 
@@ -34,8 +35,8 @@ def tree(**sections: Any) -> dict[str, Any]:
     return plain | sections
 
 
-def checks(**sections: Any) -> list[Check]:
-    return verify(JobSpec.model_validate(tree(**sections)), limit_s=1.0)
+def checks(limit_s: float = 1.0, **sections: Any) -> list[Check]:
+    return verify(JobSpec.model_validate(tree(**sections)), limit_s)
 
 
 def broken(found: list[Check]) -> set[str]:
@@ -72,6 +73,39 @@ def test_a_model_that_remembers_is_found() -> None:
     found = checks(model={"kind": "python", "path": "tests.support.models:Restless"})
     assert broken(found) >= {"a batch computed again", "1 asynchronous worker", "3 partitions", "kill and resume"}
     assert "killed workers" not in broken(found)
+
+
+def test_a_job_may_be_a_mapping_and_is_checked_like_a_job_file() -> None:
+    with pytest.raises(SpecError, match=r"run\.epoch: unknown field; did you mean 'epochs'"):
+        verify(tree(run={"epoch": 1}))
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e38])
+def test_a_job_that_diverges_is_told_so_by_every_promise_that_trains(lr: float) -> None:
+    found = checks(limit_s=600.0, optimizer={"lr": lr})  # enough for many rounds on any machine
+    assert [check.name for check in found] == PROMISES
+    assert broken(found) == set(PROMISES[2:])
+    assert all("Lower optimizer.lr" in check.observed for check in found[2:])
+
+
+def test_a_gradient_that_is_not_finite_at_once_keeps_no_promise() -> None:
+    found = checks(model={"kind": "python", "path": "tests.support.models:Endless"})
+    assert found[0].observed == "the gradient of the first batch is not finite"
+    assert broken(found) == set(PROMISES)
+
+
+def test_a_gradient_of_nothing_but_zeros_keeps_no_promise_about_the_gradient() -> None:
+    found = checks(model={"kind": "python", "path": "tests.support.models:Flat"})
+    assert found[0].observed == "the gradient is zero in every tensor: training changes nothing"
+    assert "gradient" in broken(found)
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors"), [("Silent", "layers.0.bias"), ("Adding", "layers.0.weight, layers.0.bias")]
+)
+def test_a_model_that_does_not_overwrite_its_gradient_is_refused(model: str, tensors: str) -> None:
+    with pytest.raises(ModelError, match=f"the gradient of {tensors} depends on what its memory held before"):
+        checks(model={"kind": "python", "path": f"tests.support.models:{model}"})
 
 
 @pytest.mark.parametrize(("model", "code"), [("linear", 0), ("wrong", 3)])

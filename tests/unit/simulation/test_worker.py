@@ -26,8 +26,8 @@ def train_s(host: VirtualCluster) -> float:
     """Virtual seconds from the beginning of training to the last step, without the first lease's call."""
     last = host.servers[0].report().last
     assert last
-    assert host.coordinator.began is not None
-    return last.now - host.coordinator.began - host.timing.call_s
+    assert host.status.began is not None
+    return last.now - host.status.began - host.timing.call_s
 
 
 @pytest.mark.parametrize("servers", [1, 2])
@@ -64,7 +64,7 @@ def test_what_compression_leaves_out_stays_in_its_slot() -> None:
     host = run(scaling={"pipeline": 1}, compression={"name": "top_k", "ratio": 0.3})
     np.testing.assert_array_equal(host.weights, weights)
     expected = hypot(*(memory.norm for memory in memories))
-    assert host.coordinator.worker_table.residual_norm == pytest.approx(expected)
+    assert host.status.residual_norm == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
 from psgd.errors import SpecError
 from psgd.spec import JobSpec
-from psgd.spec.reader import load_spec, parse_spec
+from psgd.spec.reader import as_spec, load_spec, parse_spec
 from psgd_workers.spec import MlpModel, PythonModel
 
 TEXT = """\
@@ -247,3 +249,38 @@ def test_plain_values_are_parsed_alike() -> None:
 def test_a_section_that_does_not_say_what_its_fields_mean_is_told_so(load: Load) -> None:
     with pytest.raises(SpecError, match="consistency: missing 'mode', which says what the other fields mean"):
         load(TEXT, "consistency.k=3")
+
+
+# Jobs from Python
+
+
+JOB: dict[str, Any] = {
+    "model": {"kind": "mlp", "hidden": [8]},
+    "data": {"format": "sklearn", "dataset": "iris"},
+    "optimizer": {"lr": 1e-3},
+    "run": {"epochs": 3},
+}
+
+
+def test_a_mapping_is_the_job_that_its_fields_describe(load: Load) -> None:
+    expected = load(TEXT, "name=null")
+    assert as_spec(JOB) == as_spec(MappingProxyType(JOB)) == expected
+    assert as_spec(expected) is expected
+
+
+def test_a_mapping_is_refused_with_the_words_for_a_job_file(load: Load) -> None:
+    wrong = JOB | {"optimizer": {"lr": "fast", "momentun": 0.9}}
+    with pytest.raises(SpecError) as of_mapping:
+        as_spec(wrong)
+    with pytest.raises(SpecError) as of_file:
+        load(TEXT.replace("{lr: 1e-3}", "{lr: fast, momentun: 0.9}"))
+    assert str(of_mapping.value).splitlines()[1:] == str(of_file.value).splitlines()[1:]
+    assert "did you mean 'momentum'?" in str(of_mapping.value)
+
+
+@pytest.mark.parametrize("job", ["job.yaml", Path("job.yaml"), None, 3, [JOB]])
+def test_what_is_no_job_is_refused_and_told_how_a_file_is_read(job: Any) -> None:
+    with pytest.raises(
+        SpecError, match=r"a job is a JobSpec, or a mapping .* psgd\.jobfile\.load_spec reads a job file"
+    ):
+        as_spec(job)

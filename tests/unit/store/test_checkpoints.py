@@ -4,6 +4,7 @@ import json
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from psgd.core.server.journal import RECORD
 from psgd.core.server.state import ServerState
-from psgd.errors import CheckpointError
+from psgd.errors import CheckpointError, StorageError
 from psgd.store.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
 from psgd.store.storage import Storage
 from psgd_workers.gradients.layout import Layout
@@ -107,6 +108,17 @@ def test_weights_are_named_and_joined_in_the_order_of_their_slices(run: Storage)
         assert weights.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
             np.testing.assert_array_equal(weights[name], tensor)
+
+
+def test_weights_are_loaded_from_a_path(tmp_path: Path) -> None:
+    save(Storage(tmp_path), "000001-1")
+    assert load_weights(tmp_path).keys() == load_weights(tmp_path / "checkpoints" / "000001-1").keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize("path", [3, None, b"runs/digits"])
+def test_weights_of_what_is_no_path_are_refused(path: Any) -> None:
+    with pytest.raises(StorageError, match="a folder is a path or a URL"):
+        load_weights(path)
 
 
 def test_a_part_tells_how_far_it_is_and_what_it_wrote(run: Storage) -> None:

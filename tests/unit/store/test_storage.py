@@ -96,3 +96,12 @@ def test_a_relative_path_and_a_home_are_made_absolute(tmp_path: Path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert Storage("runs").url == str(tmp_path / "runs")
     assert Storage("~/runs").url == str(tmp_path / "home" / "runs")
+
+
+def test_a_path_is_as_good_as_its_text(tmp_path: Path) -> None:
+    assert Storage(tmp_path / "runs").url == Storage(str(tmp_path / "runs")).url
+
+
+def test_a_url_that_a_path_has_changed_is_refused() -> None:
+    with pytest.raises(StorageError, match=r"'s3:/bucket/runs' is a URL without one of its slashes: .* as a string"):
+        Storage(Path("s3://bucket/runs"))

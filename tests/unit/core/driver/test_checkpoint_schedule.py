@@ -89,11 +89,11 @@ def test_one_that_failed_is_not_tried_again_at_once() -> None:
 
 def test_it_tells_what_storage_holds_and_why_it_holds_no_more() -> None:
     checkpoint_schedule = CheckpointSchedule(CheckpointConfig(), 1, number=1, saved_updates=None)
-    assert (checkpoint_schedule.told, checkpoint_schedule.fault) == ("nothing is saved", None)
+    assert (checkpoint_schedule.status.text, checkpoint_schedule.fault) == ("nothing is saved", None)
     checkpoint_schedule.begin(5)
     checkpoint_schedule.take(Saved(0, 1, 5, 2), 0.0)
     checkpoint_schedule.take(Committed(1), 0.0)
-    assert checkpoint_schedule.told == "saved is what was done up to 5 updates and 2 complete epochs"
+    assert checkpoint_schedule.status.text == "saved is what was done up to 5 updates and 2 complete epochs"
     checkpoint_schedule.begin(9)
     checkpoint_schedule.take(SaveFailed(2, "read-only"), 0.0)
     assert (checkpoint_schedule.saved_updates, checkpoint_schedule.fault) == (5, "read-only")
@@ -109,14 +109,12 @@ def test_a_run_whose_end_cannot_be_written_is_unsaved_and_says_what_is() -> None
     host = InProcess(spec, GRID, START, quadratic, failing_saves=range(1, 100)).run()
     assert host.finish is not None
     assert host.finish.status == "unsaved"
-    assert host.coordinator.epochs == 1
-    assert [checkpoint.updates for checkpoint in host.checkpoints] == [
-        host.coordinator.checkpoint_schedule.saved_updates
-    ]
+    assert host.status.epochs == 1
+    assert [checkpoint.updates for checkpoint in host.checkpoints] == [host.status.checkpoint.updates]
     assert host.finish.error == (
         f"training came to {GRID.num_batches} updates and 1 complete epochs, but the last checkpoint could not be "
-        f"written: the disk is full; {host.coordinator.checkpoint_schedule.told}. "
-        "Mend the storage, and --resume continues from there"
+        f"written: the disk is full; {host.status.checkpoint.text}. Mend the storage, and --resume continues from "
+        "there"
     )
 
 

@@ -84,6 +84,11 @@ def validate(weights: FloatArray) -> Evaluation:
     return Evaluation(float(weights.sum()), None, 1)
 
 
+def validations(host: InProcess) -> dict[int, Evaluation | None]:
+    """Every complete epoch's validation."""
+    return {epoch.epoch: epoch.validation for epoch in host.status.recent_epochs}
+
+
 # Epochs
 
 
@@ -93,10 +98,10 @@ def test_every_batch_of_every_epoch_is_applied_exactly_once(mode: str, workers: 
     host = run(mode, workers, run={"epochs": 2}, compute_s=speeds(seed), evaluate=validate)
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 2)
-    twice = host.coordinator.counts().duplicates  # where an idle worker took over from a slow one
-    assert host.coordinator.counts() == LedgerCounts(2 * SIZE, 2 * SIZE, twice, 0, 0)
+    twice = host.status.ledger.duplicates  # where an idle worker took over from a slow one
+    assert host.status.ledger == LedgerCounts(2 * SIZE, 2 * SIZE, twice, 0, 0)
     assert not twice or mode == "async"
-    assert (host.coordinator.epochs, host.coordinator.updates) == (2, host.servers[0].version.updates)
+    assert (host.status.epochs, host.status.updates) == (2, host.servers[0].version.updates)
 
 
 @pytest.mark.parametrize("mode", ["async", "bsp"])
@@ -122,11 +127,7 @@ def test_workers_of_one_speed_are_kept_busy(mode: str, batches: int, limit: dict
 
 def test_a_worker_has_one_lease_queued_ahead_and_no_more() -> None:
     most: list[int] = []
-    run(
-        observe=lambda host: most.append(
-            max([len(worker.leases) for worker in host.coordinator.worker_table], default=0)
-        )
-    )
+    run(observe=lambda host: most.append(max(worker.leases for worker in host.status.workers)))
     assert max(most) == 2
 
 
@@ -171,10 +172,10 @@ def test_max_updates_of_async_is_met_exactly_whatever_dies(kind: FaultKind, push
 def test_max_time_ends_a_run_in_good_order(mode: str) -> None:
     host = run(mode, run={"max_time_s": 3.0})
     assert host.finish == Finish("finished")
-    assert host.coordinator.began is not None
-    assert host.coordinator.began + 3 <= host.now <= host.coordinator.began + 3.2
+    assert host.status.began is not None
+    assert host.status.began + 3 <= host.now <= host.status.began + 3.2
     assert host.checkpoints[-1].updates == host.servers[0].version.updates
-    assert host.coordinator.ledger.settled
+    assert host.status.open_leases == 0
 
 
 def test_a_validation_target_ends_the_run_after_the_epoch_that_reached_it() -> None:
@@ -182,7 +183,7 @@ def test_a_validation_target_ends_the_run_after_the_epoch_that_reached_it() -> N
     target = {"metric": "val/accuracy", "value": 0.35}
     host = run(run={"epochs": 100, "target": target}, evaluate=lambda w: Evaluation(1.0, next(accuracies), 1))
     assert host.finish == Finish("finished")
-    assert 4 <= host.coordinator.epochs <= 5  # the next epoch trains while the last one is evaluated
+    assert 4 <= host.status.epochs <= 5  # the next epoch trains while the last one is evaluated
 
 
 def test_a_training_loss_target_needs_no_validation() -> None:
@@ -194,7 +195,7 @@ def test_a_training_loss_target_needs_no_validation() -> None:
 
     host = run(run={"epochs": 100, "target": {"metric": "train/loss", "value": 0.3}}, gradient=falling)
     assert host.finish == Finish("finished")
-    assert 4 <= host.coordinator.epochs <= 5
+    assert 4 <= host.status.epochs <= 5
     assert len(losses) <= 5
 
 
@@ -216,7 +217,8 @@ def test_a_stop_finishes_the_batches_in_hand_saves_and_ends(mode: str, status: A
     assert host.finish == Finish(status)
     assert 0 < host.servers[0].version.updates == host.checkpoints[-1].updates
     assert host.now < 2.5
-    assert (None in host.coordinator.evaluations.results) == (status == "stopped")
+    validated = host.status.validation_epoch
+    assert (validated is not None and validated % 1 != 0) == (status == "stopped")
     assert {cancel.worker for _, cancel in host.did(Cancel)} == {"worker-0", "worker-1"}
 
 
@@ -229,7 +231,7 @@ def test_an_interrupted_run_waits_for_slow_batches_just_a_moment(mode: str) -> N
     assert host.now <= 2 + INTERRUPT_S + 0.1
     assert host.checkpoints[-1].updates == host.servers[0].version.updates
     assert [stopped.worker for _, stopped in host.did(StopWorker)][-1] == "worker-1"
-    assert host.coordinator.failures == 0
+    assert host.status.charged_failures == 0
 
 
 def test_an_interruption_hastens_a_stop() -> None:
@@ -255,10 +257,10 @@ def test_a_failure_costs_time_and_nothing_else(mode: str, kind: FaultKind, worke
     host = run(mode, workers, faults=[Fault("worker-0", 7, kind)], failure={"timeout_s": 3.0})
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 1)
-    counts = host.coordinator.counts()
+    counts = host.status.ledger
     taken_over = kind == "silent" and mode == "async" and workers > 1
     charged = 0 if kind == "lane" or taken_over else 1  # what was taken over was not missed when the run ended
-    assert (counts.batches, counts.applied, host.coordinator.failures) == (SIZE, SIZE, charged)
+    assert (counts.batches, counts.applied, host.status.charged_failures) == (SIZE, SIZE, charged)
     assert (counts.requeued > 0) != taken_over
     hired = [start.worker for _, start in host.did(StartWorker)]
     assert (f"worker-{workers}" in hired) == (kind != "lane" and not taken_over)
@@ -266,14 +268,14 @@ def test_a_failure_costs_time_and_nothing_else(mode: str, kind: FaultKind, worke
 
 def test_what_reached_the_server_is_not_leased_again() -> None:
     before, after = (run(workers=1, faults=[Fault("worker-0", 15, kind)]) for kind in ("before", "after"))
-    assert before.coordinator.counts().requeued == after.coordinator.counts().requeued + 1
-    assert after.coordinator.counts().duplicates == 0
+    assert before.status.ledger.requeued == after.status.ledger.requeued + 1
+    assert after.status.ledger.duplicates == 0
 
 
 def test_a_push_that_arrives_after_its_batch_was_leased_again_is_a_duplicate() -> None:
     host = run(faults=[Fault("worker-0", 3, "late")], compute_s=lambda worker, batch: 0.02)
     assert_exactly_once(host, 1)
-    assert host.coordinator.counts().duplicates == 1
+    assert host.status.ledger.duplicates == 1
 
 
 @settings(max_examples=60)
@@ -311,7 +313,7 @@ def test_a_batch_that_one_partition_lacks_is_pushed_to_both_and_counted_once_in_
     host = run(workers=workers, scaling={"servers": 2}, faults=torn, failure=limits)
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 1)
-    fired = host.coordinator.failures
+    fired = host.status.charged_failures
     first, second = (host.servers[partition].report().pushes["duplicate"] for partition in range(2))
     assert first - second == fired  # what was taken over from a slow worker is a duplicate in both
 
@@ -342,7 +344,7 @@ def test_a_silent_worker_is_given_up_after_the_time_limit(mode: str) -> None:
     last_life = START_S + 3 * 0.05
     assert last_life + 4 <= at <= last_life + 4 + 0.3
     assert "failure.timeout_s" in stopped.cause
-    assert host.coordinator.failures == 1
+    assert host.status.charged_failures == 1
 
 
 def test_who_waits_for_a_receipt_is_not_silent() -> None:
@@ -452,7 +454,7 @@ def test_a_worker_gets_nothing_until_its_failed_lease_is_settled() -> None:
     again = min(at for at, _ in host.did(Grant) if at > failed_at)
     assert any(failed_at < at < again and not ask.wait for at, ask in host.did(AskReport))
     assert_exactly_once(host, 1)
-    assert (host.coordinator.counts().duplicates, host.coordinator.failures) == (0, 0)
+    assert (host.status.ledger.duplicates, host.status.charged_failures) == (0, 0)
 
 
 @pytest.mark.parametrize(("failing", "replaced"), [((3, 4), False), ((3, 4, 5), True), ((3, 4, 30), False)])
@@ -461,7 +463,7 @@ def test_a_worker_that_cannot_reach_its_server_three_times_in_a_row_is_replaced(
 ) -> None:
     host = run(faults=[Fault("worker-0", push, "lane") for push in failing])
     assert_exactly_once(host, 1)
-    assert host.coordinator.failure_counts.failures["lane_failed"] == replaced
+    assert host.status.failures == ({"lane_failed": 1} if replaced else {})
     assert [stopped.worker for _, stopped in host.did(StopWorker)] == ["worker-0"] * replaced
 
 
@@ -498,9 +500,9 @@ def test_a_lost_server_is_restored_and_what_it_lacks_is_done_again(mode: str, se
     assert restored["partition"] == servers - 1
     assert restored["seconds"] >= Timing().restore_s
     assert restored["batches_lost"] > 0 or every
-    assert host.coordinator.failure_counts.failures == Counter({"server_lost": 1})
+    assert host.status.failures == {"server_lost": 1}
     assert host.did(StopWorker) == []
-    goodput = host.coordinator.goodput
+    goodput = host.status.goodput
     assert goodput is not None
     assert 0 < goodput < 1 or (every and goodput == 1)
 
@@ -515,7 +517,7 @@ def test_the_partitions_that_live_refuse_what_the_restored_one_lacks() -> None:
 def test_a_server_that_dies_while_it_is_restored_is_restored_again() -> None:
     host = run_killing([(2.0, 0), (2.3, 0), (2.9, 0)])
     assert host.finish == Finish("finished")
-    assert host.coordinator.failure_counts.failures == Counter({"server_lost": 3})
+    assert host.status.failures == {"server_lost": 3}
     assert host.servers[0].report().pushes["applied"] == SIZE
     assert host.servers[0].version.incarnation == 3  # the second one's first attempt came to nothing
 
@@ -526,8 +528,7 @@ def test_an_earlier_epoch_is_reopened_for_a_partition_that_does_not_contain_it()
     assert notes(host, "epoch_reopened") == [{"epoch": 0}]
     for server in host.servers.values():
         assert server.report().pushes["applied"] == 3 * SIZE
-    results = host.coordinator.evaluations.results
-    assert results[3] == validate(host.weights)
+    assert validations(host)[3] == validate(host.weights)
 
 
 def test_a_server_lost_after_the_last_batch_takes_the_run_back_to_training() -> None:
@@ -564,7 +565,7 @@ def test_a_report_of_a_lost_server_does_not_bring_it_back() -> None:
     coordinator.handle(Reported(server.report(), ask.asked), 0.5)
     coordinator.handle(ServerLost(0, "killed"), 1.0)
     coordinator.handle(Reported(server.report(), ask.asked), 1.1)
-    assert not coordinator.server_reports.ready
+    assert coordinator.status(1.1).servers[0].phase == "restoring"
 
 
 def test_a_server_that_cannot_be_started_fails_the_run() -> None:
@@ -582,8 +583,8 @@ def test_a_server_that_dies_before_its_first_report_is_started_again() -> None:
     assert isinstance(ask, AskReport)
     server = ParameterServer(job(), Partition(0, 0, 6, 6), START, GRID, Version(2, 0))
     coordinator.handle(Reported(server.report(), ask.asked), 2.0)
-    assert coordinator.server_reports.ready
-    assert coordinator.failures == 1
+    status = coordinator.status(2.0)
+    assert (status.servers[0].phase, status.charged_failures) == ("up", 1)
 
 
 def test_more_lost_servers_than_allowed_fail_the_run_and_name_the_remedy() -> None:
@@ -596,7 +597,7 @@ def test_more_lost_servers_than_allowed_fail_the_run_and_name_the_remedy() -> No
 def test_an_evaluation_whose_weights_are_lost_is_not_waited_for() -> None:
     host = run_killing([(4.70, 0)], run={"epochs": 3}, evaluate=validate, checkpoint={"every_s": 0.3})
     assert host.finish == Finish("finished")
-    assert host.coordinator.evaluations.results[3] == validate(host.weights)
+    assert validations(host)[3] == validate(host.weights)
 
 
 # Poison
@@ -628,18 +629,18 @@ def test_a_batch_that_kills_its_workers_fails_the_run_and_is_named() -> None:
     assert host.finish.status == "failed"
     assert str(POISON) in str(host.finish.error)
     assert "set failure.poison to skip" in str(host.finish.error)
-    assert host.coordinator.failures == 3  # poison itself is no failure
+    assert host.status.charged_failures == 3  # poison itself is no failure
 
 
 @pytest.mark.parametrize("tries", [1, 3])
 def test_or_it_is_done_without(tries: int) -> None:
     host = poisoned({"poison": "skip", "poison_tries": tries}).run()
     assert host.finish == Finish("finished")
-    assert host.coordinator.failures == tries
+    assert host.status.charged_failures == tries
     assert [note["batch"] for note in notes(host, "poison_skipped")] == [POISON]
     assert [skip.batch for _, skip in host.did(Skip)] == [POISON]
     assert host.servers[0].report().pushes["applied"] == SIZE - 1
-    assert host.coordinator.counts().batches == SIZE
+    assert host.status.ledger.batches == SIZE
 
 
 def test_a_suspect_is_leased_by_itself() -> None:
@@ -683,7 +684,7 @@ def test_a_run_scaled_down_before_all_are_up_begins_with_those_left(mode: str, w
     )
     assert host.finish == Finish("finished")
     assert_exactly_once(host, 1)
-    assert len(host.did(StartWorker)) == host.coordinator.worker_table.least + (workers != 3)
+    assert len(host.did(StartWorker)) == 3 + (workers != 3)
 
 
 def test_scaled_down_the_run_goes_on_with_fewer_and_up_with_more() -> None:
@@ -707,8 +708,8 @@ def test_scaled_down_the_run_goes_on_with_fewer_and_up_with_more() -> None:
 def test_a_draining_worker_finishes_its_batch(mode: str) -> None:
     host = run(mode, workers=3, events=[(2.01, Scale(1))], compute_s=speeds(3))
     assert_exactly_once(host, 1)
-    assert host.coordinator.counts().duplicates == 0
-    assert host.coordinator.failures == 0
+    assert host.status.ledger.duplicates == 0
+    assert host.status.charged_failures == 0
 
 
 def test_training_begins_with_the_least_that_there_must_be() -> None:
@@ -719,7 +720,7 @@ def test_training_begins_with_the_least_that_there_must_be() -> None:
         grid=EpochGrid((200,), 200),
         failure={"timeout_s": 2.0},
     )
-    assert host.coordinator.began == START_S
+    assert host.status.began == START_S
     assert host.did(StopWorker) == []  # there may be no room for the fourth, ever
     assert "worker-2" in {applied.worker for applied in host.applied}
 
@@ -731,8 +732,8 @@ def test_a_worker_that_recovers_is_noted_and_goodput_counts_what_was_wasted() ->
     host = run(workers=1, faults=[Fault("worker-0", 7, "before")])
     (note,) = notes(host, "worker_recovered")
     assert (note["worker"], note["batches_again"]) == ("worker-0", 9)
-    assert host.coordinator.goodput == SIZE / (SIZE + 1)
-    assert run().coordinator.goodput == 1
+    assert host.status.goodput == SIZE / (SIZE + 1)
+    assert run().status.goodput == 1
 
 
 def test_failures_are_counted_by_kind() -> None:
@@ -740,10 +741,8 @@ def test_failures_are_counted_by_kind() -> None:
     preempted = WorkerLost("worker-2", "its node was taken away", preempted=True)
     host = run(faults=faults, events=[(3.0, preempted)], failure={"timeout_s": 2.0}, failing_saves={0},
                checkpoint={"every_s": None, "every_updates": 30})  # fmt: skip
-    assert host.coordinator.failure_counts.failures == Counter(
-        {"worker_lost": 1, "worker_silent": 1, "preempted": 1, "save_failed": 1}
-    )
-    assert host.coordinator.failures == 2
+    assert host.status.failures == Counter({"worker_lost": 1, "worker_silent": 1, "preempted": 1, "save_failed": 1})
+    assert host.status.charged_failures == 2
 
 
 # Checkpoints
@@ -848,15 +847,15 @@ def test_every_epoch_is_evaluated_once_on_the_weights_it_ended_with() -> None:
             quadratic(GRID.batch(epoch, position), serial, gradient)
             serial -= np.float32(0.1) * gradient
         expected[epoch + 1] = validate(serial)
-    assert host.coordinator.evaluations.results == expected
+    assert validations(host) == expected
     assert len(host.did(Evaluate)) == 3
 
 
 def test_a_run_that_ends_inside_an_epoch_evaluates_the_weights_it_ends_with() -> None:
     host = run(run={"max_updates": SIZE + 5}, evaluate=validate)
-    results = host.coordinator.evaluations.results
-    assert list(results) == [1, None]
-    assert results[None] == validate(host.weights)
+    assert list(validations(host)) == [1]
+    assert host.status.validation_epoch == 1 + 5 / SIZE
+    assert host.status.validation == validate(host.weights)
 
 
 def test_what_a_dead_worker_was_evaluating_goes_to_another() -> None:
@@ -865,7 +864,7 @@ def test_what_a_dead_worker_was_evaluating_goes_to_another() -> None:
     host = run(workers=1, evaluate=validate, events=[(ends + EVALUATE_S / 2, lost)])
     assert host.finish == Finish("finished")
     assert [evaluate.worker for _, evaluate in host.did(Evaluate)] == ["worker-0", "worker-1"]
-    assert list(host.coordinator.evaluations.results) == [1]
+    assert validations(host) == {1: validate(host.weights)}
 
 
 def test_without_validation_data_nothing_is_evaluated() -> None:
@@ -913,7 +912,7 @@ def test_a_resumed_run_applies_what_was_missing(mode: str, at: int, workers: int
     everything = {GRID.batch(epoch, position) for epoch in range(2) for position in range(SIZE)}
     assert Counter(saved + [applied.batch for applied in second.applied]) == Counter(everything)
     assert state.metadata["samples"] == len(saved)
-    counts = second.coordinator.counts()
+    counts = second.status.ledger
     assert counts.batches == counts.applied == 2 * SIZE
 
 
@@ -922,7 +921,7 @@ def test_resuming_a_finished_run_finishes_at_once() -> None:
     again = run(resume=first.checkpoints[-1], evaluate=validate)
     assert again.finish == Finish("finished")
     assert (again.applied, again.checkpoints) == ([], [])
-    assert again.coordinator.evaluations.results == {1: validate(first.weights)}
+    assert (again.status.validation_epoch, again.status.validation) == (1, validate(first.weights))
 
 
 def test_rejections_before_a_resumption_are_past() -> None:
@@ -1016,7 +1015,7 @@ def test_a_worker_given_up_is_not_listened_to_any_more() -> None:
     assert host.finish == Finish("finished")
     coordinator, _ = start()
     assert coordinator.handle(WorkerLost("worker-9", "killed"), 1.0) == ()
-    assert coordinator.failures == 0
+    assert coordinator.status(1.0).charged_failures == 0
 
 
 def test_a_report_of_nothing_new_is_answered_with_the_next_question() -> None:
@@ -1039,6 +1038,6 @@ def test_a_report_overtaken_on_its_way_takes_nothing_back() -> None:
     for position in range(1, SIZE):
         server.push(push(GRID.batch(0, position), server.version), now=2.0)
     for report in (server.report(), older):
-        coordinator.handle(Reported(report, coordinator.ledger.ask()), 3.0)
-        assert (coordinator.epochs, coordinator.updates) == (1, SIZE)
-        assert coordinator.reports[0].samples == SIZE
+        coordinator.handle(Reported(report, ask.asked + 1), 3.0)
+        status = coordinator.status(3.0)
+        assert (status.epochs, status.updates, status.examples) == (1, SIZE, SIZE)

@@ -44,7 +44,7 @@ def test_a_run_of_one_worker_ends_bit_for_bit_as_undisturbed(
     resume = None
     for part, count in enumerate(servers, 1):
         host = run(spec(count, optimizer, run={"max_updates": part * 7}), resume)
-        assert host.coordinator.updates == part * 7
+        assert host.status.updates == part * 7
         resume = host.checkpoint
     np.testing.assert_array_equal(host.weights, whole.weights)
 
@@ -69,9 +69,9 @@ def test_bsp_ends_bit_for_bit_as_undisturbed() -> None:
 def test_many_workers_apply_every_batch_once() -> None:
     first = run(spec(3, {"lr": 0.1}, workers=4, run={"epochs": 1}))
     second = run(spec(2, {"lr": 0.1}, workers=4, run={"epochs": 3}), first.checkpoint)
-    counts = second.coordinator.counts()
+    counts = second.status.ledger
     assert (counts.batches, counts.applied) == (3 * SIZE, 3 * SIZE)
-    assert second.coordinator.epochs == 3
+    assert second.status.epochs == 3
 
 
 def states(servers: int, num_trainable: int = 80, updates: int = 5, buffered: int = 0) -> tuple[ServerState, ...]:
