@@ -100,11 +100,9 @@ def test_a_gradient_of_nothing_but_zeros_keeps_no_promise_about_the_gradient() -
     assert "gradient" in broken(found)
 
 
-@pytest.mark.parametrize(
-    ("model", "tensors"), [("Silent", "layers.0.bias"), ("Adding", "layers.0.weight, layers.0.bias")]
-)
-def test_a_model_that_does_not_overwrite_its_gradient_is_refused(model: str, tensors: str) -> None:
-    with pytest.raises(ModelError, match=f"the gradient of {tensors} depends on what its memory held before"):
+@pytest.mark.parametrize("model", ["Silent", "Adding"])
+def test_a_model_that_does_not_overwrite_its_gradient_is_refused(model: str) -> None:
+    with pytest.raises(ModelError, match=r"loss_and_gradient wrote 0 of the \d+ values of gradient 'layers\.0\."):
         checks(model={"kind": "python", "path": f"tests.support.models:{model}"})
 
 
