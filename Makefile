@@ -32,7 +32,7 @@ imports: .venv/dev.stamp ## imports run one way
 	$(BIN)/lint-imports
 
 unit: .venv/dev.stamp ## fast tests, one file per module; those of the benchmarks, too
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 tests/unit tests/benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 tests/unit tests/simulation tests/benchmarks
 
 integration: .venv/dev.stamp ## tests on a real, local Ray cluster; as root, on several hosts in network namespaces, too
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration tests/hosts

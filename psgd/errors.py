@@ -15,8 +15,16 @@
     ├── CheckpointError (ValueError)  a checkpoint is damaged or incomplete
     └── RunError (RuntimeError)       failed while running; exit code 3
         ├── WorkerError               the model's own code raised on a worker
-        ├── LaneError                 a server did not answer as promised
-        │   └── LaneTimeoutError      ... within the time limit
+        ├── LaneError                 a lane cannot be used any more; its pushes are in doubt
+        │   ├── ServerGoneError       the server cannot be reached, or closed the connection
+        │   │   └── LaneTimeoutError  the server did not answer within the time limit
+        │   ├── FrameError            a message does not belong to this run, or breaks the protocol
+        │   ├── SharedMemoryError     memory cannot be shared on this machine
+        │   └── ListenError           a server cannot listen for workers
+        ├── EncodingError             a compressed gradient cannot be decoded
+        ├── StateUnchangedError       a server refused a call; its state is as before
+        │   ├── PushRefusedError      the push is not one of this partition
+        │   └── WeightsNotKeptError   the weights of that epoch's end are not kept
         ├── OwnershipError            another driver has taken the run over
         ├── ReplayError               a replay came to something else than the run did
         └── RunFailedError            the run as a whole; carries its `result`
@@ -30,13 +38,18 @@ from typing import TYPE_CHECKING
 
 from psgd_workers.errors import (
     DataError,
+    EncodingError,
+    FrameError,
     InputError,
     LaneError,
     LaneTimeoutError,
+    ListenError,
     MissingExtraError,
     ModelError,
     PsgdError,
     RunError,
+    ServerGoneError,
+    SharedMemoryError,
     WorkerError,
 )
 
@@ -47,22 +60,30 @@ __all__ = [
     "CheckpointError",
     "ClusterError",
     "DataError",
+    "EncodingError",
+    "FrameError",
     "InputError",
     "JournalError",
     "LaneError",
     "LaneTimeoutError",
+    "ListenError",
     "MissingExtraError",
     "ModelError",
     "OwnershipError",
     "PsgdError",
+    "PushRefusedError",
     "ReplayError",
     "ResumeError",
     "RunError",
     "RunExistsError",
     "RunFailedError",
     "RunNotFoundError",
+    "ServerGoneError",
+    "SharedMemoryError",
     "SpecError",
+    "StateUnchangedError",
     "StorageError",
+    "WeightsNotKeptError",
     "WorkerError",
 ]
 
@@ -97,6 +118,18 @@ class ClusterError(InputError):
 
 class CheckpointError(PsgdError, ValueError):
     """A checkpoint is damaged or incomplete."""
+
+
+class StateUnchangedError(RunError):
+    """A server refused a call before it changed anything. Only of these errors may that be concluded."""
+
+
+class PushRefusedError(StateUnchangedError):
+    """A push that no worker of this run sends to this partition."""
+
+
+class WeightsNotKeptError(StateUnchangedError):
+    """The weights of that epoch's end are not kept: it is too old, or has not come yet."""
 
 
 class OwnershipError(RunError):

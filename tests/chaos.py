@@ -1,4 +1,4 @@
-"""Many runs that everything befalls: `python -m tests.chaos --seeds 0:20000`; or one again: `--seed 17`."""
+"""Many runs in which everything fails: `python -m tests.chaos --seeds 0:20000`; or one again: `--seed 17`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from time import perf_counter
 
 from psgd.errors import RunError
-from psgd.simulation.chaos import draw_plan, run_chaos
+from tests.simulation.fault_injection import draw_run, run_with_faults
 
 __all__ = ["fault", "main"]
 
@@ -18,7 +18,7 @@ CHUNK = 100  # seeds given to a process at a time
 def fault(seed: int) -> str | None:
     """What is wrong with the run of a seed, and how to see it again; None: nothing."""
     try:
-        run_chaos(seed)
+        run_with_faults(seed)
     except (AssertionError, LookupError, RunError, TypeError, ValueError) as error:  # whatever a bug raises
         return f"seed {seed}: {type(error).__name__}: {error}\n  again: python -m tests.chaos --seed {seed}"
     return None
@@ -38,8 +38,8 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.seed is not None:
-        print(draw_plan(arguments.seed))
-        cluster = run_chaos(arguments.seed)
+        print(draw_run(arguments.seed))
+        cluster = run_with_faults(arguments.seed).cluster
         print(f"{cluster.finish}, after {cluster.now:.1f} virtual seconds: {cluster.status.ledger}")
         return 0
     first, last = map(int, arguments.seeds.split(":"))

@@ -12,11 +12,11 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from psgd.core.server.partitions import Partition
 from psgd.spec import JobSpec
-from psgd_workers.errors import LaneError, LaneTimeoutError
+from psgd_workers.errors import LaneError, LaneTimeoutError, ServerGoneError
 from psgd_workers.messages import FloatArray, Gradient, Receipt, Version
 from psgd_workers.transport.frames import PushFormat
 from psgd_workers.transport.handshake import Address
@@ -88,8 +88,10 @@ def _get(reply: ray.ObjectRef[Any], timeout_s: float, what: str) -> Any:
         return ray.get(reply, timeout=timeout_s)
     except GetTimeoutError as error:
         raise LaneTimeoutError(f"no {what} from the server within {timeout_s} s (see failure.timeout_s)") from error
+    except RayTaskError as error:
+        raise ServerGoneError(f"the server refused the call: {error.cause}") from error
     except RayError as error:
-        raise LaneError(f"the server did not answer: {error}") from error
+        raise ServerGoneError(f"the server did not answer: {error}") from error
 
 
 def push_format_of(spec: JobSpec, partition: Partition) -> PushFormat:

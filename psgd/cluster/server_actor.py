@@ -26,7 +26,7 @@ from psgd.serving.malloc import return_large_blocks
 from psgd.spec import JobSpec, Settings
 from psgd.store.checkpoints import Checkpoint, Part, write_part
 from psgd.store.storage import Storage
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import ListenError, SharedMemoryError
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
 from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.memory import PublishedVector, has_shared_memory
@@ -95,7 +95,7 @@ class ServerActor:
                 listener.listen_unix()
             if spec.scaling.lane != "shm":
                 listener.listen_tcp(host, spec.scaling.ports)
-        except LaneError as error:
+        except ListenError as error:
             if spec.scaling.lane != "auto" or spec.scaling.ports:  # else another lane may do
                 listener.close()
                 raise
@@ -176,7 +176,7 @@ def _shared_vector(spec: JobSpec, size: int) -> PublishedVector | None:
         return None
     try:
         return PublishedVector(size)
-    except LaneError as error:
+    except SharedMemoryError as error:
         log.warning("this server shares no memory: %s", error)
         return None
 

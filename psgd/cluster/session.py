@@ -16,8 +16,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 import psgd
 import psgd_workers
+from psgd.core.server.memory import FLOAT32, server_memory
 from psgd.errors import ClusterError
-from psgd.spec import JobSpec, OptimizerSpec, SgdOptimizer
+from psgd.spec import JobSpec
 
 __all__ = ["CONNECT_S", "SHIPPED", "check_address", "check_listening", "check_room", "py_modules", "session"]
 
@@ -111,12 +112,12 @@ def check_room(spec: JobSpec, num_parameters: int) -> None:
 def _check_memory(spec: JobSpec, num_parameters: int) -> None:
     """Refuse weights that no node, or not all nodes together, could hold, before processes are killed for them."""
     scaling = spec.scaling
-    vector = 4 * num_parameters
-    # A server's weights and state, a copy of both while they are saved, and the ends of two epochs to be evaluated.
-    server = (2 * (1 + _state_vectors(spec.optimizer)) + 2) * vector // scaling.servers
-    worker = 2 * (scaling.pipeline + 1) * vector
     members: Any = ray.nodes  # its stub is untyped
     nodes = [int(node["Resources"].get("memory", 0)) for node in members() if node["Alive"]]
+    by_message = scaling.lane in ("tcp", "ray") or (scaling.lane == "auto" and len(nodes) > 1)
+    partition = -(-num_parameters // scaling.servers)
+    server = server_memory(spec, partition, scaling.least_workers, scaling.least_workers if by_message else 0)
+    worker = FLOAT32 * num_parameters * 2 * (scaling.pipeline + 1)  # weights and a gradient for each batch in hand
     total = scaling.servers * server + scaling.least_workers * worker
     if max(server, worker) > max(nodes) or total > sum(nodes):
         raise ClusterError(
@@ -124,13 +125,6 @@ def _check_memory(spec: JobSpec, num_parameters: int) -> None:
             f"{_gib(worker)} in each of {scaling.least_workers} workers, {_gib(total)} in all; the nodes have "
             f"{', '.join(map(_gib, nodes))}. Raise scaling.servers, lower workers or pipeline, or add memory"
         )
-
-
-def _state_vectors(optimizer: OptimizerSpec) -> int:
-    """How many vectors as long as the weights a server keeps beside them."""
-    kept = {"sgd": 0, "adagrad": 1, "adam": 2, "adamw": 2, "delayed_nesterov": 2}[optimizer.name]
-    momentum = isinstance(optimizer, SgdOptimizer) and optimizer.momentum > 0
-    return kept + momentum + (optimizer.ema is not None)
 
 
 def _gib(size: int) -> str:

@@ -18,8 +18,9 @@ from typing import Protocol
 
 import numpy as np
 
+from psgd.errors import PushRefusedError
 from psgd.serving.host import ServerHost
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import FrameError
 from psgd_workers.messages import FloatArray, Receipt, Version
 from psgd_workers.transport.affinity import NOWHERE, allowed_processors, run_on
 from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind, PushFormat
@@ -104,7 +105,7 @@ class WorkerConnection:
                 return True
             if self._answers.fault:
                 self._say(self._answers.fault)
-        except (LaneError, OSError) as error:
+        except (FrameError, PushRefusedError, OSError) as error:
             self._say(str(error))
         except Exception:  # our own: its worker need not wait for what never comes, nor the others of its crowd
             log.exception("the connection of %s was closed by the server's own fault", self._worker)
@@ -121,26 +122,26 @@ class WorkerConnection:
         if not got:
             return False
         if got < HEADER_SIZE:
-            raise LaneError(CUT)
+            raise FrameError(CUT)
         frame = Frame.unpack(self._header)
         self._check(frame)
         payload = self._inline[frame.slot][: frame.payload]
         if frame.payload and receive(self._stream, payload, self.frame_s) < frame.payload:
-            raise LaneError(CUT)
+            raise FrameError(CUT)
         self._take(frame, payload)
         return True
 
     def _check(self, frame: Frame) -> None:
         if frame.incarnation != self._incarnation:
-            raise LaneError(f"a frame for incarnation {frame.incarnation}, and this is {self._incarnation}")
+            raise FrameError(f"a frame for incarnation {frame.incarnation}, and this is {self._incarnation}")
         if frame.slot >= len(self._busy) or (self._busy[frame.slot] and frame.kind is not FrameKind.ASK):
-            raise LaneError(f"a frame from slot {frame.slot}, which does not exist, or whose receipt is not given")
+            raise FrameError(f"a frame from slot {frame.slot}, which does not exist, or whose receipt is not given")
         if self._answers.backlog > len(self._busy) + 1:  # an answer for each slot, and a version
-            raise LaneError(GREEDY)
+            raise FrameError(GREEDY)
         if frame.kind is FrameKind.PUSH:
             self._push_format.check(frame, self._sizes)
         elif frame.kind not in (FrameKind.PULL, FrameKind.ASK) or frame.payload:
-            raise LaneError(f"a frame {frame.kind.name} with {frame.payload} bytes of payload, which no worker sends")
+            raise FrameError(f"a frame {frame.kind.name} with {frame.payload} bytes of payload, which no worker sends")
 
     def _take(self, frame: Frame, payload: memoryview) -> None:
         slot = frame.slot

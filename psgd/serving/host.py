@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from threading import Event, Lock
 from types import TracebackType
 
@@ -16,9 +15,8 @@ from numpy.typing import NDArray
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.report import Report
 from psgd.core.server.state import ServerState
-from psgd.errors import RunError, StorageError
+from psgd.errors import RunError, StateUnchangedError, StorageError
 from psgd.spec import Settings
-from psgd_workers.errors import LaneError
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
 
 __all__ = ["Reply", "ServerHost"]
@@ -59,15 +57,14 @@ class ServerHost:
 
     def epoch_weights(self, epochs: int | None) -> FloatArray:
         """See `ParameterServer.epoch_weights`."""
-        with self._lock_server, suppress(KeyError):
+        with self._lock_server:
             return self.server.epoch_weights(epochs)
-        raise KeyError(epochs)
 
     def push(self, gradient: Gradient, reply: Reply) -> None:
         """Take a gradient.
 
         Raises:
-            LaneError: it is none of this partition's.
+            PushRefusedError: the push is not one of this partition's; the state is as before.
         """
         with self._lock_server:
             self.server.check(gradient)
@@ -173,7 +170,7 @@ class ServerLock:
             raise RunError(f"this server failed in the middle of a call: {self._fault}; its log says more")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, LaneError):  # that is a refusal, before anything happened
+        if error is not None and not isinstance(error, StateUnchangedError):
             self._fault = f"{type(error).__name__}: {error}"
         self._lock.release()
 

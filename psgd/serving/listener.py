@@ -19,7 +19,7 @@ from time import monotonic
 from psgd.serving.connection import WorkerConnection
 from psgd.serving.host import ServerHost
 from psgd.serving.poller import SharedPoller
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import FrameError, LaneError, ListenError
 from psgd_workers.transport.affinity import allowed_processors
 from psgd_workers.transport.frames import PushFormat
 from psgd_workers.transport.handshake import HELLO_SIZE, KEY_SIZE, Address, Greeting, Hello
@@ -84,13 +84,13 @@ class Listener:
         """On a Unix socket in Linux' abstract namespace: it has no file, so none is left behind.
 
         Raises:
-            LaneError: there is none to be had.
+            ListenError: the system gives no Unix socket.
         """
         path = f"psgd-{secrets.token_hex(8)}"
         try:
             self._listen(socket.AF_UNIX, "\0" + path, shared=True)
         except OSError as error:
-            raise LaneError(f"cannot listen on a Unix socket: {error}") from error
+            raise ListenError(f"cannot listen on a Unix socket: {error}") from error
         self.path = path
 
     def listen_tcp(self, host: str, ports: tuple[int, int] | None) -> None:
@@ -101,7 +101,7 @@ class Listener:
             ports: first and last of those allowed; None: any.
 
         Raises:
-            LaneError: none of them is free, or the address is not this machine's.
+            ListenError: no port is free, or the address is not this machine's.
         """
         first, last = ports or (0, 0)
         for port in range(first, last + 1):
@@ -109,10 +109,10 @@ class Listener:
                 self.port = self._listen(socket.AF_INET, (host, port), shared=False).getsockname()[1]
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
-                    raise LaneError(f"cannot listen on {host}:{port}: {error}") from error
+                    raise ListenError(f"cannot listen on {host}:{port}: {error}") from error
             else:
                 return
-        raise LaneError(f"no port from {first} to {last} is free on {host}: widen scaling.ports, or leave it out")
+        raise ListenError(f"no port from {first} to {last} is free on {host}: widen scaling.ports, or leave it out")
 
     def _listen(self, family: int, to: str | tuple[str, int], shared: bool) -> socket.socket:
         listening = socket.socket(family, socket.SOCK_STREAM)
@@ -124,7 +124,7 @@ class Listener:
             self._start("psgd-listener", self._accept, listening, shared)
         except RuntimeError as error:
             listening.close()
-            raise LaneError(f"cannot listen: {error}") from error
+            raise ListenError(f"cannot listen: {error}") from error
         except OSError:
             listening.close()
             raise
@@ -278,7 +278,7 @@ class Listener:
     def _check(self, hello: Hello, shared: bool) -> None:
         expected = (self._host.server.version.incarnation, self._num_parameters, shared)
         if (hello.incarnation, hello.num_parameters, hello.shared) != expected or not 0 < hello.slots <= MAX_SLOTS:
-            raise LaneError(
+            raise FrameError(
                 f"{hello.worker} expects incarnation, values, sharing {hello.incarnation}, {hello.num_parameters}, "
                 f"{hello.shared} in {hello.slots} slots; here they are {expected}, and slots 1 to {MAX_SLOTS}"
             )
@@ -311,7 +311,7 @@ class HandshakeStream:
             self._limit()
             more = self._stream.recv(size - len(data))
             if not more:
-                raise LaneError("it hung up")
+                raise FrameError("it hung up")
             data += more
         return data
 
@@ -322,7 +322,7 @@ class HandshakeStream:
         if len(byte) != 1 or len(files) != 1:
             for file in files:
                 os.close(file)
-            raise LaneError(f"it passed {len(files)} descriptors of its memory, expected 1")
+            raise FrameError(f"it passed {len(files)} descriptors of its memory, expected 1")
         return files[0]
 
 

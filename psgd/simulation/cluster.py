@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from psgd.core.driver.coordinator import Coordinator
 from psgd.core.driver.events import (
@@ -43,16 +42,20 @@ from psgd.core.driver.events import (
     WorkerUp,
 )
 from psgd.core.driver.status import RunStatus
+from psgd.core.server.observer import ServerObserver
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import partition_weights
 from psgd.core.server.repartition import disagreement, repartition
 from psgd.core.server.state import ServerState
-from psgd.errors import ResumeError, RunError
+from psgd.errors import ResumeError, RunError, WeightsNotKeptError
 from psgd.simulation.clock import VirtualClock, without_collector
+from psgd.simulation.faults import FaultPlan
+from psgd.simulation.network import Network
+from psgd.simulation.observer import ClusterObserver
 from psgd.simulation.problem import Problem, Timing
 from psgd.simulation.worker import Readers, Slot, Validation, VirtualWorker
 from psgd.spec import JobSpec
-from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
+from psgd_workers.messages import BatchId, FloatArray, Gradient, Version
 
 __all__ = ["VirtualCheckpoint", "VirtualCluster"]
 
@@ -77,12 +80,14 @@ class VirtualCluster(VirtualClock):
         problem: what is trained.
         compute_s: (worker, batch) -> virtual seconds of one gradient.
         timing: how long everything else takes.
-        crashes: seconds until the next worker is killed; asked again after each. None: none is.
-        seed: decides whom crashes hit.
+        start_s: worker -> virtual seconds that its process takes to start. None: as `timing` says.
+        faults: what fails. None: nothing.
         events: (virtual time, event) each, told to the coordinator besides what happens by itself.
         resume: the checkpoint to continue from.
         lease_s: virtual seconds of work in a lease.
-        observe: called after each step of the first partition.
+        observers: told what the run does.
+        server: the class of the servers.
+        server_observer: partition -> observer of a server that starts now. None: servers have none.
 
     Attributes:
         now: virtual seconds.
@@ -91,9 +96,8 @@ class VirtualCluster(VirtualClock):
         workers: those that live, by name.
         checkpoint: the newest committed one.
         finish: how it ended.
+        dead: true once the driver was killed.
     """
-
-    server: type[ParameterServer] = ParameterServer
 
     def __init__(
         self,
@@ -102,22 +106,27 @@ class VirtualCluster(VirtualClock):
         compute_s: Callable[[str, BatchId], float],
         *,
         timing: Timing = USUAL,
-        crashes: Callable[[], float] | None = None,
-        seed: int = 0,
+        start_s: Callable[[str], float] | None = None,
+        faults: FaultPlan | None = None,
         events: Sequence[tuple[float, Event]] = (),
         resume: VirtualCheckpoint | None = None,
         lease_s: float = 2.0,
-        observe: Callable[[VirtualCluster], None] | None = None,
+        observers: Sequence[ClusterObserver] = (),
+        server: type[ParameterServer] = ParameterServer,
+        server_observer: Callable[[int], ServerObserver | None] | None = None,
     ) -> None:
         super().__init__()
         self._spec = spec
         self.problem = problem
         self.timing = timing
         self.compute_s = compute_s
-        self._crashes = crashes
-        self._random = np.random.default_rng(seed)
+        self._start_s = start_s
         self._resume = resume
-        self._observe = observe
+        self._server = server
+        self._server_observer = server_observer
+        self._faults = faults or FaultPlan()
+        self._network = Network(self, self._faults)
+        self.observers = observers
         self._partitions = partition_weights(len(problem.weights), problem.trainable, spec.scaling.servers)
         self.parts: Sequence[slice] = [slice(part.start, part.stop) for part in self._partitions]
         self.coordinator = Coordinator(
@@ -134,6 +143,7 @@ class VirtualCluster(VirtualClock):
         self.workers: dict[str, VirtualWorker] = {}
         self.checkpoint: VirtualCheckpoint | None = None
         self.finish: Finish | None = None
+        self.dead = False
         self._deadline = float("inf")
         self._incarnations: dict[int, int] = {}  # the highest of each partition so far
         self._told_epochs: dict[int, int] = {}
@@ -144,8 +154,7 @@ class VirtualCluster(VirtualClock):
         self.readers = None if spec.worker_options.stop_at is None else Readers(spec.worker_options.stop_at)
         for at, event in events:
             self.after(at, self._tell, event)
-        if crashes:
-            self.after(crashes(), self._crash)
+        self._faults.begin(self)
 
     @property
     def weights(self) -> FloatArray:
@@ -167,32 +176,36 @@ class VirtualCluster(VirtualClock):
         """By partition, the versions that each gradient to come is made of: computed, begun, or whose weights wait."""
         return [tuple(slot.reads) for worker in self.workers.values() for slot in worker.slots if slot.reads]
 
-    def run(self, max_events: int = MAX_EVENTS) -> Self:
-        """Run to the end.
+    def run(self, max_events: int = MAX_EVENTS, max_s: float = float("inf")) -> Self:
+        """Run to the end, or to the driver's death.
 
         Raises:
-            RunError: there was none in so many events.
+            RunError: neither came in so many events and virtual seconds.
         """
         self._tell(Started())
         with np.errstate(over="ignore", invalid="ignore"), without_collector():
-            return self._run(max_events)
-
-    def _run(self, max_events: int) -> Self:
-        for _ in range(max_events):
-            if self.finish:
-                return self
-            if not self.advance(self._deadline):
-                self._tell_tick()
-        raise RunError(f"no end in {max_events} events, at {self.now:.3f} s in phase {self.status.phase}")
-
-    def _tell_tick(self) -> None:
-        self._tell(Tick())
+            for _ in range(max_events):
+                if self.finish or self.dead:
+                    return self
+                if self.now > max_s:
+                    break
+                if not self.advance(self._deadline):
+                    self._tell(Tick())
+        raise RunError(
+            f"no end after {max_events} events or {max_s} s, at {self.now:.3f} s in phase {self.status.phase}"
+        )
 
     def stop(self) -> None:
         """End the run in good order."""
         self.after(0.0, self._tell, Stop("stopped"))
 
+    def kill_driver(self) -> None:
+        """The driver is no more, and everything it started ends with it."""
+        self.dead = True
+
     def _tell(self, event: Event) -> None:
+        for observer in self.observers:
+            observer.told(self, event)
         for action in self.coordinator.handle(event, self.now):
             self.act(action)
         deadline = self.coordinator.next_deadline()
@@ -205,8 +218,11 @@ class VirtualCluster(VirtualClock):
     # Actions
 
     def act(self, action: Action) -> None:
-        """Do what the coordinator wants."""
-        _ACTIONS[type(action)](self, action)
+        """Do what the coordinator wants, if the fault plan allows it."""
+        if self._faults.allows(action):
+            _ACTIONS[type(action)](self, action)
+        for observer in self.observers:
+            observer.acted(self, action)
 
     def _on_finish(self, action: Finish) -> None:
         self.finish = action
@@ -234,14 +250,19 @@ class VirtualCluster(VirtualClock):
         state = self._state(origin.states, partition) if origin else None
         saved = state.metadata["version"][0] if state else 0
         incarnation = self._incarnations[partition] = max(saved, self._incarnations.get(partition, 0)) + 1
+        spec = self._spec
+        grid = self.problem.grid
+        watching = self._server_observer and self._server_observer(partition)
         if state:
-            server = self.server.restore(self._spec, self.problem.grid, state, incarnation, self.now)
+            server = self._server.restore(spec, grid, state, incarnation, self.now, observer=watching)
         else:
             weights = self.problem.weights[self.parts[partition]]
             version = Version(incarnation, 0)
-            server = self.server(self._spec, self._partitions[partition], weights, self.problem.grid, version)
+            server = self._server(spec, self._partitions[partition], weights, grid, version, observer=watching)
         self.servers[partition] = server
         self._told_epochs[partition] = server.epochs
+        for observer in self.observers:
+            observer.started(self, partition)
 
     def _state(self, states: Sequence[ServerState], partition: int) -> ServerState:
         if len(states) == len(self.parts):
@@ -267,12 +288,8 @@ class VirtualCluster(VirtualClock):
         spec = self._spec
         name = action.worker
         self.workers[name] = VirtualWorker(name, self, spec.worker_options, spec.scaling.pipeline)
-        self.after(self.start_s(name), self._up, name)
-
-    def start_s(self, worker: str) -> float:
-        """How long a worker takes to start."""
-        del worker
-        return self.timing.start_s
+        seconds = self.timing.start_s if self._start_s is None else self._start_s(name)
+        self.after(seconds, self._up, name)
 
     def _up(self, name: str) -> None:
         if name in self.workers:
@@ -286,27 +303,24 @@ class VirtualCluster(VirtualClock):
         if worker := self.workers.pop(name, None):
             worker.alive = False
 
-    def _crash(self) -> None:
-        assert self._crashes
-        if self.workers and self.status.phase == "training":
-            name = sorted(self.workers)[int(self._random.integers(len(self.workers)))]
-            self.kill(name)
-            self.tell_soon(WorkerLost(name, "scripted"), self.timing.death_s)
-        self.after(self._crashes(), self._crash)
+    def lose_worker(self, name: str, cause: str = "scripted", preempted: bool = False) -> None:
+        """A worker dies, and the driver hears of it a little later."""
+        self.kill(name)
+        self.tell_soon(WorkerLost(name, cause, preempted), self.timing.death_s)
 
     def _on_join(self, action: Join) -> None:
         for partition, server in list(self.servers.items()):
-            self._deliver(partition, server.join(action.worker, self.now))
+            self._network.deliver(partition, server.join(action.worker, self.now))
 
     def _on_leave(self, action: Leave) -> None:
         for partition, server in list(self.servers.items()):
-            self._deliver(partition, server.leave(action.worker, self.now))
-            self._notice(partition)
+            self._network.deliver(partition, server.leave(action.worker, self.now))
+            self.notice(partition)
 
     def _on_change(self, action: ChangeServer) -> None:
         if server := self.servers.get(action.partition):
-            self._deliver(action.partition, server.change(action.settings, self.now))
-            self._notice(action.partition)
+            self._network.deliver(action.partition, server.change(action.settings, self.now))
+            self.notice(action.partition)
 
     def _on_grant(self, action: Grant) -> None:
         if worker := self.workers.get(action.worker):  # else it died, and the driver is about to hear of it
@@ -315,7 +329,7 @@ class VirtualCluster(VirtualClock):
     def _on_evaluate(self, action: Evaluate) -> None:
         try:
             parts = [self.servers[partition].epoch_weights(action.epochs) for partition in range(len(self.parts))]
-        except KeyError:  # no server, or none of these weights
+        except (KeyError, WeightsNotKeptError):  # a partition has no server, or it keeps no such weights
             self.tell_soon(EvaluationLost(action.worker, action.epochs))
             return
         if worker := self.workers.get(action.worker):
@@ -333,14 +347,14 @@ class VirtualCluster(VirtualClock):
         elif action.wait:
             self._polls[action.partition] = action
             self.after(self.timing.poll_s, self._answer_poll, action)
-            self._notice(action.partition)
+            self.notice(action.partition)
         else:
             self.after(self.timing.call_s, self._answer, action)
 
     def _on_skip(self, action: Skip) -> None:
         for partition, server in list(self.servers.items()):
-            self._deliver(partition, server.skip(action.batch, self.problem.examples(action.batch), self.now))
-            self._notice(partition)
+            self._network.deliver(partition, server.skip(action.batch, self.problem.examples(action.batch), self.now))
+            self.notice(partition)
 
     def _on_note(self, action: Note) -> None:
         """Nobody writes it down here."""
@@ -349,7 +363,7 @@ class VirtualCluster(VirtualClock):
         self._saving = action.checkpoint
         self._states = {}
         for partition in self.servers:
-            self._notice(partition)
+            self.notice(partition)
 
     def _on_commit(self, action: Commit) -> None:
         states = tuple(self._states[partition] for partition in sorted(self._states))
@@ -369,13 +383,12 @@ class VirtualCluster(VirtualClock):
         if server is None:
             return
         self._told_epochs[ask.partition] = server.epochs
-        self.journal(ask.partition, server.journal.take())
+        records = server.journal.take()
+        for observer in self.observers:
+            observer.journalled(self, ask.partition, records)
         self.tell_soon(Reported(server.report(), ask.asked))
 
-    def journal(self, partition: int, records: NDArray[np.void]) -> None:
-        """Records of a partition's journal, in its order; here nobody keeps them."""
-
-    def _notice(self, partition: int) -> None:
+    def notice(self, partition: int) -> None:
         """Serve who waits for an epoch's end, or for a moment at which the state can be saved."""
         server = self.servers.get(partition)
         if server is None:
@@ -383,50 +396,27 @@ class VirtualCluster(VirtualClock):
         if server.epochs != self._told_epochs[partition] and partition in self._polls:
             self._answer_poll(self._polls[partition])
         if self._saving is not None and partition not in self._states and server.can_save:
-            self._states[partition] = server.state()
+            state = self._states[partition] = server.state()
+            for observer in self.observers:
+                observer.saved(self, partition, self._saving, state)
             self.tell_soon(Saved(partition, self._saving, server.version.updates, server.epochs))
 
-    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> bool:
-        """A push reaches the servers, its i-th part the i-th from the `first` on; whether all of them are there."""
-        servers = self.servers
-        lead = servers.get(0)
-        updates = lead.version.updates if lead else 0
-        for partition, gradient in enumerate(gradients, first):
-            server = servers.get(partition)
-            if server is None:
-                continue
-            self._deliver(partition, server.push(gradient, self.now))
-            if self._saving is not None or server.epochs != self._told_epochs[partition]:
-                self._notice(partition)
-        if lead and lead.version.updates != updates:
-            if self.readers:
-                self.readers.call_off(lead.version.updates)
-            if self._observe:
-                self._observe(self)
-        return len(servers) == len(self.parts)
-
-    def _deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
-        for receipt in receipts:
-            worker = self.workers.get(receipt.worker)
-            if worker is not None:
-                worker.receive(partition, receipt, self.servers[partition].published)
+    def stepped(self) -> None:
+        """The first partition's server has made a step."""
+        if self.readers:
+            self.readers.call_off(self.servers[0].version.updates)
+        for observer in self.observers:
+            observer.stepped(self)
 
     # What surrounds workers
 
     def pull(self, worker: str) -> tuple[list[Version], FloatArray] | None:
-        """Versions, by partition, and the weights shown now; of a single server its own memory."""
-        del worker
-        if len(self.servers) < len(self.parts):
-            return None
-        if len(self.servers) == 1:
-            return [self.servers[0].version], self.servers[0].published
-        servers = [self.servers[partition] for partition in range(len(self.parts))]
-        return [server.version for server in servers], np.concatenate([server.published for server in servers])
+        """See `Network.pull`."""
+        return self._network.pull(worker)
 
     def push(self, worker: VirtualWorker, slot: Slot, gradients: Sequence[Gradient]) -> None:
-        """A worker's gradient reaches the servers."""
-        if not self.arrive(gradients) and slot.batch == gradients[0].batch:
-            worker.lose_lane("no receipt came")
+        """See `Network.push`."""
+        self._network.push(worker, slot, gradients)
 
 
 _ACTIONS: dict[type[Any], Callable[[VirtualCluster, Any], None]] = {

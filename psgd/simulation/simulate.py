@@ -8,25 +8,25 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from psgd.core.server.consistency import build_consistency
-from psgd.core.server.journal import OUTCOMES, RecordKind
+from psgd.core.server.observer import ServerObserver
 from psgd.core.server.report import staleness_summary
 from psgd.errors import SpecError
 from psgd.job import OpenJob
 from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.faults import Crashes, FaultPlan
+from psgd.simulation.observer import ClusterObserver
 from psgd.simulation.problem import Problem, Timing
 from psgd.simulation.quadratic import Quadratic
 from psgd.simulation.scenario import Scenario
 from psgd.spec import JobSpec, SimulationTarget
-from psgd_workers.messages import BatchId, Evaluation, FloatArray, Outcome
+from psgd_workers.messages import BatchId, Evaluation, FloatArray, Gradient
 
 __all__ = ["FIGURES", "JobSubject", "Point", "QuadraticSubject", "Simulated", "Subject", "figures", "simulate"]
 
 POINTS = 200  # of a curve, about
 EARLY = 16  # points between n and 2n updates, until `POINTS` says more
-TAKEN = [OUTCOMES[Outcome.APPLIED], OUTCOMES[Outcome.BUFFERED]]
 
 # What the driver does takes its time next to a gradient's, as in a real run with batches of some tens of milliseconds.
 CALL, POLL, LEASE = 0.02, 4.0, 100.0  # of a mean gradient's time
@@ -160,24 +160,37 @@ class JobSubject:
         return found.loss if self.metric == "val/loss" else float(found.accuracy or 0)
 
 
-class _Run(VirtualCluster):
-    """A cluster that counts whose gradients are taken, and starts workers when they join."""
+class _Takers(ServerObserver):
+    """Counts whose gradients a server takes.
 
-    def __init__(self, spec: JobSpec, problem: Problem, scenario: Scenario, **options: Any) -> None:
-        self._joins = np.random.default_rng([scenario.seed, 1])
-        self._join_s = scenario.join_s
-        self.taken = Counter[str]()
-        super().__init__(spec, problem, **options)
+    Attributes:
+        counts: gradients taken, by worker.
+    """
 
-    def start_s(self, worker: str) -> float:
+    def __init__(self) -> None:
+        self.counts = Counter[str]()
+
+    def collected(self, gradient: Gradient) -> None:
+        """One more of this worker's."""
+        self.counts[gradient.worker] += 1
+
+
+def _joins(scenario: Scenario) -> Callable[[str], float]:
+    """Draw how long each worker takes to join."""
+    random = np.random.default_rng([scenario.seed, 1])
+
+    def seconds(worker: str) -> float:
         del worker
-        return float(self._joins.exponential(self._join_s)) if self._join_s else 0.0
+        return float(random.exponential(scenario.join_s)) if scenario.join_s else 0.0
 
-    def journal(self, partition: int, records: NDArray[np.void]) -> None:
-        if partition == 0:
-            pushes = records[(records["kind"] == RecordKind.PUSH) & np.isin(records["outcome"], TAKEN)]
-            names, counts = np.unique(pushes["worker"], return_counts=True)
-            self.taken.update({name.decode(): int(n) for name, n in zip(names, counts, strict=True)})
+    return seconds
+
+
+def _crashes(scenario: Scenario) -> FaultPlan:
+    """Draw when workers crash, and which."""
+    random = np.random.default_rng([scenario.seed, 2])
+    crash_s = scenario.crash_s
+    return FaultPlan() if crash_s is None else Crashes(lambda: float(random.exponential(crash_s)), scenario.seed)
 
 
 def simulate(
@@ -194,29 +207,26 @@ def simulate(
     """
     problem = subject.problem()
     mean_s = _mean_s(scenario)
-    crash_s = scenario.crash_s
-    random = np.random.default_rng([scenario.seed, 2])
     watch = _Watch(subject, target, every=max(1, _updates(spec, problem) // POINTS))
-    run = _Run(
+    takers = _Takers()
+    run = VirtualCluster(
         spec,
         problem,
-        scenario,
-        compute_s=_compute_s(scenario),
+        _compute_s(scenario),
         timing=Timing(CALL * mean_s, scenario.link_s, 0.0, POLL * mean_s, CALL * mean_s, mean_s),
-        crashes=None if crash_s is None else lambda: float(random.exponential(crash_s)),
-        seed=scenario.seed,
+        start_s=_joins(scenario),
+        faults=_crashes(scenario),
         lease_s=LEASE * mean_s,
-        observe=watch,
+        observers=[watch],
+        server_observer=lambda partition: None if partition else takers,
     ).run()
-    server = run.servers[0]
-    run.journal(0, server.journal.take())
-    report = server.report()
+    report = run.servers[0].report()
     began = run.status.began or 0.0
     ended = report.last.now if report.last else run.now
     watch.look(run, ended)
     assert run.finish
     took = ended - began
-    total = sum(run.taken.values())
+    total = takers.counts.total()
     return Simulated(
         name=name,
         status=run.finish.status if run.finish.error is None else f"{run.finish.status}: {run.finish.error}",
@@ -232,7 +242,7 @@ def simulate(
         pushes=dict(report.pushes),
         staleness=staleness_summary(report.staleness),
         staleness_counts=dict(sorted(report.staleness.items())),
-        shares={worker: count / total for worker, count in sorted(run.taken.items(), key=_number)},
+        shares={worker: count / total for worker, count in sorted(takers.counts.items(), key=_number)},
         crashes=run.status.charged_failures,
         curve=tuple(watch.curve),
     )
@@ -270,7 +280,7 @@ def _compute_s(scenario: Scenario) -> Callable[[str, BatchId], float]:
     return seconds
 
 
-class _Watch:
+class _Watch(ClusterObserver):
     """Looks at the metric now and then, and ends the run once it is good enough."""
 
     def __init__(self, subject: Subject, target: SimulationTarget | None, every: int) -> None:
@@ -282,7 +292,8 @@ class _Watch:
         self.curve: list[Point] = []
         self.reached: Point | None = None
 
-    def __call__(self, cluster: VirtualCluster) -> None:
+    def stepped(self, cluster: VirtualCluster) -> None:
+        """Look if it is time to."""
         due = cluster.servers[0].version.updates >= self._next
         if not self.reached and (due or (self._target and self._subject.cheap)):
             self.look(cluster, cluster.now, keep=due)

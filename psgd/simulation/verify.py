@@ -21,6 +21,7 @@ from psgd.core.server.schedules import build_schedule
 from psgd.errors import RunError
 from psgd.job import OpenJob
 from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.faults import Crashes
 from psgd.simulation.problem import Problem
 from psgd.spec import JobSpec, ScalingConfig
 from psgd.spec.changes import override_spec
@@ -252,7 +253,7 @@ class _Trial:
         scaling = self._scaling
         spec = self._spec(f"scaling={{workers: {WORKERS}, servers: {scaling.servers}, pipeline: {scaling.pipeline}}}")
         random = np.random.default_rng(0)
-        status = self._run(spec, crashes=lambda: float(random.exponential(1.5)), seed=1).status
+        status = self._run(spec, faults=Crashes(lambda: float(random.exponential(1.5)), seed=1)).status
         counts = status.ledger
         observed = f"{counts.applied} applied, {counts.batches} different, {status.charged_failures} workers killed"
         return observed, counts.applied == counts.batches == self.num_batches

@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from math import inf
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
-from psgd.core.driver.events import Action, Commit, Save, SaveFailed, WorkerLost
+import numpy as np
+
+from psgd.core.driver.events import Action, Commit, Save, SaveFailed
 from psgd.simulation.cluster import VirtualCheckpoint, VirtualCluster
+from psgd.simulation.faults import FaultPlan, PushFault
+from psgd.simulation.observer import ClusterObserver
 from psgd.simulation.problem import Problem, Timing
-from psgd.simulation.worker import Slot, VirtualWorker
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Gradient, Outcome, Receipt, Version
 
-__all__ = ["Applied", "Fault", "InProcess", "VirtualCheckpoint"]
+__all__ = ["Applied", "EachStep", "Fault", "InProcess", "ScriptedFaults", "VirtualCheckpoint"]
 
 TIMING = Timing()
 START_S = TIMING.start_s
@@ -29,7 +33,7 @@ FaultKind = Literal["before", "after", "late", "torn", "silent", "lane"]
 
 
 class Fault(NamedTuple):
-    """What befalls a worker's n-th push.
+    """What happens to a worker's n-th push.
 
     The worker dies before it, after it reached the servers but before its receipt, with the push still under way
     (`late`), or when it reached the first server only (`torn`). A `silent` worker hangs instead of pushing; `lane`:
@@ -50,6 +54,89 @@ class Applied(NamedTuple):
     after: Version
 
 
+class ScriptedFaults(FaultPlan):
+    """Faults by worker and push, and checkpoints that cannot be written.
+
+    Args:
+        faults: of the workers.
+        failing_saves: numbers of the checkpoints that fail.
+        skew_s: how late the parts of a push that several servers get may be; each is drawn by itself.
+    """
+
+    def __init__(self, faults: Sequence[Fault] = (), failing_saves: Collection[int] = (), skew_s: float = 0.0) -> None:
+        self._faults: Mapping[tuple[str, int], FaultKind] = {(f.worker, f.push): f.kind for f in faults}
+        self._failing_saves = failing_saves
+        self._skew_s = skew_s
+        self._skews = np.random.default_rng(11)
+
+    def begin(self, cluster: VirtualCluster) -> None:
+        self._cluster = cluster
+
+    def push(self, worker: str, number: int, partitions: int) -> PushFault | None:
+        fault = self._faults.get((worker, number))
+        if fault is None:
+            return PushFault(self._copies(partitions)) if self._skew_s and partitions > 1 else None
+        nothing: Sequence[Sequence[float]] = [()] * partitions
+        match fault:
+            case "silent":
+                return PushFault(nothing, "hangs")
+            case "lane":
+                return PushFault(self._copies(partitions), "loses its lane")
+            case "before":
+                return PushFault(nothing, "dies", fault)
+            case "torn":
+                return PushFault([(0.0,), *nothing[1:]], "dies", fault)
+            case "late":
+                return PushFault([(LATE_S + delay,) for (delay,) in self._copies(partitions)], "dies", fault)
+            case "after":
+                return PushFault(self._copies(partitions), "dies", fault)
+
+    def _copies(self, partitions: int) -> Sequence[tuple[float]]:
+        if not self._skew_s or partitions == 1:
+            return [(0.0,)] * partitions
+        return [(self._skew_s * float(self._skews.random()),) for _ in range(partitions)]
+
+    def allows(self, action: Action) -> bool:
+        if isinstance(action, Save) and action.checkpoint in self._failing_saves:
+            self._cluster.tell_soon(SaveFailed(action.checkpoint, "the disk is full"))
+            return False
+        return True
+
+
+class _Notes(ClusterObserver):
+    """Writes down what happens."""
+
+    def __init__(self) -> None:
+        self._reads: dict[tuple[str, BatchId], Version] = {}
+        self.applied: list[Applied] = []
+        self.checkpoints: list[VirtualCheckpoint] = []
+        self.actions: list[tuple[float, Action]] = []
+
+    def acted(self, cluster: VirtualCluster, action: Action) -> None:
+        self.actions.append((cluster.now, action))
+        if isinstance(action, Commit) and cluster.checkpoint:
+            self.checkpoints.append(cluster.checkpoint)
+
+    def pushed(self, cluster: VirtualCluster, partition: int, gradient: Gradient) -> None:
+        if partition == 0:
+            self._reads[gradient.worker, gradient.batch] = gradient.read
+
+    def answered(self, cluster: VirtualCluster, partition: int, receipt: Receipt) -> None:
+        if partition == 0 and receipt.outcome is Outcome.APPLIED:
+            read = self._reads[receipt.worker, receipt.batch]
+            self.applied.append(Applied(receipt.worker, receipt.batch, read, receipt.version))
+
+
+class EachStep(ClusterObserver):
+    """Calls a function after each step of the first partition."""
+
+    def __init__(self, look: Callable[[VirtualCluster], object]) -> None:
+        self._look = look
+
+    def stepped(self, cluster: VirtualCluster) -> None:
+        self._look(cluster)
+
+
 def _constant_s(worker: str, batch: BatchId) -> float:
     return 0.05
 
@@ -66,8 +153,10 @@ class InProcess(VirtualCluster):
         compute_s: (worker, batch) -> virtual seconds of one gradient.
         start_s: worker -> virtual seconds its process takes to start; infinite: for ever.
         evaluate: weights -> result; None: there is nothing to validate on.
-        faults: what befalls the workers.
+        faults: of the workers.
         failing_saves: numbers of the checkpoints that cannot be written.
+        skew_s: how late the parts of a push that several servers get may be.
+        observers: told what the run does.
         options: of the cluster.
 
     Attributes:
@@ -89,67 +178,29 @@ class InProcess(VirtualCluster):
         evaluate: Callable[[FloatArray], Evaluation] | None = None,
         faults: Sequence[Fault] = (),
         failing_saves: Collection[int] = (),
+        skew_s: float = 0.0,
+        observers: Sequence[ClusterObserver] = (),
         **options: Any,
     ) -> None:
         problem = Problem(grid, weights, gradient, examples=examples, evaluate=evaluate)
-        super().__init__(spec, problem, compute_s, **options)
-        self._start_s = start_s
-        self._faults: Mapping[tuple[str, int], FaultKind] = {(f.worker, f.push): f.kind for f in faults}
-        self._failing_saves = failing_saves
-        self._reads: dict[tuple[str, BatchId], Version] = {}
-        self.applied: list[Applied] = []
-        self.checkpoints: list[VirtualCheckpoint] = []
-        self.actions: list[tuple[float, Action]] = []
+        notes = _Notes()
+        super().__init__(
+            spec,
+            problem,
+            compute_s,
+            start_s=start_s,
+            faults=ScriptedFaults(faults, failing_saves, skew_s),
+            observers=[notes, *observers],
+            **options,
+        )
+        self.applied = notes.applied
+        self.checkpoints = notes.checkpoints
+        self.actions = notes.actions
 
-    def run(self, max_events: int = MAX_EVENTS) -> Self:
+    def run(self, max_events: int = MAX_EVENTS, max_s: float = inf) -> Self:
         """Run to the end, which must not be far."""
-        return super().run(max_events)
+        return super().run(max_events, max_s)
 
     def did(self, kind: type[Kind]) -> list[tuple[float, Kind]]:
         """When the coordinator wanted which actions of one kind."""
         return [(at, action) for at, action in self.actions if isinstance(action, kind)]
-
-    def start_s(self, worker: str) -> float:
-        return self._start_s(worker)
-
-    def act(self, action: Action) -> None:
-        self.actions.append((self.now, action))
-        if isinstance(action, Save) and action.checkpoint in self._failing_saves:
-            self.tell_soon(SaveFailed(action.checkpoint, "the disk is full"))
-            return
-        super().act(action)
-        if isinstance(action, Commit) and self.checkpoint:
-            self.checkpoints.append(self.checkpoint)
-
-    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> bool:
-        if first == 0:
-            self._reads[gradients[0].worker, gradients[0].batch] = gradients[0].read
-        return super().arrive(gradients, first)
-
-    def _deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
-        for receipt in receipts:
-            if partition == 0 and receipt.outcome is Outcome.APPLIED:
-                read = self._reads[receipt.worker, receipt.batch]
-                self.applied.append(Applied(receipt.worker, receipt.batch, read, receipt.version))
-        super()._deliver(partition, receipts)
-
-    def push(self, worker: VirtualWorker, slot: Slot, gradients: Sequence[Gradient]) -> None:
-        fault = self._faults.get((worker.name, worker.pushes - 1))
-        if fault is None:
-            super().push(worker, slot, gradients)
-            return
-        if fault == "silent":
-            worker.lease = None
-            return
-        if fault == "lane":
-            worker.lose_lane("no receipt came")
-        else:
-            worker.alive = False
-            self.tell_soon(WorkerLost(worker.name, fault), TIMING.death_s)
-        if fault == "late":
-            self.after(LATE_S, self._arrive_late, gradients)
-        elif fault != "before":
-            self.arrive(gradients[:1] if fault == "torn" else gradients)
-
-    def _arrive_late(self, gradients: Sequence[Gradient]) -> None:
-        self.arrive(gradients)

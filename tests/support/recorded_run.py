@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.core.driver.events import Action, Commit
+from psgd.core.server.state import ServerState
 from psgd.job import OpenJob
+from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.observer import ClusterObserver
 from psgd.spec import JobSpec
 from psgd.store.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
-from psgd_workers.messages import BatchId, FloatArray, Gradient
+from psgd_workers.messages import BatchId, FloatArray
 from tests.support.in_process import InProcess, VirtualCheckpoint
 
 __all__ = ["RecordedRun", "digits", "record", "run_directory"]
@@ -65,37 +68,38 @@ class RecordedRun(InProcess):
         job: what is run.
         resumed: the checkpoint's name.
         losses: how often the first server is lost, each time soon after a checkpoint.
-        skew_s: by so many virtual seconds at most, the parts of a push arrive one after the other, in any order.
         options: of the cluster.
     """
 
     def __init__(
-        self,
-        run: RunDirectory,
-        job: OpenJob,
-        resumed: str | None,
-        *,
-        losses: int = 0,
-        skew_s: float = 0.0,
-        **options: Any,
+        self, run: RunDirectory, job: OpenJob, resumed: str | None, *, losses: int = 0, **options: Any
     ) -> None:
         self._worker = job.worker("all")
-        self._skew_s = skew_s
-        self._skews = np.random.default_rng(11)
         super().__init__(
             job.spec,
             job.shards.grid,
             job.weights,
             self.gradient,
             examples=lambda batch: len(job.shards.examples(batch)),
+            observers=[_Archive(run, job, resumed, losses)],
             **{"compute_s": _uneven} | options,
         )
+
+    def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
+        return self._worker.gradient(batch, weights, out)
+
+
+class _Archive(ClusterObserver):
+    """Keeps a run's journal and checkpoints in its directory."""
+
+    def __init__(self, run: RunDirectory, job: OpenJob, resumed: str | None, losses: int) -> None:
+        self._run = run
         self._job = job
-        self._run_directory = run
-        self._records: dict[int, list[NDArray[np.void]]] = {partition: [] for partition in range(len(self.parts))}
+        self._records: dict[int, list[NDArray[np.void]]] = defaultdict(list)
         self._losses = losses  # still to come
         self._dying = False
         self._newest = resumed  # name of the checkpoint that a server would go on from
+        self._started: set[int] = set()
         self._number = -1  # of the newest checkpoint that was begun
         self._written: dict[int, Part] = {}  # of that one
         self.incarnation = run.own().incarnation
@@ -109,62 +113,41 @@ class RecordedRun(InProcess):
             pipeline=scaling.pipeline,
         )
 
-    def start_server(self, partition: int) -> None:
-        replaces = partition in self._incarnations
-        super().start_server(partition)
-        if replaces:
-            self._records[partition], self._dying = [], False  # what was not saved is lost
-            self.incarnation = self._run_directory.next_incarnation()
-            assert self.servers[partition].version.incarnation == self.incarnation
-            self._run_directory.event(
+    def started(self, cluster: VirtualCluster, partition: int) -> None:
+        if partition in self._started:
+            self._records[partition] = []  # what was not saved is lost
+            self._dying = False
+            self.incarnation = self._run.next_incarnation()
+            assert cluster.servers[partition].version.incarnation == self.incarnation
+            self._run.event(
                 "server_started", partition=partition, incarnation=self.incarnation, checkpoint=self._newest
             )
+        self._started.add(partition)
 
-    def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
-        return self._worker.gradient(batch, weights, out)
-
-    def journal(self, partition: int, records: NDArray[np.void]) -> None:
+    def journalled(self, cluster: VirtualCluster, partition: int, records: NDArray[np.void]) -> None:
         self._records[partition].append(records)
 
-    def arrive(self, gradients: Sequence[Gradient], first: int = 0) -> bool:
-        if not self._skew_s or len(gradients) == 1:
-            return super().arrive(gradients, first)
-        for partition, gradient in enumerate(gradients, first):
-            self.after(self._skew_s * float(self._skews.random()), self._part_arrives, gradient, partition)
-        return True
-
-    def _part_arrives(self, gradient: Gradient, partition: int) -> None:
-        super().arrive([gradient], partition)
-
-    def _notice(self, partition: int) -> None:
-        super()._notice(partition)
-        if self._saving is None or partition not in self._states:
-            return
-        if self._saving != self._number:
-            self._number = self._saving
+    def saved(self, cluster: VirtualCluster, partition: int, checkpoint: int, state: ServerState) -> None:
+        if checkpoint != self._number:
+            self._number = checkpoint
             self._written = {}
-        if partition in self._written:
-            return
-        records = np.concatenate([*self._records[partition], self.servers[partition].journal.take()])
+        records = np.concatenate([*self._records[partition], cluster.servers[partition].journal.take()])
         self._records[partition] = []
-        storage = self._run_directory.storage
-        name = self._name(self._saving)
-        self._written[partition] = write_part(storage, name, self._states[partition], records)
+        self._written[partition] = write_part(self._run.storage, self._name(checkpoint), state, records)
 
     def _name(self, number: int) -> str:
         return f"{number:06d}-{self.incarnation}"
 
-    def act(self, action: Action) -> None:
-        super().act(action)
+    def acted(self, cluster: VirtualCluster, action: Action) -> None:
         if isinstance(action, Commit):
             self._commit(action)
             if self._losses and not self._dying:
-                self._losses = self._losses - 1
+                self._losses -= 1
                 self._dying = True
-                self.after(SOON_S, self.kill_server, 0)
+                cluster.after(SOON_S, cluster.kill_server, 0)
 
     def _commit(self, commit: Commit) -> None:
-        checkpoints = Checkpoints(self._run_directory.storage)
+        checkpoints = Checkpoints(self._run.storage)
         layout = self._job.layout
         parts = self._written.values()
         manifest = Manifest(
@@ -173,8 +156,8 @@ class RecordedRun(InProcess):
             incarnation=self.incarnation,
             updates=commit.updates,
             epochs=commit.epochs,
-            seed=self._spec.seed,
-            spec_hash=self._spec.identity_hash(),
+            seed=self._job.spec.seed,
+            spec_hash=self._job.spec.identity_hash(),
             settings=next(iter(self._written.values())).settings,
             data_fingerprint=self._job.dataset.fingerprint,
             names=layout.names,
@@ -187,5 +170,5 @@ class RecordedRun(InProcess):
         )
         checkpoints.commit(manifest)
         self._newest = manifest.name
-        deleted = checkpoints.prune(self._spec.checkpoint.keep)
-        self._run_directory.event("checkpoint", name=manifest.name, updates=commit.updates, deleted=deleted)
+        deleted = checkpoints.prune(self._job.spec.checkpoint.keep)
+        self._run.event("checkpoint", name=manifest.name, updates=commit.updates, deleted=deleted)

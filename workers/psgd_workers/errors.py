@@ -2,13 +2,18 @@
 
 __all__ = [
     "DataError",
+    "EncodingError",
+    "FrameError",
     "InputError",
     "LaneError",
     "LaneTimeoutError",
+    "ListenError",
     "MissingExtraError",
     "ModelError",
     "PsgdError",
     "RunError",
+    "ServerGoneError",
+    "SharedMemoryError",
     "WorkerError",
 ]
 
@@ -41,9 +46,32 @@ class WorkerError(RunError):
     """The model's own code raised on a worker: the same batch would raise again."""
 
 
+class EncodingError(RunError):
+    """A compressed gradient cannot be decoded."""
+
+
 class LaneError(RunError):
-    """A server did not answer as the lane promises; whether it applied the push is in doubt."""
+    """A lane cannot be used any more. Pushes without a receipt may have been applied or not; the servers know.
+
+    Only its subclasses are raised; code that treats all of them alike catches this class.
+    """
 
 
-class LaneTimeoutError(LaneError):
-    """No receipt within the time limit."""
+class ServerGoneError(LaneError):
+    """A server cannot be reached, or has closed the connection."""
+
+
+class LaneTimeoutError(ServerGoneError):
+    """A server did not answer within the time limit."""
+
+
+class FrameError(LaneError):
+    """The other end of a connection sent a message that does not belong to this run or breaks the protocol."""
+
+
+class SharedMemoryError(LaneError):
+    """Memory cannot be shared between the processes of this machine."""
+
+
+class ListenError(LaneError):
+    """A server cannot listen for workers on its machine."""

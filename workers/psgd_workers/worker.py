@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from psgd_workers.data.examples import Examples
 from psgd_workers.data.shards import Shards
-from psgd_workers.errors import LaneError, WorkerError
+from psgd_workers.errors import FrameError, WorkerError
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.gradients.sender import Sender, gradient_norm
 from psgd_workers.messages import (
@@ -291,7 +291,7 @@ class Worker:
 
     def _checked(self, receipt: Receipt, batch: BatchId) -> Receipt:
         if (receipt.worker, receipt.batch) != (self._name, batch):
-            raise LaneError(f"{self._name} pushed {batch} and got a receipt for {receipt.batch} of {receipt.worker}")
+            raise FrameError(f"{self._name} pushed {batch} and got a receipt for {receipt.batch} of {receipt.worker}")
         return receipt
 
     def evaluate(self, weights: FloatArray, validation: Examples) -> Evaluation:

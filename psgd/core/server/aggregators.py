@@ -14,13 +14,24 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd.core.server.state import Vectors
 from psgd_workers.messages import BatchId, FloatArray
 
-__all__ = ["Aggregator", "Member", "OneGradient", "Ring", "RoundMean", "RunningMean", "Step", "TableMean", "Taken"]
+__all__ = [
+    "Aggregator",
+    "Contribution",
+    "OneGradient",
+    "RingleaderTables",
+    "RoundMean",
+    "RunningMean",
+    "Step",
+    "StepMember",
+    "TableMean",
+]
 
 
-class Member(NamedTuple):
-    """A gradient that was taken in, as the accounts need it."""
+class StepMember(NamedTuple):
+    """A gradient in a step, as the accounts need it."""
 
     updates_read: int
     examples: int
@@ -31,15 +42,15 @@ class Step(NamedTuple):
 
     gradient: FloatArray  # [partition size], the aggregator's or the last gradient's own: to read
     weight: float  # mean weight
-    members: list[Member]  # the gradients that no step held before
+    members: list[StepMember]  # the gradients that no step held before
 
 
-class Taken(NamedTuple):
+class Contribution(NamedTuple):
     """A gradient on its way into a round."""
 
     worker: str
     batch: BatchId
-    member: Member
+    member: StepMember
     values: FloatArray  # [partition size]; may be overwritten after the step that holds it
     scale: float
     weight: float
@@ -53,11 +64,22 @@ class Aggregator(Protocol):
     def __len__(self) -> int:
         """Gradients that are in no step yet."""
 
-    def add(self, taken: Taken) -> None:
+    def add(self, taken: Contribution) -> None:
         """Take a gradient in."""
+
+    def follow(self, live: AbstractSet[str]) -> None:
+        """Learn which workers are live; called after every push, step and leave."""
 
     def close(self) -> Step:
         """The round's mean; the next round begins."""
+
+    def vectors(self, workers: int, scaled: bool) -> Vectors:
+        """Return how many vectors the aggregator keeps.
+
+        Args:
+            workers: how many push at the same time.
+            scaled: true if gradients come with a scale other than 1.
+        """
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays, and plain JSON values, of the open round."""
@@ -66,7 +88,14 @@ class Aggregator(Protocol):
         """Take over what `state()` gave."""
 
 
-class _Stateless:
+class _Collector:
+    """An aggregator that has nothing to save between rounds and does not look at who is live."""
+
+    keeps = False
+
+    def follow(self, live: AbstractSet[str]) -> None:
+        """The round is the same whichever workers are live."""
+
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Nothing: a state is taken between rounds."""
         return {}, {}
@@ -82,20 +111,18 @@ def _scale_into(out: FloatArray, values: FloatArray, trainable: int, scale: floa
     return out
 
 
-class OneGradient(_Stateless):
+class OneGradient(_Collector):
     """A round is one gradient, which is not copied unless it has to be scaled."""
-
-    keeps = False
 
     def __init__(self, size: int, trainable: int) -> None:
         self._trainable = trainable
         self._scratch = np.empty(size, np.float32)
-        self._taken: Taken | None = None
+        self._taken: Contribution | None = None
 
     def __len__(self) -> int:
         return self._taken is not None
 
-    def add(self, taken: Taken) -> None:
+    def add(self, taken: Contribution) -> None:
         """Take the one gradient."""
         assert self._taken is None, "the round is closed after each gradient"
         self._taken = taken
@@ -109,8 +136,12 @@ class OneGradient(_Stateless):
             values = _scale_into(self._scratch, values, self._trainable, taken.scale, 1.0)
         return Step(values, taken.weight, [taken.member])
 
+    def vectors(self, workers: int, scaled: bool) -> Vectors:
+        """The scaled gradient, if it has to be scaled."""
+        return Vectors(1 if scaled else 0)
 
-class RoundMean(_Stateless):
+
+class RoundMean(_Collector):
     """Σ nᵢgᵢ / Σ nᵢ by examples, summed in BatchId order whatever the order of arrival: the same bits in every run."""
 
     keeps = True
@@ -119,12 +150,12 @@ class RoundMean(_Stateless):
         self._trainable = trainable
         self._mean = np.empty(size, np.float32)
         self._scratch = np.empty(size, np.float32)
-        self._round: list[Taken] = []
+        self._round: list[Contribution] = []
 
     def __len__(self) -> int:
         return len(self._round)
 
-    def add(self, taken: Taken) -> None:
+    def add(self, taken: Contribution) -> None:
         """Keep the gradient."""
         self._round.append(taken)
 
@@ -144,23 +175,25 @@ class RoundMean(_Stateless):
         self._mean /= len(members)
         return Step(self._mean, weight, metadata)
 
+    def vectors(self, workers: int, scaled: bool) -> Vectors:
+        """The mean and one to compute in. The gradients of the round are their senders' own."""
+        return Vectors(2 if scaled or workers > 1 else 0)
 
-class RunningMean:
+
+class RunningMean(_Collector):
     """Σ wᵢgᵢ / Σ wᵢ in the order of arrival: one vector, however many gradients."""
-
-    keeps = False
 
     def __init__(self, size: int, trainable: int) -> None:
         self._trainable = trainable
         self._sum = np.zeros(size, np.float32)
         self._scratch = np.empty(size, np.float32)
         self._weight = 0.0
-        self._members: list[Member] = []
+        self._members: list[StepMember] = []
 
     def __len__(self) -> int:
         return len(self._members)
 
-    def add(self, taken: Taken) -> None:
+    def add(self, taken: Contribution) -> None:
         """Add to the sum."""
         if self._members:
             self._sum += _scale_into(self._scratch, taken.values, self._trainable, taken.scale, taken.weight)
@@ -177,6 +210,10 @@ class RunningMean:
         self._members = []
         return step
 
+    def vectors(self, workers: int, scaled: bool) -> Vectors:
+        """The sum, which is saved with an open round, and one to compute in."""
+        return Vectors(2, 1)
+
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """The sum `[partition size]`, while there is one."""
         if not self._members:
@@ -188,7 +225,7 @@ class RunningMean:
         if metadata:
             self._sum[:] = arrays["sum"]
             self._weight = float(metadata["weight"])
-            self._members = [Member(*member) for member in metadata["members"]]
+            self._members = [StepMember(*member) for member in metadata["members"]]
 
 
 class Table:
@@ -207,9 +244,9 @@ class Table:
         self._mean = np.empty(size, np.float32)
         self._scratch = np.empty(size, np.float32)
         self.counts: dict[str, int] = {}
-        self.fresh: list[Member] = []
+        self.fresh: list[StepMember] = []
 
-    def add(self, taken: Taken) -> None:
+    def add(self, taken: Contribution) -> None:
         """Add to the worker's sum."""
         if taken.worker not in self._sums:
             self._sums[taken.worker] = np.zeros(self._size, np.float32)
@@ -249,17 +286,15 @@ class Table:
         # In the order in which they came: storage gives arrays back in any, and a mean's last bits depend on it.
         self._sums = {worker: arrays[f"{prefix}.{worker}"].astype(np.float32) for worker in self.counts}
         self._weight = float(metadata["weight"])
-        self.fresh = [Member(*member) for member in metadata["fresh"]]
+        self.fresh = [StepMember(*member) for member in metadata["fresh"]]
 
 
-class TableMean:
+class TableMean(_Collector):
     """The mean of the workers' means, once for each table.
 
     Attributes:
         table: of the open round.
     """
-
-    keeps = False
 
     def __init__(self, size: int, trainable: int) -> None:
         self.table = Table(size, trainable)
@@ -267,7 +302,7 @@ class TableMean:
     def __len__(self) -> int:
         return len(self.table.fresh)
 
-    def add(self, taken: Taken) -> None:
+    def add(self, taken: Contribution) -> None:
         """Add to the worker's sum."""
         self.table.add(taken)
 
@@ -276,6 +311,10 @@ class TableMean:
         step = self.table.step()
         self.table.clear()
         return step
+
+    def vectors(self, workers: int, scaled: bool) -> Vectors:
+        """A sum for each worker, their mean, and one to compute in."""
+        return Vectors(workers + 2, workers)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """The table."""
@@ -286,21 +325,19 @@ class TableMean:
         self.table.load("table", arrays, metadata)
 
 
-class Ring:
+class RingleaderTables(_Collector):
     """Ringleader's two tables: one that steps are made of, one that collects what comes beyond (Maranjyan, 2026).
 
     Once every live worker is in the table, each of them is owed a step: the first at once, then one with each one's
     next gradient, which joins the table. What a worker brings while it is owed none waits for the next table.
     """
 
-    keeps = False
-
     def __init__(self, size: int, trainable: int) -> None:
         self._table = Table(size, trainable)
         self._next = Table(size, trainable)
         self._owed: set[str] = set()
-        self._last = ""  # who pushed last
-        self._due = False  # a step
+        self._last = ""  # the worker that pushed last
+        self._due = False
 
     def __len__(self) -> int:
         return len(self._table.fresh) + len(self._next.fresh)
@@ -309,7 +346,7 @@ class Ring:
     def _collecting(self) -> bool:
         return not self._owed and not self._due
 
-    def add(self, taken: Taken) -> None:
+    def add(self, taken: Contribution) -> None:
         """Into the table, or into the next one."""
         self._last = taken.worker
         if self._collecting:
@@ -321,16 +358,19 @@ class Ring:
         else:
             self._next.add(taken)
 
-    def due(self, live: AbstractSet[str]) -> bool:
-        """Whether a step is to be made now; who is not live is owed none and awaited no more."""
+    def owes_step(self) -> bool:
+        """Return True if the table is to become a step now."""
+        return self._due
+
+    def follow(self, live: AbstractSet[str]) -> None:
+        """Owe and await nothing of workers that are not live; a table that has all the others owes its steps."""
         if self._owed:
             self._owed.intersection_update(live)
-            if not self._owed and not self._due:
+            if self._collecting:
                 self._turn()
         if self._collecting and self._table.counts and live <= self._table.counts.keys():
             self._owed = set(live) - {self._last}
             self._due = True
-        return self._due
 
     def close(self) -> Step:
         """A step on the table, or, at an epoch's end, on what no step holds yet."""
@@ -347,6 +387,11 @@ class Ring:
     def _turn(self) -> None:
         self._table.clear()
         self._table, self._next = self._next, self._table
+
+    def vectors(self, workers: int, scaled: bool) -> Vectors:
+        """Two tables; the next one lacks the worker that the present one owes its last step."""
+        sums = 2 * workers - 1
+        return Vectors(sums + 4, sums)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Both tables, and who is owed a step."""

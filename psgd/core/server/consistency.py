@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, Protocol
 
-from psgd.core.server.aggregators import Aggregator, OneGradient, Ring, RoundMean, RunningMean, TableMean
+from psgd.core.server.aggregators import Aggregator, OneGradient, RingleaderTables, RoundMean, RunningMean, TableMean
 from psgd.spec import (
     AsyncConsistency,
     BackupConsistency,
@@ -257,17 +257,17 @@ class Ringleader(Async):
     """A table of each worker's gradients, and n steps on each table (Maranjyan and Richtárik, 2026)."""
 
     def __init__(self) -> None:
-        self._ring: Ring | None = None
+        self._tables: RingleaderTables | None = None
 
     def aggregator(self, size: int, trainable: int) -> Aggregator:
         """Two tables."""
-        self._ring = Ring(size, trainable)
-        return self._ring
+        self._tables = RingleaderTables(size, trainable)
+        return self._tables
 
     def closes(self, round_: Round) -> bool:
         """When the tables owe a step, or nobody has a batch left to push."""
-        assert self._ring is not None
-        return self._ring.due(round_.live.keys()) or (round_.collected > 0 and not round_.outstanding)
+        assert self._tables is not None
+        return self._tables.owes_step() or (round_.collected > 0 and not round_.outstanding)
 
 
 def _buffered_weight(staleness: int) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.core.server.optimizers import Watch
+from psgd.core.server.state import Vectors
 from psgd.spec import (
     CorrectionSpec,
     DanaCorrection,
@@ -53,6 +54,9 @@ class Correction(Protocol):
     def leave(self, worker: str) -> None:
         """The worker is idle, gone or dead."""
 
+    def vectors(self, workers: int) -> Vectors:
+        """Return how many vectors the correction keeps with so many workers."""
+
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays, and plain JSON values, to go on from."""
 
@@ -87,6 +91,10 @@ class Plain:
 
     def leave(self, worker: str) -> None:
         """Nothing of it is remembered."""
+
+    def vectors(self, workers: int) -> Vectors:
+        """None."""
+        return Vectors(0)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Nothing."""
@@ -161,6 +169,10 @@ class DcAsgd(Plain):
         out += values
         return out
 
+    def vectors(self, workers: int) -> Vectors:
+        """Two to compute in, and the running mean of the squares if there is one."""
+        return Vectors(2) if self._squares is None else Vectors(3, 1)
+
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """The running mean of the squares, if there is one."""
         return ({} if self._squares is None else {"squares": self._squares.copy()}), {}
@@ -223,6 +235,10 @@ class GapAware(Plain):
         squares *= self.DECAY
         squares += scratch
 
+    def vectors(self, workers: int) -> Vectors:
+        """Two to compute in, and the running mean."""
+        return Vectors(3, 1)
+
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """The running mean, and of how many steps it is."""
         return {"squares": self._squares.copy()}, {"steps": self._steps}
@@ -278,6 +294,10 @@ class Dana(Plain):
             self._sum[:] = 0
             for velocity in self._velocities.values():
                 self._sum += velocity
+
+    def vectors(self, workers: int) -> Vectors:
+        """A velocity for each worker, their sum, and one to compute in."""
+        return Vectors(workers + 2)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Nothing: the workers of a restored server are new to it."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd.core.server.state import Vectors
 from psgd.spec import (
     AdagradOptimizer,
     AdamOptimizer,
@@ -106,6 +107,10 @@ class Optimizer(ABC):
         """Do what is done once in a step, and give the rule for its blocks."""
 
     @abstractmethod
+    def vectors(self) -> Vectors:
+        """Return how many vectors the rule keeps."""
+
+    @abstractmethod
     def state(self) -> dict[str, NDArray[Any]]:
         """The arrays that, loaded, make the next step the same. The optimizer goes on writing to them."""
 
@@ -155,6 +160,11 @@ class Sgd(Optimizer):
             return velocity
         return np.add(gradient, np.multiply(velocity, self._momentum, out=scratch), out=scratch)
 
+    def vectors(self) -> Vectors:
+        """The velocity, with momentum."""
+        kept = 1 if self._spec.momentum else 0
+        return Vectors(kept, kept)
+
     def state(self) -> dict[str, NDArray[Any]]:
         """`velocity` `[size]`, once there is one."""
         return {"velocity": self._velocity} if self._moving else {}
@@ -192,6 +202,10 @@ class Adagrad(Optimizer):
         np.add(accumulator, self._eps, out=u)
         np.sqrt(u, out=u)
         return np.divide(gradient, u, out=u)
+
+    def vectors(self) -> Vectors:
+        """The accumulator."""
+        return Vectors(1, 1)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """`accumulator` `[size]`: s."""
@@ -254,6 +268,10 @@ class Adam(Optimizer):
         square += scratch
         return mean, square
 
+    def vectors(self) -> Vectors:
+        """Both means."""
+        return Vectors(2, 2)
+
     def state(self) -> dict[str, NDArray[Any]]:
         """`mean` and `square` `[size]`: m and v; `steps` `[1]`, int64: t."""
         return {"mean": self._mean, "square": self._square, "steps": self._steps}
@@ -305,6 +323,10 @@ class DelayedNesterov(Optimizer):
         u += np.multiply(velocity, self._momentum, out=total)
         total[:] = 0
         return u
+
+    def vectors(self) -> Vectors:
+        """The velocity and the sum."""
+        return Vectors(2, 2)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """`velocity` and `sum` `[size]`: m and Σg since it moved; `pushes` `[1]`, int64: how many those are."""

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.server.aggregators import Member, Step, Taken
+from psgd.core.server.aggregators import Contribution, Step, StepMember
 from psgd.core.server.applied import AppliedSet
 from psgd.core.server.average import Average
 from psgd.core.server.consistency import Round, build_consistency
 from psgd.core.server.corrections import build_correction
 from psgd.core.server.journal import Journal, RecordKind
+from psgd.core.server.observer import ServerObserver
 from psgd.core.server.optimizers import build_optimizer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.published import PrivateVector, Published
@@ -34,8 +35,9 @@ from psgd.core.server.report import Mark, Report
 from psgd.core.server.schedules import build_schedule
 from psgd.core.server.state import ServerState
 from psgd.core.server.tally import Tally
+from psgd.errors import PushRefusedError, WeightsNotKeptError
 from psgd.spec import JobSpec, Settings
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import EncodingError
 from psgd_workers.gradients.compression import decode
 from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
 
@@ -64,6 +66,7 @@ class ParameterServer:
         grid: the shape of an epoch.
         version: where versions start.
         published: where to keep the weights that workers are shown; None: in memory of its own.
+        observer: is told what happens to the state.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class ParameterServer:
         grid: EpochGrid,
         version: Version,
         published: Published | None = None,
+        observer: ServerObserver | None = None,
     ) -> None:
         size = partition.stop - partition.start
         trainable = partition.num_trainable
@@ -81,6 +85,7 @@ class ParameterServer:
         self.partition = partition
         self.version = version
         self.settings = spec.settings
+        self._observer = observer or ServerObserver()
         self._size = size
         self._reads_weights = spec.correction.reads_weights
         self._correction = build_correction(spec, trainable)
@@ -109,6 +114,7 @@ class ParameterServer:
         self._counted = 0  # examples applied and skipped: what the schedule goes by
         self.journal = Journal()
         self._set(spec.settings)
+        self._observer.started(self)
 
     def _set(self, settings: Settings) -> None:
         self.settings = settings
@@ -171,12 +177,10 @@ class ParameterServer:
 
         Returns:
             Every receipt that is due now: this worker's, those of workers that waited for it, or none.
-
-        Raises:
-            LaneError: the values were not sent as this partition reads them; nothing happened.
         """
         updates = self.version.updates
         round_ = self._round
+        self._observer.pushed(gradient)
         self._tally.bytes += gradient.nbytes
         outcome = self._admit(gradient)
         if outcome is Outcome.BUFFERED:
@@ -187,6 +191,7 @@ class ParameterServer:
             if outcome is Outcome.DISCARDED:
                 self._settled.add(gradient.batch, skip=True)
                 self._counted += gradient.examples
+                self._observer.skipped(gradient.batch)
         if gradient.worker in round_.live:
             round_.live[gradient.worker] += 1
         if self._mode.belongs(outcome):
@@ -206,6 +211,7 @@ class ParameterServer:
         if batch not in self._settled:
             self._settled.add(batch, skip=True)
             self._counted += examples
+            self._observer.skipped(batch)
             self.journal.skip(now, batch, examples, self.version)
             self._close_if_due(now)
         return self._due()
@@ -233,20 +239,20 @@ class ParameterServer:
         return False
 
     def check(self, gradient: Gradient) -> None:
-        """Refuse what no worker of this run sends, before anything happens; a host calls it before `push`.
+        """Refuse a push that no worker of this run sends. A host calls this before `push`.
 
         Raises:
-            LaneError: there is no such batch; a number or a vector is none that a worker computes; or what must come
-                along is missing.
+            PushRefusedError: the batch does not exist; a number or a vector is not one that a worker computes; or a
+                vector that the job asks for is missing. The state is as before.
         """
         self._check_batch(gradient)
         # Inf and nan are an answer of the norm's; a time must fit the journal.
         if gradient.norm < 0 or not 0 <= gradient.compute_s < LONGEST_S:
-            raise LaneError(f"a push with norm {gradient.norm}, computed in {gradient.compute_s} s")
+            raise PushRefusedError(f"a push with norm {gradient.norm}, computed in {gradient.compute_s} s")
         size = self._size
         trainable = self.partition.num_trainable
         if isinstance(gradient.values, Encoded):
-            decode(gradient.values, self._decoded[:trainable])
+            _check_encoded(gradient.values, self._decoded[:trainable])
             if trainable < size:
                 _check_vector("buffers", gradient.buffers, size - trainable)
         else:
@@ -260,7 +266,7 @@ class ParameterServer:
         # A partition that was restored may be an epoch behind the others.
         exists = epoch <= self._settled.epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
         if not exists or min(gradient.batch) < 0 or not 0 < gradient.examples <= self._grid.num_examples:
-            raise LaneError(
+            raise PushRefusedError(
                 f"a push of {gradient.batch} with {gradient.examples} examples: epochs up to {self.epochs + 1} are of "
                 f"{per_shard} batches by shard, {self._grid.num_examples} examples in all"
             )
@@ -268,6 +274,7 @@ class ParameterServer:
     # DECODE, CORRECT, AGGREGATE
 
     def _collect(self, gradient: Gradient) -> None:
+        self._observer.collected(gradient)
         staleness = self.version.updates - gradient.read.updates
         weight = self._mode.weight(staleness) * self._correction.factor(gradient, staleness)
         values = self._decode(gradient)
@@ -275,8 +282,8 @@ class ParameterServer:
         if not self._untouched:
             values, scale = self._correct(gradient, values, self._clip(gradient))
         self._settled.add(gradient.batch)
-        member = Member(gradient.read.updates, gradient.examples)
-        self._aggregator.add(Taken(gradient.worker, gradient.batch, member, values, scale, weight))
+        member = StepMember(gradient.read.updates, gradient.examples)
+        self._aggregator.add(Contribution(gradient.worker, gradient.batch, member, values, scale, weight))
         self._round.collected += 1
         self._tally.collected(gradient)
 
@@ -313,8 +320,10 @@ class ParameterServer:
 
     def _close_if_due(self, now: float) -> None:
         self._round.outstanding = not self._settled.between_epochs or self._refused >= self._settled.epochs
+        self._aggregator.follow(self._round.live.keys())
         while self._mode.closes(self._round):  # an epoch's end may make two steps of what is left
             self._close(now)
+            self._aggregator.follow(self._round.live.keys())
         if self._kept < self._settled.epochs:
             self._keep_epoch_weights()
         if self._round.outstanding:
@@ -333,6 +342,7 @@ class ParameterServer:
         self._counted += self._tally.stepped(step.members, version.updates, now)
         self._round.collected = len(self._aggregator)
         self.version = version
+        self._observer.stepped(self)
 
     def _step(self, step: Step) -> None:
         trainable = self.partition.num_trainable
@@ -367,6 +377,7 @@ class ParameterServer:
 
     def _keep_epoch_weights(self) -> None:
         self._kept = self.epochs
+        self._tally.forget(self.epochs)
         self._epoch_weights[self._kept] = self._to_evaluate()
         for old in sorted(self._epoch_weights)[:-KEPT_EPOCHS]:
             del self._epoch_weights[old]
@@ -378,12 +389,20 @@ class ParameterServer:
         return weights
 
     def epoch_weights(self, epochs: int | None) -> FloatArray:
-        """What is to be evaluated, as it was the instant `epochs` epochs were complete; None: as it is. A copy.
+        """Return a copy of what is to be evaluated: the weights, or their average if the job keeps one.
 
-        That is the weights, or their average if the job keeps one. The two newest are kept; an older or a future one is
-        a KeyError.
+        Args:
+            epochs: number of complete epochs whose end is meant; None: the present moment.
+
+        Raises:
+            WeightsNotKeptError: the end of that epoch is not one of the two newest.
         """
-        return self._to_evaluate() if epochs is None else self._epoch_weights[epochs].copy()
+        if epochs is None:
+            return self._to_evaluate()
+        if epochs not in self._epoch_weights:
+            kept = ", ".join(map(str, sorted(self._epoch_weights))) or "none"
+            raise WeightsNotKeptError(f"the weights after {epochs} epochs are not kept; epochs kept: {kept}")
+        return self._epoch_weights[epochs].copy()
 
     @property
     def weights(self) -> FloatArray:
@@ -413,7 +432,7 @@ class ParameterServer:
             tally.first,
             None if tally.stepped_at is None else Mark(tally.stepped_at, updates, tally.samples),
             tally.longest_s,
-            tally.rejected(self.epochs),
+            tally.rejected(),
         )
 
     def state(self) -> ServerState:
@@ -442,7 +461,9 @@ class ParameterServer:
         } | self._tally.state()
         if self._average is not None:
             arrays["average"] = self._average.values.copy()
-        return ServerState({"weights": self._weights.copy()} | arrays, metadata)
+        state = ServerState({"weights": self._weights.copy()} | arrays, metadata)
+        self._observer.saved(self, state)
+        return state
 
     @classmethod
     def restore(
@@ -453,12 +474,15 @@ class ParameterServer:
         incarnation: int,
         now: float,
         published: Published | None = None,
+        observer: ServerObserver | None = None,
     ) -> Self:
         """A new incarnation of the partition that `state` was taken of, its versions counting on from there."""
         metadata = state.metadata
         origin = Version(*metadata["version"])
         version = Version(incarnation, origin.updates)
-        server = cls(spec, Partition(*metadata["partition"]), state.arrays["weights"], grid, version, published)
+        server = cls(
+            spec, Partition(*metadata["partition"]), state.arrays["weights"], grid, version, published, observer
+        )
         server._set(Settings.model_validate(metadata["settings"]))
         server._history = [tuple(fork) for fork in metadata["history"]] + server._history
         settled, skipped = (
@@ -478,10 +502,18 @@ class ParameterServer:
             server._keep_epoch_weights()
         server.journal.settings += [Settings.model_validate(settings) for settings in metadata["changes"]]
         server.journal.fork(now, origin, server.version)
+        server._observer.restored(server, state)
         return server
+
+
+def _check_encoded(encoded: Encoded, scratch: FloatArray) -> None:
+    try:
+        decode(encoded, scratch)
+    except EncodingError as error:
+        raise PushRefusedError(str(error)) from error
 
 
 def _check_vector(name: str, vector: object, length: int) -> None:
     if not (isinstance(vector, np.ndarray) and vector.shape == (length,) and vector.dtype == np.float32):
         given = f"{vector.dtype} {vector.shape}" if isinstance(vector, np.ndarray) else type(vector).__name__
-        raise LaneError(f"a push whose {name} are {given}, not float32 ({length},)")
+        raise PushRefusedError(f"a push whose {name} are {given}, not float32 ({length},)")

@@ -1,14 +1,21 @@
-"""ServerState: what a checkpoint holds of a server, and a new one is restored from."""
+"""ServerState: what a checkpoint holds of a server, and a new one is restored from; and how large it may become."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-__all__ = ["ServerState"]
+__all__ = ["ServerState", "Vectors"]
+
+
+class Vectors(NamedTuple):
+    """A number of float32 vectors, each as long as the partition's slice of the weights."""
+
+    held: int  # in memory, at most
+    saved: int = 0  # of these, the ones that a state contains
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from psgd.core.server.aggregators import Member
+from psgd.core.server.aggregators import StepMember
 from psgd.core.server.report import EpochLoss, Mark
 from psgd_workers.messages import BatchId, Gradient, Outcome
 
@@ -57,7 +57,7 @@ class Tally:
         loss[0] += gradient.loss * gradient.examples
         loss[1] += gradient.examples
 
-    def stepped(self, members: Sequence[Member], updates: int, now: float) -> int:
+    def stepped(self, members: Sequence[StepMember], updates: int, now: float) -> int:
         """A round became a step, the server's newest; returns the examples in it."""
         examples = 0
         for read, count in members:
@@ -74,10 +74,13 @@ class Tally:
         """Of the newest epochs."""
         return {epoch: EpochLoss(*loss) for epoch, loss in self._losses.items()}
 
-    def rejected(self, epochs: int) -> dict[BatchId, int]:
-        """How often a batch's gradient was not finite, by batch; those of epochs before `epochs` are forgotten."""
-        self._rejected = Counter({batch: n for batch, n in self._rejected.items() if batch.epoch >= epochs})
+    def rejected(self) -> dict[BatchId, int]:
+        """Return how often a batch's gradient was not finite, by batch."""
         return dict(self._rejected)
+
+    def forget(self, epochs: int) -> None:
+        """Drop the counts of batches of epochs before `epochs`, which are complete."""
+        self._rejected = Counter({batch: n for batch, n in self._rejected.items() if batch.epoch >= epochs})
 
     def state(self) -> dict[str, Any]:
         """What `load` needs, in plain JSON values."""

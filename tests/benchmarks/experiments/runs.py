@@ -58,9 +58,7 @@ class TimedRun(VirtualCluster):
         self._until = until
         self._began: float | None = None
         self._end: End | None = None
-        super().__init__(
-            spec, problem, self._draw, timing=TIMING, lease_s=LEASE_S, observe=lambda cluster: self._stepped()
-        )
+        super().__init__(spec, problem, self._draw, timing=TIMING, lease_s=LEASE_S)
 
     @property
     def elapsed_s(self) -> float:
@@ -91,7 +89,9 @@ class TimedRun(VirtualCluster):
             self._began = self.now
         return self._sources[worker]()
 
-    def _stepped(self) -> None:
+    def stepped(self) -> None:
+        """Stop once the run has what it is for."""
+        super().stepped()
         if self._end is None and self._until(self):
             self._end = self._here()
             self.stop()

@@ -7,7 +7,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayEr
 
 from psgd.cluster.failures import server_failure, worker_failure
 from psgd.core.driver.events import LaneFailed, ServerLost, WorkerFailed, WorkerLost
-from psgd_workers.errors import LaneError, WorkerError
+from psgd_workers.errors import ServerGoneError, WorkerError
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "model.py", line 3\nKeyError: no such layer\n'
 
@@ -30,7 +30,7 @@ def died(message: str = "killed\n  by the kernel \n\n", **context: bool) -> RayA
 @pytest.mark.parametrize(
     ("error", "lease", "expected"),
     [
-        (raised(LaneError("the server is gone")), 7, LaneFailed("worker-0", 7, "the server is gone")),
+        (raised(ServerGoneError("the server is gone")), 7, LaneFailed("worker-0", 7, "the server is gone")),
         (raised(WorkerError("the model raised")), 7, WorkerFailed("worker-0", "the model raised")),
         (died(), 7, WorkerLost("worker-0", "by the kernel", preempted=False)),
         (died(preempted=True), 7, WorkerLost("worker-0", "by the kernel", preempted=True)),
@@ -48,7 +48,7 @@ def test_what_a_failed_call_to_a_worker_means(
 
 @pytest.mark.parametrize(
     ("error", "lease"),
-    [(raised(KeyError("no such layer")), 7), (raised(LaneError("the server is gone")), None)],
+    [(raised(KeyError("no such layer")), 7), (raised(ServerGoneError("the server is gone")), None)],
     ids=["our-own-fault", "a-lane-outside-a-lease"],
 )
 def test_what_nobody_foresaw_fails_the_run_with_its_traceback(error: RayError, lease: int | None) -> None:

@@ -19,7 +19,7 @@ from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from psgd_workers.models.numpy.network import Network
 from psgd_workers.worker import Worker
-from tests.support.in_process import InProcess
+from tests.support.in_process import EachStep, InProcess
 from tests.support.jobs import GRID, START, job, quadratic
 
 LR = np.float32(0.1)
@@ -194,7 +194,7 @@ def staleness_sums(workers: int, seed: int, scaling: dict[str, int] | None = Non
     """After each of the first 100 steps: how many, stale gradients in flight, and Σ staleness of each partition."""
     sums: list[tuple[int, int, list[int]]] = []
 
-    def observe(host: VirtualCluster) -> None:
+    def look(host: VirtualCluster) -> None:
         updates = host.servers[0].version.updates
         totals = []
         if updates > 100:
@@ -212,7 +212,7 @@ def staleness_sums(workers: int, seed: int, scaling: dict[str, int] | None = Non
     grid = EpochGrid((5000,), 5000)  # long leases, as long as an end is far
     weights = np.zeros(3, np.float32)
     InProcess(
-        job("async", workers, scaling=scaling or {}), grid, weights, one, compute_s=seconds, observe=observe
+        job("async", workers, scaling=scaling or {}), grid, weights, one, compute_s=seconds, observers=[EachStep(look)]
     ).run()
     return sums
 

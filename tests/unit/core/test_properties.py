@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -20,8 +20,10 @@ from psgd.core.server.journal import RecordKind
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.state import ServerState
+from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.observer import ClusterObserver
 from psgd.spec import JobSpec
-from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Outcome, Version
+from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Outcome, Version
 from tests.support.in_process import START_S, Fault, FaultKind, InProcess, VirtualCheckpoint
 from tests.support.jobs import START, job, push, quadratic
 
@@ -128,42 +130,52 @@ def buffered(checkpoint: VirtualCheckpoint) -> int:
     return saved(checkpoint).total() - pushes.get("applied", 0) - pushes.get("discarded", 0)
 
 
-class Recorded(InProcess):
-    """A run that keeps its journal and its server's calls, and checks the server's accounts at every push."""
+class Calls(ClusterObserver):
+    """Keeps the first server's calls and every journal, and checks the server's accounts at every push."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, mode: str, pushed: int) -> None:
         self.calls: list[tuple[str, Any, float]] = []
-        self.modes = [arguments[0].consistency.mode]
-        resume = options.get("resume")
-        self.pushed = sum(resume.states[0].metadata["pushes"].values()) + buffered(resume) if resume else 0
-        self._records: dict[int, list[NDArray[np.void]]] = {partition: [] for partition in range(len(self.parts))}
+        self.modes = [mode]
+        self.records: dict[int, list[NDArray[np.void]]] = defaultdict(list)
+        self._pushed = pushed
 
-    def arrive(self, gradients: Any, first: int = 0) -> bool:
-        self.calls.append(("push", gradients[0], self.now))
-        arrived = super().arrive(gradients, first)
-        self.pushed += 1
-        report = self.servers[0].report()
-        assert sum(report.pushes.values()) == self.pushed
+    def pushed(self, cluster: VirtualCluster, partition: int, gradient: Gradient) -> None:
+        if partition:
+            return
+        self.calls.append(("push", gradient, cluster.now))
+        self._pushed += 1
+        report = cluster.servers[0].report()
+        assert sum(report.pushes.values()) == self._pushed
         assert sum(report.staleness.values()) == report.pushes["applied"] == report.samples
         open_ones = sum(int(bitmap.sum()) for bitmap in report.settled.values())
         settled = report.pushes["applied"] + report.pushes["buffered"] + report.pushes["discarded"]
         assert settled == report.epochs * GRID.num_batches + open_ones
-        return arrived
 
-    def act(self, action: Any) -> None:
+    def acted(self, cluster: VirtualCluster, action: Any) -> None:
         match action:
             case Join(worker):
-                self.calls.append(("join", worker, self.now))
+                self.calls.append(("join", worker, cluster.now))
             case Leave(worker):
-                self.calls.append(("leave", worker, self.now))
+                self.calls.append(("leave", worker, cluster.now))
             case ChangeServer(_, changed):
-                self.calls.append(("change", changed, self.now))
+                self.calls.append(("change", changed, cluster.now))
                 self.modes.append(changed.consistency.mode)
-        super().act(action)
 
-    def journal(self, partition: int, records: NDArray[np.void]) -> None:
-        self._records[partition].append(records)
+    def journalled(self, cluster: VirtualCluster, partition: int, records: NDArray[np.void]) -> None:
+        self.records[partition].append(records)
+
+
+class Recorded(InProcess):
+    """A run that keeps its journal and its server's calls, and checks the server's accounts at every push."""
+
+    def __init__(self, spec: JobSpec, *arguments: Any, **options: Any) -> None:
+        resume = options.get("resume")
+        pushed = sum(resume.states[0].metadata["pushes"].values()) + buffered(resume) if resume else 0
+        kept = Calls(spec.consistency.mode, pushed)
+        super().__init__(spec, *arguments, observers=[kept], **options)
+        self.calls = kept.calls
+        self.modes = kept.modes
+        self._records = kept.records
 
     def records(self, partition: int = 0) -> NDArray[np.void]:
         """A server's whole journal."""

@@ -12,6 +12,8 @@ from psgd.core.driver.events import Action, Stop
 from psgd.core.driver.status import RunStatus
 from psgd.monitoring.observer import METRICS_S, Observer
 from psgd.monitoring.progress import Display
+from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.observer import ClusterObserver
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.messages import EpochGrid, Evaluation
@@ -32,11 +34,17 @@ class Observed(InProcess):
         self.directory = RunDirectory(Storage(str(folder)))
         display = Display(spec, Console(quiet=True))
         self.observer = Observer(self.directory, display, self.told.append, 0.0)
-        super().__init__(spec, GRID, START, quadratic, **options)
+        super().__init__(spec, GRID, START, quadratic, observers=[Shown(self.observer)], **options)
 
-    def act(self, action: Action) -> None:
-        super().act(action)
-        self.observer(self.coordinator.status, self.now)
+
+class Shown(ClusterObserver):
+    """Lets an observer look at the coordinator after everything that it wants."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def acted(self, cluster: VirtualCluster, action: Action) -> None:
+        self._observer(cluster.coordinator.status, cluster.now)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from psgd.core.driver.status import RunStatus
 from psgd.monitoring.progress import STUCK_S, Display
+from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.observer import ClusterObserver
 from psgd_workers.messages import Evaluation
 from tests.support.in_process import InProcess
 from tests.support.jobs import GRID, START, job, quadratic
@@ -166,18 +168,18 @@ def test_a_whole_run_is_told_epoch_by_epoch_each_with_its_own_validation(workers
     spec = job(workers=workers, run={"epochs": epochs})
     display = Display(spec, Console(file=text, width=200))
 
-    class Watched(InProcess):
-        def act(self, action: Any) -> None:
-            super().act(action)
-            display.show(self.status)
+    class Shown(ClusterObserver):
+        def acted(self, cluster: VirtualCluster, action: Any) -> None:
+            display.show(cluster.status)
 
-    run = Watched(
+    run = InProcess(
         spec,
         GRID,
         START,
         quadratic,
         compute_s=lambda worker, batch: 0.001,  # an epoch is over long before its validation
         evaluate=lambda weights: Evaluation(float(weights.sum()), None, 1),
+        observers=[Shown()],
     ).run()
     display.finish(run.status)
     lines = [line.split("  ") for line in text.getvalue().splitlines()]

@@ -17,6 +17,8 @@ import psgd
 from psgd.cli import main
 from psgd.core.driver.events import Change
 from psgd.core.server.journal import RecordKind
+from psgd.core.server.observer import ServerObserver
+from psgd.core.server.parameter_server import ParameterServer
 from psgd.errors import CheckpointError, DataError, JournalError, ReplayError, RunNotFoundError
 from psgd.job import OpenJob
 from psgd.replay.lineage import read_lineage
@@ -24,7 +26,7 @@ from psgd.replay.replay import replay
 from psgd.spec.changes import change_settings
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
-from psgd_workers.messages import BatchId, FloatArray, Outcome, Receipt
+from psgd_workers.messages import BatchId, FloatArray, Outcome
 from tests.support.in_process import Fault
 from tests.support.recorded_run import RecordedRun, digits, record, run_directory
 
@@ -146,7 +148,7 @@ def test_a_resumed_run_is_replayed_without_the_branch_it_gave_up(run: RunDirecto
     assert first.servers[0].version.updates > Checkpoints(run.storage).manifest(before).updates
     run.storage.delete(f"checkpoints/{newest}/server-0.safetensors")
     # Another number of workers is another mean for delay_adaptive, and other names in every table.
-    second = record(run, digits(**sections | {"scaling": {"workers": 2}}), seed=1)
+    second = record(run, digits(**sections | {"scaling": {"workers": 2}}))
     started = [line for line in run.read_lines("events.jsonl") if line["event"] == "started"]
     assert [line["resumed"] for line in started] == [None, before]
     assert f"{newest}-server-0.npy" in run.storage.names("journal")
@@ -302,7 +304,7 @@ def test_a_resumed_run_on_several_servers_is_replayed_across_its_cut(
     for name in others:
         run.storage.delete(f"checkpoints/{name}/server-1.safetensors")
     longer = digits(scaling=scaling | {"workers": 3}, run={"epochs": 3}, **sections)
-    second = record(run, longer, seed=1, skew_s=SKEW_S)
+    second = record(run, longer, skew_s=SKEW_S)
     started = [line for line in run.read_lines("events.jsonl") if line["event"] == "started"]
     assert [line["resumed"] for line in started] == [None, before]
     assert_agrees(run, incarnations=2, updates=second.servers[0].version.updates)
@@ -363,16 +365,16 @@ def test_a_replay_stops_where_every_server_made_so_many_updates(run: RunDirector
 
 
 def test_each_server_stops_with_the_weights_of_its_own_version(run: RunDirectory, tmp_path: Path) -> None:
-    class Watched(RecordedRun):
-        def _deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
-            if self.servers[partition].version.updates == 23:
-                expected[self.parts[partition]] = self.servers[partition].weights
-            super()._deliver(partition, receipts)
-
     job = OpenJob.open(digits(scaling={"workers": 4, "servers": 2}))
     expected = np.full_like(job.weights, np.nan)
     out = tmp_path / "weights.safetensors"
-    Watched(run, job, None, skew_s=SKEW_S).run()
+
+    class Watched(ServerObserver):
+        def stepped(self, server: ParameterServer) -> None:
+            if server.version.updates == 23:
+                expected[server.partition.start : server.partition.stop] = server.weights
+
+    RecordedRun(run, job, None, skew_s=SKEW_S, server_observer=lambda partition: Watched()).run()
     assert replay(run, until=23, out=out).updates == 23
     np.testing.assert_array_equal(job.layout.pack(load_file(out)), expected)
 

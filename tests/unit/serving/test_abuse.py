@@ -21,7 +21,7 @@ import pytest
 
 from psgd.serving import listener as listener_module
 from psgd.serving import poller as poller
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import ServerGoneError, SharedMemoryError
 from psgd_workers.messages import Outcome, Version
 from psgd_workers.transport import memory
 from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind
@@ -158,7 +158,7 @@ def test_who_pushes_to_a_server_that_fails_does_not_wait(
 
     monkeypatch.setattr(harness.server._optimizer, "step", breaks)
     for position, client in enumerate(crews):
-        with pytest.raises(LaneError, match="the server is gone"):
+        with pytest.raises(ServerGoneError, match="the server is gone"):
             client.lane.push(client.gradient(0, batch(position), V1), 0, wants=False).receipt(LIMIT_S)
         harness.log.wait(f"the connection of {client.worker} was closed by the server's own fault")
 
@@ -225,7 +225,7 @@ def test_a_crowd_that_fails_keeps_nobody_waiting_and_who_comes_later_has_a_threa
     assert receipt.outcome is Outcome.APPLIED, "what was taken is answered"
     harness.log.wait("all connections with small pushes were closed: the server's polling thread failed")
     for client in crews:
-        with pytest.raises(LaneError, match="the server is gone"):
+        with pytest.raises(ServerGoneError, match="the server is gone"):
             client.lane.push(client.gradient(0, batch(3), V1), 0, wants=False).receipt(LIMIT_S)
     works(harness, 5, kind="crowd")
     harness.log.wait("a worker is served by a thread of its own: the polling thread has ended")
@@ -325,9 +325,9 @@ def test_a_server_without_descriptors_goes_on_and_takes_workers_when_it_has_some
         read = client.lane.pull(0, LIMIT_S)
         receipt = client.lane.push(client.gradient(0, FIRST, read), 0, wants=True).receipt(LIMIT_S)
         assert receipt.outcome is Outcome.APPLIED
-        with pytest.raises(LaneError, match=r"cannot reach the server at .*Too many open files"):
+        with pytest.raises(ServerGoneError, match=r"cannot reach the server at .*Too many open files"):
             harness.lane("tcp")
-        with pytest.raises(LaneError, match=r"no memory can be shared: .*Too many open files"):
+        with pytest.raises(SharedMemoryError, match=r"no memory can be shared: .*Too many open files"):
             harness.lane("shm")
     assert len(exactly(waiting, GREETING_SIZE)) == GREETING_SIZE
 

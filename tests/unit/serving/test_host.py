@@ -12,11 +12,11 @@ import pytest
 from psgd.core.server.journal import RecordKind
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
-from psgd.errors import RunError, StorageError
+from psgd.errors import PushRefusedError, RunError, StorageError, WeightsNotKeptError
 from psgd.serving import host as host_module
 from psgd.serving.host import ServerHost
-from psgd_workers.errors import LaneError
-from psgd_workers.messages import BatchId, EpochGrid, Gradient, Outcome, Receipt, Version
+from psgd_workers.errors import EncodingError, FrameError, LaneTimeoutError, SharedMemoryError
+from psgd_workers.messages import BatchId, EpochGrid, Outcome, Receipt, Version
 from tests.support.jobs import GRID, START, job, push
 
 LIMIT_S = 10.0
@@ -139,34 +139,54 @@ def test_who_waits_when_the_settings_change_is_answered() -> None:
     assert given == [Receipt("worker-0", FIRST, Outcome.APPLIED, Version(1, 1))]
 
 
-def refused(host: ServerHost, patch: pytest.MonkeyPatch) -> Gradient:
-    return push(FIRST, V0, values=np.ones(len(START) + 1, np.float32))
-
-
-def raises(host: ServerHost, patch: pytest.MonkeyPatch) -> Gradient:
-    def push_and_raise(gradient: Gradient, now: float) -> tuple[Receipt, ...]:
-        patch.undo()
-        raise LaneError("out of order")
-
-    patch.setattr(host.server, "push", push_and_raise)
-    return push(FIRST, V0)
-
-
-@pytest.mark.parametrize("bad", [refused, raises])
-def test_a_push_that_fails_takes_nobodys_receipt(
-    monkeypatch: pytest.MonkeyPatch, bad: Callable[[ServerHost, pytest.MonkeyPatch], Gradient]
-) -> None:
+def test_a_push_that_is_refused_takes_no_receipt_and_leaves_the_server_in_use() -> None:
     never: list[Receipt] = []
     given: list[Receipt] = []
 
     async def test(host: ServerHost) -> None:
-        with pytest.raises(LaneError):
-            host.push(bad(host, monkeypatch), never.append)
+        with pytest.raises(PushRefusedError):
+            host.push(push(FIRST, V0, values=np.ones(len(START) + 1, np.float32)), never.append)
         host.push(push(FIRST, V0), given.append)
 
     hosting(test)
     assert never == []
     assert given == [Receipt("worker-0", FIRST, Outcome.APPLIED, Version(1, 1))]
+
+
+IN_THE_MIDDLE = [EncodingError, FrameError, LaneTimeoutError, SharedMemoryError, MemoryError]
+
+
+@pytest.mark.parametrize("kind", IN_THE_MIDDLE)
+def test_no_other_error_of_a_push_is_taken_to_mean_that_nothing_happened(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    async def test(host: ServerHost) -> None:
+        def decode(*arguments: Any) -> None:
+            raise kind("out of order")
+
+        monkeypatch.setattr(host.server, "_collect", decode)  # the push is already counted
+        with pytest.raises(kind):
+            host.push(push(FIRST, V0), ignore)
+        monkeypatch.undo()
+        with pytest.raises(RunError, match=r"failed in the middle of a call: .*out of order"):
+            host.push(push(FIRST, V0), ignore)
+
+    hosting(test)
+
+
+@pytest.mark.parametrize("kind", IN_THE_MIDDLE)
+def test_nor_of_a_reply_that_fails_after_the_step(kind: type[Exception]) -> None:
+    async def test(host: ServerHost) -> None:
+        def reply(receipt: Receipt) -> None:
+            raise kind("no room for the answer")
+
+        with pytest.raises(kind):
+            host.push(push(FIRST, V0), reply)
+        assert host.server.version == Version(1, 1)
+        with pytest.raises(RunError, match=r"failed in the middle of a call: .*no room for the answer"):
+            host.push(push(SECOND, V0), ignore)
+
+    hosting(test)
 
 
 def test_a_server_that_fails_in_the_middle_of_a_step_is_called_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +214,7 @@ def breaks(*arguments: Any) -> None:
 
 def test_weights_that_are_not_kept_are_no_fault_of_the_servers() -> None:
     async def test(host: ServerHost) -> None:
-        with pytest.raises(KeyError, match="7"):
+        with pytest.raises(WeightsNotKeptError, match="after 7 epochs are not kept; epochs kept: none"):
             host.epoch_weights(7)
         assert host.epoch_weights(None).tolist() == START.tolist()
 

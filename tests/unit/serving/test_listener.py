@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from psgd.serving import listener as listener_module
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import ListenError, ServerGoneError
 from psgd_workers.messages import BatchId, Outcome, Version
 from psgd_workers.transport import memory
 from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind
@@ -48,7 +48,7 @@ if not memory.has_shared_memory():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_without_the_key_is_dropped(harnesses: Harnesses, kind: Kinds) -> None:
     harness = harnesses()
-    with pytest.raises(LaneError, match="closed the connection; its log says why"):
+    with pytest.raises(ServerGoneError, match="closed the connection; its log says why"):
         harness.lane(kind, address=harness.address._replace(key=bytes(32)))
     harness.log.wait("dropped in its handshake: a peer without this run's key")
     works(harness, kind=kind)
@@ -299,7 +299,7 @@ def test_no_free_port_is_an_error_that_says_what_to_do(harnesses: Harnesses) -> 
     harness = harnesses()
     taken = harness.address.port
     assert taken is not None
-    with pytest.raises(LaneError, match=f"no port from {taken} to {taken} is free on 127.0.0.1: widen scaling.ports"):
+    with pytest.raises(ListenError, match=f"no port from {taken} to {taken} is free on 127.0.0.1: widen scaling.ports"):
         harness.listen(unix=False, ports=(taken, taken))
 
 
@@ -317,7 +317,7 @@ def test_the_first_free_port_of_a_range_is_taken(harnesses: Harnesses) -> None:
 
 def test_a_server_cannot_listen_on_another_machines_address(harnesses: Harnesses) -> None:
     harness = harnesses(tcp=False)
-    with pytest.raises(LaneError, match=r"cannot listen on 192\.0\.2\.1:0"):
+    with pytest.raises(ListenError, match=r"cannot listen on 192\.0\.2\.1:0"):
         harness.listener.listen_tcp("192.0.2.1", None)
 
 
@@ -329,7 +329,7 @@ def test_a_restarted_server_gets_its_port_back(harnesses: Harnesses) -> None:
     assert port is not None
     client.lane.pull(0, LIMIT_S)
     harness.listener.close()
-    with pytest.raises(LaneError, match="the server is gone"):
+    with pytest.raises(ServerGoneError, match="the server is gone"):
         client.lane.pull(0, LIMIT_S)
     client.lane.close()
     harness.listener = harness.listen(ports=(port, port))

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from psgd.core.driver.events import Event, LeaseClosed
 from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.observer import ClusterObserver
 from psgd.simulation.problem import Problem, Timing
 from psgd_workers.gradients.compression import ErrorFeedback, TopK, decode
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
@@ -83,15 +85,15 @@ def test_a_pipeline_hides_the_way_of_a_push(pipeline: int, link_s: float, expect
 def test_a_lease_ends_when_every_push_is_answered() -> None:
     ended: list[int] = []
 
-    class Watched(VirtualCluster):
-        def tell_soon(self, event: Any, delay_s: float | None = None) -> None:
-            if type(event).__name__ == "LeaseClosed":
-                ended.append(self.servers[0].version.updates)
-            super().tell_soon(event, delay_s)
+    class Watched(ClusterObserver):
+        def told(self, cluster: VirtualCluster, event: Event) -> None:
+            if isinstance(event, LeaseClosed):
+                ended.append(cluster.servers[0].version.updates)
 
     spec = job(scaling={"pipeline": 2})
     timing = Timing(link_s=5.0)
-    Watched(spec, Problem(GRID, START, quadratic), lambda worker, batch: 1.0, timing=timing).run()
+    problem = Problem(GRID, START, quadratic)
+    VirtualCluster(spec, problem, lambda worker, batch: 1.0, timing=timing, observers=[Watched()]).run()
     assert ended == [BATCHES]
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from psgd_workers.data.examples import Examples
 from psgd_workers.data.shards import Shards
-from psgd_workers.errors import LaneError, LaneTimeoutError, WorkerError
+from psgd_workers.errors import FrameError, LaneTimeoutError, ServerGoneError, WorkerError
 from psgd_workers.gradients.compression import decode
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import (
@@ -260,7 +260,7 @@ def test_a_receipt_may_take_twice_as_long_as_an_answer() -> None:
 def test_a_receipt_for_something_else_is_an_error(wrong: dict[str, Any]) -> None:
     lane = lane_of()
     lane.spoil = lambda receipt: receipt._replace(**wrong)
-    with pytest.raises(LaneError, match=r"worker-3 pushed .* got a receipt for"):
+    with pytest.raises(FrameError, match=r"worker-3 pushed .* got a receipt for"):
         worker_of(lane).work(LEASE, never)
 
 
@@ -300,14 +300,14 @@ def test_a_second_lease_goes_by_the_lanes_of_the_first() -> None:
 
 def test_a_server_that_cannot_be_reached_leaves_no_lane_open() -> None:
     def connect(segment: Segment) -> FakeLane:
-        raise LaneError("nobody listens there")
+        raise ServerGoneError("nobody listens there")
 
     reached = lane_of(5)
     first = slice(0, 5)
     second = slice(5, SIZE)
     routes = [Route(first, partial(reached.connect, part=first)), Route(second, connect)]
     worker = Worker("worker-3", MODEL, LAYOUT, TRAIN, SHARDS, 1, PLAIN, routes)
-    with pytest.raises(LaneError, match="nobody listens"):
+    with pytest.raises(ServerGoneError, match="nobody listens"):
         worker.work(LEASE, never)
     assert reached.calls == ["close"]
 

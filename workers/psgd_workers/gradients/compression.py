@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import EncodingError
 from psgd_workers.messages import Encoded, FloatArray
 from psgd_workers.spec import (
     CompressionSpec,
@@ -111,11 +111,11 @@ class TopK:
     def decode(encoded: Encoded, out: FloatArray) -> None:
         indices, values = _checked(encoded, (np.uint32, None), (np.float32, None))
         if len(indices) != len(values):
-            raise LaneError(f"a top_k gradient came with {len(indices)} indices for {len(values)} values")
+            raise EncodingError(f"a top_k gradient came with {len(indices)} indices for {len(values)} values")
         if not (indices[1:] > indices[:-1]).all():
-            raise LaneError("a top_k gradient's indices are not strictly ascending")
+            raise EncodingError("a top_k gradient's indices are not strictly ascending")
         if len(indices) and indices[-1] >= out.size:
-            raise LaneError(f"a top_k gradient has index {indices[-1]}, expected one below {out.size}")
+            raise EncodingError(f"a top_k gradient has index {indices[-1]}, expected one below {out.size}")
         out[:] = 0
         out[indices] = values
 
@@ -185,13 +185,13 @@ def decode(encoded: Encoded, out: FloatArray) -> None:
         out: `[encoded.size]`, overwritten.
 
     Raises:
-        LaneError: the kind is unknown, or sizes, dtypes or indices do not fit it or `out`.
+        EncodingError: the kind is unknown, or sizes, dtypes or indices do not fit it or `out`.
     """
     decoder = DECODERS.get(encoded.kind)
     if decoder is None:
-        raise LaneError(f"a gradient came compressed as {encoded.kind!r}, expected one of {', '.join(DECODERS)}")
+        raise EncodingError(f"a gradient came compressed as {encoded.kind!r}, expected one of {', '.join(DECODERS)}")
     if encoded.size != out.size:
-        raise LaneError(f"a {encoded.kind} gradient of {encoded.size} values came for a slice of {out.size}")
+        raise EncodingError(f"a {encoded.kind} gradient of {encoded.size} values came for a slice of {out.size}")
     decoder(encoded, out)
 
 
@@ -285,7 +285,7 @@ def _checked(encoded: Encoded, *expected: tuple[type[np.generic], int | None]) -
     if not fits:
         wanted = ", ".join(f"{kind.__name__}[{'k' if length is None else length}]" for kind, length in expected)
         found = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in came) or "nothing"
-        raise LaneError(f"a {encoded.kind} gradient of {encoded.size} values came as {found}, expected {wanted}")
+        raise EncodingError(f"a {encoded.kind} gradient of {encoded.size} values came as {found}, expected {wanted}")
     return encoded.arrays
 
 

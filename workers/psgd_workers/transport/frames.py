@@ -17,7 +17,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import FrameError
 from psgd_workers.gradients.compression import ARRAYS
 from psgd_workers.messages import BatchId, Encoded, FloatArray, Gradient, Outcome, Receipt, Version
 from psgd_workers.transport.affinity import NOWHERE
@@ -98,10 +98,10 @@ class Frame(NamedTuple):
         """Read a header, `HEADER_SIZE` bytes.
 
         Raises:
-            LaneError: it is none.
+            FrameError: it is none.
         """
         if len(header) != HEADER_SIZE:
-            raise LaneError(f"a frame's header of {len(header)} bytes, expected {HEADER_SIZE}")
+            raise FrameError(f"a frame's header of {len(header)} bytes, expected {HEADER_SIZE}")
         (
             magic,
             form,
@@ -124,11 +124,11 @@ class Frame(NamedTuple):
             checksum,
         ) = HEADER.unpack(header)
         if magic != MAGIC or form != FORMAT:
-            raise LaneError(f"a frame begins with {magic!r} and format {form}, expected {MAGIC!r} and {FORMAT}")
+            raise FrameError(f"a frame begins with {magic!r} and format {form}, expected {MAGIC!r} and {FORMAT}")
         if checksum != crc32(header[: FIELDS.size]):
-            raise LaneError("a frame's checksum is not that of its header")
+            raise FrameError("a frame's checksum is not that of its header")
         if kind not in KINDS or wants > 1:
-            raise LaneError(f"a frame of kind {kind} that wants {wants}: there are kinds 1 to {len(KINDS)}")
+            raise FrameError(f"a frame of kind {kind} that wants {wants}: there are kinds 1 to {len(KINDS)}")
         return cls(
             KINDS[kind],
             slot,
@@ -165,10 +165,10 @@ class Frame(NamedTuple):
         """The receipt that this is.
 
         Raises:
-            LaneError: of no outcome there is.
+            FrameError: of no outcome there is.
         """
         if self.kind is not FrameKind.RECEIPT or self.code >= len(OUTCOMES):
-            raise LaneError(f"a receipt was expected, and {self.kind.name} with code {self.code} came")
+            raise FrameError(f"a receipt was expected, and {self.kind.name} with code {self.code} came")
         return Receipt(worker, self.batch, OUTCOMES[self.code], self.version)
 
 
@@ -200,12 +200,12 @@ class PushFormat(NamedTuple):
         """Refuse the header of a push that this partition does not take, before its payload is read.
 
         Raises:
-            LaneError: other values than the job's, or a payload of none of those sizes.
+            FrameError: other values than the job's, or a payload of none of those sizes.
         """
         if frame.code >= len(ENCODINGS) or ENCODINGS[frame.code] != self.encoding:
-            raise LaneError(f"a push with values of code {frame.code}, expected {ENCODINGS.index(self.encoding)}")
+            raise FrameError(f"a push with values of code {frame.code}, expected {ENCODINGS.index(self.encoding)}")
         if frame.payload not in sizes:
-            raise LaneError(f"a push with {frame.payload} bytes of payload, expected {sizes[0]} to {sizes[-1]}")
+            raise FrameError(f"a push with {frame.payload} bytes of payload, expected {sizes[0]} to {sizes[-1]}")
 
     def sizes(self, shared: bool) -> range:
         """Of a payload, in bytes."""
@@ -227,7 +227,7 @@ class PushFormat(NamedTuple):
             shared: the partition's part of the worker's memory; None: everything is in the payload.
 
         Raises:
-            LaneError: the payload is not made as its lengths say.
+            FrameError: the payload is not made as its lengths say.
         """
         values: FloatArray | Encoded
         buffers = weights_read = None
@@ -244,7 +244,7 @@ class PushFormat(NamedTuple):
         elif self.sends_weights:
             weights_read, payload = _vector(payload, self.size)
         if len(payload):
-            raise LaneError(f"a push with {len(payload)} bytes too many")
+            raise FrameError(f"a push with {len(payload)} bytes too many")
         return Gradient(
             worker,
             frame.batch,
@@ -270,14 +270,14 @@ def _encoded(encoded: Encoded) -> Iterator[NDArray[Any]]:
 
 def _decoded(payload: memoryview, kind: str, size: int) -> tuple[Encoded, memoryview]:
     if len(payload) < LENGTHS.size:
-        raise LaneError(f"an encoded push of {len(payload)} bytes, expected at least {LENGTHS.size}")
+        raise FrameError(f"an encoded push of {len(payload)} bytes, expected at least {LENGTHS.size}")
     lengths = LENGTHS.unpack_from(payload)
     payload = payload[LENGTHS.size :]
     arrays: list[NDArray[Any]] = []
     for dtype, length in zip(ARRAYS[kind], lengths, strict=False):
         taken = ceil(length * dtype.itemsize / ALIGNMENT) * ALIGNMENT
         if length > size or taken > len(payload):
-            raise LaneError(f"an encoded push says it has {length} values of {size}, in {len(payload)} bytes")
+            raise FrameError(f"an encoded push says it has {length} values of {size}, in {len(payload)} bytes")
         arrays.append(np.frombuffer(payload, dtype, length))
         payload = payload[taken:]
     return Encoded(kind, size, tuple(arrays)), payload
@@ -285,5 +285,5 @@ def _decoded(payload: memoryview, kind: str, size: int) -> tuple[Encoded, memory
 
 def _vector(payload: memoryview, size: int) -> tuple[FloatArray, memoryview]:
     if len(payload) < 4 * size:
-        raise LaneError(f"a push is {4 * size - len(payload)} bytes short")
+        raise FrameError(f"a push is {4 * size - len(payload)} bytes short")
     return np.frombuffer(payload, np.float32, size), payload[4 * size :]

@@ -18,7 +18,7 @@ import secrets
 from struct import Struct
 from typing import NamedTuple
 
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import FrameError
 
 __all__ = ["GREETING_SIZE", "HELLO_SIZE", "KEY_SIZE", "WELCOME_SIZE", "Address", "Greeting", "Hello", "proof"]
 
@@ -62,7 +62,7 @@ class Greeting(NamedTuple):
     def unpack(cls, data: bytes) -> Greeting:
         magic, form, nonce = GREETING.unpack(data)
         if (magic, form) != (MAGIC, FORMAT):
-            raise LaneError(f"who listens there greets with {magic!r} {form}: no psgd server of format {FORMAT}")
+            raise FrameError(f"who listens there greets with {magic!r} {form}: no psgd server of format {FORMAT}")
         return cls(nonce)
 
 
@@ -91,11 +91,11 @@ class Hello(NamedTuple):
         """Check, then read.
 
         Raises:
-            LaneError: the sender does not have the key.
+            FrameError: the sender does not have the key.
         """
         fields = data[: FACTS.size]
         if not hmac.compare_digest(data[FACTS.size :], proof(key, b"worker", greeting.nonce, fields)):
-            raise LaneError("a peer without this run's key")
+            raise FrameError("a peer without this run's key")
         incarnation, num_parameters, slots, shared, worker, nonce = FACTS.unpack(fields)
         return cls(incarnation, num_parameters, slots, shared, worker.rstrip(b"\0").decode(), nonce)
 

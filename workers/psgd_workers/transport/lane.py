@@ -23,8 +23,8 @@ class Pending(Protocol):
         it tells of, or a later one.
 
         Raises:
-            LaneTimeoutError: none came within the limit. Whether the push was applied is in doubt.
-            LaneError: the server is gone, or says what it must not. Likewise.
+            LaneTimeoutError: no receipt came within the limit. The push may have been applied or not.
+            LaneError: the lane failed for another reason. The push may have been applied or not.
         """
 
 
@@ -62,4 +62,4 @@ class Lane(Protocol):
         """Let go of the server; pushes under way are in doubt."""
 
 
-Connect = Callable[[Segment], Lane]  # raises LaneError: the server cannot be reached
+Connect = Callable[[Segment], Lane]  # raises LaneError: this lane does not work here

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import SharedMemoryError
 from psgd_workers.messages import FloatArray, Version
 
 __all__ = ["PublishedVector", "Segment", "Slot", "free_memory", "has_shared_memory", "stores_are_ordered"]
@@ -44,7 +44,9 @@ def _check_free(needed: int) -> None:
     """Refuse what would not fit, before the kernel has to kill somebody for it."""
     free = free_memory()
     if needed > free:
-        raise LaneError(f"{needed / 2**20:,.1f} MiB of shared memory are needed, and {free / 2**20:,.1f} MiB are free")
+        raise SharedMemoryError(
+            f"{needed / 2**20:,.1f} MiB of shared memory are needed, and {free / 2**20:,.1f} MiB are free"
+        )
 
 
 def free_memory() -> int:
@@ -82,7 +84,7 @@ class Segment:
         fault: why it is private.
 
     Raises:
-        LaneError: `file` is not such a segment.
+        SharedMemoryError: `file` is not such a segment.
     """
 
     def __init__(self, num_parameters: int, slots: int, file: int | None = None) -> None:
@@ -95,7 +97,7 @@ class Segment:
             shared = _create("psgd-segment", size) if file is None else _received(file, size)
             memory = _mapped(shared, size)
             self.file = shared
-        except LaneError as error:
+        except SharedMemoryError as error:
             if file is not None:
                 raise
             self.fault = str(error)
@@ -127,7 +129,7 @@ class PublishedVector:
         file: descriptor to pass on.
 
     Raises:
-        LaneError: `file` is not such a vector, or no memory can be shared.
+        SharedMemoryError: `file` is not such a vector, or no memory can be shared.
     """
 
     def __init__(self, size: int, file: int | None = None) -> None:
@@ -192,18 +194,18 @@ class PublishedVector:
 
 def _create(name: str, size: int) -> int:
     if not has_shared_memory():
-        raise LaneError("this system has no nameless shared memory, as Linux has")
+        raise SharedMemoryError("this system has no nameless shared memory, as Linux has")
     try:
         _check_free(size)
         file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:  # too many open files, say
-        raise LaneError(f"no memory can be shared: {error}") from error
+        raise SharedMemoryError(f"no memory can be shared: {error}") from error
     try:
         os.ftruncate(file, size)
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     except OSError as error:
         os.close(file)
-        raise LaneError(f"no memory can be shared: {error}") from error
+        raise SharedMemoryError(f"no memory can be shared: {error}") from error
     return file
 
 
@@ -213,7 +215,7 @@ def _mapped(file: int, size: int, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) 
         return mmap.mmap(file, size, prot=prot)
     except OSError as error:
         os.close(file)
-        raise LaneError(f"shared memory of {size} bytes cannot be mapped: {error}") from error
+        raise SharedMemoryError(f"shared memory of {size} bytes cannot be mapped: {error}") from error
 
 
 def _received(file: int, size: int) -> int:
@@ -223,8 +225,10 @@ def _received(file: int, size: int) -> int:
         seals = fcntl.fcntl(file, fcntl.F_GET_SEALS)
     except OSError as error:
         os.close(file)
-        raise LaneError(f"what came is no shared memory: {error}") from error
+        raise SharedMemoryError(f"what came is no shared memory: {error}") from error
     if found != size or not seals & fcntl.F_SEAL_SHRINK:
         os.close(file)
-        raise LaneError(f"shared memory of {found} bytes came, seals {seals:#x}; expected {size} bytes, sealed in size")
+        raise SharedMemoryError(
+            f"shared memory of {found} bytes came, seals {seals:#x}; expected {size} bytes, sealed in size"
+        )
     return file

@@ -12,9 +12,9 @@ import socket
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock, Thread
-from typing import Self
+from typing import NamedTuple, Self
 
-from psgd_workers.errors import LaneError, LaneTimeoutError
+from psgd_workers.errors import FrameError, LaneError, LaneTimeoutError, ServerGoneError, SharedMemoryError
 from psgd_workers.messages import FloatArray, Gradient, Receipt, Version
 from psgd_workers.transport.affinity import allowed_processors, current_processor, wake
 from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind, PushFormat
@@ -56,14 +56,14 @@ class _Connection:
         try:
             stream = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:  # too many open files, say
-            raise LaneError(f"cannot reach the server at {to!r}: {error}") from error
+            raise ServerGoneError(f"cannot reach the server at {to!r}: {error}") from error
         try:
             stream.settimeout(timeout_s)
             stream.connect(to)
             stream.settimeout(None)  # from here on `limit` sets limits
         except OSError as error:
             stream.close()
-            raise LaneError(f"cannot reach the server at {to!r}: {error}") from error
+            raise ServerGoneError(f"cannot reach the server at {to!r}: {error}") from error
         connection = cls(stream)
         connection.limit(timeout_s)
         return connection
@@ -81,7 +81,7 @@ class _Connection:
         except BlockingIOError as error:
             raise LaneTimeoutError(f"the server took no message for {self._limit_s} s") from error
         except OSError as error:
-            raise LaneError(f"{GONE}: {error}") from error
+            raise ServerGoneError(f"{GONE}: {error}") from error
 
     def receive(self, into: memoryview) -> None:
         """Fill it."""
@@ -90,9 +90,9 @@ class _Connection:
         except BlockingIOError as error:
             raise LaneTimeoutError(f"no answer from the server within {self._limit_s} s") from error
         except OSError as error:
-            raise LaneError(f"{GONE}: {error}") from error
+            raise ServerGoneError(f"{GONE}: {error}") from error
         if got < len(into):
-            raise LaneError(CLOSED)
+            raise ServerGoneError(CLOSED)
 
     def exactly(self, size: int) -> bytes:
         data = bytearray(size)
@@ -113,11 +113,11 @@ class _Connection:
         welcome, files = self._welcome(shared)
         try:
             if welcome != hello.welcome(address.key):
-                raise LaneError("who answers there does not have this run's key")
+                raise FrameError("who answers there does not have this run's key")
             if not shared:
                 return None
             if len(files) != 1 or segment.file is None:
-                raise LaneError(f"the server passed {len(files)} descriptors, expected 1")
+                raise FrameError(f"the server passed {len(files)} descriptors, expected 1")
             self._pass(segment.file)
             self.exactly(1)
             return files.pop()
@@ -129,7 +129,7 @@ class _Connection:
         try:
             socket.send_fds(self.stream, [b"\0"], [file])
         except OSError as error:
-            raise LaneError(f"{GONE}: {error}") from error
+            raise ServerGoneError(f"{GONE}: {error}") from error
 
     def _welcome(self, shared: bool) -> tuple[bytes, list[int]]:
         if not shared:
@@ -139,9 +139,9 @@ class _Connection:
         except BlockingIOError as error:
             raise LaneTimeoutError(f"no answer from the server within {self._limit_s} s") from error
         except OSError as error:
-            raise LaneError(f"{GONE}: {error}") from error
+            raise ServerGoneError(f"{GONE}: {error}") from error
         if not welcome:
-            raise LaneError(CLOSED)
+            raise ServerGoneError(CLOSED)
         return welcome, files
 
     def hang_up(self) -> None:
@@ -157,7 +157,7 @@ class _Connection:
 def _checked(frame: Frame, kind: FrameKind, slot: int, incarnation: int, payload: int) -> Frame:
     came = (frame.kind, frame.slot, frame.incarnation, frame.payload)
     if came != (kind, slot, incarnation, payload):
-        raise LaneError(f"the server answered with {came}, expected {(kind, slot, incarnation, payload)}")
+        raise FrameError(f"the server answered with {came}, expected {(kind, slot, incarnation, payload)}")
     return frame
 
 
@@ -173,7 +173,9 @@ class ShmLane:
         timeout_s: for the handshake.
 
     Raises:
-        LaneError: there is no such server, or it is another's.
+        ServerGoneError: the server cannot be reached.
+        FrameError: the server there does not belong to this run.
+        SharedMemoryError: worker and server cannot share memory.
     """
 
     kind: LaneKind = "shm"
@@ -182,7 +184,9 @@ class ShmLane:
         self, worker: str, segment: Segment, part: slice, push_format: PushFormat, address: Address, timeout_s: float
     ) -> None:
         if address.path is None or segment.file is None:
-            raise LaneError(f"no memory can be shared: {segment.fault or 'the server listens on no Unix socket'}")
+            raise SharedMemoryError(
+                f"no memory can be shared: {segment.fault or 'the server listens on no Unix socket'}"
+            )
         self._worker = worker
         self._push_format = push_format
         self._incarnation = address.incarnation
@@ -245,7 +249,7 @@ class ShmLane:
             return self._arrived.pop(slot)
         while (frame := self._connection.frame()).slot != slot:
             if frame.slot >= len(self._weights) or frame.slot in self._arrived:
-                raise LaneError(f"the server answered slot {frame.slot} of {len(self._weights)} twice, or too often")
+                raise FrameError(f"the server answered slot {frame.slot} of {len(self._weights)} twice, or too often")
             self._arrived[frame.slot] = frame
         return frame
 
@@ -271,9 +275,14 @@ class _ShmPending:
         return self._lane.receipt(self._slot, self._wants, timeout_s)
 
 
-# An answer, or why there is none: an exception, kept here, would keep alive whatever its traceback passed, the worker's
-# memory included.
-_Reply = Future[Frame | str]
+class _Fault(NamedTuple):
+    """Why a lane ended. An exception, if kept, would keep alive the frames of its traceback and the worker's memory."""
+
+    kind: type[LaneError]
+    message: str
+
+
+_Reply = Future[Frame | _Fault]
 
 
 class TcpLane:
@@ -285,7 +294,7 @@ class TcpLane:
         self, worker: str, segment: Segment, part: slice, push_format: PushFormat, address: Address, timeout_s: float
     ) -> None:
         if address.port is None:
-            raise LaneError("the server listens on no network: use lane auto or ray")
+            raise ServerGoneError("the server listens on no network: use lane auto or ray")
         self._worker = worker
         self._push_format = push_format
         self._incarnation = address.incarnation
@@ -300,7 +309,7 @@ class TcpLane:
         self._connection.limit(None)  # from here on `_result` limits every wait, and closing ends it
         self._lock = Lock()
         self._wanted: dict[tuple[FrameKind, int], tuple[_Reply, int]] = {}  # answers that are to come, their bytes
-        self._fault = ""  # why none will come any more
+        self._fault: _Fault | None = None  # after which no answer comes
         self._sending = ThreadPoolExecutor(1, "psgd-send")
         self._receiving = Thread(target=self._receive, name="psgd-receive", daemon=True)
         self._receiving.start()
@@ -327,7 +336,7 @@ class TcpLane:
         weights = self._weights[frame.slot].nbytes if frame.wants else 0
         with self._lock:
             if self._fault:
-                raise LaneError(self._fault)
+                raise self._fault.kind(self._fault.message)
             self._wanted[answer, frame.slot] = reply, weights
         self._sending.submit(self._send, frame.pack(), *payload)
         return reply
@@ -343,21 +352,21 @@ class TcpLane:
             while True:
                 self._answer(self._connection.frame())
         except LaneError as error:
-            self._fail(str(error))
+            self._fail(_Fault(type(error), str(error)))
 
     def _answer(self, frame: Frame) -> None:
         key = frame.kind, frame.slot
         if key not in self._wanted or frame.incarnation != self._incarnation:
-            raise LaneError(f"the server sent {frame}, which nobody asked for")
+            raise FrameError(f"the server sent {frame}, which nobody asked for")
         reply, weights = self._wanted[key]
         if frame.payload != weights:
-            raise LaneError(f"the server sent {frame.payload} bytes of weights, expected {weights}")
+            raise FrameError(f"the server sent {frame.payload} bytes of weights, expected {weights}")
         if weights:
             self._connection.receive(self._weights[frame.slot].data.cast("B"))
         del self._wanted[key]  # not before: whoever waits is to be told if the server hangs up in the middle
         reply.set_result(frame)
 
-    def _fail(self, fault: str) -> None:
+    def _fail(self, fault: _Fault) -> None:
         with self._lock:
             self._fault = fault
             for reply, _ in self._wanted.values():
@@ -371,8 +380,8 @@ class TcpLane:
             frame = reply.result(timeout_s)
         except TimeoutError as error:
             raise LaneTimeoutError(f"no answer from the server within {timeout_s} s (see failure.timeout_s)") from error
-        if isinstance(frame, str):
-            raise LaneError(frame)
+        if isinstance(frame, _Fault):
+            raise frame.kind(frame.message)
         return frame
 
     def hang_up(self) -> None:

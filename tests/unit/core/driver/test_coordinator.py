@@ -40,10 +40,12 @@ from psgd.core.driver.workers import EVALUATION_FACTOR, LEAST_SILENCE_TIMEOUT_S
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.result import LedgerCounts
+from psgd.simulation.cluster import VirtualCluster
+from psgd.simulation.observer import ClusterObserver
 from psgd.simulation.problem import Timing
 from psgd_workers.errors import WorkerError
 from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Lease, Version
-from tests.support.in_process import EVALUATE_S, START_S, Fault, FaultKind, InProcess
+from tests.support.in_process import EVALUATE_S, START_S, EachStep, Fault, FaultKind, InProcess
 from tests.support.jobs import START, job, push, quadratic
 
 GRID = EpochGrid((37, 36), 73)
@@ -127,7 +129,11 @@ def test_workers_of_one_speed_are_kept_busy(mode: str, batches: int, limit: dict
 
 def test_a_worker_has_one_lease_queued_ahead_and_no_more() -> None:
     most: list[int] = []
-    run(observe=lambda host: most.append(max(worker.leases for worker in host.status.workers)))
+
+    def look(cluster: VirtualCluster) -> None:
+        most.append(max((worker.leases for worker in cluster.status.workers), default=0))
+
+    run(observers=[EachStep(look)])
     assert max(most) == 2
 
 
@@ -694,7 +700,7 @@ def test_scaled_down_the_run_goes_on_with_fewer_and_up_with_more() -> None:
         workers=4,
         grid=grid,
         events=[(2.0, Scale(1)), (5.0, Scale(3))],
-        observe=lambda host: counts.append((host.now, len(host.workers))),
+        observers=[EachStep(lambda cluster: counts.append((cluster.now, len(cluster.workers))))],
         failure={"max_failures": 0},
     )
     assert host.finish == Finish("finished")
@@ -771,7 +777,7 @@ def test_waiting_for_something_new_to_save_wakes_nobody() -> None:
         grid=EpochGrid((4,), 4),
         checkpoint={"every_s": 0.5},
         compute_s=lambda worker, batch: 10.0,
-        observe=lambda host: events.append(host.now),
+        observers=[EachStep(lambda cluster: events.append(cluster.now))],
     )
     assert host.finish == Finish("finished")
     assert len(events) < 20 * host.now
@@ -816,14 +822,13 @@ def test_an_interrupt_ends_the_pause_before_the_last_checkpoint_is_tried_again()
 def test_a_server_lost_in_the_pause_is_restored_and_the_last_checkpoint_written() -> None:
     ends = run(checkpoint={"every_s": None}).now
 
-    class Loses(InProcess):
-        def act(self, action: Action) -> None:
-            super().act(action)
+    class Loses(ClusterObserver):
+        def acted(self, cluster: VirtualCluster, action: Action) -> None:
             if isinstance(action, Save) and action.checkpoint == 0:
-                self.after(0.5, self.kill_server, 0)
+                cluster.after(0.5, cluster.kill_server, 0)
 
     spec = job(workers=2, checkpoint={"every_s": None})
-    host = Loses(spec, GRID, START, quadratic, failing_saves={0}).run()
+    host = InProcess(spec, GRID, START, quadratic, failing_saves={0}, observers=[Loses()]).run()
     assert host.finish == Finish("finished")
     assert host.checkpoints[-1].updates == SIZE
     assert host.now > ends + 1

@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 
 from psgd.core.server.aggregators import (
     Aggregator,
-    Member,
+    Contribution,
     OneGradient,
-    Ring,
+    RingleaderTables,
     RoundMean,
     RunningMean,
     Step,
+    StepMember,
     TableMean,
-    Taken,
 )
 from psgd_workers.messages import BatchId, FloatArray
 
 SIZE = 6
 TRAINABLE = 4  # two buffers follow
-RUNNING: list[Callable[[int, int], Aggregator]] = [RunningMean, TableMean, Ring]
+RUNNING: list[Callable[[int, int], Aggregator]] = [RunningMean, TableMean, RingleaderTables]
 EVERY: list[Callable[[int, int], Aggregator]] = [OneGradient, RoundMean, *RUNNING]
 
 Float64 = NDArray[np.float64]
@@ -38,9 +38,9 @@ def randoms(*seed: int) -> FloatArray:
 
 def taken(
     number: int, worker: str = "a", *, examples: int = 1, read: int = 0, scale: float = 1.0, weight: float = 1.0
-) -> Taken:
+) -> Contribution:
     """The number-th batch's gradient, which is random."""
-    return Taken(worker, BatchId(0, 0, number), Member(read, examples), randoms(number), scale, weight)
+    return Contribution(worker, BatchId(0, 0, number), StepMember(read, examples), randoms(number), scale, weight)
 
 
 def scaled(number: int, scale: float) -> Float64:
@@ -49,7 +49,7 @@ def scaled(number: int, scale: float) -> Float64:
     return randoms(number) * factors
 
 
-def step_on(aggregator: Aggregator, gradients: Sequence[Taken]) -> Step:
+def step_on(aggregator: Aggregator, gradients: Sequence[Contribution]) -> Step:
     for gradient in gradients:
         aggregator.add(gradient)
     return aggregator.close()
@@ -64,7 +64,7 @@ def test_one_gradient_is_its_own_mean_to_the_bit(kind: Callable[[int, int], Aggr
     for number in range(3):
         step = step_on(aggregator, [taken(number, read=number, examples=5)])
         np.testing.assert_array_equal(step.gradient, randoms(number))
-        assert (step.weight, step.members, len(aggregator)) == (1.0, [Member(number, 5)], 0)
+        assert (step.weight, step.members, len(aggregator)) == (1.0, [StepMember(number, 5)], 0)
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -130,7 +130,7 @@ def test_a_weight_is_the_rates_business(kind: Callable[[int, int], Aggregator]) 
 def test_a_round_is_summed_in_the_batches_order_whatever_the_order_of_arrival(order: tuple[int, ...]) -> None:
     step = step_on(RoundMean(SIZE, TRAINABLE), [taken(number, read=number) for number in order])
     np.testing.assert_array_equal(step.gradient, ((randoms(0) + randoms(1)) + randoms(2)) / np.float32(3))
-    assert step.members == [Member(number, 1) for number in range(3)]
+    assert step.members == [StepMember(number, 1) for number in range(3)]
 
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(0.01, 1)), min_size=1, max_size=8), st.randoms())
@@ -168,7 +168,7 @@ def test_a_table_is_the_mean_of_the_workers_means(workers: list[str]) -> None:
         for worker in set(workers)
     ]
     np.testing.assert_allclose(step.gradient, np.mean(means, axis=0), rtol=1e-5, atol=1e-6)
-    assert (step.weight, step.members) == (1.0, [Member(n, 1) for n in range(len(workers))])
+    assert (step.weight, step.members) == (1.0, [StepMember(n, 1) for n in range(len(workers))])
 
 
 # The ring
@@ -227,34 +227,37 @@ def test_the_ring_is_the_papers_algorithm(given_turns: tuple[str, list[str]]) ->
     version = 0
     fresh = list[int]()
     staleness: list[int] = []
-    ring, pushed_at = Ring(SIZE, TRAINABLE), dict[int, int]()  # number -> version read
+    ring, pushed_at = RingleaderTables(SIZE, TRAINABLE), dict[int, int]()  # number -> version read
     for number, worker in enumerate(pushers):
         fresh.append(number)
         pushed_at[number] = reads[worker]
         ring.add(taken(number, worker, read=reads[worker]))
         table = paper.push(worker, number)
-        assert ring.due(set(workers)) == (table is not None)
+        ring.follow(set(workers))
+        assert ring.owes_step() == (table is not None)
         if table is not None:
             step = ring.close()
             np.testing.assert_allclose(step.gradient, mean_of(table), rtol=1e-4, atol=1e-5)
             assert step.weight == 1
             held = {n for numbers in table.values() for n in numbers}
             staleness += [version - pushed_at[n] for n in held]
-            assert step.members == [Member(pushed_at[n], 1) for n in fresh if n in held]
+            assert step.members == [StepMember(pushed_at[n], 1) for n in fresh if n in held]
             fresh = [n for n in fresh if n not in held]
             version += 1
         assert len(ring) == len(fresh)
-        assert not ring.due(set(workers))
+        ring.follow(set(workers))
+        assert not ring.owes_step()
         reads[worker] = version
     assert max(staleness, default=0) <= 2 * len(workers) - 2
 
 
 def test_the_ring_owes_each_worker_one_step_on_each_table() -> None:
-    ring = Ring(SIZE, TRAINABLE)
+    ring = RingleaderTables(SIZE, TRAINABLE)
     made = ""
     for number, worker in enumerate("abbcaccbabc"):
         ring.add(taken(number, worker))
-        due = ring.due(set("abc"))
+        ring.follow(set("abc"))
+        due = ring.owes_step()
         made += "x" if due else "."
         if due:
             ring.close()
@@ -263,32 +266,38 @@ def test_the_ring_owes_each_worker_one_step_on_each_table() -> None:
 
 
 def test_who_leaves_is_owed_nothing_and_awaited_no_more() -> None:
-    ring = Ring(SIZE, TRAINABLE)
+    ring = RingleaderTables(SIZE, TRAINABLE)
     ring.add(taken(0, "a"))
-    assert not ring.due({"a", "b"})
-    assert ring.due({"a"})  # b has left, and only a is awaited
+    ring.follow({"a", "b"})
+    assert not ring.owes_step()
+    ring.follow({"a"})
+    assert ring.owes_step()  # b has left, and only a is awaited
     np.testing.assert_array_equal(ring.close().gradient, randoms(0))
 
 
 def test_the_next_table_is_looked_at_when_the_last_one_owed_leaves() -> None:
-    ring = Ring(SIZE, TRAINABLE)
+    ring = RingleaderTables(SIZE, TRAINABLE)
     for number, worker in enumerate("ab"):
         ring.add(taken(number, worker))
-    assert ring.due({"a", "b"})
+    ring.follow({"a", "b"})
+    assert ring.owes_step()
     ring.close()  # a is owed
     ring.add(taken(2, "b"))
-    assert not ring.due({"a", "b"})
-    assert ring.due({"b"})  # a has left: b's next table is all there is
+    ring.follow({"a", "b"})
+    assert not ring.owes_step()
+    ring.follow({"b"})
+    assert ring.owes_step()  # a has left: b's next table is all there is
     step = ring.close()
     np.testing.assert_array_equal(step.gradient, randoms(2))
     assert (len(step.members), len(ring)) == (1, 0)
 
 
 def test_at_an_end_the_ring_steps_on_what_no_step_holds() -> None:
-    ring = Ring(SIZE, TRAINABLE)
+    ring = RingleaderTables(SIZE, TRAINABLE)
     for number, worker in enumerate("ab"):
         ring.add(taken(number, worker))
-    assert ring.due({"a", "b"})
+    ring.follow({"a", "b"})
+    assert ring.owes_step()
     ring.close()
     ring.add(taken(2, "b"))
     np.testing.assert_array_equal(ring.close().gradient, randoms(2))
@@ -308,9 +317,10 @@ def test_a_round_goes_on_bit_for_bit_in_another_aggregator(kind: Callable[[int, 
     steps: list[list[Step]] = [[], []]
 
     def push(target: Aggregator, number: int, into: list[Step]) -> None:
-        weight = 1.0 if isinstance(target, Ring) else 1 / (1 + number)
+        weight = 1.0 if isinstance(target, RingleaderTables) else 1 / (1 + number)
         target.add(taken(number, "abbcacc"[number % 7], read=number, weight=weight))
-        if target.due(set("abc")) if isinstance(target, Ring) else number % 5 == 4:
+        target.follow(set("abc"))
+        if target.owes_step() if isinstance(target, RingleaderTables) else number % 5 == 4:
             step = target.close()
             into.append(step._replace(gradient=step.gradient.copy()))
 
@@ -340,7 +350,7 @@ def test_between_rounds_there_is_nothing_to_save(kind: Callable[[int, int], Aggr
     assert len(aggregator) == 0
 
 
-@pytest.mark.parametrize("kind", [TableMean, Ring])
+@pytest.mark.parametrize("kind", [TableMean, RingleaderTables])
 def test_tables_are_summed_in_one_order_whatever_order_storage_gives_them_back_in(
     kind: Callable[[int, int], Aggregator],
 ) -> None:

@@ -3,14 +3,16 @@ from __future__ import annotations
 from math import sqrt
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from psgd.core.server.aggregators import Contribution, StepMember
 from psgd.core.server.consistency import Consistency, Round, build_consistency
 from psgd.spec import ConsistencySpec
-from psgd_workers.messages import Outcome
+from psgd_workers.messages import BatchId, Outcome
 
 some_workers = st.frozensets(st.sampled_from("abcd"))
 REFUSED = (Outcome.REQUEUED, Outcome.DISCARDED)
@@ -174,3 +176,17 @@ def test_buffered_weighs_by_the_root_of_the_staleness() -> None:
 )
 def test_how_many_batches_six_workers_need_for_an_update(name: str, fields: dict[str, Any], batches: int) -> None:
     assert mode(name, **fields).batches_per_update(6) == batches
+
+
+@pytest.mark.parametrize(("name", "fields"), [("malenia", {"s": 2}), ("ringleader", {}), ("rennala", {"s": 2})])
+def test_to_ask_whether_a_round_closes_changes_nothing(name: str, fields: dict[str, Any]) -> None:
+    asked = mode(name, **fields)
+    collected = asked.aggregator(2, 2)
+    for number, worker in enumerate("ab"):
+        values = np.ones(2, np.float32)
+        collected.add(Contribution(worker, BatchId(0, 0, number), StepMember(0, 1), values, 1.0, 1.0))
+    before = collected.state()[1]
+    for live in ("", "ab", "abc"):
+        asked.closes(state(2, "ab", live))
+        asked.waiting(state(2, "ab", live))("a")
+        assert collected.state()[1] == before

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from psgd.core.server.journal import RecordKind
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
+from psgd.errors import PushRefusedError, WeightsNotKeptError
 from psgd.spec import JobSpec
-from psgd_workers.messages import BatchId, FloatArray, Outcome, Receipt, Version
+from psgd_workers.messages import BatchId, Encoded, FloatArray, Gradient, Outcome, Receipt, Version
 from tests.support.jobs import GRID, START, job, push, quadratic
 
 V0 = Version(1, 0)
@@ -55,6 +56,96 @@ def fill(target: ParameterServer, batches: Sequence[BatchId]) -> None:
         gradient = np.empty_like(START)
         loss = quadratic(batch, target.published, gradient)
         target.push(push(batch, target.version, values=gradient, loss=loss), now=1.0)
+
+
+# Questions
+
+MODES: dict[str, dict[str, Any]] = {
+    "async": {},
+    "bsp": {},
+    "k_sync": {"k": 2},
+    "backup": {"b": 1},
+    "ssp": {"s": 1},
+    "softsync": {"s": 2},
+    "ringmaster": {"r": 2},
+    "rennala": {"s": 2},
+    "malenia": {"s": 2},
+    "ringleader": {},
+    "buffered": {"k": 2},
+    "local": {"h": 2, "lr": 0.1},
+}
+
+
+def ask(target: ParameterServer) -> None:
+    """Ask whatever may be asked, as often as one likes."""
+    for _ in range(2):
+        target.report()
+        target.epoch_weights(None)
+        target._mode.closes(target._round)
+        target._mode.waiting(target._round)("a")
+        if target.can_save:
+            target.state()
+
+
+def drive(target: ParameterServer, asked: bool) -> list[tuple[Receipt, ...]]:
+    """Pushes of three workers, of which one leaves and returns and one sends what is not finite."""
+    for worker in "abc":
+        target.join(worker, now=0.0)
+    answers = []
+    for number, worker in enumerate("abcbaacbcbbaacabcc"):
+        if asked:
+            ask(target)
+        if number == 7:
+            answers.append(target.leave("a", now=number))
+        if number == 9:
+            answers.append(target.join("a", now=number))
+        norm = float("nan") if number == 5 else None
+        batch = batch_at(number)
+        answers.append(
+            target.push(push(batch, target.version, worker=worker, values=randoms(number), norm=norm), number)
+        )
+    return answers
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_questions_change_nothing(mode: str) -> None:
+    targets = [server(mode, consistency={"mode": mode} | MODES[mode], scaling={"workers": 3}) for _ in range(2)]
+    answers = [drive(target, asked) for target, asked in zip(targets, (False, True), strict=True)]
+    assert answers[0] == answers[1]
+    assert targets[0].report().pushes == targets[1].report().pushes
+    np.testing.assert_array_equal(targets[0].weights, targets[1].weights)
+    np.testing.assert_array_equal(targets[0].journal.take(), targets[1].journal.take())
+
+
+# Pushes that no worker sends
+
+GOOD = push(FIRST, V0)
+FOREIGN: dict[str, Gradient] = {
+    "an epoch too far ahead": GOOD._replace(batch=BatchId(2, 0, 0)),
+    "a shard that does not exist": GOOD._replace(batch=BatchId(0, 2, 0)),
+    "a batch before the first": GOOD._replace(batch=BatchId(0, 0, -1)),
+    "no examples": GOOD._replace(examples=0),
+    "a negative norm": GOOD._replace(norm=-1.0),
+    "an endless computation": GOOD._replace(compute_s=float("inf")),
+    "too many values": GOOD._replace(values=np.ones(len(START) + 1, np.float32)),
+    "values of another type": GOOD._replace(values=np.ones(len(START))),  # type: ignore[arg-type]
+    "an encoding that does not exist": GOOD._replace(values=Encoded("zip", len(START), ())),
+    "an encoding that does not fit": GOOD._replace(values=Encoded("fp16", len(START), (np.ones(2, np.float16),))),
+}
+
+
+@pytest.mark.parametrize("gradient", FOREIGN.values(), ids=FOREIGN)
+def test_a_push_that_is_not_of_this_partition_is_refused_and_changes_nothing(gradient: Gradient) -> None:
+    target = server()
+    untouched = server()
+    target.check(GOOD)
+    with pytest.raises(PushRefusedError):
+        target.check(gradient)
+    assert target.report() == untouched.report()
+    before = untouched.state()
+    after = target.state()
+    assert before.metadata == after.metadata
+    assert all(np.array_equal(array, after.arrays[name]) for name, array in before.arrays.items())
 
 
 # Async
@@ -373,7 +464,7 @@ def test_the_weights_at_an_epochs_end_are_kept() -> None:
         np.testing.assert_array_equal(target.epoch_weights(epochs), kept[epochs])
     np.testing.assert_array_equal(target.epoch_weights(None), target.published)
     for epochs in (1, 4):
-        with pytest.raises(KeyError):
+        with pytest.raises(WeightsNotKeptError):
             target.epoch_weights(epochs)
 
 
@@ -575,5 +666,5 @@ def test_a_partition_restored_within_an_epoch_has_no_weights_of_its_beginning() 
     fill(half, [batch_at(number) for number in range(GRID.num_batches + 2)])
     again = ParameterServer.restore(job(), GRID, half.state(), incarnation=2, now=5.0)
     again.leave("worker-0", now=6.0)
-    with pytest.raises(KeyError):
+    with pytest.raises(WeightsNotKeptError):
         again.epoch_weights(1)

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import EncodingError
 from psgd_workers.gradients.compression import (
     INT8_BLOCK,
     INT8_MIN_STEP,
@@ -302,7 +302,7 @@ MALFORMED = {
 @pytest.mark.parametrize(("encoded", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_decode_refuses_what_does_not_fit(encoded: Encoded, message: str) -> None:
     out = np.full(9, 7, np.float32)
-    with pytest.raises(LaneError, match=re.escape(message)):
+    with pytest.raises(EncodingError, match=re.escape(message)):
         decode(encoded, out)
     np.testing.assert_array_equal(out, np.full(9, 7))
 
@@ -314,7 +314,7 @@ def test_top_k_of_nothing_is_zeros() -> None:
 @each_compressor
 def test_decode_refuses_another_partitions_gradient(compressor: Compressor) -> None:
     encoded = compressor.encode(normal(12))
-    with pytest.raises(LaneError, match="12 values came for a slice of 9"):
+    with pytest.raises(EncodingError, match="12 values came for a slice of 9"):
         decode(encoded, np.empty(9, np.float32))
 
 

@@ -4,7 +4,7 @@ import secrets
 
 import pytest
 
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import FrameError
 from psgd_workers.transport.handshake import (
     GREETING_SIZE,
     HELLO_SIZE,
@@ -43,18 +43,18 @@ def test_a_greeting_is_read_as_it_was_written() -> None:
 def test_another_programs_greeting_is_refused(place: int) -> None:
     data = bytearray(GREETING.pack())
     data[place] ^= 1
-    with pytest.raises(LaneError, match="no psgd server of format 1"):
+    with pytest.raises(FrameError, match="no psgd server of format 1"):
         Greeting.unpack(bytes(data))
 
 
 def test_a_peer_without_the_key_is_refused() -> None:
-    with pytest.raises(LaneError, match="without this run's key"):
+    with pytest.raises(FrameError, match="without this run's key"):
         Hello.unpack(HELLO.pack(OTHER_KEY, GREETING), KEY, GREETING)
 
 
 def test_an_answer_to_another_greeting_is_refused() -> None:
     overheard = HELLO.pack(KEY, GREETING)
-    with pytest.raises(LaneError, match="without this run's key"):
+    with pytest.raises(FrameError, match="without this run's key"):
         Hello.unpack(overheard, KEY, Greeting.new())
 
 
@@ -63,19 +63,19 @@ def test_no_bit_of_an_answer_can_be_changed() -> None:
     for place in range(HELLO_SIZE):
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
-        with pytest.raises(LaneError, match="without this run's key"):
+        with pytest.raises(FrameError, match="without this run's key"):
             Hello.unpack(bytes(changed), KEY, GREETING)
 
 
 @pytest.mark.parametrize("length", [0, 1, HELLO_SIZE - 33, HELLO_SIZE - 32, HELLO_SIZE - 1, HELLO_SIZE + 1])
 def test_an_answer_of_another_length_is_refused(length: int) -> None:
     data = HELLO.pack(KEY, GREETING) + b"\0"
-    with pytest.raises(LaneError, match="without this run's key"):
+    with pytest.raises(FrameError, match="without this run's key"):
         Hello.unpack(data[:length], KEY, GREETING)
 
 
 def test_random_bytes_are_no_answer() -> None:
-    with pytest.raises(LaneError, match="without this run's key"):
+    with pytest.raises(FrameError, match="without this run's key"):
         Hello.unpack(secrets.token_bytes(HELLO_SIZE), KEY, GREETING)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from psgd_workers.errors import LaneError
+from psgd_workers.errors import SharedMemoryError
 from psgd_workers.messages import FloatArray, Version
 from psgd_workers.transport import memory
 from psgd_workers.transport.memory import PublishedVector, Segment
@@ -202,7 +202,7 @@ def on_disk(size: int) -> int:
 )
 def test_a_descriptor_that_is_no_such_segment_is_refused_and_closed(make: Callable[[int], int], message: str) -> None:
     file = make(2 * PAGE)
-    with pytest.raises(LaneError, match=message):
+    with pytest.raises(SharedMemoryError, match=message):
         Segment(10, 1, file)
     assert not is_open(file)
 
@@ -210,7 +210,7 @@ def test_a_descriptor_that_is_no_such_segment_is_refused_and_closed(make: Callab
 def test_a_vector_of_another_length_is_refused_and_closed() -> None:
     vector = PublishedVector(10)
     file = os.dup(vector.file)
-    with pytest.raises(LaneError, match=r"shared memory of 104 bytes came.*expected 108 bytes"):
+    with pytest.raises(SharedMemoryError, match=r"shared memory of 104 bytes came.*expected 108 bytes"):
         PublishedVector(11, file)
     assert not is_open(file)
     vector.close()
@@ -254,7 +254,7 @@ def test_where_no_memory_can_be_shared_a_segment_is_private_and_says_why(
     with monkeypatch.context() as patch:
         break_it(patch)
         segment = Segment(500_000, 2)
-        with pytest.raises(LaneError, match=fault):
+        with pytest.raises(SharedMemoryError, match=fault):
             PublishedVector(500_000)
     assert segment.file is None
     assert re.match(fault, segment.fault)

@@ -15,7 +15,7 @@ import pytest
 
 from psgd.core.server.partitions import Partition
 from psgd.serving import connection as connection
-from psgd_workers.errors import LaneError, LaneTimeoutError
+from psgd_workers.errors import FrameError, LaneError, LaneTimeoutError, ServerGoneError, SharedMemoryError
 from psgd_workers.messages import Outcome, Receipt, Version
 from psgd_workers.transport import memory, sockets
 from psgd_workers.transport.affinity import NOWHERE
@@ -356,7 +356,7 @@ def test_a_worker_gives_nothing_to_a_server_without_the_key(harnesses: Harnesses
     harness = harnesses()
     with (
         false_server(kind, pretend) as changes,
-        pytest.raises(LaneError, match="who answers there does not have this run's key"),
+        pytest.raises(FrameError, match="who answers there does not have this run's key"),
     ):
         harness.lane(kind, address=harness.address._replace(**changes))
     assert [len(message) for message in heard] == [HELLO_SIZE, 0]
@@ -385,7 +385,7 @@ def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(harnesses: Harn
         if kind != "tcp":
             socket.send_fds(stream, [hello.welcome(harness.listener.key)], [harness.published.file])
 
-    with false_server(kind, welcome) as changes, pytest.raises(LaneError):
+    with false_server(kind, welcome) as changes, pytest.raises(ServerGoneError):
         harness.lane(kind, address=harness.address._replace(**changes))
 
 
@@ -393,17 +393,31 @@ def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(harnesses: Harn
 def test_where_nobody_listens_is_a_lane_error(harnesses: Harnesses, kind: Kinds) -> None:
     harness = harnesses()
     harness.listener.close()
-    with pytest.raises(LaneError, match="cannot reach the server at"):
+    with pytest.raises(ServerGoneError, match="cannot reach the server at"):
         harness.lane(kind)
 
 
-@pytest.mark.parametrize(("kind", "change"), [("shm", {"path": None}), ("tcp", {"port": None})])
+@pytest.mark.parametrize(
+    ("kind", "change", "error"), [("shm", {"path": None}, SharedMemoryError), ("tcp", {"port": None}, ServerGoneError)]
+)
 def test_a_lane_that_a_server_does_not_offer_is_refused(
-    harnesses: Harnesses, kind: Kinds, change: dict[str, None]
+    harnesses: Harnesses, kind: Kinds, change: dict[str, None], error: type[LaneError]
 ) -> None:
     harness = harnesses(tcp=False)
-    with pytest.raises(LaneError, match="the server listens on no"):
+    with pytest.raises(error, match="the server listens on no"):
         harness.lane(kind, address=harness.address._replace(**change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_breaks_the_protocol_is_told_apart_from_a_server_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds
+) -> None:
+    monkeypatch.setattr(connection, "_header", lambda *arguments: bytes(HEADER_SIZE))
+    harness = harnesses()
+    client = harness.lane(kind)
+    monkeypatch.setattr(memory.PublishedVector, "snapshot", lambda *arguments: None)  # the weights are asked for
+    with pytest.raises(FrameError, match="a frame begins with"):
+        client.lane.pull(0, LIMIT_S)
 
 
 # Endings
@@ -418,10 +432,10 @@ def test_a_server_that_goes_while_a_receipt_is_awaited_is_a_lane_error(harnesses
     harness.arrived(2)
     harness.listener.close()
     for push in pending:
-        with pytest.raises(LaneError, match="the server is gone") as error:
+        with pytest.raises(ServerGoneError, match="the server is gone") as error:
             push.receipt(60 * LIMIT_S)
         assert not isinstance(error.value, LaneTimeoutError)
-    with pytest.raises(LaneError, match="the server is gone"):
+    with pytest.raises(ServerGoneError, match="the server is gone"):
         client.lane.push(client.gradient(2, batch(2), V1), 2, wants=True).receipt(60 * LIMIT_S)
 
 
@@ -434,7 +448,7 @@ def test_a_receipt_of_a_server_that_is_gone_without_a_word_is_not_waited_for(har
     harness.arrived()
     hanging_up = threading.Timer(0.1, client.lane.hang_up)  # most likely while it waits; right in any case
     hanging_up.start()
-    with pytest.raises(LaneError, match="the server is gone") as error:
+    with pytest.raises(ServerGoneError, match="the server is gone") as error:
         pending.receipt(60 * LIMIT_S)
     assert not isinstance(error.value, LaneTimeoutError)
     hanging_up.join(LIMIT_S)
@@ -449,7 +463,7 @@ def test_a_server_that_goes_in_the_middle_of_its_weights_is_a_lane_error(harness
 
     harness.host.leave("worker-1")  # the receipt is due; the weights are more than the socket takes at once
     harness.listener.close()
-    with pytest.raises(LaneError, match="the server is gone") as error:
+    with pytest.raises(ServerGoneError, match="the server is gone") as error:
         pending.receipt(60 * LIMIT_S)
     assert not isinstance(error.value, LaneTimeoutError)
 
@@ -538,9 +552,9 @@ def test_the_memory_of_a_worker_whose_server_is_gone_is_let_go(harnesses: Harnes
     pending = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=True)
     harness.arrived()
     harness.listener.close()
-    with pytest.raises(LaneError, match="the server is gone"):
+    with pytest.raises(ServerGoneError, match="the server is gone"):
         pending.receipt(LIMIT_S)
-    with pytest.raises(LaneError, match="the server is gone"):
+    with pytest.raises(ServerGoneError, match="the server is gone"):
         client.lane.push(client.gradient(1, SECOND, V1), 1, wants=True).receipt(LIMIT_S)
     harness.host.leave("worker-1")  # the server itself needs it until the step
     client.lane.close()
