@@ -7,8 +7,10 @@
     │   ├── ModelError                the model cannot be built
     │   ├── MissingExtraError         an optional dependency is not installed
     │   ├── StorageError              the storage cannot be read or written
+    │   │   └── DamagedFileError      ... or a file of a run does not hold what psgd wrote there
     │   ├── RunExistsError            a run of this name is there already
     │   ├── RunNotFoundError          no run of this name is there
+    │   ├── RunNotRunningError        no driver runs that could obey a command
     │   ├── ResumeError               the run there is of another job, or cannot go on as asked
     │   ├── JournalError              a run's journal is not whole, or not that run's
     │   └── ClusterError              the cluster cannot be reached, or cannot hold the job
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ClusterError",
+    "DamagedFileError",
     "DataError",
     "EncodingError",
     "FrameError",
@@ -78,6 +81,7 @@ __all__ = [
     "RunExistsError",
     "RunFailedError",
     "RunNotFoundError",
+    "RunNotRunningError",
     "ServerGoneError",
     "SharedMemoryError",
     "SpecError",
@@ -96,12 +100,20 @@ class StorageError(InputError):
     """The storage cannot be read or written."""
 
 
+class DamagedFileError(StorageError):
+    """A file of a run does not hold what psgd wrote there."""
+
+
 class RunExistsError(InputError):
     """A run of this name is there already."""
 
 
 class RunNotFoundError(InputError):
     """No run of this name is there."""
+
+
+class RunNotRunningError(InputError):
+    """No driver runs that could obey a command."""
 
 
 class ResumeError(InputError):

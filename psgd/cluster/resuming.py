@@ -29,7 +29,7 @@ def find_checkpoint(run: RunDirectory, spec: JobSpec, refused: Callable[[str], N
         None: nothing was ever committed.
 
     Raises:
-        ResumeError: the checkpoints are of another job, or none can be cut.
+        ResumeError: the checkpoints are of another job, none can be cut, or those that were committed are gone.
         CheckpointError: all are damaged.
     """
     servers = spec.scaling.servers
@@ -60,7 +60,21 @@ def find_checkpoint(run: RunDirectory, spec: JobSpec, refused: Callable[[str], N
             f"same batches. Resume with scaling.servers={misfits[0].partitions}, end the run in good order (an epoch's "
             f"end, or `psgd stop`), and resume with {servers} then"
         )
+    if checkpoint is None:
+        _check_none_is_gone(run)
     return checkpoint
+
+
+def _check_none_is_gone(run: RunDirectory) -> None:
+    """Refuse to begin a run anew of which checkpoints were committed: its work would be lost without a word."""
+    events = run.read_lines("events.jsonl") if run.exists else []
+    committed = [event["name"] for event in events if event["event"] == "checkpoint"]
+    if committed:
+        raise ResumeError(
+            f"{run.storage.url}/events.jsonl says that checkpoint {committed[-1]} was committed, and no checkpoint is "
+            "left whole: restore the folder `checkpoints` from a copy. To begin anew, give another --name, or delete "
+            f"{run.storage.url}"
+        )
 
 
 def check_checkpoint(manifest: Manifest, job: OpenJob, name: str) -> None:

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from os import PathLike
-from types import FrameType
 from typing import Any
 
 import ray
-from rich.console import Console
-from rich.markup import escape
 
 from psgd.cluster.resuming import check_checkpoint, find_checkpoint, with_settings
 from psgd.cluster.session import check_address, check_room, session
 from psgd.cluster.supervisor import Inputs, Supervisor
 from psgd.core.context import RunContext
 from psgd.core.driver.coordinator import Coordinator
-from psgd.core.driver.events import Finish, Stop
+from psgd.core.driver.events import Finish
 from psgd.core.driver.status import RunStatus
 from psgd.core.server.partitions import Partition, partition_weights
 from psgd.errors import CheckpointError, OwnershipError, RunExistsError, RunFailedError, StorageError
+from psgd.interruption import Interruption, run_interruptibly
 from psgd.job import OpenJob
+from psgd.monitoring.console import stderr_console, warn
 from psgd.monitoring.metrics import run_metrics
 from psgd.monitoring.observer import Observer
 from psgd.monitoring.progress import Display
@@ -35,7 +31,8 @@ from psgd.spec import JobSpec
 from psgd.spec.reader import as_spec, parse_spec
 from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.checkpoints import Checkpoint, Checkpoints
-from psgd.store.run_directory import Owner, RunDirectory
+from psgd.store.owner import Owner
+from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage, location
 
 __all__ = ["run_job", "train"]
@@ -69,7 +66,8 @@ def train(
     Raises:
         InputError: something given cannot be used; nothing was started.
         RunFailedError: the run failed, or could not save what it came to; its `result` says how far it came.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the state was saved, and `resume=True` goes on from there.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP. A run that had begun was saved, unless the same signal came twice,
+            and `resume=True` goes on from there.
 
     Example:
         >>> result = psgd.train(psgd.JobSpec(
@@ -80,7 +78,9 @@ def train(
         ... ))
         >>> result.metrics["val/accuracy"]
     """
-    result = run_job(spec, name=name, storage=storage, address=address, resume=resume, progress=progress)
+    interruption = Interruption()
+    start = partial(run_job, spec, name=name, storage=storage, address=address, resume=resume, progress=progress)
+    result = run_interruptibly(lambda: start(interruption=interruption), interruption)
     if result.status in ("failed", "unsaved"):
         raise RunFailedError(f"run {result.name} {_ENDED[result.status]}: {result.error}", result)
     if result.status == "interrupted":
@@ -96,8 +96,10 @@ def run_job(
     address: str | None,
     resume: bool,
     progress: bool,
+    interruption: Interruption,
 ) -> Result:
     """As `train`, but a failed or interrupted run is a result like any other."""
+    interruption.outlook = "nothing was started"
     spec = as_spec(spec)
     name = name or spec.name or f"psgd-{time.strftime('%Y%m%d-%H%M%S')}"
     spec = _named(spec, name, None if storage is None else location(storage))
@@ -112,14 +114,16 @@ def run_job(
     job = OpenJob.open(spec)
     partitions = partition_weights(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
     for warning in replace(job, spec=_going_on(job, checkpoint)).warnings():
-        _caution(warning)
-    with session(spec, address):
+        warn(warning)
+    with interruption.critical("Ray is stopped as soon as it has started"), session(spec, address):
+        interruption.check()
         check_room(spec, job.layout.num_parameters)
+        interruption.check()
         _check_run(run, spec, resume)  # again: Ray takes seconds, in which another driver may have begun it
         owner = run.own()  # whoever had it deletes nothing any more, and commits at most what it is about to
         if checkpoints.committed() != committed:
             checkpoint = find_checkpoint(run, spec, refused)
-        return _supervise(job, _going_on(job, checkpoint), partitions, run, owner, checkpoint, progress)
+        return _supervise(job, _going_on(job, checkpoint), partitions, run, owner, checkpoint, progress, interruption)
 
 
 def _named(spec: JobSpec, name: str, storage: str | None) -> JobSpec:
@@ -149,12 +153,8 @@ def _going_on(job: OpenJob, checkpoint: Checkpoint | None) -> JobSpec:
 
 
 def _warn(run: RunDirectory, fault: str) -> None:
-    _caution(fault)
+    warn(fault)
     run.event("checkpoint_refused", fault=fault)
-
-
-def _caution(text: str) -> None:
-    Console(stderr=True).print("[yellow]warning[/]:", escape(text), highlight=False, soft_wrap=True)
 
 
 def _supervise(
@@ -165,6 +165,7 @@ def _supervise(
     owner: Owner,
     checkpoint: Checkpoint | None,
     progress: bool,
+    interruption: Interruption,
 ) -> Result:
     """`spec` is the job's own, with the settings that it goes on by."""
     manifest = checkpoint.manifest if checkpoint else None
@@ -178,7 +179,7 @@ def _supervise(
         servers=len(partitions),
         left_out=job.shards.left_out,
     )
-    run.bear_faults(_caution)  # from here on it is not stopped by its own log
+    run.bear_faults(warn)  # from here on it is not stopped by its own log
     context = RunContext(
         spec,
         job.layout,
@@ -203,7 +204,7 @@ def _supervise(
         saved_epochs=manifest.epochs if manifest else 0,
         requeued=manifest.requeued if manifest else 0,
     )
-    finish, status = _train(job, run, coordinator, inputs, checkpoint_writer, progress)
+    finish, status = _train(job, run, coordinator, inputs, checkpoint_writer, progress, interruption)
     result = _result(run, status, finish, checkpoint_writer.committed[-1] if checkpoint_writer.committed else None)
     if run.is_ours:
         run.event("finished", status=finish.status, error=finish.error)
@@ -218,13 +219,14 @@ def _train(
     inputs: Inputs,
     checkpoint_writer: CheckpointWriter,
     progress: bool,
+    interruption: Interruption,
 ) -> tuple[Finish, RunStatus]:
     """Train. Return how it ended, and the run's last status."""
-    with Display(job.spec, Console(stderr=True, quiet=not progress)) as display:
-        observer = Observer(run, display, _caution, time.monotonic())
-        supervisor = Supervisor(coordinator, inputs, run, checkpoint_writer, observer)
+    with Display(job.spec, stderr_console(quiet=not progress)) as display:
+        observer = Observer(run, display, warn, time.monotonic())
+        supervisor = Supervisor(coordinator, inputs, run, checkpoint_writer, observer, lambda: interruption.requested)
         try:
-            with _signals(supervisor):
+            with interruption.critical("the run is saved and ended"):
                 finish = supervisor.train()
         except (StorageError, CheckpointError, OwnershipError) as error:  # no input any more: it worked at the start
             finish = Finish("failed", f"{error}; {coordinator.status(time.monotonic()).checkpoint.text}")
@@ -249,26 +251,3 @@ def _result(run: RunDirectory, status: RunStatus, finish: Finish, checkpoint: st
         checkpoint=checkpoint,
         error=finish.error,
     )
-
-
-@contextmanager
-def _signals(supervisor: Supervisor) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the run in good order; the second ends it now."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        del frame
-        if number in seen:
-            raise KeyboardInterrupt
-        seen.add(number)
-        supervisor.stop(Stop("interrupted"))
-
-    seen: set[int] = set()
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals go to the main thread, whose owner decides about them
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

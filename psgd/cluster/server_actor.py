@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from concurrent.futures import Future
@@ -25,6 +24,7 @@ from psgd.serving.listener import Listener
 from psgd.serving.malloc import return_large_blocks
 from psgd.spec import JobSpec, Settings
 from psgd.store.checkpoints import Checkpoint, Part, write_part
+from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.errors import ListenError, SharedMemoryError
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
@@ -70,7 +70,8 @@ class ServerActor:
 
     def _check_storage(self, driver: str) -> None:
         """The storage must be the driver's own, not a folder of that name on another machine."""
-        if not self._run.exists("owner") or json.loads(self._run.read("owner"))["driver"] != driver:
+        owner = RunDirectory(self._run).read_owner()
+        if owner is None or owner.driver != driver:
             raise StorageError(
                 f"the server's machine does not see the driver's files in {self._run.url}: "
                 "run.storage must be a folder or URL that every machine shares"

@@ -63,6 +63,7 @@ from psgd.errors import SpecError
 from psgd.spec import Settings
 from psgd.spec.changes import change_settings, change_workers
 from psgd.store.checkpoint_writer import CheckpointWriter
+from psgd.store.commands import MOST_REASON, Command, Refusal
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Version
 
@@ -105,6 +106,7 @@ class Supervisor:
         run: the run directory, owned.
         saves: its checkpoints.
         observe: called after every event with the time, and a function that makes the status of a time.
+        interrupted: returns True once the run is to be saved and ended, by a signal.
     """
 
     def __init__(
@@ -114,12 +116,15 @@ class Supervisor:
         run: RunDirectory,
         checkpoint_writer: CheckpointWriter,
         observe: Observer,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self._coordinator = coordinator
         self._inputs = inputs
         self._run = run
         self._checkpoint_writer = checkpoint_writer
         self._observe = observe
+        self._interrupted = interrupted
+        self._stopping = False  # because of an interruption
         self._spec = inputs.context.spec
         self._servers: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}  # that servers were started on
@@ -131,10 +136,6 @@ class Supervisor:
         self._commands_at = 0.0
         self._finish: Finish | None = None
         self._reported = False  # True once a server of the first start has reported
-
-    def stop(self, event: Stop) -> None:
-        """Ask for the run's end; safe to call from a signal handler."""
-        self._events.append(event)
 
     def train(self) -> Finish:
         """The loop. Every actor it started is gone when it returns or raises."""
@@ -165,6 +166,9 @@ class Supervisor:
     def _next_events(self) -> list[Event]:
         now = time.monotonic()
         self._poll_commands(now)
+        if self._interrupted() and not self._stopping:
+            self._stopping = True
+            self._events.append(Stop("interrupted"))
         if not self._events:
             self._collect(self._wake_at(now) - now)
             self._expire(time.monotonic())
@@ -209,25 +213,33 @@ class Supervisor:
         if now < self._commands_at:
             return
         self._commands_at = now + COMMANDS_S
+        self._run.beat(now)
         for command in self._run.take_commands():
-            try:
-                self._events.append(self._understood(command))
-                self._run.event("command", **command, accepted=True)
-            except SpecError as error:
-                self._run.event("command", **command, accepted=False, reason=str(error))
+            self._obey(command)
 
-    def _understood(self, command: dict[str, Any]) -> Stop | Change | Scale:
-        match command["command"]:
+    def _obey(self, command: Command | Refusal) -> None:
+        """Follow a command or refuse it, and record which. A command never ends the run that it is for."""
+        if isinstance(command, Refusal):
+            self._run.event("command", **asdict(command), accepted=False)
+            return
+        try:
+            self._events.append(self._understood(command))
+        except Exception as error:  # noqa: BLE001 - its settings are anybody's text
+            kind = "" if isinstance(error, SpecError) else f"{type(error).__name__}: "
+            self._run.event("command", **command.model_dump(), accepted=False, reason=f"{kind}{error}"[:MOST_REASON])
+        else:
+            self._run.event("command", **command.model_dump(), accepted=True)
+
+    def _understood(self, command: Command) -> Stop | Change | Scale:
+        match command.command:
             case "stop":
                 return Stop("stopped")
             case "scale":
-                workers = change_workers(self._spec, *command["settings"][:1] or [""]).scaling.most_workers
+                workers = change_workers(self._spec, *command.settings[:1] or [""]).scaling.most_workers
                 return Scale(workers)
             case "set":
-                self._spec = change_settings(self._spec, command["settings"])
+                self._spec = change_settings(self._spec, command.settings)
                 return Change(self._spec.settings)
-            case unknown:
-                raise SpecError(f"{unknown!r} is no command; there are stop, set and scale")
 
     # Acting
 

@@ -33,7 +33,6 @@ from psgd.replay.pushes import Pushes
 from psgd.replay.replayer import Replayer
 from psgd.replay.server import ReplayServer
 from psgd.spec import Settings
-from psgd.spec.reader import parse_spec
 from psgd.store.checkpoints import Checkpoints, Manifest
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
@@ -89,7 +88,7 @@ def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = No
         ReplayError: a record came out otherwise than in the run.
     """
     began = perf_counter()
-    spec = parse_spec(run.read_json("resolved.json") or {}, f"{run.storage.url}/resolved.json")
+    spec = run.read_spec()
     checkpoint = Checkpoints(run.storage).newest(refused=lambda _: None)
     if checkpoint is None:
         raise CheckpointError(f"there is no committed checkpoint in {run.storage.url}, and so nothing to replay")

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from psgd.core.server.journal import RECORD
 from psgd.errors import RunNotFoundError, StorageError
 from psgd.job import OpenJob
+from psgd.monitoring.console import stderr_console
 from psgd.simulation.delays import build_delays
 from psgd.simulation.scenario import Scenario, contenders
 from psgd.simulation.simulate import FIGURES, JobSubject, QuadraticSubject, Simulated, Subject, figures, simulate
@@ -43,7 +43,7 @@ def run(spec: JobSpec | Mapping[str, Any], options: Mapping[str, Any], html: Pat
     jobs = contenders(spec, workers)
     if html:
         from psgd.simulation import comparison  # before anything runs: matplotlib may be missing
-    console = Console(stderr=True, highlight=False)
+    console = stderr_console()
     results = []
     for name, job in jobs.items():
         subject = _subject(job, section)
@@ -51,7 +51,7 @@ def run(spec: JobSpec | Mapping[str, Any], options: Mapping[str, Any], html: Pat
         results.append(simulate(name, job, subject, scenario, section.until))
         ended = results[-1]
         told = f"simulated {name}: {ended.updates} updates in {ended.time_s:.4g} virtual s; {ended.status}"
-        console.print(told, markup=False, soft_wrap=True)
+        console.print(told, soft_wrap=True)
     console.print(_table(results))
     if html:
         lead = f"{workers} workers, {_described(section)} virtual seconds a gradient, seed {section.seed}."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from psgd.jsontext import to_json
 from psgd.spec.combinations import faults
 from psgd.spec.consistency import AsyncConsistency, ConsistencySpec, RingmasterConsistency
 from psgd.spec.correction import CorrectionSpec, NoCorrection
@@ -216,4 +216,4 @@ class JobSpec(Spec):
 
     def identity_hash(self) -> str:
         """Return the SHA-256 of `identity()`, in hex."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(to_json(self.identity(), sort_keys=True).encode()).hexdigest()

@@ -10,7 +10,6 @@ Servers write their parts themselves; only names and checksums travel.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from safetensors.numpy import load, save
 from psgd.core.server.partitions import Partition
 from psgd.core.server.repartition import disagreement, repartition
 from psgd.core.server.state import ServerState
-from psgd.errors import CheckpointError, StorageError
+from psgd.errors import CheckpointError, DamagedFileError, StorageError
+from psgd.jsontext import parse_json, to_json
 from psgd.spec import Settings
 from psgd.store.storage import Storage
 from psgd_workers.gradients.layout import Layout
@@ -109,7 +109,7 @@ def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArr
     partition = state.metadata["partition"][0]
     files = {
         f"server-{partition}.safetensors": save({name: np.ascontiguousarray(a) for name, a in state.arrays.items()}),
-        f"server-{partition}.json": json.dumps(state.metadata).encode(),
+        f"server-{partition}.json": to_json(state.metadata).encode(),
     }
     segments = {f"{checkpoint}-server-{partition}.npy": _npy(journal)}  # even if empty: a gap would be a loss
     folders = {f"checkpoints/{checkpoint}": files, "journal": segments}
@@ -141,10 +141,11 @@ class Checkpoint:
             CheckpointError: the part is not what a server wrote.
         """
         folder = self.run.folder(f"checkpoints/{self.manifest.name}")
+        path = f"server-{partition}.json"
         try:
             arrays = load(folder.read(f"server-{partition}.safetensors"))
-            metadata: dict[str, Any] = json.loads(folder.read(f"server-{partition}.json"))
-        except (SafetensorError, ValueError) as error:
+            metadata: dict[str, Any] = parse_json(folder.read(path), f"{folder.url}/{path}")
+        except (SafetensorError, DamagedFileError) as error:
             raise CheckpointError(f"part {partition} of checkpoint {self.manifest.name}: {error}") from error
         return ServerState(arrays, metadata)
 
@@ -299,22 +300,22 @@ def _is_whole(text: bytes) -> bool:
     if not text.startswith(b"{"):
         return bool(text)  # it is no manifest, and never was
     try:
-        json.loads(text)
-    except ValueError:
+        parse_json(text, "COMMITTED")
+    except DamagedFileError:
         return False
     return True
 
 
 def _parse_manifest(name: str, text: bytes) -> Manifest:
     try:
-        tree = json.loads(text)
+        tree = parse_json(text, "COMMITTED")
         if isinstance(tree, dict) and tree.get("format") != FORMAT:
             raise CheckpointError(
                 f"checkpoint {name} has format {tree.get('format')!r}, and this psgd reads format {FORMAT}: "
                 "use the psgd that wrote it"
             )
         return Manifest.model_validate_json(text)
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValidationError, DamagedFileError) as error:
         raise CheckpointError(f"checkpoint {name}: its COMMITTED is not a manifest: {error}") from error
 
 

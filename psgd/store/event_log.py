@@ -48,12 +48,17 @@ class Log:
         self._kept.setdefault(file, deque(maxlen=MOST_KEPT)).append(line)
         self.attempt(self._write)
 
+    @property
+    def rests(self) -> bool:
+        """True while the storage is left alone, because it failed a moment ago."""
+        return time.monotonic() < self._retry_at
+
     def attempt(self, action: Callable[[], None], last: bool = False) -> None:
         """Do something with the storage, unless it failed a moment ago; `last`: there is no later."""
         if self._tell is None:
             action()
             return
-        if time.monotonic() < self._retry_at and not last:
+        if self.rests and not last:
             return
         try:
             action()

@@ -4,44 +4,39 @@ spec.yaml          the job as it was given      resolved.json   ... with every d
 env.json           versions of what ran it      owner           the driver that may commit
 metrics.jsonl      numbers over time            events.jsonl    what happened, and why
 checkpoints/       see psgd.store.checkpoints         journal/        one record per push
-commands/          what `psgd stop` asked for   result.json     how it ended
+commands/          what `psgd stop` asked for   refused/        entries of commands/ that are no files
+heartbeat          a sign of life without log   result.json     how it ended
 """
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import socket
+import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from typing import Any
 from uuid import uuid4
 
 import yaml
 
-from psgd.errors import OwnershipError, ResumeError, RunNotFoundError, StorageError
+from psgd.errors import OwnershipError, ResumeError, RunNotFoundError, RunNotRunningError, StorageError
+from psgd.jsontext import to_json
 from psgd.result import Result
 from psgd.spec import JobSpec
-from psgd.store.event_log import Log
+from psgd.spec.reader import parse_spec
+from psgd.store.commands import MOST_BYTES, MOST_TAKEN, Command, Kind, Refusal, make_command, read_command
+from psgd.store.event_log import RETRY_S, Log
+from psgd.store.liveness import HEARTBEAT_S, Liveness, judge
+from psgd.store.owner import Owner
+from psgd.store.records import parse_document, parse_lines
 from psgd.store.storage import Storage
 
-__all__ = ["Owner", "RunDirectory"]
+__all__ = ["RunDirectory"]
 
+MOST_DOCUMENT = 2**24  # bytes of a JSON file
 PACKAGES = ("psgd", "ray", "numpy", "pydantic", "safetensors", "fsspec")
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """The driver that a run belongs to."""
-
-    driver: str  # random
-    incarnation: int  # of the server it started last: one more than any before
-    host: str
-    pid: int
-    started: float  # Unix time, seconds
 
 
 class RunDirectory:
@@ -56,6 +51,10 @@ class RunDirectory:
         self._owner: Owner | None = None
         self.is_ours = True  # as far as we know
         self._log = Log(storage)
+        self._first_incarnation = 0
+        self._signed_at = float("-inf")  # when the newest line was added
+        self._commands_at = float("-inf")  # when commands are looked for again
+        self._commands_fault = ""  # why they could not be looked for
         self._taken: set[str] = set()  # commands that may still be in the directory
 
     @property
@@ -81,8 +80,8 @@ class RunDirectory:
         self.storage.write("resolved.json", _json(spec.model_dump(mode="json")))
 
     def _note_path(self, spec: JobSpec) -> None:
-        """Let `psgd replay` find the data where it lies now."""
-        before = json.loads(self.storage.read("resolved.json"))
+        """Note the present path to the data, for `psgd replay`."""
+        before = self._read_document("resolved.json")
         now = before | {"data": spec.model_dump(mode="json")["data"]}
         if now != before:
             self.storage.write("resolved.json", _json(now))
@@ -93,7 +92,7 @@ class RunDirectory:
         Raises:
             ResumeError: naming the fields that differ.
         """
-        before = JobSpec.model_validate_json(self.storage.read("resolved.json")).identity()
+        before = self.read_spec().identity()
         changed = sorted(_differences("", before, spec.identity()))
         if changed:
             raise ResumeError(
@@ -101,10 +100,32 @@ class RunDirectory:
                 f"{'; '.join(changed)}. Give the new job another --name"
             )
 
+    def read_spec(self) -> JobSpec:
+        """Return the job as `resolved.json` has it.
+
+        Raises:
+            RunNotFoundError: there is no run here.
+            DamagedFileError: the file is no JSON object.
+            SpecError: it is no job that this psgd knows.
+        """
+        return parse_spec(self.read_json("resolved.json") or {}, f"{self.storage.url}/resolved.json")
+
+    def read_owner(self) -> Owner | None:
+        """Return the driver that the run belongs to; None if it never had one.
+
+        Raises:
+            DamagedFileError: the file does not tell.
+        """
+        if not self.storage.exists("owner"):
+            return None
+        found = self._read_document("owner")
+        return Owner(**{field.name: found[field.name] for field in fields(Owner)})
+
     def own(self) -> Owner:
         """Take the run over: whoever owned it before stops at its next commit."""
-        before = self._read_owner()["incarnation"] if self.storage.exists("owner") else 0
-        self._owner = Owner(uuid4().hex, before + 1, socket.gethostname(), os.getpid(), time.time())
+        before = self.read_owner()
+        self._owner = Owner.this_process(before.incarnation + 1 if before else 1)
+        self._first_incarnation = self._owner.incarnation
         self.storage.write("owner", _json(asdict(self._owner)))
         return self._owner
 
@@ -113,28 +134,19 @@ class RunDirectory:
 
         Raises:
             OwnershipError: one did.
-            StorageError: nobody knows.
+            StorageError: `owner` cannot be read.
         """
-        found = self._read_owner()
-        if self._owner is None or found["driver"] != self._owner.driver:
+        found = self.read_owner()
+        if found is None:
+            raise StorageError(f"cannot read 'owner' in {self.storage.url}: it is not there")
+        if self._owner is None or found.driver != self._owner.driver:
             self.is_ours = False
             raise OwnershipError(
-                f"the run in {self.storage.url} was taken over by process {found['pid']} on {found['host']}; "
+                f"the run in {self.storage.url} was taken over by process {found.pid} on {found.host}; "
                 "this driver stops and commits nothing"
             )
-        if found["incarnation"] < self._owner.incarnation:  # it could not be written when it was taken
+        if found.incarnation < self._owner.incarnation:  # it could not be written when it was taken
             self.storage.write("owner", _json(asdict(self._owner)))
-
-    def _read_owner(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.storage.read("owner"))
-            found["driver"], found["incarnation"], found["pid"], found["host"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise StorageError(
-                f"{self.storage.url}/owner is damaged ({error}): restore it, or start a new --name"
-            ) from error
-        else:
-            return dict(found)
 
     def next_incarnation(self) -> int:
         """For one more server of this driver's: one more than any before.
@@ -159,11 +171,26 @@ class RunDirectory:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Add a line to `events.jsonl`."""
-        self._log.add("events.jsonl", _line({"time": time.time(), "event": kind, **fields}))
+        self._add("events.jsonl", {"event": kind, **fields})
 
     def metrics(self, values: dict[str, float | None]) -> None:
         """Add a line to `metrics.jsonl`."""
-        self._log.add("metrics.jsonl", _line({"time": time.time(), **values}))
+        self._add("metrics.jsonl", values)
+
+    def _add(self, file: str, values: dict[str, Any]) -> None:
+        self._signed_at = time.monotonic()
+        self._log.add(file, (to_json({"time": time.time(), **values}) + "\n").encode())
+
+    def beat(self, now: float) -> None:
+        """Give a sign of life, if the log gave none of late.
+
+        Args:
+            now: monotonic time, seconds.
+        """
+        if now - self._signed_at >= HEARTBEAT_S:
+            self._signed_at = now
+            beat = _json({"time": time.time()})
+            self._log.attempt(lambda: self._log.storage.write("heartbeat", beat))
 
     def finish(self, result: Result) -> None:
         """Write `result.json`, and what could not be written before."""
@@ -171,73 +198,96 @@ class RunDirectory:
         self._log.attempt(lambda: self._log.storage.write("result.json", _json(result.to_dict())), last=True)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the run; None if it is not there (yet)."""
+        """Return a JSON file of the run; None if it is not there (yet).
+
+        Raises:
+            RunNotFoundError: there is no run here.
+            DamagedFileError: the file is not what psgd writes there.
+        """
         self.check_exists()
-        return json.loads(self.storage.read(name)) if self.storage.exists(name) else None
+        return self._read_document(name) if self.storage.exists(name) else None
+
+    def _read_document(self, name: str) -> dict[str, Any]:
+        return parse_document(name, self.storage.read(name, MOST_DOCUMENT), f"{self.storage.url}/{name}")
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a JSON-lines file of the run; a line that a crash cut short is left out."""
+        """Return the records of a JSON-lines file of the run; a line that a crash cut short is left out.
+
+        Raises:
+            RunNotFoundError: there is no run here.
+            DamagedFileError: a line is not what psgd writes there.
+        """
         self.check_exists()
-        text = self.storage.read(name).decode(errors="replace") if self.storage.exists(name) else ""
-        return [record for line in text.splitlines() if (record := _parse_line(line)) is not None]
+        text = self.storage.read(name) if self.storage.exists(name) else b""
+        return parse_lines(name, text, f"{self.storage.url}/{name}")
 
     def check_exists(self) -> None:
         if not self.exists:
-            raise RunNotFoundError(f"there is no run in {self.storage.url}; name it as in `--name`, and its --storage")
+            raise RunNotFoundError(
+                f"there is no run in {self.storage.url}: give the name and the --storage that it was trained with"
+            )
 
-    def command(self, kind: str, settings: Sequence[str] = ()) -> str:
-        """Ask the run's driver for something; its answer in `events.jsonl` names the id that is returned."""
-        self.check_exists()
+    def liveness(self) -> Liveness:
+        """Return whether the run's driver runs, has ended, or was lost.
+
+        Raises:
+            RunNotFoundError: there is no run here.
+            DamagedFileError: a file of the run is damaged.
+        """
+        marks = [line for line in self.read_lines("events.jsonl") if line["event"] in ("started", "finished")]
+        ended = bool(marks) and marks[-1]["event"] == "finished" and self.read_json("result.json") is not None
+        newest = [line for name in ("events.jsonl", "metrics.jsonl") for line in self.read_lines(name)[-1:]]
+        signs = [line["time"] for line in [*newest, self.read_json("heartbeat")] if line]
+        return judge(self.read_owner(), ended, signs, self.read_spec().failure.timeout_s, time.time())
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run."""
+        folder, _, name = self.storage.url.rpartition("/")
+        job = "JOB.yaml" if "://" in folder else f"{self.storage.url}/spec.yaml"
+        return shlex.join(["psgd", "train", job, "--name", name, "--storage", folder, "--resume"])
+
+    def command(self, kind: Kind, settings: Sequence[str] = ()) -> str:
+        """Ask the run's driver for something; its answer in `events.jsonl` names the id that is returned.
+
+        Raises:
+            RunNotFoundError: there is no run here.
+            RunNotRunningError: no driver runs that could obey.
+            SpecError: the settings are too long, or too many.
+        """
+        liveness = self.liveness()
+        owner = self.read_owner()
+        if liveness.status != "running" or owner is None:
+            state = "has ended" if liveness.status == "ended" else f"was lost: {liveness.reason}"
+            raise RunNotRunningError(
+                f"psgd {kind} is for a run that trains, and the run in {self.storage.url} {state}. To continue it: "
+                f"{self.resume_command}"
+            )
         identifier = f"{time.time_ns()}-{uuid4().hex[:8]}"
-        self.storage.write(
-            f"commands/{identifier}.json", _json({"id": identifier, "command": kind, "settings": [*settings]})
-        )
+        command = make_command(identifier, owner.incarnation, kind, settings)
+        self.storage.write(f"commands/{identifier}.json", _json(command.model_dump()))
         return identifier
 
-    def take_commands(self) -> list[dict[str, Any]]:
-        """Commands that came since the last call, oldest first; they are gone from the directory then."""
-        taken: list[dict[str, Any]] = []
-        self._log.attempt(lambda: self._take_commands(taken))
-        return taken
+    def take_commands(self) -> list[Command | Refusal]:
+        """Return the commands that came since the last call, oldest first, and take them out of the directory.
 
-    def _take_commands(self, taken: list[dict[str, Any]]) -> None:
-        storage = self._log.storage
-        names = [name for name in storage.names("commands") if name.endswith(".json")]  # else it is being written
-        for name in names:
-            if name not in self._taken:
-                taken.append(_command(name, storage.read(f"commands/{name}")))
-                self._taken.add(name)
-        for name in names:
-            storage.delete(f"commands/{name}")
-            self._taken.discard(name)
-
-
-def _command(name: str, text: bytes) -> dict[str, Any]:
-    """A command file's content; what is no command at all is answered like an unknown one, not with a crash."""
-    try:
-        tree = json.loads(text)
-    except ValueError:
-        tree = None
-    fields = tree if isinstance(tree, dict) else {}
-    settings = fields.get("settings")
-    known = isinstance(settings, list) and all(isinstance(setting, str) for setting in settings)
-    return {"id": name.removesuffix(".json"), "command": fields.get("command"), "settings": settings if known else []}
-
-
-def _parse_line(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+        What is no command for this driver is returned as a refusal. A folder that cannot be read is told once.
+        """
+        now = time.monotonic()
+        if now < self._commands_at or self._log.rests:
+            return []
+        try:
+            files = self._log.storage.take_out("commands", MOST_TAKEN, MOST_BYTES, self._taken)
+        except StorageError as error:
+            self._commands_at = now + RETRY_S
+            known, self._commands_fault = self._commands_fault, str(error)
+            return [] if known == str(error) else [Refusal("commands", f"the folder cannot be read: {error}")]
+        self._commands_fault = ""
+        return [read_command(file, self._first_incarnation) for file in files]
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _line(value: Any) -> bytes:
-    return (json.dumps(value) + "\n").encode()
+    return (to_json(value, indent=2) + "\n").encode()
 
 
 def _differences(path: str, before: Any, now: Any) -> list[str]:

@@ -6,16 +6,18 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from posixpath import join
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from psgd.errors import StorageError
+from psgd.store.foreign import MOST_SCANNED, TakenFile, take_files, too_large
 
 __all__ = ["PATIENCE_S", "Storage", "location"]
 
@@ -66,10 +68,18 @@ class Storage:
             raise StorageError(f"storage {self.url} returned something else than what was written")
         self.delete(name)
 
-    def read(self, name: str) -> bytes:
-        """A file's content."""
+    def read(self, name: str, most_bytes: int | None = None) -> bytes:
+        """Return a file's content.
+
+        Raises:
+            StorageError: there is no such file, it cannot be read, or it has more than `most_bytes` bytes.
+        """
         path = join(self._root, name)
         size = self._ask(f"read {name!r}", lambda: self._fs.size(path))
+        if most_bytes is not None and (size or 0) > most_bytes:
+            raise StorageError(
+                f"cannot read {name!r} in {self.url}: it has {size} bytes, expected {most_bytes} at most"
+            )
         data: bytes = self._ask(f"read {name!r}", lambda: self._fs.cat_file(path), size or 0)
         return data
 
@@ -87,6 +97,32 @@ class Storage:
         unfinished = join(folder, f".{file}-{uuid4().hex}")
         self._ask(doing, lambda: self._put_unfinished(unfinished, data), len(data))
         self._ask(doing, lambda: _rename(unfinished, path))  # not if writing took too long, and ends some time later
+
+    def take_out(self, folder: str, number: int, most_bytes: int, taken: set[str]) -> list[TakenFile]:
+        """Take entries out of a folder that anybody may write to.
+
+        Regular files are read, unless they are too large, and deleted. Links, folders and pipes are not opened, but
+        moved into `refused/`. Names that begin with a dot are left alone, as those files are being written.
+
+        Args:
+            folder: the folder, which need not exist.
+            number: entries to take, at most.
+            most_bytes: size of a file that is read, at most.
+            taken: names that were taken before, but could not be deleted; kept up to date.
+
+        Returns:
+            The entries, sorted by name.
+
+        Raises:
+            StorageError: the folder cannot be read, or is a link.
+        """
+        path = join(self._root, folder)
+        refused = join(self._root, "refused")
+        if isinstance(self._fs, LocalFileSystem):
+            call = partial(take_files, path, refused, number, most_bytes, taken)
+        else:
+            call = partial(self._take_objects, path, number, most_bytes, taken)
+        return self._ask(f"read {folder!r}", call)
 
     def append(self, name: str, data: bytes) -> None:
         """Add to a file's end; it is created if need be."""
@@ -114,6 +150,27 @@ class Storage:
             return list(self._fs.ls(path, detail=False))
         except FileNotFoundError:
             return []
+
+    def _take_objects(self, path: str, number: int, most_bytes: int, taken: set[str]) -> list[TakenFile]:
+        """As `take_out`, where there are neither links nor pipes."""
+        found: list[TakenFile] = []
+        for entry in sorted(self._list(path))[:MOST_SCANNED]:
+            name = entry.rstrip("/").rpartition("/")[2]
+            if name.startswith(".") or len(found) == number:
+                continue
+            if name not in taken:
+                taken.add(name)
+                found.append(self._read_object(entry, name, most_bytes))
+            if self._fs.isfile(entry):
+                self._fs.rm_file(entry)
+                taken.discard(name)
+        return found
+
+    def _read_object(self, path: str, name: str, most_bytes: int) -> TakenFile:
+        if not self._fs.isfile(path):
+            return TakenFile(name, None, "it is no file")
+        data: bytes = self._fs.cat_file(path, end=most_bytes + 1)
+        return TakenFile(name, data, "") if len(data) <= most_bytes else TakenFile(name, None, too_large(most_bytes))
 
     def _put(self, path: str, data: bytes) -> None:
         """In one request, where there are requests: closing a file after a fault would leave half of it."""
@@ -152,12 +209,14 @@ class Storage:
             except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
                 answer.set_exception(error)
 
-        Thread(target=run, name="psgd-storage", daemon=True).start()
         limit_s = self.patience_s + size / SLOWEST
         try:
+            Thread(target=run, name="psgd-storage", daemon=True).start()  # which fails at a limit on processes
             return answer.result(limit_s)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}" if answer.done() else f"no answer within {limit_s:.1f} s"
+            reason = (
+                f"{type(error).__name__}: {error}" if _failed(error, answer) else f"no answer within {limit_s:.1f} s"
+            )
             raise StorageError(f"cannot {doing} in {self.url}: {reason}") from error
 
 
@@ -175,6 +234,11 @@ def location(url: str | os.PathLike[str]) -> str:
             f"{text!r} is a URL without one of its slashes: give {scheme[0]}/... as a string, not a Path"
         )
     return text
+
+
+def _failed(error: Exception, answer: Future[Any]) -> bool:
+    """Return False if no answer came in time, which is no error of the filesystem."""
+    return answer.done() or not isinstance(error, TimeoutError)
 
 
 def _check_size(size: int | None, data: bytes) -> None:

@@ -112,6 +112,7 @@ def interrupt(psgd: CommandLine, mode: str, send: Callable[[int, int], None], nu
         send(driver.pid, number)
         told = driver.communicate(timeout=LIMIT_S)[1]
     assert driver.returncode == 130, told
+    assert "psgd: interrupted: the run is saved and ended." in told
     assert "the same command with --resume continues it" in told
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["ledger"]["batches"]) == ("interrupted", result["ledger"]["applied"])
@@ -120,13 +121,42 @@ def interrupt(psgd: CommandLine, mode: str, send: Callable[[int, int], None], nu
     eventually(lambda: not psgd.processes())
 
 
-@pytest.mark.timeout(240)
-def test_ctrl_c_and_sigterm_save_the_run_and_resuming_ends_it_exactly(psgd: CommandLine) -> None:
+@pytest.mark.timeout(300)
+def test_every_signal_that_ends_a_run_saves_it_and_resuming_ends_it_exactly(psgd: CommandLine) -> None:
     interrupt(psgd, "token", os.killpg, signal.SIGINT)  # to the whole group, as a terminal does
     interrupt(psgd, "disabled", os.kill, signal.SIGTERM)
+    interrupt(psgd, "disabled", os.kill, signal.SIGHUP)
     end_exactly(psgd)
     started = recorded(psgd.folder / "runs" / "digits", "started")
-    assert [event["resumed"] is None for event in started] == [True, False, False]
+    assert [event["resumed"] is None for event in started] == [True, False, False, False]
+
+
+AT_FORK = """
+import os, signal, sys
+
+def interrupt():
+    if not sent:
+        sent.append(True)
+        os.kill(os.getpid(), signal.{number})
+
+sent = []
+if "psgd.cli" in sys.orig_argv:
+    os.register_at_fork(before=interrupt)
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_ray_forks_its_processes_ends_the_command_and_leaves_nothing(
+    psgd: CommandLine, number: str
+) -> None:
+    (psgd.folder / "sitecustomize.py").write_text(AT_FORK.format(number=number))
+    path = os.pathsep.join([str(psgd.folder), psgd.environment.get("PYTHONPATH", "")])
+    done = psgd.run(*train(ENDLESS), PYTHONPATH=path)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.startswith("psgd: interrupted: Ray is stopped as soon as it has started")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (psgd.folder / "runs" / "digits").exists()
+    eventually(lambda: not psgd.processes())
 
 
 def test_stop_ends_a_run_from_another_process(psgd: CommandLine) -> None:
@@ -153,6 +183,12 @@ def test_a_killed_driver_takes_its_ray_along_and_resuming_ends_exactly(psgd: Com
         driver.kill()
     eventually(lambda: not psgd.processes())
     assert recorded(run, "finished") == []
+    lost = json.loads(psgd.run("status", "digits").stdout)
+    assert (lost["status"], lost["owner"]["pid"]) == ("lost", driver.pid)
+    assert "--resume" in lost["resume"]
+    refused = psgd.run("stop", "digits")
+    assert refused.returncode == 2
+    assert lost["resume"] in refused.stderr
     end_exactly(psgd)
     assert recorded(run, "started")[-1]["resumed"] is not None
 

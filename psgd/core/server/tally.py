@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import nan
 from typing import Any
 
 from psgd.core.server.aggregators import StepMember
@@ -98,4 +99,6 @@ class Tally:
         self.bytes = metadata["bytes"]
         self.pushes.update({Outcome(name): count for name, count in metadata["pushes"].items()})
         self.staleness.update({int(value): count for value, count in metadata["staleness"]})
-        self._losses = {epoch: [total, examples] for epoch, total, examples in metadata["losses"]}
+        self._losses = {
+            epoch: [nan if total is None else total, examples] for epoch, total, examples in metadata["losses"]
+        }

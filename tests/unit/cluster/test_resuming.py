@@ -62,6 +62,26 @@ def spec(servers: int) -> JobSpec:
     return digits(scaling={"workers": 3, "servers": servers})
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_without_a_word(run: RunDirectory, job: OpenJob) -> None:
+    assert find_checkpoint(run, job.spec, fail) is None  # nothing was committed yet
+    commit(run, job, "000001-1", (3,))
+    run.event("checkpoint", name="000001-1", updates=3, epochs=0, deleted=[])
+    assert find_checkpoint(run, job.spec, fail) is not None
+    run.storage.delete("checkpoints")
+    with pytest.raises(ResumeError, match=r"checkpoint 000001-1 was committed, .*restore the folder .*another --name"):
+        find_checkpoint(run, job.spec, fail)
+
+
+def test_a_run_whose_only_checkpoint_lost_its_end_is_not_begun_anew(run: RunDirectory, job: OpenJob) -> None:
+    commit(run, job, "000001-1", (3,))
+    run.event("checkpoint", name="000001-1", updates=3, epochs=0, deleted=[])
+    run.storage.write("checkpoints/000001-1/COMMITTED", b"{")
+    told: list[str] = []
+    with pytest.raises(ResumeError, match="no checkpoint is left whole"):
+        find_checkpoint(run, job.spec, told.append)
+    assert "its COMMITTED is cut short" in told[0]
+
+
 def test_a_run_that_committed_nothing_starts_anew(run: RunDirectory) -> None:
     assert find_checkpoint(run, spec(1), refused=fail) is None
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +45,28 @@ def test_a_folder_may_be_a_path(tmp_path: Path) -> None:
     record(run_directory(tmp_path), spec)
     with pytest.raises(RunExistsError, match=f"there is a run in {tmp_path}/run already"):
         train(spec.model_dump(exclude_unset=True), name="run", storage=tmp_path)
+
+
+def test_ctrl_c_ends_training_that_has_not_begun_with_a_keyboard_interrupt(tmp_path: Path) -> None:
+    """In the main thread of a script, and its own handlers are back afterwards."""
+    script = f"""
+import os, signal, threading
+import psgd, psgd.cluster.run as run
+
+def block(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait()
+
+run.OpenJob.open = block
+data = {{"format": "sklearn", "dataset": "iris"}}
+spec = psgd.JobSpec(model={{"kind": "linear"}}, data=data, optimizer={{"lr": 0.1}}, run={{"epochs": 1}})
+try:
+    psgd.train(spec, storage={str(tmp_path)!r})
+except KeyboardInterrupt as error:
+    print(error, signal.getsignal(signal.SIGINT) is signal.default_int_handler, flush=True)
+os._exit(0)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert told.stdout == "interrupted: nothing was started True\n"
+    assert told.stderr == "psgd: interrupted: nothing was started\n"
+    assert list(tmp_path.iterdir()) == []

@@ -134,6 +134,23 @@ def test_a_server_is_restored_from_a_checkpoint_of_another_number_of_servers(tmp
     np.testing.assert_array_equal(weights, START)
 
 
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [(b"[" * 100_000, "owner is damaged"), (b"7", "owner is damaged"), (None, "does not see the driver's files")],
+    ids=["deep", "other", "missing"],
+)
+def test_a_server_that_does_not_see_its_driver_says_why(tmp_path: Path, text: bytes | None, error: str) -> None:
+    storage = Storage(str(tmp_path / "run"))
+    owner = RunDirectory(storage).own()
+    storage.delete("owner")
+    if text is not None:
+        storage.write("owner", text)
+    layout = Layout.of({"weight": START})
+    partition = Partition(0, 0, len(START), len(START))
+    with pytest.raises(StorageError, match=error):
+        ServerActor(RunContext(job(), layout, GRID, (partition,), owner.driver, storage.url), 0, 1, START)
+
+
 def test_a_part_saved_before_the_settings_changed_is_restored_to_those_of_the_run(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "run"))
     owner = RunDirectory(storage).own()

@@ -150,6 +150,7 @@ def train(tmp_path: Path, script: Script) -> Finish:
         next_incarnation=lambda: next(incarnations),
         event=lambda kind, **_: None,
         take_commands=list,
+        beat=lambda now: None,
     )
     inputs: Any = Inputs(context, None, None, len)  # type: ignore[arg-type]
     coordinator: Any = script

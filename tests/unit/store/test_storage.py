@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
+from typing import NoReturn
 from uuid import uuid4
 
 import pytest
@@ -84,6 +86,24 @@ def test_where_nothing_can_be_written_the_reason_is_told(tmp_path: Path, action:
         getattr(storage, action)("name", b"")
     with pytest.raises(StorageError, match="cannot write"):
         storage.probe()
+
+
+def test_a_machine_that_has_no_thread_left_is_a_fault_of_the_storage(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(thread: Thread) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Thread, "start", fail)
+    with pytest.raises(StorageError, match=r"cannot write 'a' .*RuntimeError: can't start new thread"):
+        storage.append("a", b"")
+
+
+def test_a_file_of_more_bytes_than_are_wanted_is_not_read(storage: Storage) -> None:
+    storage.write("a", b"four")
+    assert storage.read("a", 4) == b"four"
+    with pytest.raises(StorageError, match=r"cannot read 'a' .*: it has 4 bytes, expected 3 at most"):
+        storage.read("a", 3)
 
 
 def test_a_filesystem_that_is_not_installed_is_refused() -> None:

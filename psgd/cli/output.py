@@ -1,0 +1,69 @@
+"""What commands print: JSON on stdout, tables and summaries on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from psgd.result import Result
+    from psgd.simulation.verify import Check
+
+__all__ = ["print_checks", "print_json", "print_result", "printable"]
+
+COLOURS = {"failed": "red", "unsaved": "red", "interrupted": "yellow"}
+SHOWN = {
+    "validation accuracy": ("val/accuracy", "{:.4f}"),
+    "validation loss": ("val/loss", "{:.4f}"),
+    "training loss": ("train/loss", "{:.4f}"),
+    "updates/s": ("perf/updates_per_s", "{:.0f}"),
+    "staleness, mean": ("async/staleness_mean", "{:.2f}"),
+}
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Print one JSON document on stdout."""
+    from psgd.jsontext import to_json
+
+    typer.echo(to_json(value, indent=indent))
+
+
+def print_result(result: Result) -> None:
+    """Print how a run ended, for people."""
+    from rich.text import Text
+
+    from psgd.monitoring.console import stderr_console
+
+    console = stderr_console()
+    status = Text(result.status, style=f"bold {COLOURS.get(result.status, 'green')}")
+    took = f"{result.epochs} epochs, {result.updates} updates in {result.duration_s:.1f} s"
+    console.print(status, f"{result.name}: {took}", soft_wrap=True)
+    for title, (metric, form) in SHOWN.items():
+        if (value := result.metrics[metric]) is not None:
+            console.print(f"  {title:<20} {form.format(value)}")
+    console.print(f"  {'run directory':<20} {result.path}", soft_wrap=True)
+    if result.error:
+        console.print(f"  {'error':<20} {result.error}", soft_wrap=True)
+    if result.status in ("interrupted", "stopped"):
+        console.print("  the same command with --resume continues it")
+
+
+def print_checks(checks: Iterable[Check]) -> None:
+    """Print what `psgd verify` found, as a table."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from psgd.monitoring.console import stderr_console
+
+    table = Table("", "promised", "observed", "")
+    for check in checks:
+        verdict = Text("holds", style="green") if check.holds else Text("does not hold", style="red")
+        table.add_row(check.name, check.promised, check.observed, verdict)
+    stderr_console().print(table)
+
+
+def printable(text: str) -> str:
+    """Return text on one line, without characters that a terminal would act on."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

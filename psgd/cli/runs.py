@@ -1,0 +1,114 @@
+"""Commands about a run that was started: status, logs, stop, set, scale."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from psgd.cli.options import Dashboard, RunName, RunStorage
+from psgd.cli.output import print_json, printable
+
+if TYPE_CHECKING:
+    from psgd.store.run_directory import RunDirectory
+
+__all__ = ["logs", "open_run", "scale", "set_", "status", "stop"]
+
+
+def open_run(run: str, storage: str) -> RunDirectory:
+    """Return the directory of a run."""
+    from psgd.store.run_directory import RunDirectory
+    from psgd.store.storage import Storage
+
+    return RunDirectory(Storage(storage).folder(run))
+
+
+def status(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) -> None:
+    """Print the state of a run, as JSON.
+
+    A run that has ended: its result. A run that trains: its newest metrics. A run whose driver is gone ("lost"): why,
+    how long ago the driver gave its last sign of life, and the command that continues the run.
+    """
+    if address:
+        from psgd.cluster.jobs import Jobs
+
+        found = Jobs(address).find(run)
+        print_json({"status": found.status.value, "job": found.submission_id, "message": found.message})
+        return
+    directory = open_run(run, storage)
+    liveness = directory.liveness()
+    if liveness.status == "ended":
+        print_json(directory.read_json("result.json"))
+        return
+    lost = {"reason": liveness.reason, "resume": directory.resume_command} if liveness.status == "lost" else {}
+    print_json(
+        {
+            "status": liveness.status,
+            **lost,
+            "last_sign_s": round(max(0.0, time.time() - liveness.last_sign), 1),
+            "owner": directory.read_json("owner"),
+            "metrics": directory.read_lines("metrics.jsonl")[-1:] or None,
+        }
+    )
+
+
+def logs(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) -> None:
+    """Print the events of a run, one a line.
+
+    With --address, print the output of the run's driver on that cluster instead.
+    """
+    if address:
+        from psgd.cluster.jobs import Jobs
+
+        typer.echo(Jobs(address).logs(run))
+        return
+    for line in open_run(run, storage).read_lines("events.jsonl"):
+        when = datetime.fromtimestamp(line.pop("time")).astimezone().isoformat(sep=" ", timespec="seconds")
+        fields = "  ".join(f"{key}={value}" for key, value in line.items() if key != "event" and value is not None)
+        typer.echo(printable(f"{when}  {line['event']:<18} {fields}"))
+
+
+def stop(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) -> None:
+    """Ask a run to save its state and end.
+
+    `psgd train --resume` continues it later. Refused, with exit code 2, if the run does not run. With --address, Ray's
+    job manager is asked to stop the driver instead.
+    """
+    if address:
+        from psgd.cluster.jobs import Jobs
+
+        Jobs(address).stop(run)
+    else:
+        open_run(run, storage).command("stop")
+    typer.echo(f"asked {run} to stop; `psgd status` shows when it has")
+
+
+def set_(
+    run: RunName,
+    settings: Annotated[
+        list[str], typer.Argument(metavar="FIELD=VALUE", help="Such as consistency.mode=bsp optimizer.lr=0.1.")
+    ],
+    storage: RunStorage = "runs",
+) -> None:
+    """Change settings of a run while it trains.
+
+    The fields that can change are consistency, and the optimizer's lr, schedule, max_grad_norm and clip_value.
+    `psgd logs` shows from which version on the change holds, or why it was refused.
+    """
+    open_run(run, storage).command("set", settings)
+    typer.echo(f"asked {run} for {' '.join(settings)}; `psgd logs` shows from which version on, or why not")
+
+
+def scale(
+    run: RunName,
+    workers: Annotated[int, typer.Argument(min=1, metavar="WORKERS", help="Number of workers from now on.")],
+    storage: RunStorage = "runs",
+) -> None:
+    """Change the number of workers of a run while it trains.
+
+    New workers join as soon as the cluster has room. Workers that leave finish the batch in hand first.
+    """
+    open_run(run, storage).command("scale", [str(workers)])
+    typer.echo(f"asked {run} for {workers} workers; `psgd logs` shows the workers that come and go, or why not")

@@ -1,0 +1,160 @@
+"""Commands that need no cluster: simulate, verify, replay."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from psgd.cli import FAILED
+from psgd.cli.options import AsJson, JobFile, Overrides, RunName, RunStorage
+from psgd.cli.output import print_checks, print_json
+
+__all__ = ["replay", "simulate", "verify"]
+
+SECONDS = "SECONDS"
+
+
+def simulate(
+    job: JobFile,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of simulated workers. [default: as in the job]")
+    ] = None,
+    delays: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME:ARGS",
+            help="Virtual seconds that a gradient takes: constant:S, exponential:MEAN, lognormal:MU,SIGMA, "
+            "gamma:SHAPE,SCALE, measured:RUN-DIRECTORY, ... [default: constant:1]",
+        ),
+    ] = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODE,...", help="Modes to compare, such as async,ringmaster:r=32,bsp. [default: as in the job]"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="quadratic", help="Use a noisy quadratic instead of the job's own model and data."),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Number of parameters of the quadratic. [default: 100]")
+    ] = None,
+    pushes: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Maximum number of gradients of the quadratic. [default: 20000]"),
+    ] = None,
+    link: Annotated[
+        float | None,
+        typer.Option(metavar=SECONDS, help="Virtual seconds that one push takes; one pull takes as long. [default: 0]"),
+    ] = None,
+    crashes: Annotated[
+        float | None,
+        typer.Option(metavar=SECONDS, help="Mean virtual seconds between two crashes of a worker. [default: none]"),
+    ] = None,
+    joins: Annotated[
+        float | None,
+        typer.Option(metavar=SECONDS, help="Mean virtual seconds until a worker joins. [default: 0, all together]"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Seed of delays, crashes and joins. [default: 0]")
+    ] = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC=VALUE", help="Stop at this value of excess, train/loss, val/loss or val/accuracy."
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write a page with figures. Needs pip install 'psgd[plots]'."),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare modes and numbers of workers on a virtual clock.
+
+    Runs the servers' and the driver's real code on simulated workers, with the job's own model and data or with a
+    quadratic. Shows time and examples to a target, throughput, staleness and each worker's share, before you pay for
+    the workers. Defaults come from the job's `simulate` section.
+    """
+    from psgd.simulation.command import run
+    from psgd.spec.reader import load_spec
+
+    spec = load_spec(job, overrides or ())
+    options = {
+        "workers": workers,
+        "delays": delays,
+        "modes": modes,
+        "model": model,
+        "size": size,
+        "pushes": pushes,
+        "link_s": link,
+        "crash_s": crashes,
+        "join_s": joins,
+        "seed": seed,
+        "until": until,
+    }
+    with redirect_stdout(sys.stderr):  # the user's own model may print
+        results = run(spec, options, html)
+    if as_json:
+        print_json({"results": [result.to_dict() for result in results]})
+
+
+def verify(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Test psgd's guarantees on a job's own model and data.
+
+    Checks on a few batches, on this machine, in under a minute: the gradient is the slope of the loss, one worker
+    equals a serial loop, several workers equal a step on their mean, partitions agree, and a resumed run ends as if it
+    had not been interrupted. Exits with 3 if a check fails.
+    """
+    from psgd.simulation.verify import verify as run_checks
+    from psgd.spec.reader import load_spec
+
+    spec = load_spec(job, overrides or ())
+    with redirect_stdout(sys.stderr):  # the user's own model may print
+        checks = run_checks(spec)
+    if as_json:
+        print_json({"checks": [asdict(check) for check in checks]})
+    print_checks(checks)
+    raise typer.Exit(0 if all(check.holds for check in checks) else FAILED)
+
+
+def replay(
+    run: RunName,
+    storage: RunStorage = "runs",
+    until: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Stop when every server has made N updates.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, metavar="FILE.safetensors", help="Write the recomputed weights to this file."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute a run, and compare the weights bit for bit.
+
+    Reads the run's job, data and journal, computes every gradient again in one process, up to the newest checkpoint,
+    and compares with the weights saved there. Exits with 3 if they differ.
+    """
+    from psgd.cli.runs import open_run
+
+    directory = open_run(run, storage)
+    directory.check_exists()
+    # Before NumPy is imported: other numbers of threads sum in other orders. Ray gave its workers so many.
+    os.environ.setdefault("OMP_NUM_THREADS", str(directory.read_spec().scaling.cpus_per_worker))
+    from psgd.replay.replay import replay as recompute
+
+    with redirect_stdout(sys.stderr):  # the user's own model may print
+        result = recompute(directory, until=until, out=out)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        typer.echo(str(result))
+    raise typer.Exit(FAILED if result.agrees is False else 0)

@@ -1,0 +1,89 @@
+"""Foreign files: entries that others put into a local folder of ours, taken out without trusting any of them.
+
+Everything goes through descriptors and follows no link, so that an entry that is replaced meanwhile opens nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from uuid import uuid4
+
+__all__ = ["MOST_SCANNED", "TakenFile", "take_files", "too_large"]
+
+MOST_SCANNED = 1000  # entries of the folder that are looked at, in one call
+
+
+@dataclass(frozen=True, slots=True)
+class TakenFile:
+    """An entry that was taken out of a folder."""
+
+    name: str
+    data: bytes | None  # content of a regular file; None: it was not read
+    fault: str  # why it was not read
+
+
+def too_large(most_bytes: int) -> str:
+    """Return why a file is not read."""
+    return f"it has more than {most_bytes} bytes"
+
+
+def take_files(folder: str, refused: str, number: int, most_bytes: int, taken: set[str]) -> list[TakenFile]:
+    """Take entries out of a folder on this machine; see `Storage.take_out`.
+
+    Args:
+        folder: path of the folder.
+        refused: path of the folder for entries that are no regular files.
+        number: entries to take, at most.
+        most_bytes: size of a file that is read, at most.
+        taken: names that were taken before, but could not be deleted; kept up to date.
+
+    Raises:
+        OSError: the folder is none, is a link to one, or cannot be read.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return []
+    try:
+        with os.scandir(descriptor) as entries:
+            names = sorted(entry.name for entry in islice(entries, MOST_SCANNED) if not entry.name.startswith("."))
+        new = [name for name in names if name not in taken][:number]
+        found = [_read(descriptor, name, most_bytes) for name in new]
+        taken.update(file.name for file in found)
+        for name in names:
+            if name in taken and _remove(descriptor, name, refused):
+                taken.discard(name)
+        return found
+    finally:
+        os.close(descriptor)
+
+
+def _read(folder: int, name: str, most_bytes: int) -> TakenFile:
+    try:
+        if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            return TakenFile(name, None, "it is no regular file")
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    except OSError as error:
+        return TakenFile(name, None, f"it cannot be read: {error.strerror}")
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return TakenFile(name, None, "it is no regular file")
+        data = file.read(most_bytes + 1)
+    return TakenFile(name, data, "") if len(data) <= most_bytes else TakenFile(name, None, too_large(most_bytes))
+
+
+def _remove(folder: int, name: str, refused: str) -> bool:
+    """Delete a regular file, or move anything else aside. Return False if that is not possible now."""
+    try:
+        if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            os.unlink(name, dir_fd=folder)
+        else:
+            Path(refused).mkdir(exist_ok=True)
+            os.rename(name, f"{refused}/{uuid4().hex}", src_dir_fd=folder)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,118 @@
+"""The JSON files of a run, checked as they are read: `owner`, `result.json`, `events.jsonl`, `metrics.jsonl`, ...
+
+A file that is empty, cut short or of another content is one typed error that names it. Of the files to which lines are
+added, a line that a crash cut short is left out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from psgd.errors import DamagedFileError
+from psgd.jsontext import parse_json
+from psgd.result import Result
+from psgd.store.owner import Owner
+
+__all__ = ["parse_document", "parse_lines"]
+
+Time = Annotated[float, Field(ge=0, le=253_402_300_799)]  # Unix time, seconds; up to the year 9999
+CheckpointName = Annotated[str, Field(pattern=r"^\d+-\d+$", max_length=40)]
+
+
+class _Heartbeat(BaseModel):
+    """The content of `heartbeat`."""
+
+    time: Time
+
+
+class _Event(BaseModel):
+    """A line of `events.jsonl`; which further fields it has depends on `event`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    time: Time
+    event: str
+    incarnation: int | None = None
+    partition: int | None = None
+    resumed: CheckpointName | None = None
+    checkpoint: Any = None
+    name: Any = None
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        needed = {
+            "started": ("incarnation", "resumed"),
+            "server_started": ("incarnation", "partition", "checkpoint"),
+            "checkpoint": ("name",),
+        }.get(self.event, ())
+        if missing := [name for name in needed if name not in self.model_fields_set]:
+            raise ValueError(f"event {self.event!r} lacks {', '.join(missing)}")
+        return self
+
+
+class _Metrics(BaseModel):
+    """A line of `metrics.jsonl`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    time: Time
+
+
+DOCUMENTS: dict[str, TypeAdapter[Any]] = {
+    "owner": TypeAdapter(Owner),
+    "heartbeat": TypeAdapter(_Heartbeat),
+    "result.json": TypeAdapter(Result),
+}
+LINES: dict[str, TypeAdapter[Any]] = {"events.jsonl": TypeAdapter(_Event), "metrics.jsonl": TypeAdapter(_Metrics)}
+OBJECT = TypeAdapter(dict[str, Any])
+
+
+def parse_document(name: str, text: bytes, source: str) -> dict[str, Any]:
+    """Parse a JSON file of a run.
+
+    Args:
+        name: name of the file in the run's directory.
+        text: content of the file.
+        source: path or URL of the file, for the error.
+
+    Raises:
+        DamagedFileError: the content is not what psgd writes there.
+    """
+    return _checked(DOCUMENTS.get(name, OBJECT), parse_json(text, source), source)
+
+
+def parse_lines(name: str, text: bytes, source: str) -> list[dict[str, Any]]:
+    """Parse a JSON-lines file of a run; a line that a crash cut short is left out.
+
+    Args:
+        name: name of the file in the run's directory.
+        text: content of the file.
+        source: path or URL of the file, for the error.
+
+    Raises:
+        DamagedFileError: a line is JSON, but not what psgd writes there.
+    """
+    model = LINES.get(name, OBJECT)
+    records = []
+    for number, line in enumerate(text.split(b"\n"), 1):
+        where = f"{source}, line {number},"
+        try:
+            record = parse_json(line, where)
+        except DamagedFileError:
+            continue
+        records.append(_checked(model, record, where))
+    return records
+
+
+def _checked(model: TypeAdapter[Any], tree: Any, source: str) -> dict[str, Any]:
+    try:
+        model.validate_python(tree)
+        return OBJECT.validate_python(tree)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        reason = ": ".join([*(str(step) for step in fault["loc"]), fault["msg"].removeprefix("Value error, ")])
+        raise DamagedFileError(
+            f"{source} is damaged ({reason}): restore the file from a copy, or start a new run under another --name"
+        ) from error

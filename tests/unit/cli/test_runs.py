@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from psgd.store.commands import Command
+from psgd.store.owner import Owner
+from psgd.store.run_directory import RunDirectory
+from tests.support.run_records import finish, result_of, start
+
+
+def commands(run: RunDirectory) -> list[tuple[str, list[str]]]:
+    """What the driver is asked for."""
+    taken = run.take_commands()
+    assert all(isinstance(command, Command) for command in taken)
+    return [(command.command, command.settings) for command in taken if isinstance(command, Command)]
+
+
+def test_status_of_a_run_under_way_is_its_owner_and_newest_metrics(psgd: Any, run: RunDirectory) -> None:
+    assert json.loads(psgd("status", "iris")[1])["metrics"] is None
+    run.metrics({"updates": 1})
+    run.metrics({"updates": 2})
+    code, out, _ = psgd("status", "iris")
+    told = json.loads(out)
+    assert (code, told["status"], told["owner"]["incarnation"]) == (0, "running", 1)
+    assert [line["updates"] for line in told["metrics"]] == [2]
+
+
+def test_status_of_an_ended_run_is_its_result_until_it_is_resumed(psgd: Any, run: RunDirectory) -> None:
+    result = finish(run, "stopped")
+    assert json.loads(psgd("status", "iris")[1]) == result.to_dict()
+    start(run, incarnation=2, resumed="000001-1")
+    assert json.loads(psgd("status", "iris")[1])["status"] == "running"
+
+
+def test_logs_are_the_events_without_what_is_none(psgd: Any, run: RunDirectory) -> None:
+    code, out, err = psgd("logs", "iris")
+    assert (code, err) == (0, "")
+    assert out.split()[2:] == ["started", "incarnation=1"]
+
+
+def test_stop_leaves_a_command_for_the_driver(psgd: Any, run: RunDirectory) -> None:
+    code, out, _ = psgd("stop", "iris", "--storage", "runs")
+    assert code == 0
+    assert "asked iris to stop" in out
+    assert commands(run) == [("stop", [])]
+
+
+def test_set_leaves_the_settings_for_the_driver(psgd: Any, run: RunDirectory) -> None:
+    code, out, _ = psgd("set", "iris", "consistency.mode=bsp", "optimizer.lr=0.5")
+    assert code == 0
+    assert "asked iris for consistency.mode=bsp optimizer.lr=0.5" in out
+    assert commands(run) == [("set", ["consistency.mode=bsp", "optimizer.lr=0.5"])]
+
+
+def test_scale_takes_the_number_of_workers_after_the_name(psgd: Any, run: RunDirectory) -> None:
+    code, out, _ = psgd("scale", "iris", "4")
+    assert code == 0
+    assert "asked iris for 4 workers" in out
+    assert commands(run) == [("scale", ["4"])]
+
+
+COMMANDS = [["stop", "iris"], ["set", "iris", "optimizer.lr=5"], ["scale", "iris", "4"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
+def test_a_command_for_a_run_that_has_ended_is_refused_with_exit_2(
+    psgd: Any, run: RunDirectory, command: list[str]
+) -> None:
+    finish(run)
+    code, out, err = psgd(*command)
+    assert (code, out) == (2, "")
+    assert f"psgd {command[0]} is for a run that trains, and the run in {run.storage.url} has ended" in err
+    assert "--resume" in err
+    assert run.take_commands() == []
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
+def test_a_command_for_a_run_that_was_lost_is_refused_with_exit_2(
+    psgd: Any, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr(Owner, "is_alive", False)
+    code, out, err = psgd(*command)
+    assert (code, out) == (2, "")
+    assert "was lost: process" in err
+
+
+def test_status_of_a_run_whose_driver_is_gone_is_lost(
+    psgd: Any, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.metrics({"updates": 2})
+    monkeypatch.setattr(Owner, "is_alive", False)
+    code, out, _ = psgd("status", "iris")
+    told = json.loads(out)
+    assert (code, told["status"]) == (0, "lost")
+    assert told["reason"].endswith("its driver, is gone")
+    assert 0 <= told["last_sign_s"] < 60
+    assert told["resume"] == (
+        f"psgd train {run.storage.url}/spec.yaml --name iris --storage {Path('runs').absolute()} --resume"
+    )
+    assert told["metrics"][0]["updates"] == 2
+
+
+def test_what_is_not_finite_is_null_in_every_output(psgd: Any, run: RunDirectory) -> None:
+    run.metrics({"train/loss": float("inf"), "val/loss": float("nan")})
+    line = parsed(psgd("status", "iris")[1])["metrics"][0]
+    assert (line["train/loss"], line["val/loss"]) == (None, None)
+    run.event("finished", status="failed", error=None)
+    run.finish(result_of(run, **{"train/loss": float("inf")}))
+    assert parsed(psgd("status", "iris")[1])["metrics"] == {"train/loss": None}
+    assert b"Infinity" not in run.storage.read("result.json") + run.storage.read("metrics.jsonl")
+
+
+def parsed(text: str) -> Any:
+    """JSON as everybody but Python reads it."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("name", ["resolved.json", "owner", "result.json", "events.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize("text", [b"", b"{", b"[]"], ids=["empty", "cut", "other"])
+def test_a_damaged_file_of_a_run_ends_no_command_with_a_traceback(
+    psgd: Any, run: RunDirectory, name: str, text: bytes
+) -> None:
+    finish(run)
+    run.storage.write(name, text)
+    lines = name.endswith("l")
+    told = []
+    for command in (["status"], ["logs"], ["stop"], ["scale"], ["set"], ["replay"]):
+        code, _, err = psgd(command[0], "iris", *{"scale": ["4"], "set": ["optimizer.lr=1"]}.get(command[0], []))
+        assert code in (0, 2, 3)
+        told.append(f"{run.storage.url}/{name}" in err and " is damaged (" in err)
+    assert any(told) or (lines and text != b"[]")  # a line that a crash cut short is left out
+
+
+def test_logs_print_no_character_that_a_terminal_acts_on(psgd: Any, run: RunDirectory) -> None:
+    run.event("worker_lost", error="\x1b[2Jgone\r\nand [/b]more")
+    assert psgd("logs", "iris")[1].splitlines()[1].endswith(r"error=\x1b[2Jgone\r\nand [/b]more")
+
+
+@pytest.mark.parametrize(
+    "command", [["status"], ["logs"], ["stop"], ["replay"], ["set"], ["scale"]], ids=lambda words: words[0]
+)
+def test_a_run_that_is_not_there_is_refused_with_exit_2(psgd: Any, command: list[str]) -> None:
+    settings = {"set": ["optimizer.lr=1"], "scale": ["4"]}.get(command[0], [])
+    code, out, err = psgd(*command, "nowhere", *settings)
+    assert (code, out) == (2, "")
+    assert err.startswith("psgd: there is no run in ")
