@@ -27,13 +27,13 @@ def test_verify_prints_what_was_seen_as_it_is(psgd: Any, monkeypatch: pytest.Mon
     assert all(text in err for text in ("a[/b]", "is [x]", "differs in [/tensor]", "does not hold"))
 
 
-@pytest.mark.parametrize(("command", "function"), [("simulate", "command.run"), ("replay", "replay.replay")])
+@pytest.mark.parametrize(("command", "function"), [("simulate", "simulation.command.run"), ("replay", "replay.replay.replay")])
 def test_what_is_not_finite_is_null(
     psgd: Any, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, command: str, function: str
 ) -> None:
     result = SimpleNamespace(to_dict=lambda: {"loss": nan, "largest_difference": inf}, agrees=True)
     found = [result] if command == "simulate" else result
-    monkeypatch.setattr(f"psgd.simulation.{function}", lambda *arguments, **options: found)
+    monkeypatch.setattr(f"psgd.{function}", lambda *arguments, **options: found)
     code, out, _ = psgd(command, {"simulate": "job.yaml", "replay": "iris"}[command], "--json")
     told = json.loads(out)
     assert code == 0
