@@ -28,6 +28,8 @@
         │   ├── PushRefusedError      the push is not one of this partition
         │   └── WeightsNotKeptError   the weights of that epoch's end are not kept
         ├── OwnershipError            another driver has taken the run over
+        ├── ClusterStartError         Ray did not start on this machine
+        ├── ClusterLostError          the cluster went away from under the run
         ├── ReplayError               a replay came to something else than the run did
         └── RunFailedError            the run as a whole; carries its `result`
 
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ClusterError",
+    "ClusterLostError",
+    "ClusterStartError",
     "DamagedFileError",
     "DataError",
     "EncodingError",
@@ -146,6 +150,14 @@ class WeightsNotKeptError(StateUnchangedError):
 
 class OwnershipError(RunError):
     """Another driver has taken the run over; this one stops without touching it again."""
+
+
+class ClusterStartError(RunError):
+    """Ray did not start on this machine, as when it has too little memory or may start no more processes."""
+
+
+class ClusterLostError(RunError):
+    """The cluster went away from under the run: no node is up, or Ray answers no calls."""
 
 
 class ReplayError(RunError):

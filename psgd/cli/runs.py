@@ -34,8 +34,7 @@ def status(run: RunName, storage: RunStorage = "runs", address: Dashboard = None
     if address:
         from psgd.cluster.jobs import Jobs
 
-        found = Jobs(address).find(run)
-        print_json({"status": found.status.value, "job": found.submission_id, "message": found.message})
+        print_json(Jobs(address).status(run))
         return
     directory = open_run(run, storage)
     liveness = directory.liveness()

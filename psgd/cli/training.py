@@ -110,4 +110,4 @@ def submit(
         typer.echo(f"psgd: {interruption.outlook}", err=True)
     interruption.check()
     if wait:
-        jobs.wait(identifier)
+        jobs.wait(identifier, str(spec.name))

@@ -15,13 +15,25 @@ import yaml
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from psgd.cluster.session import SHIPPED, check_listening, py_modules
-from psgd.errors import ClusterError, RunError, RunNotFoundError, SpecError
+from psgd.cluster.address import check_listening
+from psgd.cluster.session import SHIPPED, py_modules
+from psgd.errors import ClusterError, InputError, RunError, RunNotFoundError, SpecError
 from psgd.spec import JobSpec
 
 __all__ = ["Jobs"]
 
 RUN = "psgd_run"  # the job's metadata that names its run
+REFUSED = 2  # exit code of `psgd train`
+OUTPUT = ", last available logs"  # in Ray's message about a job that failed; what follows was printed already
+
+# Ray looks for a job's command on the PATH that it was started with, which need not have its own interpreter. The
+# shell's parent is a process of that interpreter's, and has mapped Ray's library from the environment they are in.
+DRIVER = r"""
+library='s|^[^/]*\(/.*\)/lib[0-9]*/\(python[^/]*\)/[^/]*/ray/_raylet\.so$|\1/bin/\2|p'
+python=$(sed -n "$library" "/proc/$PPID/maps" | head -n 1)
+[ -x "$python" ] || python=python
+exec "$python" -m psgd.cli train job.yaml --resume --name "$1"
+"""
 
 
 class Jobs:
@@ -55,22 +67,16 @@ class Jobs:
             The job's submission id.
 
         Raises:
-            SpecError: the run would be kept in the job's own folder, which Ray deletes.
+            SpecError: a path is relative to this folder, which the cluster does not have.
         """
-        storage = spec.run.storage
-        if "://" not in storage and not Path(storage).expanduser().is_absolute():
-            raise SpecError(
-                f"run.storage: {storage!r} is relative, and a submitted job runs in a folder that Ray deletes; "
-                "give --storage an absolute path or a URL that every node reaches"
-            )
+        _check_paths(spec)
         with TemporaryDirectory() as folder, _errors(self._address):
             tree = spec.model_dump(mode="json", exclude_unset=True)
             (Path(folder) / "job.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+            (Path(folder) / "driver.sh").write_text(DRIVER)
             return str(
                 self._client.submit_job(
-                    entrypoint=shlex.join(
-                        ["python", "-m", "psgd.cli", "train", "job.yaml", "--resume", "--name", name]
-                    ),
+                    entrypoint=shlex.join(["exec", "sh", "driver.sh", name]),
                     runtime_env={
                         "working_dir": folder,
                         "py_modules": [*py_modules(), *(str(module.absolute()) for module in modules)],
@@ -81,18 +87,37 @@ class Jobs:
                 )
             )
 
-    def wait(self, job: str) -> None:
+    def wait(self, job: str, run: str) -> None:
         """Pass on the driver's output until it ends.
 
+        Args:
+            job: its submission id.
+            run: the run's name.
+
         Raises:
-            RunError: it did not succeed.
+            InputError: the driver refused the job.
+            RunError: the run did not succeed, or its job can no longer be followed.
+            KeyboardInterrupt: the run goes on, as is printed.
         """
-        with _errors(self._address):
-            asyncio.run(self._tail(job))
-            status = self._client.get_job_status(job)
-            message = self._client.get_job_info(job).message
-        if status != JobStatus.SUCCEEDED:
-            raise RunError(f"job {job} ended {status.value}: {message}")
+        goes_on = (
+            f"run {run} goes on as job {job}. Follow it with psgd status, end it with psgd stop: "
+            f"psgd stop {run} --address {self._address}"
+        )
+        try:
+            with _errors(self._address):
+                asyncio.run(self._tail(job))
+                found = self._client.get_job_info(job)
+        except KeyboardInterrupt:
+            sys.stderr.write(f"psgd: {goes_on}\n")
+            raise
+        if not found.status.is_terminal():
+            raise RunError(f"the connection to {self._address} was lost; {goes_on}")
+        if found.status == JobStatus.SUCCEEDED:
+            return
+        if found.driver_exit_code == REFUSED:
+            raise InputError(f"job {job}: its driver refused the job, for the reason printed above")
+        reason = str(found.message).partition(OUTPUT)[0]
+        raise RunError(f"job {job} ended {found.status.value}: {reason}")
 
     async def _tail(self, job: str) -> None:
         async for lines in self._client.tail_job_logs(job):
@@ -106,6 +131,19 @@ class Jobs:
             raise RunNotFoundError(f"no job of {self._address} is a run named {run!r}")
         return max(jobs, key=lambda job: job.start_time or 0)
 
+    def status(self, run: str) -> dict[str, str | None]:
+        """Describe the newest job of a run: Ray's status of it, and its driver's newest line of progress."""
+        job = self.find(run)
+        with _errors(self._address):
+            output = str(self._client.get_job_logs(job.submission_id or ""))
+        lines = [line for line in output.splitlines() if line.startswith("epoch ")]
+        return {
+            "status": job.status.value,
+            "job": job.submission_id,
+            "message": str(job.message).partition(OUTPUT)[0],
+            "progress": lines[-1] if lines else None,
+        }
+
     def logs(self, run: str) -> str:
         """What the driver of a run printed."""
         job = self.find(run)
@@ -113,10 +151,26 @@ class Jobs:
             return str(self._client.get_job_logs(job.submission_id or ""))
 
     def stop(self, run: str) -> None:
-        """Ask Ray to stop a run's driver, which saves what it can in the seconds it is given."""
+        """Ask Ray to stop a run's driver, which saves what it can in the seconds it is given.
+
+        Raises:
+            InputError: it has ended already.
+        """
         job = self.find(run)
+        if job.status.is_terminal():
+            raise InputError(f"run {run} is not running: its job {job.submission_id} ended {job.status.value}")
         with _errors(self._address):
             self._client.stop_job(job.submission_id or "")
+
+
+def _check_paths(spec: JobSpec) -> None:
+    paths = {"run.storage": spec.run.storage, "data.path": getattr(spec.data, "path", None)}
+    for field, path in paths.items():
+        if path and "://" not in path and not Path(path).expanduser().is_absolute():
+            raise SpecError(
+                f"{field}: {path!r} is relative, and a submitted job runs in a folder that Ray makes and deletes; "
+                "give an absolute path or a URL that every node reaches"
+            )
 
 
 @contextmanager

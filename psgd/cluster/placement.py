@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 
+from psgd.errors import ClusterLostError
+
 __all__ = ["choose_node", "living_nodes"]
 
 
@@ -28,6 +30,13 @@ def choose_node(nodes: Sequence[str], others: Collection[str], lost: Mapping[str
         nodes: that are up.
         others: where the run's other servers are.
         lost: how many servers were lost on a node; Ray may not know yet that it is gone with them.
+
+    Raises:
+        ClusterLostError: no node is up.
     """
+    if not nodes:
+        raise ClusterLostError(
+            "the cluster is gone: Ray knows no node that is up. The same command with --resume continues on another"
+        )
     servers = Counter(others)
     return min(nodes, key=lambda node: (lost.get(node, 0), servers[node]))

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any
 
 import ray
 
-from psgd.cluster.resuming import check_checkpoint, find_checkpoint, with_settings
-from psgd.cluster.session import check_address, check_room, session
+from psgd.cluster.preflight import RunPlan, preflight
+from psgd.cluster.probe import ClusterProbe
 from psgd.cluster.supervisor import Inputs, Supervisor
 from psgd.core.context import RunContext
 from psgd.core.driver.coordinator import Coordinator
 from psgd.core.driver.events import Finish
 from psgd.core.driver.status import RunStatus
-from psgd.core.server.partitions import Partition, partition_weights
-from psgd.errors import CheckpointError, OwnershipError, RunExistsError, RunFailedError, StorageError
+from psgd.errors import CheckpointError, ClusterLostError, OwnershipError, RunFailedError, StorageError
 from psgd.interruption import Interruption, run_interruptibly
 from psgd.job import OpenJob
 from psgd.monitoring.console import stderr_console, warn
@@ -28,12 +26,9 @@ from psgd.monitoring.observer import Observer
 from psgd.monitoring.progress import Display
 from psgd.result import Result
 from psgd.spec import JobSpec
-from psgd.spec.reader import as_spec, parse_spec
 from psgd.store.checkpoint_writer import CheckpointWriter
-from psgd.store.checkpoints import Checkpoint, Checkpoints
-from psgd.store.owner import Owner
+from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
-from psgd.store.storage import Storage, location
 
 __all__ = ["run_job", "train"]
 
@@ -99,84 +94,23 @@ def run_job(
     interruption: Interruption,
 ) -> Result:
     """As `train`, but a failed or interrupted run is a result like any other."""
-    interruption.outlook = "nothing was started"
-    spec = as_spec(spec)
-    name = name or spec.name or f"psgd-{time.strftime('%Y%m%d-%H%M%S')}"
-    spec = _named(spec, name, None if storage is None else location(storage))
-    check_address(address)
-    run = RunDirectory(Storage(spec.run.storage, spec.failure.timeout_s).folder(name))
-    Storage(spec.run.storage, spec.failure.timeout_s).probe()
-    _check_run(run, spec, resume)
-    checkpoints = Checkpoints(run.storage)
-    refused = partial(_warn, run)
-    committed = checkpoints.committed()
-    checkpoint = find_checkpoint(run, spec, refused)
-    job = OpenJob.open(spec)
-    partitions = partition_weights(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
-    for warning in replace(job, spec=_going_on(job, checkpoint)).warnings():
-        warn(warning)
-    with interruption.critical("Ray is stopped as soon as it has started"), session(spec, address):
-        interruption.check()
-        check_room(spec, job.layout.num_parameters)
-        interruption.check()
-        _check_run(run, spec, resume)  # again: Ray takes seconds, in which another driver may have begun it
-        owner = run.own()  # whoever had it deletes nothing any more, and commits at most what it is about to
-        if checkpoints.committed() != committed:
-            checkpoint = find_checkpoint(run, spec, refused)
-        return _supervise(job, _going_on(job, checkpoint), partitions, run, owner, checkpoint, progress, interruption)
+    with preflight(spec, name=name, storage=storage, address=address, resume=resume, interruption=interruption) as plan:
+        return _supervise(plan, progress, interruption)
 
 
-def _named(spec: JobSpec, name: str, storage: str | None) -> JobSpec:
-    tree = spec.model_dump(exclude_unset=True)
-    tree["name"] = name
-    tree["run"]["storage"] = storage or spec.run.storage
-    return parse_spec(tree, "the job")
-
-
-def _check_run(run: RunDirectory, spec: JobSpec, resume: bool) -> None:
-    """Nothing that is there may be begun anew, or gone on with as another job."""
-    if not run.exists:
-        return
-    if not resume:
-        raise RunExistsError(
-            f"there is a run in {run.storage.url} already: --resume continues it, another --name starts a new one"
-        )
-    run.check_identity(spec)
-
-
-def _going_on(job: OpenJob, checkpoint: Checkpoint | None) -> JobSpec:
-    """The job with the settings that it goes on by; it must be the one that the checkpoint is of."""
-    if checkpoint is None:
-        return job.spec
-    check_checkpoint(checkpoint.manifest, job, str(job.spec.name))
-    return with_settings(job.spec, checkpoint.manifest)
-
-
-def _warn(run: RunDirectory, fault: str) -> None:
-    warn(fault)
-    run.event("checkpoint_refused", fault=fault)
-
-
-def _supervise(
-    job: OpenJob,
-    spec: JobSpec,
-    partitions: tuple[Partition, ...],
-    run: RunDirectory,
-    owner: Owner,
-    checkpoint: Checkpoint | None,
-    progress: bool,
-    interruption: Interruption,
-) -> Result:
-    """`spec` is the job's own, with the settings that it goes on by."""
-    manifest = checkpoint.manifest if checkpoint else None
+def _supervise(plan: RunPlan, progress: bool, interruption: Interruption) -> Result:
+    job = plan.job
+    run = plan.run
+    spec = plan.spec
+    manifest = plan.checkpoint.manifest if plan.checkpoint else None
     run.begin(job.spec)
     run.event(
         "started",
-        incarnation=owner.incarnation,
+        incarnation=plan.owner.incarnation,
         resumed=manifest.name if manifest else None,
         workers=spec.scaling.model_dump()["workers"],  # which may differ from the first description's,
         pipeline=spec.scaling.pipeline,  # as may these
-        servers=len(partitions),
+        servers=len(plan.partitions),
         left_out=job.shards.left_out,
     )
     run.bear_faults(warn)  # from here on it is not stopped by its own log
@@ -184,8 +118,8 @@ def _supervise(
         spec,
         job.layout,
         job.shards.grid,
-        partitions,
-        owner.driver,
+        plan.partitions,
+        plan.owner.driver,
         run.storage.url,
     )
     inputs = Inputs(
@@ -194,7 +128,9 @@ def _supervise(
         ray.put(job.weights),
         lambda batch: len(job.shards.examples(batch)),
     )
-    checkpoint_writer = CheckpointWriter(run, context, job.dataset.fingerprint, job.spec.identity_hash(), checkpoint)
+    checkpoint_writer = CheckpointWriter(
+        run, context, job.dataset.fingerprint, job.spec.identity_hash(), plan.checkpoint
+    )
     coordinator = Coordinator(
         spec,
         job.shards.grid,
@@ -224,11 +160,19 @@ def _train(
     """Train. Return how it ended, and the run's last status."""
     with Display(job.spec, stderr_console(quiet=not progress)) as display:
         observer = Observer(run, display, warn, time.monotonic())
-        supervisor = Supervisor(coordinator, inputs, run, checkpoint_writer, observer, lambda: interruption.requested)
+        supervisor = Supervisor(
+            coordinator,
+            inputs,
+            run,
+            checkpoint_writer,
+            observer,
+            ClusterProbe.connected().check,
+            lambda: interruption.requested,
+        )
         try:
             with interruption.critical("the run is saved and ended"):
                 finish = supervisor.train()
-        except (StorageError, CheckpointError, OwnershipError) as error:  # no input any more: it worked at the start
+        except (StorageError, CheckpointError, OwnershipError, ClusterLostError) as error:  # no input: it worked before
             finish = Finish("failed", f"{error}; {coordinator.status(time.monotonic()).checkpoint.text}")
         status = coordinator.status(time.monotonic())
         observer.finish(status)

@@ -4,88 +4,79 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-import psgd
 import psgd_workers
+from psgd.cluster.failures import reason_of, refusals
+from psgd.cluster.placement import living_nodes
 from psgd.core.server.memory import FLOAT32, server_memory
-from psgd.errors import ClusterError
+from psgd.errors import ClusterError, ClusterStartError
 from psgd.spec import JobSpec
+from psgd_workers.transport.memory import free_memory
 
-__all__ = ["CONNECT_S", "SHIPPED", "check_address", "check_listening", "check_room", "py_modules", "session"]
+__all__ = ["SHIPPED", "check_room", "py_modules", "session"]
 
 SHIPPED = "PSGD_SHIPPED"  # set in a submitted job's environment: its runtime environment carries psgd already
-CONNECT_S = 10.0
+LIMITS = {
+    "processes": resource.RLIMIT_NPROC,
+    "open files": resource.RLIMIT_NOFILE,
+    "bytes of a file": resource.RLIMIT_FSIZE,
+    "bytes of memory": resource.RLIMIT_AS,
+}
 
 
 def py_modules() -> list[str]:
     """The source directories that a cluster's workers need."""
-    return [str(Path(str(package.__file__)).parent) for package in (psgd, psgd_workers)]
-
-
-def check_address(address: str | None) -> None:
-    """Refuse an address that cannot work, before Ray waits for it.
-
-    Raises:
-        ClusterError: it is a Ray Client address, or nobody listens there.
-    """
-    if address is None or address in ("auto", "local"):
-        return
-    if address.startswith("ray://"):
-        raise ClusterError(
-            f"{address!r} is a Ray Client address, which cannot carry a training run. Submit the job instead: "
-            "psgd submit JOB.yaml --address http://HEAD:8265, or run the driver on the cluster"
-        )
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit():
-        raise ClusterError(f"address {address!r}: expected HOST:PORT of a Ray head, such as 10.0.0.1:6379, or 'auto'")
-    check_listening(host, int(port), address)
-
-
-def check_listening(host: str, port: int, address: str) -> None:
-    """Refuse an address where nobody listens.
-
-    Raises:
-        ClusterError: naming `address`.
-    """
-    try:
-        socket.create_connection((host, port), CONNECT_S).close()
-    except OSError as error:
-        raise ClusterError(f"nobody answers at {address}: {error}. Is Ray's head up, and is the port right?") from error
+    return [str(Path(__file__).parents[1]), str(Path(str(psgd_workers.__file__)).parent)]
 
 
 @contextmanager
 def session(spec: JobSpec, address: str | None) -> Iterator[None]:
-    """Ray, for as long as the block lasts.
+    """Connect to Ray for as long as the block lasts, unless the caller is connected already.
 
     Args:
         spec: the job, whose size a local cluster is given.
-        address: of a running cluster; None: the caller's connection, `RAY_ADDRESS`, or a local cluster.
+        address: of a running cluster; None: start a local one.
 
     Raises:
-        ClusterError: the cluster cannot be reached.
+        ClusterError: the cluster cannot be reached, or refuses this driver.
+        ClusterStartError: no local cluster could be started.
+        ClusterLostError: it refused a call in the block.
     """
     if ray.is_initialized():
-        yield
+        with refusals():
+            yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
-    check_address(address)
+    if address is None:
+        _start(spec)
+    else:
+        _connect(address)
     try:
-        ray.init(**_local(spec) if address in (None, "local") else _remote(str(address)))
-    except (RayError, RuntimeError, ValueError, OSError) as error:
-        raise ClusterError(f"cannot start or reach Ray ({address or 'local'}): {error}") from error
-    try:
-        yield
+        with refusals():
+            yield
     finally:
         ray.shutdown()
+
+
+def _start(spec: JobSpec) -> None:
+    try:
+        ray.init(**_local(spec))
+    except Exception as error:  # Ray raises bare ones, too
+        ray.shutdown()  # ends the processes that did start
+        reason = reason_of(error).rstrip(".")
+        raise ClusterStartError(
+            f"Ray did not start on this machine: {reason}. Look for the cause in {_log_directory()}, and at the limits "
+            f"of this process: {_limits()}"
+        ) from error
 
 
 def _local(spec: JobSpec) -> dict[str, Any]:
@@ -94,9 +85,43 @@ def _local(spec: JobSpec) -> dict[str, Any]:
     return {"address": "local", "num_cpus": cpus, "include_dashboard": False, "logging_level": logging.ERROR}
 
 
-def _remote(address: str) -> dict[str, Any]:
+def _log_directory() -> Path:
+    """Return the folder in which a local Ray writes its logs."""
+    folder = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform == "linux" else None)
+    return Path(folder or "/tmp") / "ray" / "session_latest" / "logs"  # noqa: S108 (Ray's own choice)
+
+
+def _limits() -> str:
+    """Describe this process' resource limits, those of a container included."""
+    limits = {name: resource.getrlimit(number)[0] for name, number in LIMITS.items()}
+    limited = [f"{name} {limit:,}" for name, limit in limits.items() if limit != resource.RLIM_INFINITY]
+    if (free := free_memory()) < sys.maxsize:
+        limited.append(f"free memory {_gib(free)}")
+    return ", ".join(limited) or "none"
+
+
+def _connect(address: str) -> None:
     shipped = {} if os.environ.get(SHIPPED) else {"py_modules": py_modules(), "excludes": ["__pycache__"]}
-    return {"address": address, "runtime_env": shipped, "logging_level": logging.WARNING}
+    try:
+        ray.init(address=address, runtime_env=shipped, logging_level=logging.WARNING)
+    except AuthenticationError as error:
+        raise ClusterError(f"the cluster at {address} refused this driver: {error}") from error
+    except ConnectionError as error:
+        raise ClusterError(f"cannot connect to Ray at {address}: {error}. {_connection_hint(address)}") from error
+    except (RayError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(f"cannot connect to Ray at {address}: {error}") from error
+
+
+def _connection_hint(address: str) -> str:
+    """Name what may be wrong where something listens: Ray says no more than that it failed to connect."""
+    if address == "auto":
+        return "No Ray runs on this machine: start one with `ray start --head`, or give HOST:PORT of another"
+    mode = os.environ.get("RAY_AUTH_MODE", "not set")
+    return (
+        "Either the port is not that of Ray's head (6379 by default), or this driver's token is not the cluster's: it "
+        "is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, and sent if RAY_AUTH_MODE is token "
+        f"(it is {mode})"
+    )
 
 
 def check_room(spec: JobSpec, num_parameters: int) -> None:
@@ -105,6 +130,8 @@ def check_room(spec: JobSpec, num_parameters: int) -> None:
     Raises:
         ClusterError: it cannot.
     """
+    if not living_nodes():
+        raise ClusterError("no node of the cluster is up: start one with `ray start`, or wait until Ray knows it")
     _check_processors(spec)
     _check_memory(spec, num_parameters)
 

@@ -10,14 +10,15 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from psgd.cluster.failures import server_failure, worker_failure
+from psgd.cluster.failures import refusals, server_failure, worker_failure
 from psgd.cluster.placement import choose_node, living_nodes
 from psgd.cluster.server_actor import start_server
 from psgd.cluster.worker_actor import start_worker
@@ -106,6 +107,7 @@ class Supervisor:
         run: the run directory, owned.
         saves: its checkpoints.
         observe: called after every event with the time, and a function that makes the status of a time.
+        check_cluster: given the time, raises a `ClusterLostError` if the cluster is gone.
         interrupted: returns True once the run is to be saved and ended, by a signal.
     """
 
@@ -116,6 +118,7 @@ class Supervisor:
         run: RunDirectory,
         checkpoint_writer: CheckpointWriter,
         observe: Observer,
+        check_cluster: Callable[[float], None],
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self._coordinator = coordinator
@@ -123,6 +126,7 @@ class Supervisor:
         self._run = run
         self._checkpoint_writer = checkpoint_writer
         self._observe = observe
+        self._check_cluster = check_cluster
         self._interrupted = interrupted
         self._stopping = False  # because of an interruption
         self._spec = inputs.context.spec
@@ -138,16 +142,25 @@ class Supervisor:
         self._reported = False  # True once a server of the first start has reported
 
     def train(self) -> Finish:
-        """The loop. Every actor it started is gone when it returns or raises."""
+        """Run the job. Every actor that was started is gone when this returns or raises.
+
+        Raises:
+            ClusterLostError: the cluster is gone, or refuses a call.
+        """
         try:
-            self._events.append(Started())
-            while self._finish is None:
-                for event in self._next_events():
-                    self._handle(event)
-            return self._finish
+            with refusals():
+                return self._loop()
         finally:
             for actor in [*self._workers.values(), *self._servers.values()]:
-                ray.kill(actor)
+                with suppress(RayError):  # if the cluster is gone, the actor is
+                    ray.kill(actor)
+
+    def _loop(self) -> Finish:
+        self._events.append(Started())
+        while self._finish is None:
+            for event in self._next_events():
+                self._handle(event)
+        return self._finish
 
     def _handle(self, event: Event) -> None:
         now = time.monotonic()
@@ -165,6 +178,7 @@ class Supervisor:
 
     def _next_events(self) -> list[Event]:
         now = time.monotonic()
+        self._check_cluster(now)
         self._poll_commands(now)
         if self._interrupted() and not self._stopping:
             self._stopping = True
@@ -200,10 +214,10 @@ class Supervisor:
             return call.failed(error)
 
     def _expire(self, now: float) -> None:
-        for ref, call in list(self._calls.items()):
-            if now >= call.deadline:
-                del self._calls[ref]
-                self._note(call.failed(ray.exceptions.GetTimeoutError("no answer in time (see failure.timeout_s)")))
+        for ref in [ref for ref, call in self._calls.items() if now >= call.deadline]:
+            call = self._calls.pop(ref, None)
+            if call is not None:  # else its actor was given up for another call a moment ago
+                self._note(call.failed(GetTimeoutError("no answer in time (see failure.timeout_s)")))
 
     def _note(self, event: Event | None) -> None:
         if event is not None:
@@ -278,7 +292,8 @@ class Supervisor:
                 self._call_worker(name, ready, lambda up: WorkerUp(name, *up), lease=None)
             case StopWorker(name, cause):
                 self._run.event("worker_stopped", worker=name, cause=cause)
-                self._end(self._workers.pop(name))
+                if name in self._workers:  # else it was found dead a moment ago
+                    self._end(self._workers.pop(name))
 
     def _start_server(self, partition: int) -> None:
         """The first of a partition, or the next: of the newest checkpoint, known to every worker before it can work."""

@@ -121,6 +121,12 @@ class RunDirectory:
         found = self._read_document("owner")
         return Owner(**{field.name: found[field.name] for field in fields(Owner)})
 
+    @property
+    def owned_by(self) -> str | None:
+        """Id of the driver that took the run over last; None if none did yet."""
+        owner = self.read_owner()
+        return None if owner is None else owner.driver
+
     def own(self) -> Owner:
         """Take the run over: whoever owned it before stops at its next commit."""
         before = self.read_owner()

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -52,12 +53,12 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(ray_home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
-    """Started by a process that is ours, on ports that were free, with a token of its own."""
-    bin_ = Path(sys.executable).parent  # where a job's `python` is looked for
+    """Started by a process that is ours, by its full path, on ports that were free, with a token of its own."""
+    bin_ = Path(sys.executable).parent  # which is not on the PATH
     token = ray_home / "token"
     token.write_text(token_hex(32))
     secured = environment | {
-        "PATH": f"{bin_}{os.pathsep}{environment['PATH']}",
+        "PATH": "/usr/bin:/bin",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
     }
@@ -159,6 +160,8 @@ def test_a_submitted_job_is_followed_by_status_and_logs(cluster: Cluster, comman
     assert submitted.stdout.startswith("raysubmit_")
     eventually(lambda: job_status(command, cluster, "digits") not in ("PENDING", "RUNNING"), LIMIT_S)
     assert job_status(command, cluster, "digits") == "SUCCEEDED"
+    told = json.loads(command.run("status", "digits", "--address", cluster.dashboard).stdout)
+    assert told["progress"].startswith("epoch 3/3 done  loss ")
     assert "finished digits: 3 epochs" in command.run("logs", "digits", "--address", cluster.dashboard).stdout
     assert json.loads((storage / "digits" / "result.json").read_text())["status"] == "finished"
     assert json.loads(command.run("status", "digits", "--storage", str(storage)).stdout)["epochs"] == 3
@@ -223,8 +226,9 @@ def test_a_users_model_travels_and_the_run_is_continued_and_stopped(cluster: Clu
         (("--storage", "/kept", "--address", "http://127.0.0.1:1"), "nobody answers at http://127.0.0.1:1"),
         (("--storage", "/kept", "--address", "127.0.0.1:8265"), "expected the dashboard's URL"),
         (("--storage", "kept"), "'kept' is relative"),
+        (("--storage", "/kept", "--set", "data={format: csv, path: table.csv}"), "data.path: 'table.csv' is relative"),
     ],
-    ids=["nobody there", "no URL", "storage in the job's folder"],
+    ids=["nobody there", "no URL", "storage in the job's folder", "data in this folder"],
 )
 def test_a_job_that_cannot_be_submitted_is_refused(
     cluster: Cluster, command: CommandLine, arguments: tuple[str, ...], message: str
@@ -243,3 +247,42 @@ def test_without_the_token_nobody_gets_in(cluster: Cluster, command: CommandLine
     refused = command.run("status", "run", "--address", cluster.dashboard, RAY_AUTH_MODE="disabled")
     assert refused.returncode == 2
     assert "Authentication required" in refused.stderr
+
+
+def test_a_wrong_token_is_told_with_where_it_was_read(cluster: Cluster, command: CommandLine) -> None:
+    (command.folder / "wrong").write_text(token_hex(32))
+    refused = command.run(*TRAIN, "--address", cluster.address, RAY_AUTH_TOKEN_PATH=str(command.folder / "wrong"))
+    assert refused.returncode == 2
+    assert "this driver's token is not the cluster's" in refused.stderr
+
+
+def test_the_dashboards_port_is_recognised_at_once(cluster: Cluster, command: CommandLine) -> None:
+    address = cluster.dashboard.removeprefix("http://")
+    began = time.monotonic()
+    refused = command.run(*TRAIN, "--address", address)
+    assert time.monotonic() - began < 30
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+    assert f"psgd submit JOB.yaml --address {cluster.dashboard}" in refused.stderr
+    variable = command.run(*TRAIN, RAY_ADDRESS=cluster.dashboard)
+    assert (variable.returncode, "RAY_ADDRESS" in variable.stderr) == (2, True)
+
+
+def test_a_job_that_its_driver_refuses_is_refused_here_and_told_once(cluster: Cluster, command: CommandLine) -> None:
+    job = own_job(command.folder, epochs=2)  # its model is not sent along
+    refused = command.run("submit", job, "--address", cluster.dashboard)
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.count("No module named 'ours'") == 1
+
+
+def test_ctrl_c_leaves_a_submitted_run_going_on(cluster: Cluster, command: CommandLine) -> None:
+    job = own_job(command.folder, epochs=100_000)
+    run = command.folder / "runs" / "own"
+    with command.started("submit", job, "--py-module", "ours", "--address", cluster.dashboard) as waiting:
+        eventually(lambda: recorded(run, "evaluated") or recorded(run, "checkpoint"), LIMIT_S)
+        os.killpg(waiting.pid, signal.SIGINT)
+        told = waiting.communicate(timeout=LIMIT_S)[1]
+    assert waiting.returncode == 130
+    assert f"psgd stop own --address {cluster.dashboard}" in told
+    assert job_status(command, cluster, "own") == "RUNNING"
+    assert command.run("stop", "own", "--address", cluster.dashboard).returncode == 0
+    eventually(lambda: cluster.living() == [])

@@ -85,7 +85,7 @@ def test_a_second_driver_goes_on_from_what_the_first_saved_until_then(
 
     with training(job(tmp_path, ENDLESS, checkpoint=checkpoint)) as first:
         eventually(lambda: recorded(run, "checkpoint"))
-        monkeypatch.setattr("psgd.cluster.run.session", slowly)
+        monkeypatch.setattr("psgd.cluster.preflight.session", slowly)
         with training(job(tmp_path, ENDLESS, checkpoint=checkpoint), resume=True) as second:
             with pytest.raises(RunFailedError, match="taken over"):
                 first.result(LIMIT_S)

@@ -97,9 +97,9 @@ class Coordinator:
         self._servers = ServerReports(partitions, self._ledger.ask)
         self._worker_table = WorkerTable(spec.scaling.most_workers, spec.scaling.least_workers, lease_s)
         self._evaluations = Evaluations(self._worker_table, validates)
-        self._saving = CheckpointSchedule(spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs)
+        self._schedule = CheckpointSchedule(spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs)
         self._leasing = Leasing(spec, self._ledger, self._worker_table, self._servers, self._limits)
-        self._incidents = FailureCounts()
+        self._failures = FailureCounts()
         self._history = History()
         self._reader = StatusReader(
             grid,
@@ -107,14 +107,15 @@ class Coordinator:
             self._servers,
             self._worker_table,
             self._evaluations,
-            self._saving,
-            self._incidents,
+            self._schedule,
+            self._failures,
             self._history,
         )
         self._poison_tracker = PoisonTracker(grid, spec.failure.poison_tries)
         self._began: float | None = None
         self._started: float | None = None
         self._rejected_before: int | None = None
+        self._staffed = False  # once as many workers were up as there must be
         self._end_status: Status = "finished"
         self._end_deadline = float("inf")
         self._settings: Settings | None = None  # that the run was changed to
@@ -145,9 +146,12 @@ class Coordinator:
 
     def next_deadline(self) -> float | None:
         """When the host must send a `Tick`, if nothing happens before; None: never."""
-        deadlines = [self._end_deadline, self._look_at, self._saving.retry_at]
+        deadlines = [self._end_deadline, self._look_at, self._schedule.retry_at]
         if self._phase == "training" and self._servers.ready:  # while one is restored, its report is waited for
-            deadlines += [self._limits.deadline(self._began), self._saving.deadline(self._servers.updates)]
+            deadlines += [
+                self._limits.deadline(self._began),
+                self._schedule.deadline(self._servers.updates),
+            ]
         return None if (soonest := min(deadlines)) == float("inf") else soonest
 
     def status(self, now: float) -> RunStatus:
@@ -188,24 +192,35 @@ class Coordinator:
         match event:
             case WorkerUp():
                 self._worker_table.mark_up(worker.name, now)
+                self._staffed |= self._worker_table.complete
             case LeaseClosed(_, lease, residual_norm):
                 worker.residual_norm = residual_norm
                 worker.lane_failures = 0
                 self._close(worker, lease, now, whole=lease > worker.called_off and lease not in self._ledger.overtaken)
             case LaneFailed(_, lease, cause):
                 self._on_lane_failed(worker, lease, cause, now)
-            case WorkerLost(_, cause, preempted):
-                self._lose(worker, now, suspicious=not preempted)
-                if preempted:
-                    self._incidents.count("preempted")
-                else:
-                    self._charge("worker_lost", f"{worker.name} was lost: {cause}")
+            case WorkerLost():
+                self._on_worker_lost(worker, event, now)
             case WorkerFailed(_, cause):
                 self._fail(f"{worker.name}: {cause}")
             case Evaluated(_, epochs, evaluation):
                 self._evaluations.done(worker, epochs, evaluation, now)
             case EvaluationLost(_, epochs):
                 self._evaluations.cancelled(worker, epochs, now)
+
+    def _on_worker_lost(self, worker: WorkerRecord, event: WorkerLost, now: float) -> None:
+        """Its process is gone, or was never built: unless others were, none would be."""
+        if not event.died and not self._staffed:
+            self._fail(
+                f"{worker.name} could not be built on its machine, as it was on the driver's: {event.cause}. Install "
+                "there what the model needs, or send it along (psgd submit --py-module FOLDER)"
+            )
+            return
+        self._lose(worker, now, suspicious=event.died and not event.preempted)
+        if event.preempted:
+            self._failures.count("preempted")
+        else:
+            self._charge("worker_lost", f"{worker.name} was lost: {event.cause}")
 
     def _on_lane_failed(self, worker: WorkerRecord, lease: int, cause: str, now: float) -> None:
         """Its server is gone, of which we hear soon; or only this worker cannot reach it."""
@@ -224,7 +239,7 @@ class Coordinator:
             self._fail(f"server {partition} could not be started: {cause}")
             return
         self._servers.lost(partition, now)
-        self._saving.abandon(now)
+        self._schedule.abandon(now)
         if self._phase == "ending":
             self._evaluations.forget(self._servers.epochs)
         if self._phase == "ending" and self._end_status == "finished":
@@ -241,7 +256,7 @@ class Coordinator:
         report, absent_s = taken
         for lease, lost in self._ledger.reported(report, event.asked):
             self._on_settled(lease, lost.tolist(), now)
-        self._incidents.progressed(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
+        self._failures.progressed(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
         self._worker_table.heard(report, now)
         if self._overdue:
             self._look_at = now
@@ -269,7 +284,7 @@ class Coordinator:
 
     def _on_settled(self, lease: int, lost: list[int], now: float) -> None:
         """What a dead worker's lease left undone is known."""
-        incident = self._incidents.settled(lease)
+        incident = self._failures.settled(lease)
         if incident is None:
             return
         self._note("worker_recovered", worker=incident.worker, seconds=now - incident.at, batches_again=len(lost))
@@ -282,7 +297,7 @@ class Coordinator:
             self._ledger.isolate(lost[0])
 
     def _on_poison(self, batch: BatchId) -> None:
-        self._incidents.count("poison")
+        self._failures.count("poison")
         tries = self._poison_tracker.tries(batch)
         said = f"{batch} was tried {tries} times, and each time its worker died or its gradient was not finite"
         if self._spec.failure.poison == "fail":
@@ -305,14 +320,14 @@ class Coordinator:
             )
 
     def _on_save(self, event: Saved | SaveFailed | Committed, now: float) -> None:
-        if not self._saving.concerns(event):
+        if not self._schedule.concerns(event):
             return
-        commit = self._saving.take(event, now)
+        commit = self._schedule.take(event, now)
         if commit:
             self._actions.append(commit)
         if isinstance(event, SaveFailed):
-            self._incidents.count("save_failed")
-            if self._saving.last and not self._saving.pauses(now):
+            self._failures.count("save_failed")
+            if self._schedule.last and not self._schedule.pauses(now):
                 self._finish_unsaved(event.cause)
 
     def _finish_unsaved(self, cause: str) -> None:
@@ -320,7 +335,7 @@ class Coordinator:
         self._finish = self._finish or Finish(
             "unsaved",
             f"training came to {reached}, but the last checkpoint could not be written: {cause}; "
-            f"{self._saving.status.text}. Mend the storage, and --resume continues from there",
+            f"{self._schedule.status.text}. Mend the storage, and --resume continues from there",
         )
 
     def _change(self, settings: Settings) -> None:
@@ -334,7 +349,7 @@ class Coordinator:
 
     def _lose(self, worker: WorkerRecord, now: float, suspicious: bool = False) -> None:
         if worker.leases:
-            self._incidents.died(next(iter(worker.leases)), worker.name, now, suspicious)
+            self._failures.died(next(iter(worker.leases)), worker.name, now, suspicious)
         for lease in list(worker.leases):
             self._close(worker, lease, now)
         self._evaluations.lost(worker)
@@ -343,11 +358,11 @@ class Coordinator:
         self._worker_table.remove(worker.name)
 
     def _charge(self, kind: str, cause: str) -> None:
-        self._incidents.count(kind)
+        self._failures.count(kind)
         allowed = self._spec.failure.max_failures
-        if 0 <= allowed < self._incidents.charged:
+        if 0 <= allowed < self._failures.charged:
             self._fail(
-                f"{cause}. That is failure {self._incidents.charged}, and failure.max_failures is {allowed}; "
+                f"{cause}. That is failure {self._failures.charged}, and failure.max_failures is {allowed}; "
                 "--resume continues from the newest checkpoint"
             )
 
@@ -369,8 +384,8 @@ class Coordinator:
             self._end_if_due(now)
         if self._phase == "training" and self._servers.ready:
             self._actions += self._leasing.lease(now)
-            if self._saving.due(self._servers.updates, now):
-                self._actions.append(self._saving.begin(self._servers.updates))
+            if self._schedule.due(self._servers.updates, now):
+                self._actions.append(self._schedule.begin(self._servers.updates))
         if self._phase == "ending":
             self._finish_if_done(now)
         if self._servers.ready:
@@ -420,10 +435,10 @@ class Coordinator:
         ready = self._worker_table.complete if enough else bool(self._worker_table.up)
         if self._servers.ready and ready:
             self._phase = "training"
-            self._began = self._saving.closed_at = now
+            self._began = self._schedule.closed_at = now
             self._history.begin(self._servers.epochs)
             self._start_epoch()
-            self._incidents.begin(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
+            self._failures.begin(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
 
     def _start_epoch(self) -> None:
         self._ledger.advance(self._servers.epochs)
@@ -460,7 +475,7 @@ class Coordinator:
         limit = INTERRUPT_S if status == "interrupted" else self._spec.failure.timeout_s
         self._end_deadline = min(self._end_deadline, now + limit)
         if status == "interrupted":
-            self._saving.hurry()
+            self._schedule.hurry()
         if self._phase != "ending" or status == "interrupted":
             self._end_status = status
         if self._phase != "ending":
@@ -473,12 +488,12 @@ class Coordinator:
             if self._end_status == "interrupted" and not self._servers.ready and self._servers.reports:
                 self._finish = Finish(self._end_status)  # without what the lost server had
                 return
-        if not self._ledger.settled or self._saving.busy or (self._servers.reports and not self._servers.ready):
+        if not self._ledger.settled or self._schedule.busy or (self._servers.reports and not self._servers.ready):
             return
-        unsaved = self._saving.lacks(self._servers.updates) or self._saving.saved_epochs < self._servers.epochs
+        unsaved = self._schedule.lacks(self._servers.updates) or self._schedule.saved_epochs < self._servers.epochs
         if self._servers.reports and unsaved:
-            if not self._saving.pauses(now):
-                self._actions.append(self._saving.begin(self._servers.updates, last=True))
+            if not self._schedule.pauses(now):
+                self._actions.append(self._schedule.begin(self._servers.updates, last=True))
             return
         if self._end_status == "interrupted":
             self._finish = Finish(self._end_status)

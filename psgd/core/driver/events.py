@@ -91,6 +91,7 @@ class WorkerLost:
     worker: str
     cause: str
     preempted: bool = False  # its node was taken away on purpose: not charged as a failure
+    died: bool = True  # else it could not be built
 
 
 @dataclass(frozen=True, slots=True)

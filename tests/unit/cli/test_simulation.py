@@ -27,7 +27,9 @@ def test_verify_prints_what_was_seen_as_it_is(psgd: Any, monkeypatch: pytest.Mon
     assert all(text in err for text in ("a[/b]", "is [x]", "differs in [/tensor]", "does not hold"))
 
 
-@pytest.mark.parametrize(("command", "function"), [("simulate", "simulation.command.run"), ("replay", "replay.replay.replay")])
+@pytest.mark.parametrize(
+    ("command", "function"), [("simulate", "simulation.command.run"), ("replay", "replay.replay.replay")]
+)
 def test_what_is_not_finite_is_null(
     psgd: Any, run: RunDirectory, monkeypatch: pytest.MonkeyPatch, command: str, function: str
 ) -> None:

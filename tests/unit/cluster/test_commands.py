@@ -64,7 +64,7 @@ def drive(run: RunDirectory, spec: JobSpec, interrupted: bool = False) -> list[E
     coordinator: Any = Coordinator()
     inputs: Any = SimpleNamespace(context=SimpleNamespace(spec=spec, partitions=()))
     saves: Any = None
-    driver = Supervisor(coordinator, inputs, run, saves, lambda *_: None, lambda: interrupted)
+    driver = Supervisor(coordinator, inputs, run, saves, lambda *_: None, lambda _: None, lambda: interrupted)
     assert driver.train() == STOPPED
     events: list[Event] = coordinator.events
     return events

@@ -3,13 +3,29 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RaySystemError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
 from psgd.cluster.failures import server_failure, worker_failure
 from psgd.core.driver.events import LaneFailed, ServerLost, WorkerFailed, WorkerLost
 from psgd_workers.errors import ServerGoneError, WorkerError
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "model.py", line 3\nKeyError: no such layer\n'
+MEMORY = "Memory on the node (IP: 10.0.0.7, ID: 49aa) was 22.56GB used / 23.54GB limit (0.958)"
+OUT_OF_MEMORY = (  # as the memory monitor of Ray 2.60 writes it, its lists left out
+    f"1 worker(s) were killed due to the node running low on memory. {MEMORY}\n"
+    "OOM kill reason: Memory usage 24223500288B exceeded threshold of 24012256256B (95.0% of 25276059648B limit)\n"
+    "To see more information about memory usage on this node, use `ray logs raylet.out -ip 10.0.0.7`\n"
+    "Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/en/latest/"
+)
 
 
 def raised(cause: Exception) -> RayTaskError:
@@ -37,8 +53,14 @@ def died(message: str = "killed\n  by the kernel \n\n", **context: bool) -> RayA
         (GetTimeoutError("no answer in time"), None, WorkerLost("worker-0", "no answer in time", preempted=False)),
         (system_error(), 7, WorkerLost("worker-0", "System error: full", preempted=False)),
         (GetTimeoutError(), 7, WorkerLost("worker-0", "GetTimeoutError", preempted=False)),
+        (
+            died("in its creation task:\n  model.py\nImportError: no my_model", actor_init_failed=True),
+            None,
+            WorkerLost("worker-0", "ImportError: no my_model", died=False),
+        ),
+        (RuntimeEnvSetupError("no such package"), None, WorkerLost("worker-0", "no such package", died=False)),
     ],
-    ids=["lane", "model", "died", "preempted", "silent", "system", "says-nothing"],
+    ids=["lane", "model", "died", "preempted", "silent", "system", "says-nothing", "never-built", "no-environment"],
 )
 def test_what_a_failed_call_to_a_worker_means(
     error: RayError, lease: int | None, expected: LaneFailed | WorkerFailed | WorkerLost
@@ -70,3 +92,16 @@ def test_what_nobody_foresaw_fails_the_run_with_its_traceback(error: RayError, l
 )
 def test_what_a_failed_call_to_a_server_means(error: RayError, expected: ServerLost) -> None:
     assert server_failure(1, error) == expected
+
+
+def out_of_memory() -> RayError:
+    error: Any = OutOfMemoryError  # likewise
+    return error(OUT_OF_MEMORY)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("error", [out_of_memory(), died(f"The actor died.\n{OUT_OF_MEMORY}")])
+def test_whom_the_memory_monitor_killed_was_on_a_node_with_so_many_gigabytes(error: RayError) -> None:
+    lost = worker_failure("worker-0", 7, error)
+    assert isinstance(lost, WorkerLost)
+    assert lost.cause.endswith(MEMORY)
+    assert server_failure(1, error).cause.endswith(MEMORY)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from psgd.cluster.placement import choose_node
+from psgd.errors import ClusterLostError
 
 
 def test_servers_are_spread_as_evenly_as_nodes_allow() -> None:
@@ -29,3 +30,8 @@ def test_the_only_node_is_taken_again() -> None:
 def test_a_node_that_lost_one_after_another_is_not_forgotten_for_the_newest() -> None:
     assert choose_node(["a", "b", "c"], ["c"], {"a": 1, "b": 1}) == "c"
     assert choose_node(["a", "b"], ["b"], {"a": 2, "b": 1}) == "b"
+
+
+def test_where_no_node_is_up_the_cluster_is_lost() -> None:
+    with pytest.raises(ClusterLostError, match="no node that is up"):
+        choose_node([], ["a"], {"a": 1})

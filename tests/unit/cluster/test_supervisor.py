@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from psgd.cluster import supervisor
 from psgd.cluster.supervisor import Inputs, Supervisor
@@ -27,11 +27,14 @@ from psgd.core.driver.events import (
     Started,
     StartServer,
     StartWorker,
+    StopWorker,
     Tick,
+    WorkerLost,
     WorkerUp,
 )
 from psgd.core.driver.status import RunStatus
 from psgd.core.server.partitions import partition_weights
+from psgd.errors import ClusterLostError
 from psgd.job import OpenJob
 from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.storage import Storage
@@ -66,11 +69,15 @@ class Cluster:
     Attributes:
         killed: names, in order.
         nodes: that servers were started on, in order.
+        may_be_silent: whether calls may be waited for that are never answered.
+        gone: what a wait and a kill raise; None: nothing.
     """
 
     def __init__(self) -> None:
         self.killed: list[str] = []
         self.nodes: list[str] = []
+        self.may_be_silent = False
+        self.gone: RayError | None = None  # what every call raises from now on
         self._answers: dict[tuple[str, str], Any] = {}
         self._due: dict[Call, Any] = {}
 
@@ -92,8 +99,12 @@ class Cluster:
         return Actor(self, name)
 
     def wait(self, calls: list[Call], num_returns: int, timeout: float) -> tuple[list[Call], list[Call]]:
+        if self.gone:
+            raise self.gone
         ready = [call for call in calls if call in self._due][:num_returns]
-        assert ready or timeout == 0, f"waits for {[(c.actor.name, c.method) for c in calls]}, and nothing comes"
+        assert ready or timeout == 0 or self.may_be_silent, (
+            f"waits for {[(c.actor.name, c.method) for c in calls]}, and nothing comes"
+        )
         return ready, [call for call in calls if call not in ready]
 
     def get(self, call: Call) -> Any:
@@ -104,6 +115,8 @@ class Cluster:
 
     def kill(self, actor: Actor) -> None:
         self.killed.append(actor.name)
+        if self.gone:
+            raise self.gone
 
 
 class Script:
@@ -138,9 +151,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return made
 
 
-def train(tmp_path: Path, script: Script) -> Finish:
+def train(tmp_path: Path, script: Script, **sections: Any) -> Finish:
     data = {"format": "sklearn", "dataset": "iris", "batch_size": 10}
-    opened = OpenJob.open(job(data=data, scaling={"servers": SERVERS}))
+    opened = OpenJob.open(job(data=data, scaling={"servers": SERVERS}, **sections))
     partitions = partition_weights(opened.layout.num_parameters, opened.layout.num_trainable, SERVERS)
     context = RunContext(opened.spec, opened.layout, opened.shards.grid, partitions, "driver", "nowhere")
     incarnations = iter(range(2, 9))
@@ -155,7 +168,7 @@ def train(tmp_path: Path, script: Script) -> Finish:
     inputs: Any = Inputs(context, None, None, len)  # type: ignore[arg-type]
     coordinator: Any = script
     checkpoint_writer = CheckpointWriter(run, context, "", "", None)
-    return Supervisor(coordinator, inputs, run, checkpoint_writer, lambda *_: None).train()
+    return Supervisor(coordinator, inputs, run, checkpoint_writer, lambda *_: None, lambda _: None).train()
 
 
 BOTH: list[Action] = [StartServer(0), StartServer(1), StartWorker("worker-0")]
@@ -204,3 +217,53 @@ def test_a_server_is_not_restored_on_any_node_that_lost_one_lately(tmp_path: Pat
     script = Script((Started, [StartServer(0), *again]), (ServerLost, again), (ServerLost, [StartServer(1), DONE]))
     assert train(tmp_path, script) == DONE
     assert cluster.nodes == ["a", "b", "c", "a"]
+
+
+def test_answers_of_one_actor_that_expire_at_once_mean_one_loss(tmp_path: Path, cluster: Cluster) -> None:
+    """The first of them makes the supervisor forget every call to that actor."""
+    cluster.may_be_silent = True
+    ask: list[Action] = [AskReport(0, 1, wait=False), AskReport(0, 2, wait=True)]
+    script = Script((Started, [StartServer(0), *ask]), (ServerLost, [DONE]))
+    assert train(tmp_path, script, failure={"timeout_s": 0.001}) == DONE
+    (_, lost) = script.events
+    assert isinstance(lost, ServerLost)
+    assert "no answer in time" in lost.cause
+
+
+def test_a_worker_is_stopped_whose_death_was_found_a_moment_before(tmp_path: Path, cluster: Cluster) -> None:
+    """The coordinator gives it up for a report that comes together with the news of its death."""
+    cluster.answers("server-0-1", "report", "report")
+    cluster.answers("worker-0", "ready", RayActorError())
+    script = Script(
+        (Started, [StartServer(0), AskReport(0, 1, wait=True), StartWorker("worker-0")]),
+        (Reported, [StopWorker("worker-0", "no sign of life")]),
+        (WorkerLost, [DONE]),
+    )
+    assert train(tmp_path, script) == DONE
+    assert cluster.killed == ["worker-0", "server-0-1"]
+
+
+@pytest.mark.parametrize("partition", [0, 1])
+def test_when_no_node_is_up_the_cluster_is_lost(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, partition: int
+) -> None:
+    def no_nodes() -> list[str]:
+        return [] if cluster.nodes else ["a"]
+
+    monkeypatch.setattr(supervisor, "living_nodes", no_nodes)
+    cluster.answers("server-0-1", "report", RayActorError())
+    script = Script(
+        (Started, [StartServer(0), StartWorker("worker-0"), AskReport(0, 1, wait=True)]),
+        (ServerLost, [StartServer(partition)]),
+    )
+    with pytest.raises(ClusterLostError, match=r"Ray knows no node that is up.*--resume continues"):
+        train(tmp_path, script)
+    assert "worker-0" in cluster.killed
+
+
+def test_a_call_that_ray_refuses_means_that_the_cluster_is_lost(tmp_path: Path, cluster: Cluster) -> None:
+    cluster.gone = RayError("the head does not answer")
+    script = Script((Started, [StartServer(0), StartServer(1), AskReport(0, 1, wait=True)]))
+    with pytest.raises(ClusterLostError, match="refused a call: the head does not answer"):
+        train(tmp_path, script)
+    assert cluster.killed == ["server-0-1", "server-1-1"]

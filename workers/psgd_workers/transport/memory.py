@@ -12,6 +12,7 @@ import mmap
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,12 @@ from psgd_workers.messages import FloatArray, Version
 __all__ = ["PublishedVector", "Segment", "Slot", "free_memory", "has_shared_memory", "stores_are_ordered"]
 
 MEMINFO = Path("/proc/meminfo")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_FILES = (  # limit, what is used of it, and the name of the page cache in memory.stat: in versions 2 and 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 PAGE = mmap.PAGESIZE
 HEADER = 64  # bytes before a published vector's values: a cache line
 SNAPSHOTS = 3  # attempts of a reader before it lets the server copy
@@ -50,16 +57,33 @@ def _check_free(needed: int) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that this machine, or this container, can still give; where the system does not say, all there are."""
+    """Return the bytes that this machine, or this container, can still give; all there are, if the system says none."""
     if not MEMINFO.exists():
         return sys.maxsize
     lines = MEMINFO.read_text(encoding="ascii").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    used = Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (most := limit.read_text(encoding="ascii").strip()) != "max":
-        free = min(free, int(most) - int(used.read_text(encoding="ascii")))
-    return free
+    return max(0, min([free, *(_left(group) for group in _control_groups())]))
+
+
+def _control_groups() -> Iterator[Path]:
+    """Yield the folders of this process' memory cgroups: its own, and those around it, which may be smaller."""
+    for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines() if OWN_CGROUPS.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2 has one group for everything
+            own = CGROUPS / controllers / path.lstrip("/")
+            yield from (own, *own.parents[: len(Path(path).parts) - 1])
+
+
+def _left(group: Path) -> int:
+    """Return the bytes that a cgroup has left; all there are, if it has no limit.
+
+    The page cache counts as used, but what of it was not read lately is given up before a process is killed.
+    """
+    for limit, used, cache in CGROUP_FILES:
+        if (group / limit).exists() and (text := (group / limit).read_text(encoding="ascii").strip()) != "max":
+            numbers = dict(map(str.split, (group / "memory.stat").read_text(encoding="ascii").splitlines()))
+            return int(text) - int((group / used).read_text(encoding="ascii")) + int(numbers[cache])
+    return sys.maxsize
 
 
 class Slot(NamedTuple):

@@ -1023,6 +1023,22 @@ def test_a_worker_given_up_is_not_listened_to_any_more() -> None:
     assert coordinator.status(1.0).charged_failures == 0
 
 
+def test_a_worker_that_cannot_be_built_fails_the_run_at_once() -> None:
+    coordinator, _ = start()
+    (finish,) = coordinator.handle(WorkerLost("worker-1", "ImportError: no my_model", died=False), 1.0)
+    assert isinstance(finish, Finish)
+    assert finish.status == "failed"
+    assert "worker-1 could not be built on its machine" in str(finish.error)
+    assert "ImportError: no my_model. Install there" in str(finish.error)
+
+
+def test_a_worker_that_cannot_be_built_where_all_could_before_counts_as_a_death() -> None:
+    unbuilt = WorkerLost("worker-1", "ImportError: no my_model", died=False)
+    host = run(events=[(3.0, unbuilt)], run={"epochs": 3})
+    assert host.finish == Finish("finished")
+    assert host.status.failures == Counter({"worker_lost": 1})
+
+
 def test_a_report_of_nothing_new_is_answered_with_the_next_question() -> None:
     host = run()
     coordinator, (_, ask, *_) = start()

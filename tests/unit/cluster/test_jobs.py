@@ -1,0 +1,205 @@
+"""Runs as Ray jobs, with a job server that tests write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.job_submission import JobDetails, JobStatus, JobType
+
+from psgd.cluster import jobs as module
+from psgd.cluster.jobs import DRIVER, Jobs
+from psgd.errors import InputError, RunError, SpecError
+from psgd.spec import JobSpec
+from tests.support.jobs import job
+
+ADDRESS = "http://head:8265"
+REFUSAL = (
+    "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars):\npsgd: no data"
+)
+
+
+class JobServer:
+    """Stands for Ray's client of its job server.
+
+    Attributes:
+        submitted: the arguments of each job.
+        kept: the files of the newest job's folder, by name.
+        ends: what is told of a job.
+        output: what it prints.
+        interrupts: whether Ctrl-C is pressed while it prints.
+        stopped: ids of the jobs that were asked to stop.
+    """
+
+    def __init__(self) -> None:
+        self.submitted: list[dict[str, Any]] = []
+        self.kept: dict[str, str] = {}
+        self.ends: dict[str, Any] = {"status": JobStatus.SUCCEEDED, "message": "Job finished successfully."}
+        self.output = ""
+        self.interrupts = False
+        self.stopped: list[str] = []
+
+    def submit_job(self, **arguments: Any) -> str:
+        self.submitted.append(arguments)
+        folder = Path(arguments["runtime_env"]["working_dir"])
+        self.kept = {file.name: file.read_text() for file in folder.iterdir()}
+        return "raysubmit_1"
+
+    def get_job_info(self, identifier: str) -> JobDetails:
+        return JobDetails(
+            type=JobType.SUBMISSION, entrypoint="", submission_id=identifier, metadata={"psgd_run": "run"}, **self.ends
+        )
+
+    def list_jobs(self) -> list[JobDetails]:
+        return [self.get_job_info("raysubmit_1")]
+
+    def get_job_logs(self, identifier: str) -> str:
+        return self.output
+
+    def stop_job(self, identifier: str) -> None:
+        self.stopped.append(identifier)
+
+    async def tail_job_logs(self, identifier: str) -> AsyncIterator[str]:
+        yield self.output
+        if self.interrupts:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> JobServer:
+    made = JobServer()
+    monkeypatch.setattr(module, "JobSubmissionClient", lambda address: made)
+    monkeypatch.setattr(module, "check_listening", lambda host, port, address: None)
+    return made
+
+
+def spec(**sections: Any) -> JobSpec:
+    return job(**{"run": {"epochs": 1, "storage": "/kept"}} | sections)
+
+
+def test_a_job_travels_with_its_source(server: JobServer) -> None:
+    assert Jobs(ADDRESS).submit(spec(), "my run", [Path("ours")]) == "raysubmit_1"
+    (sent,) = server.submitted
+    assert sent["entrypoint"] == "exec sh driver.sh 'my run'"
+    assert sent["metadata"] == {"psgd_run": "my run"}
+    modules = [Path(folder) for folder in sent["runtime_env"]["py_modules"]]
+    assert [folder.name for folder in modules] == ["psgd", "psgd_workers", "ours"]
+    assert all(folder.is_absolute() for folder in modules)
+    assert server.kept.keys() == {"job.yaml", "driver.sh"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "field"),
+    [
+        ({"run": {"epochs": 1, "storage": "kept"}}, "run.storage: 'kept'"),
+        ({"data": {"format": "csv", "path": "table.csv"}}, "data.path: 'table.csv'"),
+        ({"data": {"format": "npz", "path": "./mnist.npz"}}, "data.path: './mnist.npz'"),
+    ],
+)
+def test_paths_of_this_folder_are_refused_before_anything_is_submitted(
+    server: JobServer, sections: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(SpecError) as refused:
+        Jobs(ADDRESS).submit(spec(**sections), "run")
+    assert str(refused.value).startswith(f"{field} is relative")
+    assert server.submitted == []
+
+
+@pytest.mark.parametrize("path", ["/data/mnist.npz", "~/mnist.npz", "s3://bucket/mnist.npz"])
+def test_paths_that_the_cluster_may_have_are_submitted(server: JobServer, path: str) -> None:
+    Jobs(ADDRESS).submit(spec(data={"format": "npz", "path": path}), "run")
+    assert len(server.submitted) == 1
+
+
+def test_the_driver_is_run_by_the_interpreter_that_ray_is_installed_in(tmp_path: Path) -> None:
+    """As Ray's job server does, this process has mapped Ray's library, and runs a command by a shell."""
+    (tmp_path / "driver.sh").write_text(DRIVER)
+    nothing = tmp_path / "bin"
+    nothing.mkdir()
+    for tool in ("sed", "head", "sh"):
+        (nothing / tool).symlink_to(str(shutil.which(tool)))
+    environment = {**os.environ, "PATH": str(nothing)}
+    ran = subprocess.run(
+        ["/bin/sh", "-c", "exec sh driver.sh run"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, "job.yaml" in ran.stderr) == (2, True), ran.stderr
+    assert ran.stderr.startswith("psgd: ")
+
+
+def test_output_is_passed_on_until_the_run_has_succeeded(server: JobServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.output = "epoch 1/1 done\n"
+    Jobs(ADDRESS).wait("raysubmit_1", "run")
+    assert capsys.readouterr().err == "epoch 1/1 done\n"
+
+
+def test_a_refusal_is_printed_once(server: JobServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.output = "psgd: no data\n"
+    server.ends = {"status": JobStatus.FAILED, "message": REFUSAL, "driver_exit_code": 2}
+    with pytest.raises(InputError, match="its driver refused the job") as refused:
+        Jobs(ADDRESS).wait("raysubmit_1", "run")
+    assert (capsys.readouterr().err + str(refused.value)).count("no data") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "expected"),
+    [
+        (JobStatus.FAILED, REFUSAL.replace("code 2", "code 3"), "ended FAILED: Job entrypoint command .* exit code 3$"),
+        (JobStatus.FAILED, "runtime_env setup failed", "ended FAILED: runtime_env setup failed"),
+        (JobStatus.STOPPED, "Job was intentionally stopped.", "ended STOPPED: Job was intentionally stopped"),
+        (JobStatus.RUNNING, "Job is currently running.", f"connection to {ADDRESS} was lost; run run goes on"),
+    ],
+)
+def test_a_run_that_did_not_succeed_says_why(server: JobServer, status: JobStatus, message: str, expected: str) -> None:
+    server.ends = {"status": status, "message": message, "driver_exit_code": 3}
+    with pytest.raises(RunError, match=expected):
+        Jobs(ADDRESS).wait("raysubmit_1", "run")
+
+
+def test_ctrl_c_says_that_the_run_goes_on(server: JobServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        Jobs(ADDRESS).wait("raysubmit_1", "run")
+    told = capsys.readouterr().err
+    assert "run run goes on as job raysubmit_1" in told
+    assert f"psgd stop run --address {ADDRESS}" in told
+
+
+@pytest.mark.parametrize(
+    ("output", "progress"),
+    [
+        ("psgd 1\nepoch 1/9 done  loss 0.5\nepoch 2/9 done  loss 0.4\nfinished\n", "epoch 2/9 done  loss 0.4"),
+        ("Running entrypoint\n", None),
+    ],
+)
+def test_the_status_of_a_run_shows_its_newest_epoch_and_loss(
+    server: JobServer, output: str, progress: str | None
+) -> None:
+    server.output = output
+    server.ends = {"status": JobStatus.FAILED, "message": REFUSAL}
+    told = Jobs(ADDRESS).status("run")
+    assert told == {
+        "status": "FAILED",
+        "job": "raysubmit_1",
+        "message": "Job entrypoint command failed with exit code 2",
+        "progress": progress,
+    }
+
+
+def test_only_a_run_that_has_not_ended_is_asked_to_stop(server: JobServer) -> None:
+    with pytest.raises(InputError, match="run run is not running: its job raysubmit_1 ended SUCCEEDED"):
+        Jobs(ADDRESS).stop("run")
+    assert server.stopped == []
+    server.ends = {"status": JobStatus.RUNNING, "message": ""}
+    Jobs(ADDRESS).stop("run")
+    assert server.stopped == ["raysubmit_1"]

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psgd.cluster import preflight as module
+from psgd.cluster.preflight import RunPlan, preflight
+from psgd.errors import ClusterError, RunExistsError
+from psgd.job import OpenJob
+from psgd.spec import JobSpec
+from psgd.store.checkpoints import Checkpoints
+from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
+from tests.support.recorded_run import digits, record, run_directory
+
+FUNCTIONS = ("find_address", "find_checkpoint", "check_checkpoint", "with_settings", "split", "check_room", "session")
+METHODS = (
+    *((Storage, "probe"), (RunDirectory, "check_identity"), (RunDirectory, "own")),
+    *((OpenJob, "open"), (JobSpec, "warnings")),
+)
+
+
+@pytest.fixture
+def meanwhile() -> list[Callable[[], object]]:
+    """What is done while Ray starts."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch, meanwhile: list[Callable[[], object]]) -> None:
+    """A cluster with room for every job."""
+
+    @contextmanager
+    def session(spec: JobSpec, address: str | None) -> Iterator[None]:
+        for act in meanwhile:
+            act()
+        yield
+
+    monkeypatch.setattr(module, "session", session)
+    monkeypatch.setattr(module, "check_room", lambda spec, num_parameters: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def plan(folder: Path, spec: JobSpec | None = None, **options: Any) -> RunPlan:
+    given = {"name": "run", "storage": str(folder), "address": None, "resume": False} | options
+    with preflight(spec or digits(), **given) as made:
+        return made
+
+
+def counted(patch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the calls of every check."""
+    calls = Counter[str]()
+
+    def count(owner: Any, name: str) -> None:
+        check = getattr(owner, name)
+
+        def called(*arguments: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return check(*arguments, **options)
+
+        patch.setattr(owner, name, called)
+
+    for name in FUNCTIONS:
+        count(module, name)
+    for owner, name in METHODS:
+        count(owner, name)
+    return calls
+
+
+def test_each_check_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(run_directory(tmp_path), digits())
+    calls = counted(monkeypatch)
+    made = plan(tmp_path, resume=True)
+    assert calls == dict.fromkeys([*FUNCTIONS, *(name for _, name in METHODS)], 1)
+    assert made.checkpoint is not None
+    assert made.checkpoint.manifest.name == Checkpoints(made.run.storage).committed()[-1]
+
+
+def test_a_new_run_is_owned_and_nothing_else_is_written(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    assert made.checkpoint is None
+    assert made.run.owned_by == made.owner.driver
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["owner"]
+    assert (made.job.spec.name, made.job.spec.run.storage) == ("run", str(tmp_path))
+
+
+def test_what_is_refused_leaves_the_run_to_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(run_directory(tmp_path), digits())
+    owner = run_directory(tmp_path).owned_by
+
+    def refuse(spec: JobSpec, num_parameters: int) -> None:
+        raise ClusterError("no room")
+
+    with pytest.raises(RunExistsError, match="--resume continues it"):
+        plan(tmp_path)
+    monkeypatch.setattr(module, "check_room", refuse)
+    with pytest.raises(ClusterError, match="no room"):
+        plan(tmp_path, resume=True)
+    assert run_directory(tmp_path).owned_by == owner
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_drivers_that_start_together_the_second_is_refused(
+    tmp_path: Path, meanwhile: list[Callable[[], object]], resume: bool
+) -> None:
+    if resume:
+        record(run_directory(tmp_path), digits())
+    other = run_directory(tmp_path)
+    meanwhile.append(other.own)
+    with pytest.raises(RunExistsError, match=r"another driver took the run in .* while Ray was started here"):
+        plan(tmp_path, resume=resume)
+    other.check_owner()
+
+
+def test_what_the_driver_before_commits_while_ray_starts_is_continued_from(
+    tmp_path: Path, meanwhile: list[Callable[[], object]]
+) -> None:
+    """It has deleted by then what was the newest checkpoint when the run was checked."""
+    record(run_directory(tmp_path), digits())
+    checkpoints = Checkpoints(run_directory(tmp_path).storage)
+    (*_, newest) = checkpoints.committed()
+
+    def commit() -> None:
+        folder = tmp_path / "run" / "checkpoints"
+        manifest = checkpoints.manifest(newest)
+        (folder / newest).rename(folder / "000099-1")
+        (folder / "000099-1" / "COMMITTED").unlink()
+        checkpoints.commit(manifest.model_copy(update={"name": "000099-1"}))
+
+    meanwhile.append(commit)
+    made = plan(tmp_path, resume=True)
+    assert made.checkpoint is not None
+    assert made.checkpoint.manifest.name == "000099-1"
+
+
+def test_an_address_is_refused_where_ray_is_connected_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    with pytest.raises(ClusterError, match=r"connected to a Ray cluster already.*'10\.0\.0\.1:6379'"):
+        plan(tmp_path, address="10.0.0.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")  # which a connection makes meaningless
+    assert plan(tmp_path).checkpoint is None
