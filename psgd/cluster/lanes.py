@@ -98,7 +98,7 @@ def push_format_of(spec: JobSpec, partition: Partition) -> PushFormat:
     """What the pushes of a job to a partition look like."""
     encoding = "" if spec.compression.name == "none" or not partition.num_trainable else spec.compression.name
     size = partition.stop - partition.start
-    return PushFormat(size, partition.num_trainable, encoding, spec.worker_options.sends_weights)
+    return PushFormat(size, partition.num_trainable, encoding, spec.worker_options.sends_weights, spec.scaling.servers)
 
 
 def route(spec: JobSpec, worker: str, partition: Partition, find: Callable[[], Any], node: str) -> Route:

@@ -15,7 +15,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from psgd.cluster.lanes import push_format_of
 from psgd.core.context import RunContext
-from psgd.core.server.journal import RECORD
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.report import Report
 from psgd.errors import StorageError
@@ -63,7 +62,9 @@ class ServerActor:
             part = origin[partition.start : partition.stop]
             server = ParameterServer(context.spec, partition, part, context.grid, Version(incarnation, 0), published)
         self._host = ServerHost(server)
-        self._unwritten = np.zeros(0, RECORD)  # of the journal, taken for a checkpoint that could not be written
+        self._unwritten = np.zeros(
+            0, server.journal.type
+        )  # of the journal, taken for a checkpoint that could not be written
         self._writing: asyncio.Task[Part] | None = None  # a part of a checkpoint
         self._timeout_s = context.spec.failure.timeout_s
         self._listener: Listener | None = None

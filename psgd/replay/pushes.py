@@ -1,8 +1,4 @@
-"""Which records of several servers' journals tell of one and the same push.
-
-A worker names neither pushes nor what it read of other partitions. But the batch, the worker, the loss and the time of
-computing are the same in every journal, and of pushes alike in all that, the first is the first everywhere.
-"""
+"""Which records of several servers' journals tell of one and the same push, and what it was computed from."""
 
 from __future__ import annotations
 
@@ -11,118 +7,102 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.server.journal import RecordKind
-from psgd_workers.messages import Outcome, Version
+from psgd.core.server.journal import OUTCOMES, RECORD, RecordKind
+from psgd.errors import JournalError
+from psgd.replay.lineage import Stretch
+from psgd_workers.gradients.sender import TAKEN
+from psgd_workers.messages import Version
 
-__all__ = ["Pushes"]
+__all__ = ["NONE", "Pushes"]
 
-KEY = ("incarnation", "worker", "epoch", "shard", "index", "loss", "compute_s")
-NONE = -1  # no push, or no record
-LIST = tuple(Outcome)
+CODES = [OUTCOMES[outcome] for outcome in TAKEN]
+NAME = ("worker", "slot", "number")  # of a push, within a session
+SAME = ("epoch", "shard", "index", "examples")  # in all of its records, as are the versions read
+NONE = -1  # for a record that tells of no push, or of one that was not taken
 
 
 class Pushes:
-    """All pushes, numbered.
+    """The pushes that some server took, numbered.
 
     Args:
-        journals: records of `psgd.core.server.journal.RECORD`, by partition.
+        lineages: of every server, by partition.
+
+    Raises:
+        JournalError: two records of one push contradict each other.
     """
 
-    def __init__(self, journals: Sequence[NDArray[np.void]]) -> None:
-        self._journals = journals
-        self._numbers, self._places = _match(journals)
+    def __init__(self, lineages: Sequence[Sequence[Stretch]]) -> None:
+        journals = [_journal(lineage) for lineage in lineages]
+        self._begins = np.cumsum([0, *map(len, journals)]).tolist()  # of each journal in the following
+        taken = np.flatnonzero(np.concatenate([_is_taken(records) for records in journals]))
+        names = np.concatenate([_names(lineage) for lineage in lineages])[taken]
+        told = np.concatenate([_told(records, partition) for partition, records in enumerate(journals)])[taken]
+        _, first, numbers = np.unique(names, return_index=True, return_inverse=True)
+        self._numbers = np.full(self._begins[-1], NONE, np.int64)
+        self._numbers[taken] = numbers
+        self._left = np.bincount(numbers, minlength=len(first))
+        self._told = told[first]  # [pushes, fields]
+        if (strange := np.flatnonzero((told != self._told[numbers]).any(axis=1))).size:
+            raise JournalError(_contradiction(self._told[numbers[strange[0]]], told[strange[0]]))
 
     def __len__(self) -> int:
-        return len(self._places[0])
+        return len(self._told)
 
     def number(self, partition: int, place: int) -> int:
-        """The push that a record of a partition's journal tells of; NONE: it tells of something else."""
-        return int(self._numbers[partition][place])
+        """Return the push that a record of a partition's journal tells of, or NONE."""
+        return int(self._numbers[self._begins[partition] + place])
 
-    def outcome(self, partition: int, push: int) -> Outcome | None:
-        """What became of it there; None: the journal does not tell."""
-        place = self._places[partition, push]
-        return None if place == NONE else LIST[self._journals[partition]["outcome"][place]]
+    def reads(self, push: int) -> tuple[Version, ...]:
+        """Return the version of each partition that it was computed from."""
+        return _versions(self._told[push])
 
-    def reads(self, push: int) -> tuple[Version | None, ...]:
-        """The versions it was computed from, by partition; None: its journal does not tell."""
-        found: list[Version | None] = []
-        for journal, place in zip(self._journals, self._places[:, push].tolist(), strict=True):
-            read = None if place == NONE else journal[["read_incarnation", "read_updates"]][place].tolist()
-            found.append(None if read is None else Version(*read))
-        return tuple(found)
-
-    def earlier(self, partition: int, push: int, worker: bytes, start: int) -> list[int]:
-        """A worker's pushes before this one in a partition's journal, from one record on; none, if it is not there."""
-        stop = int(self._places[partition, push])
-        return [] if stop == NONE else self._of_worker(partition, worker, start, stop)
-
-    def _of_worker(self, partition: int, worker: bytes, start: int, stop: int) -> list[int]:
-        numbers = self._numbers[partition][start:stop]
-        mine = (self._journals[partition]["worker"][start:stop] == worker) & (numbers != NONE)
-        return [int(number) for number in numbers[mine]]
-
-    def oldest_read(self, partition: int, push: int, teller: int, pipeline: int) -> Version:
-        """A version that is not newer than what a push read of a partition whose journal does not tell.
-
-        A worker has no older weights than those that came with the answer to an earlier push from the same slot.
-
-        Args:
-            partition: whose version.
-            push: which.
-            teller: a partition whose journal tells of the push.
-            pipeline: batches that its worker computes ahead.
-        """
-        told = self._journals[teller]
-        place = int(self._places[teller, push])
-        mine = self._journals[partition]
-        incarnation = told["incarnation"][place]
-        worker = told["worker"][place]
-        earlier = self.earlier(teller, push, worker, _begin(told, incarnation))
-        for other in reversed(earlier[: len(earlier) - pipeline]):
-            if (known := self._places[partition, other]) != NONE:
-                return Version(int(incarnation), int(mine["updates"][known]))
-        began = _begin(mine, incarnation)
-        joins = np.flatnonzero((mine["worker"][began:] == worker) & (mine["kind"][began:] == RecordKind.JOIN))
-        return Version(int(incarnation), int(mine["updates"][began + joins[0]]) if len(joins) else 0)
+    def done(self, push: int) -> bool:
+        """Note that one of its records was replayed, or never will be; return True if that was the last."""
+        self._left[push] -= 1
+        return bool(self._left[push] == 0)
 
 
-def _match(journals: Sequence[NDArray[np.void]]) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
-    """The push of each record, by partition; and the record of each push, `[partitions, pushes]`."""
-    places = [np.flatnonzero(records["kind"] == RecordKind.PUSH) for records in journals]
-    keys = [_keys(records[place]) for records, place in zip(journals, places, strict=True)]
-    _, groups = np.unique(np.concatenate(keys), return_inverse=True)
-    ends = np.cumsum([len(key) for key in keys])[:-1]
-    turns = [_turns(part) for part in np.split(groups, ends)]
-    most = max((int(turn.max(initial=0)) for turn in turns), default=0) + 1
-    names, all_numbers = np.unique(groups * most + np.concatenate(turns), return_inverse=True)
-    table = np.full((len(journals), len(names)), NONE, np.int64)
-    numbers: list[NDArray[np.int64]] = []
-    for partition, (records, mine) in enumerate(zip(journals, np.split(all_numbers, ends), strict=True)):
-        table[partition, mine] = places[partition]
-        numbers.append(np.full(len(records), NONE, np.int64))
-        numbers[-1][places[partition]] = mine
-    return numbers, table
+def _journal(lineage: Sequence[Stretch]) -> NDArray[np.void]:
+    return np.concatenate([segment.records for stretch in lineage for segment in stretch.segments])
 
 
-def _begin(journal: NDArray[np.void], incarnation: int) -> int:
-    """The first record of an incarnation."""
-    return int(np.argmax(journal["incarnation"] == incarnation))
+def _is_taken(records: NDArray[np.void]) -> NDArray[np.bool_]:
+    taken: NDArray[np.bool_] = (records["kind"] == RecordKind.PUSH) & np.isin(records["outcome"], CODES)
+    return taken
 
 
-def _keys(records: NDArray[np.void]) -> NDArray[np.void]:
-    """What is the same in every journal; floats by their bits, as a nan is not itself."""
-    kinds = [(name, "<u4" if records.dtype[name].kind == "f" else records.dtype[name]) for name in KEY]
-    keys = np.empty(len(records), kinds)
-    for name in KEY:
-        keys[name] = records[name].view("<u4") if records.dtype[name].kind == "f" else records[name]
-    return keys
+def _names(lineage: Sequence[Stretch]) -> NDArray[np.void]:
+    """Return the name of each record's push."""
+    records = _journal(lineage)
+    sizes = [sum(len(segment.records) for segment in stretch.segments) for stretch in lineage]
+    names = np.empty(len(records), [("session", "<u4"), *((name, records.dtype[name]) for name in NAME)])
+    names["session"] = np.repeat([stretch.session for stretch in lineage], sizes)
+    for name in NAME:
+        names[name] = records[name]
+    return names
 
 
-def _turns(groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each, how many of the same group come before it."""
-    order = np.argsort(groups, kind="stable")
-    begins = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    turns = np.empty(len(groups), np.int64)
-    turns[order] = np.arange(len(groups)) - np.repeat(begins, np.diff(begins, append=len(groups)))
-    return turns
+def _told(records: NDArray[np.void], partition: int) -> NDArray[np.int64]:
+    """Return what all records of a push must say alike: batch, and versions by partition. `[records, fields]`."""
+    own = np.stack([records["read_incarnation"], records["read_updates"]], axis=1).astype(np.int64)
+    versions = [own]
+    if records.dtype != RECORD:
+        others = records["others"]
+        pairs = np.stack([others["incarnation"], others["updates"]], axis=2).astype(np.int64)
+        versions = [*pairs[:, :partition].swapaxes(0, 1), own, *pairs[:, partition:].swapaxes(0, 1)]
+    return np.concatenate([np.stack([records[name].astype(np.int64) for name in SAME], axis=1), *versions], axis=1)
+
+
+def _versions(told: NDArray[np.int64]) -> tuple[Version, ...]:
+    return tuple(Version(*version) for version in told[len(SAME) :].reshape(-1, 2).tolist())
+
+
+def _contradiction(one: NDArray[np.int64], other: NDArray[np.int64]) -> str:
+    accounts = [
+        f"batch {tuple(told[:3].tolist())} of {told[3]} examples, read at {list(map(tuple, _versions(told)))}"
+        for told in (one, other)
+    ]
+    return (
+        f"the journals of two servers contradict each other about one push: {accounts[0]}, says one, and {accounts[1]} "
+        "says the other. One of them is another run's: restore it"
+    )

@@ -1,13 +1,13 @@
 """Replay: a run recomputed in one process from its job, its data and its journal, to be compared bit for bit.
 
 The servers' orders are all that is not decided by seeds, and their journals have them. Every record reaches a
-`ParameterServer` again: a push with the gradient of the batch it names, at the weights of the versions it read. Sums of
-floats depend on their order, so the bits are the same only with the software of `env.json`, and as many BLAS threads as
-a worker had.
+`ParameterServer` again: a push with the gradient of the batch it names, at the weights of the versions it read, and
+with what compression left out of the push that it carries on. Sums of floats depend on their order, so the bits are the
+same only with the software of `env.json`, and as many BLAS threads as a worker had.
 
-Two things no journal tells, which matter if the job compresses gradients. A push whose receipt never reached a worker
-that lives: that worker took it for refused, and a replay goes by what the server did. And, of workers that compute
-ahead, the slot that a push came from, whose memory of what was left out is its own: there is no replay of those.
+A lost server takes along the records since its last checkpoint. What others took of it meanwhile cannot be computed
+again: gradients read from those versions by living servers, and the remainders of pushes that living workers carry on.
+A replay that comes to one of them ends there, and says so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from psgd.core.server.journal import RECORD, RecordKind
+from psgd.core.server.journal import RecordKind
 from psgd.core.server.partitions import Partition
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, DataError, JournalError, ModelError
@@ -96,12 +96,14 @@ def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = No
     job = OpenJob.open(spec)
     _check(run, job, manifest, until)
     states = [checkpoint.state(partition) for partition in range(manifest.partitions)]
-    lineages = [read_lineage(run, manifest, partition) for partition in range(manifest.partitions)]
-    pipeline = _check_lineages(run, job, lineages)
+    # A branch that was given up matters to other servers, and to workers that remember what they left out.
+    branches = manifest.partitions > 1 or not isinstance(spec.compression, NoCompression)
+    lineages = [read_lineage(run, manifest, partition, branches) for partition in range(manifest.partitions)]
+    for segment in (segment for lineage in lineages for stretch in lineage for segment in stretch.segments):
+        _check_batches(run, job, segment.records)
     servers = [_server(job, state, lineage) for state, lineage in zip(states, lineages, strict=True)]
-    replayer = Replayer(job, servers, Pushes([_journal(lineage) for lineage in lineages]), pipeline)
     with np.errstate(over="ignore", invalid="ignore"):
-        updates, weights = replayer.play(until)
+        updates, weights = Replayer(job, servers, Pushes(lineages)).play(until)
     saved = [int(state.metadata["version"][1]) for state in states]
     if until is None and updates != saved:
         raise JournalError(
@@ -139,29 +141,6 @@ def _check(run: RunDirectory, job: OpenJob, manifest: Manifest, until: int | Non
         raise JournalError(f"--until {until}: the journal of {url} is committed up to {manifest.updates} updates")
 
 
-def _check_lineages(run: RunDirectory, job: OpenJob, lineages: Sequence[Sequence[Stretch]]) -> int:
-    """Refuse what cannot be replayed; returns the most batches that workers computed ahead."""
-    stretches = [stretch for lineage in lineages for stretch in lineage]
-    for segment in (segment for stretch in stretches for segment in stretch.segments):
-        _check_batches(run, job, segment)
-    pipeline = max(stretch.pipeline for stretch in stretches)
-    compression = job.spec.compression
-    if isinstance(compression, NoCompression):
-        return pipeline
-    if pipeline:
-        raise JournalError(
-            f"{run.storage.url} was trained with scaling.pipeline {pipeline} and compression {compression.name}, and "
-            "its journal does not tell which push took over what another had left out: only runs with "
-            "scaling.pipeline 0, or without compression, can be replayed"
-        )
-    if any(stretch.replaces for stretch in stretches):
-        raise JournalError(
-            f"{run.storage.url} was trained with compression {compression.name} and lost its server, and with it the "
-            "record of pushes whose rest the workers kept for their next: there is no replay of such a run"
-        )
-    return pipeline
-
-
 def _check_batches(run: RunDirectory, job: OpenJob, segment: NDArray[np.void]) -> None:
     sizes = np.array(job.shards.grid.batches_per_shard)
     pushes = segment[segment["kind"] == RecordKind.PUSH]
@@ -179,10 +158,6 @@ def _server(job: OpenJob, state: ServerState, lineage: Sequence[Stretch]) -> Rep
     partition = Partition(*state.metadata["partition"])
     changes = [Settings.model_validate(settings) for settings in state.metadata["changes"]]
     return ReplayServer(job, partition, lineage, changes)
-
-
-def _journal(lineage: Sequence[Stretch]) -> NDArray[np.void]:
-    return np.concatenate([np.zeros(0, RECORD), *(segment for stretch in lineage for segment in stretch.segments)])
 
 
 def _listed(numbers: Sequence[int]) -> str:

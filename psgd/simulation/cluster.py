@@ -84,6 +84,7 @@ class VirtualCluster(VirtualClock):
         faults: what fails. None: nothing.
         events: (virtual time, event) each, told to the coordinator besides what happens by itself.
         resume: the checkpoint to continue from.
+        incarnation: the newest incarnation of a server before this run.
         lease_s: virtual seconds of work in a lease.
         observers: told what the run does.
         server: the class of the servers.
@@ -110,6 +111,7 @@ class VirtualCluster(VirtualClock):
         faults: FaultPlan | None = None,
         events: Sequence[tuple[float, Event]] = (),
         resume: VirtualCheckpoint | None = None,
+        incarnation: int = 0,
         lease_s: float = 2.0,
         observers: Sequence[ClusterObserver] = (),
         server: type[ParameterServer] = ParameterServer,
@@ -145,7 +147,8 @@ class VirtualCluster(VirtualClock):
         self.finish: Finish | None = None
         self.dead = False
         self._deadline = float("inf")
-        self._incarnations: dict[int, int] = {}  # the highest of each partition so far
+        self._incarnation = incarnation
+        self._began_servers: set[int] = set()  # partitions that had a server
         self._told_epochs: dict[int, int] = {}
         self._polls: dict[int, AskReport] = {}
         self._asked: dict[int, list[AskReport]] = {}  # of servers that are not there yet
@@ -229,7 +232,7 @@ class VirtualCluster(VirtualClock):
 
     def _on_start_server(self, action: StartServer) -> None:
         partition = action.partition
-        if partition in self._incarnations:
+        if partition in self._began_servers:
             self._end_server(partition)
             asked = self._asked[partition] = []
             self.after(self.timing.restore_s, self._restore, partition, asked)
@@ -248,8 +251,7 @@ class VirtualCluster(VirtualClock):
         """A server is there, of the newest checkpoint or, if there is none, of the initial weights."""
         origin = self.newest_checkpoint
         state = self._state(origin.states, partition) if origin else None
-        saved = state.metadata["version"][0] if state else 0
-        incarnation = self._incarnations[partition] = max(saved, self._incarnations.get(partition, 0)) + 1
+        incarnation = self._next_incarnation(partition, origin)
         spec = self._spec
         grid = self.problem.grid
         watching = self._server_observer and self._server_observer(partition)
@@ -264,6 +266,16 @@ class VirtualCluster(VirtualClock):
         for observer in self.observers:
             observer.started(self, partition)
 
+    def _next_incarnation(self, partition: int, origin: VirtualCheckpoint | None) -> int:
+        """Return the incarnation of a new server. Servers that start with the run share one."""
+        if partition in self._began_servers:
+            self._incarnation += 1
+        elif not self._began_servers:
+            saved = max(state.metadata["version"][0] for state in origin.states) if origin else 0
+            self._incarnation = max(saved, self._incarnation) + 1
+        self._began_servers.add(partition)
+        return self._incarnation
+
     def _state(self, states: Sequence[ServerState], partition: int) -> ServerState:
         if len(states) == len(self.parts):
             return states[partition]
@@ -271,10 +283,15 @@ class VirtualCluster(VirtualClock):
             raise ResumeError(f"a checkpoint of {len(states)} servers cannot be cut for {len(self.parts)}: {reason}")
         return repartition(states, self._partitions[partition])
 
-    def kill_server(self, partition: int) -> None:
-        """A server is no more; who waits for its answer learns that at once, the driver a little later."""
+    def kill_server(self, partition: int, heard_s: float | None = None) -> None:
+        """End a server's process. Workers that wait for its answer learn of that at once.
+
+        Args:
+            partition: the server's partition.
+            heard_s: virtual seconds until the driver hears of it; None: `timing.death_s`.
+        """
         self._end_server(partition)
-        self.tell_soon(ServerLost(partition, "scripted"), self.timing.death_s)
+        self.tell_soon(ServerLost(partition, "scripted"), self.timing.death_s if heard_s is None else heard_s)
 
     def _end_server(self, partition: int) -> None:
         self.servers.pop(partition, None)

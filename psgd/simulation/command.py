@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from psgd.core.server.journal import RECORD
+from psgd.core.server.journal import plain
 from psgd.errors import RunNotFoundError, StorageError
 from psgd.job import OpenJob
 from psgd.monitoring.console import stderr_console
@@ -93,10 +93,11 @@ def read_journal(path: str) -> NDArray[np.void]:
     storage = Storage(path.rpartition("/")[0] or ".") if path.endswith(".npy") else Storage(path).folder("journal")
     names = [path.rpartition("/")[2]] if path.endswith(".npy") else storage.names("")
     try:
-        segments = [np.load(BytesIO(storage.read(name)), allow_pickle=False) for name in names if name.endswith(".npy")]
+        data = [BytesIO(storage.read(name)) for name in names if name.endswith(".npy")]
+        segments = [plain(np.load(segment, allow_pickle=False)) for segment in data]
     except (StorageError, ValueError) as error:
         raise RunNotFoundError(f"{path} holds no journal: {error}") from error
-    if not segments or any(segment.dtype != RECORD for segment in segments):
+    if not segments:
         raise RunNotFoundError(f"{path} holds no journal: give a run's directory, such as runs/digits")
     return np.concatenate(segments)
 

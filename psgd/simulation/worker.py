@@ -118,7 +118,9 @@ class VirtualWorker:
         self.alive = True
         self.cancelled = -1  # leases up to this one are
         self._trainable = site.problem.trainable
-        self.slots = [Slot(Sender(name, site.parts, self._trainable, worker_options)) for _ in range(pipeline + 1)]
+        self.slots = [
+            Slot(Sender(name, slot, site.parts, self._trainable, worker_options)) for slot in range(pipeline + 1)
+        ]
         self.lease: int | None = None
         self.pushes = 0
         self._site = site

@@ -163,7 +163,7 @@ class BareWorker:
         """
         batch = next(self._batches)
         values = self.slot.gradient
-        gradient = Gradient(self._name, batch, 1, self._version, values, 1.0, self._norm, 0.001)
+        gradient = Gradient(self._name, 0, batch.index + 1, batch, 1, self._version, values, 1.0, self._norm, 0.001)
         receipt = self._lane.push(gradient, 0, wants=True).receipt(TIMEOUT_S)
         if receipt.outcome is not Outcome.APPLIED:
             raise SystemExit(f"{self._name} pushed {batch}, which was {receipt.outcome.value}")

@@ -45,6 +45,15 @@ def test_an_asynchronous_run_comes_out_bit_for_bit(tmp_path: Path) -> None:
     assert len(list(Path(result.path, "journal").iterdir())) > len(list(Path(result.path, "checkpoints").iterdir()))
 
 
+@pytest.mark.parametrize("lane", ["shm", "tcp", "ray"])
+def test_slots_of_a_pipeline_on_several_servers_come_out_bit_for_bit(tmp_path: Path, lane: str) -> None:
+    """Every lane carries a push's name, the versions of all partitions, and whose remainder it carries on."""
+    scaling = {"workers": 2, "servers": 2, "pipeline": 1, "lane": lane}
+    result = psgd.train(job(tmp_path, scaling=scaling, compression={"name": "top_k", "ratio": 0.05}), progress=False)
+    again = replayed(result)
+    assert (again.agrees, again.tensor, again.updates) == (True, None, 6 * BATCHES), str(again)
+
+
 @pytest.mark.parametrize(
     "sections",
     [

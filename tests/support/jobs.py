@@ -45,8 +45,9 @@ def push(
     examples: int = 1,
     loss: float = 1.0,
     norm: float | None = None,
+    number: int = 1,
 ) -> Gradient:
     """A gradient of ones, or of `values`."""
     values = np.ones_like(START) if values is None else values
     norm = float(np.linalg.norm(values)) if norm is None else norm
-    return Gradient(worker, batch, examples, read, values, loss, norm, 0.01)
+    return Gradient(worker, 0, number, batch, examples, read, values, loss, norm, 0.01)

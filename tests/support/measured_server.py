@@ -84,7 +84,9 @@ def gradient(spec: JobSpec, number: int) -> Gradient:
     read = np.full(SIZE, 0.5, np.float32) if spec.correction.reads_weights else None
     return Gradient(
         f"worker-{number}",
-        GRID.batch(0, 0),
+        slot=0,
+        number=1,
+        batch=GRID.batch(0, 0),
         examples=1,
         read=Version(1, 0),
         values=compressor.encode(plain) if compressor else plain,

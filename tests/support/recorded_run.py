@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +69,30 @@ class RecordedRun(InProcess):
         job: what is run.
         resumed: the checkpoint's name.
         losses: how often the first server is lost, each time soon after a checkpoint.
+        dying: (number of a checkpoint, partition): the server is lost once its part is written, before the commit.
         options: of the cluster.
     """
 
     def __init__(
-        self, run: RunDirectory, job: OpenJob, resumed: str | None, *, losses: int = 0, **options: Any
+        self,
+        run: RunDirectory,
+        job: OpenJob,
+        resumed: str | None,
+        *,
+        losses: int = 0,
+        dying: Collection[tuple[int, int]] = (),
+        **options: Any,
     ) -> None:
         self._worker = job.worker("all")
+        archive = _Archive(run, job, resumed, losses, dying)
         super().__init__(
             job.spec,
             job.shards.grid,
             job.weights,
             self.gradient,
             examples=lambda batch: len(job.shards.examples(batch)),
-            observers=[_Archive(run, job, resumed, losses)],
+            observers=[archive],
+            incarnation=archive.incarnation - 1,
             **{"compute_s": _uneven} | options,
         )
 
@@ -92,12 +103,15 @@ class RecordedRun(InProcess):
 class _Archive(ClusterObserver):
     """Keeps a run's journal and checkpoints in its directory."""
 
-    def __init__(self, run: RunDirectory, job: OpenJob, resumed: str | None, losses: int) -> None:
+    def __init__(
+        self, run: RunDirectory, job: OpenJob, resumed: str | None, losses: int, dying: Collection[tuple[int, int]]
+    ) -> None:
         self._run = run
         self._job = job
         self._records: dict[int, list[NDArray[np.void]]] = defaultdict(list)
         self._losses = losses  # still to come
-        self._dying = False
+        self._soon = False  # the next one is
+        self._dying = dying
         self._newest = resumed  # name of the checkpoint that a server would go on from
         self._started: set[int] = set()
         self._number = -1  # of the newest checkpoint that was begun
@@ -116,7 +130,7 @@ class _Archive(ClusterObserver):
     def started(self, cluster: VirtualCluster, partition: int) -> None:
         if partition in self._started:
             self._records[partition] = []  # what was not saved is lost
-            self._dying = False
+            self._soon = False
             self.incarnation = self._run.next_incarnation()
             assert cluster.servers[partition].version.incarnation == self.incarnation
             self._run.event(
@@ -134,6 +148,8 @@ class _Archive(ClusterObserver):
         records = np.concatenate([*self._records[partition], cluster.servers[partition].journal.take()])
         self._records[partition] = []
         self._written[partition] = write_part(self._run.storage, self._name(checkpoint), state, records)
+        if (checkpoint, partition) in self._dying:
+            cluster.after(0.0, cluster.kill_server, partition, 0.0)  # the driver hears of it before it can commit
 
     def _name(self, number: int) -> str:
         return f"{number:06d}-{self.incarnation}"
@@ -141,9 +157,9 @@ class _Archive(ClusterObserver):
     def acted(self, cluster: VirtualCluster, action: Action) -> None:
         if isinstance(action, Commit):
             self._commit(action)
-            if self._losses and not self._dying:
+            if self._losses and not self._soon:
                 self._losses -= 1
-                self._dying = True
+                self._soon = True
                 cluster.after(SOON_S, cluster.kill_server, 0)
 
     def _commit(self, commit: Commit) -> None:

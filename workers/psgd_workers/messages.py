@@ -152,10 +152,13 @@ class Encoded:
 class Gradient(NamedTuple):
     """One push: the gradient of one batch's mean loss, cut to one partition, and facts about the whole of it.
 
+    Worker, slot and number name a push: they are the same for every partition, and unique in one process of a run.
     An encoded gradient holds the trained values; the partition's buffers, which are exact or nothing, travel beside it.
     """
 
     worker: str
+    slot: int  # of the worker's pipeline, from 0
+    number: int  # counts the pushes of that slot, from 1
     batch: BatchId
     examples: int
     read: Version  # the version of this partition that the gradient was computed from
@@ -165,6 +168,8 @@ class Gradient(NamedTuple):
     compute_s: float  # seconds spent backpropagating
     buffers: FloatArray | None = None  # of an encoded gradient: the partition's change of buffers
     weights_read: FloatArray | None = None  # [partition size], if the job's correction asks for it
+    others: tuple[Version, ...] = ()  # versions of the other partitions that it was computed from, in their order
+    carries: int = 0  # number of the push whose remainder, left out by compression, is in the values; 0: of none
 
     @property
     def nbytes(self) -> int:

@@ -102,7 +102,9 @@ class Worker:
         self._routes = routes
         self._timeout_s = timeout_s
         parts = [route.part for route in routes]
-        self._senders = [Sender(name, parts, layout.num_trainable, worker_options) for _ in range(pipeline + 1)]
+        self._senders = [
+            Sender(name, slot, parts, layout.num_trainable, worker_options) for slot in range(pipeline + 1)
+        ]
         self._known: dict[int, tuple[FloatArray, dict[str, FloatArray]]] = {}  # by identity
         self._lanes: list[Lane] = []
         self._desks: list[_Desk] = []

@@ -45,6 +45,9 @@ __all__ = ["ParameterServer"]
 
 KEPT_EPOCHS = 2  # the two newest ends, of which one may be under evaluation
 LONGEST_S = 1e9  # that a worker may say it computed
+SLOTS = 1 << 8  # below this are a slot's number and the next two, as the journal keeps them
+INCARNATIONS = 1 << 32
+COUNTS = 1 << 64
 
 
 class _Parked(NamedTuple):
@@ -112,7 +115,8 @@ class ParameterServer:
         self._epoch_weights: dict[int, FloatArray] = {}
         self._kept = 0  # the newest epoch's end that weights were kept of, or could have been
         self._counted = 0  # examples applied and skipped: what the schedule goes by
-        self.journal = Journal()
+        self._partitions = spec.scaling.servers
+        self.journal = Journal(self._partitions)
         self._set(spec.settings)
         self._observer.started(self)
 
@@ -152,6 +156,7 @@ class ParameterServer:
         """A worker got a lease: rounds wait for it from now on. It enters at the slowest one's clock."""
         live = self._round.live
         live.setdefault(worker, min(live.values(), default=0))
+        self._tally.joined(worker, now)
         self.journal.member(RecordKind.JOIN, now, worker, self.version)
         return ()
 
@@ -159,6 +164,7 @@ class ParameterServer:
         """A worker is idle, gone or dead: rounds no longer wait for it. What it pushed stays."""
         self._round.live.pop(worker, None)
         self._correction.leave(worker)
+        self._tally.left(worker)
         self._close_if_due(now)
         self.journal.member(RecordKind.LEAVE, now, worker, self.version)
         return self._due()
@@ -180,8 +186,8 @@ class ParameterServer:
         """
         updates = self.version.updates
         round_ = self._round
+        gradient = self._tally.arrived(gradient, now)
         self._observer.pushed(gradient)
-        self._tally.bytes += gradient.nbytes
         outcome = self._admit(gradient)
         if outcome is Outcome.BUFFERED:
             self._collect(gradient)
@@ -246,6 +252,7 @@ class ParameterServer:
                 vector that the job asks for is missing. The state is as before.
         """
         self._check_batch(gradient)
+        self._check_name(gradient)
         # Inf and nan are an answer of the norm's; a time must fit the journal.
         if gradient.norm < 0 or not 0 <= gradient.compute_s < LONGEST_S:
             raise PushRefusedError(f"a push with norm {gradient.norm}, computed in {gradient.compute_s} s")
@@ -269,6 +276,20 @@ class ParameterServer:
             raise PushRefusedError(
                 f"a push of {gradient.batch} with {gradient.examples} examples: epochs up to {self.epochs + 1} are of "
                 f"{per_shard} batches by shard, {self._grid.num_examples} examples in all"
+            )
+
+    def _check_name(self, gradient: Gradient) -> None:
+        """Refuse a push that the journal could not tell from others, or whose versions it could not keep."""
+        _, slot, number, *_, carries = gradient
+        if not (0 <= slot < SLOTS and 0 < number < COUNTS and 0 <= carries < number):
+            raise PushRefusedError(
+                f"a push with number {number} of slot {slot}, which carries on {carries}: numbers count from 1"
+            )
+        versions = (gradient.read, *gradient.others)
+        known = all(0 <= incarnation < INCARNATIONS and 0 <= updates < COUNTS for incarnation, updates in versions)
+        if len(versions) != self._partitions or not known:
+            raise PushRefusedError(
+                f"a push computed from {versions}, expected the versions of {self._partitions} partitions"
             )
 
     # DECODE, CORRECT, AGGREGATE

@@ -14,6 +14,7 @@ from psgd_workers.messages import BatchId, Gradient, Outcome
 __all__ = ["Tally"]
 
 LOSS_EPOCHS = 2  # the open one and the newest complete one
+JITTER_S = 0.01  # a push may take so much longer to arrive than the one before it
 
 
 class Tally:
@@ -39,6 +40,34 @@ class Tally:
         self.stepped_at: float | None = None
         self._losses: dict[int, list[Any]] = {}  # epoch -> what an EpochLoss is made of, added up in place
         self._rejected = Counter[BatchId]()
+        self._heard_at: dict[str, float] = {}  # when each worker with a lease joined or pushed last
+
+    def joined(self, worker: str, now: float) -> None:
+        """Note a worker that got a lease."""
+        self._heard_at.setdefault(worker, now)
+
+    def left(self, worker: str) -> None:
+        """Forget a worker that has no lease any more."""
+        self._heard_at.pop(worker, None)
+
+    def arrived(self, gradient: Gradient, now: float) -> Gradient:
+        """Count a push and bound the time that its worker says it took.
+
+        A worker computes one batch at a time, so none took longer than the time since the server heard from it last.
+        Of a worker that never joined, or has left, nothing is known.
+
+        Returns:
+            The gradient, with what the server's own clock allows.
+        """
+        self.bytes += gradient.nbytes
+        worker = gradient.worker
+        heard_at = self._heard_at.get(worker)
+        if heard_at is None:
+            allowed_s = JITTER_S
+        else:
+            allowed_s = now - heard_at + JITTER_S
+            self._heard_at[worker] = now
+        return gradient if gradient.compute_s <= allowed_s else gradient._replace(compute_s=allowed_s)
 
     def refused(self, gradient: Gradient, outcome: Outcome) -> None:
         """A gradient is in no round."""

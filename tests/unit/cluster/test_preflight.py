@@ -11,6 +11,7 @@ import pytest
 from psgd.cluster import preflight as module
 from psgd.cluster.preflight import RunPlan, preflight
 from psgd.errors import ClusterError, RunExistsError
+from psgd.interruption import Interruption
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
 from psgd.store.checkpoints import Checkpoints
@@ -18,7 +19,15 @@ from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from tests.support.recorded_run import digits, record, run_directory
 
-FUNCTIONS = ("find_address", "find_checkpoint", "check_checkpoint", "with_settings", "split", "check_room", "session")
+FUNCTIONS = (
+    "find_address",
+    "find_checkpoint",
+    "check_checkpoint",
+    "with_settings",
+    "partition_weights",
+    "check_room",
+    "session",
+)
 METHODS = (
     *((Storage, "probe"), (RunDirectory, "check_identity"), (RunDirectory, "own")),
     *((OpenJob, "open"), (JobSpec, "warnings")),
@@ -48,6 +57,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch, meanwhile: list[Callable[[], object]
 
 def plan(folder: Path, spec: JobSpec | None = None, **options: Any) -> RunPlan:
     given = {"name": "run", "storage": str(folder), "address": None, "resume": False} | options
+    given["interruption"] = Interruption()
     with preflight(spec or digits(), **given) as made:
         return made
 

@@ -146,7 +146,9 @@ def test_what_keeps_a_vector_for_each_worker_grows_with_them(sections: dict[str,
 def test_a_job_is_refused_whose_server_would_not_fit_with_a_vector_for_each_worker(
     monkeypatch: pytest.MonkeyPatch, mode: dict[str, Any], fits: bool
 ) -> None:
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": 32 * 4 * SIZE, "CPU": 8}}])
+    monkeypatch.setattr(
+        ray, "nodes", lambda: [{"NodeID": "1", "Alive": True, "Resources": {"memory": 32 * 4 * SIZE, "CPU": 8}}]
+    )
     spec = job(workers=8, consistency=mode)
     with nullcontext() if fits else pytest.raises(ClusterError, match=r"take .* in each of 1 servers"):
         check_room(spec, SIZE)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from psgd.core.server.journal import RecordKind
 from psgd.errors import JournalError
-from psgd.replay.lineage import Stretch, read_lineage
+from psgd.replay.lineage import Record, Stretch, read_lineage
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import Outcome
@@ -29,9 +29,21 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def lineage(run: RunDirectory, partition: int = 0) -> tuple[Stretch, ...]:
+@pytest.fixture
+def torn(tmp_path: Path) -> RunDirectory:
+    """A run on two servers, of which the first died after its part of checkpoint 1 was written, before the commit."""
+    run = run_directory(tmp_path)
+    record(run, digits(scaling={"workers": 3, "servers": 2}), dying=[(1, 0)])
+    return run
+
+
+def lineage(run: RunDirectory, partition: int = 0, branches: bool = False) -> tuple[Stretch, ...]:
     newest = Checkpoints(run.storage).committed()[-1]
-    return read_lineage(run, Checkpoints(run.storage).manifest(newest), partition)
+    return read_lineage(run, Checkpoints(run.storage).manifest(newest), partition, branches)
+
+
+def records(stretch: Stretch) -> list[Record]:
+    return [record for segment in stretch.segments for record in Record.of(segment.records)]
 
 
 def newest_segment(run: RunDirectory) -> str:
@@ -55,10 +67,10 @@ def test_each_incarnation_is_a_stretch_and_the_second_begins_with_a_fork(run: Ru
     first, second = lineage(run)
     assert (first.incarnation, second.incarnation) == (1, 2)
     assert (first.workers, second.workers) == (3, 3)
-    assert (first.pipeline, second.pipeline) == (0, 0)
-    fork = next(second.records())
+    assert (first.session, second.session) == (1, 2)
+    fork = records(second)[0]
     assert (fork.kind, fork.read, fork.version) == (RecordKind.FORK, (1, 30), (2, 30))
-    pushes = [record for record in [*first.records(), *second.records()] if record.kind == RecordKind.PUSH]
+    pushes = [record for record in [*records(first), *records(second)] if record.kind == RecordKind.PUSH]
     assert [record.updates for record in pushes] == [*range(1, 61)]
     assert {record.outcome for record in pushes} == {Outcome.APPLIED}
 
@@ -67,7 +79,7 @@ def test_every_server_has_records_of_its_own(tmp_path: Path) -> None:
     run = run_directory(tmp_path)
     record(run, digits(scaling={"workers": 3, "servers": 2}), skew_s=0.1)
     first, second = (lineage(run, partition) for partition in (0, 1))
-    pushes = [[r.batch for r in stretch.records() if r.kind == RecordKind.PUSH] for (stretch,) in (first, second)]
+    pushes = [[r.batch for r in records(stretch) if r.kind == RecordKind.PUSH] for (stretch,) in (first, second)]
     assert pushes[0] != pushes[1]
     assert sorted(pushes[0]) == sorted(pushes[1])
     run.storage.delete("journal/000000-1-server-1.npy")
@@ -79,7 +91,7 @@ def test_every_server_has_records_of_its_own(tmp_path: Path) -> None:
 def test_segments_after_the_checkpoint_that_was_resumed_from_are_left_out(run: RunDirectory) -> None:
     run.storage.write("journal/000009-1-server-0.npy", b"of a checkpoint that was never committed")
     run.storage.write("journal/notes.txt", b"a stranger")
-    assert [sum(len(segment) for segment in stretch.segments) for stretch in lineage(run)] == [
+    assert [sum(len(segment.records) for segment in stretch.segments) for stretch in lineage(run)] == [
         sum(
             len(np.load(path)) for path in Path(run.storage.url, "journal").glob(f"00000?-{n}-*") if path.name[5] != "9"
         )
@@ -134,3 +146,63 @@ def test_a_start_that_nobody_wrote_down_is_asked_for(run: RunDirectory) -> None:
     run.storage.write("events.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     with pytest.raises(JournalError, match="does not tell how incarnation 1 started"):
         lineage(run)
+
+
+# A server restored alone
+
+
+def test_a_server_that_lived_has_one_stretch_whose_checkpoints_bear_two_incarnations(torn: RunDirectory) -> None:
+    (alone,) = lineage(torn, partition=1)
+    assert (alone.session, alone.incarnation, alone.origin) == (1, 1, None)
+    assert {segment.checkpoint[-2:] for segment in alone.segments} == {"-1", "-2"}
+    assert [record.updates for record in records(alone) if record.outcome is Outcome.APPLIED][-1] == 2 * 30
+
+
+def test_the_branch_that_a_lost_server_gave_up_is_read_if_it_is_asked_for(torn: RunDirectory) -> None:
+    first, second = lineage(torn)
+    assert (first.incarnation, second.incarnation, second.session, second.origin) == (1, 2, 1, "000000-1")
+    assert [segment.checkpoint for segment in first.segments] == ["000000-1"]
+    whole, same = lineage(torn, branches=True)
+    assert [(segment.checkpoint, segment.kept) for segment in whole.segments] == [
+        ("000000-1", True),
+        ("000001-1", False),
+    ]
+    assert whole.segments[1].records["updates"][0] >= first.segments[0].records["updates"][-1]
+    assert [segment.checkpoint for segment in same.segments] == [segment.checkpoint for segment in second.segments]
+
+
+def test_an_incarnation_that_was_given_up_as_a_whole_is_read_if_it_is_asked_for(tmp_path: Path) -> None:
+    """It went on from checkpoint 0 and died before the commit of its first; so did the next one."""
+    run = run_directory(tmp_path)
+    record(run, digits(scaling={"workers": 3, "servers": 2}), dying=[(1, 0), (2, 0)])
+    assert [stretch.incarnation for stretch in lineage(run)] == [1, 3]
+    whole = lineage(run, branches=True)
+    assert [(stretch.incarnation, stretch.origin, stretch.kept) for stretch in whole] == [
+        (1, None, True),
+        (2, "000000-1", False),
+        (3, "000000-1", True),
+    ]
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+def test_a_branch_is_known_up_to_the_first_segment_that_cannot_be_read(torn: RunDirectory, harm: str) -> None:
+    name = "journal/000001-1-server-0.npy"
+    if harm == "missing":
+        torn.storage.delete(name)
+    else:
+        torn.storage.write(name, torn.storage.read(name)[:-5])
+    assert [segment.checkpoint for segment in lineage(torn, branches=True)[0].segments] == ["000000-1"]
+    torn.storage.delete("journal/000001-1-server-1.npy")
+    (alone,) = lineage(torn, partition=1)
+    assert len(records(alone)) > 0, "that checkpoint was not committed: its records are missed by a replay"
+
+
+def test_a_branch_is_known_up_to_its_first_change(torn: RunDirectory) -> None:
+    """The settings are in no checkpoint that the lineage goes on from."""
+
+    def change(records: NDArray[np.void]) -> NDArray[np.void]:
+        records["kind"][3] = RecordKind.CHANGE
+        return records
+
+    rewrite(torn, "journal/000001-1-server-0.npy", change)
+    assert [len(segment.records) for segment in lineage(torn, branches=True)[0].segments][1:] == [3]

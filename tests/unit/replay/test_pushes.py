@@ -3,16 +3,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
-from psgd.core.server.journal import OUTCOMES, RECORD, RecordKind
+from psgd.core.server.journal import OUTCOMES, RecordKind, record_type
+from psgd.errors import JournalError
+from psgd.replay.lineage import Segment, Stretch
 from psgd.replay.pushes import NONE, Pushes
 from psgd_workers.messages import Outcome, Version
 
 
-def journal(*records: dict[str, Any]) -> NDArray[np.void]:
+def journal(*records: dict[str, Any], partitions: int = 2) -> NDArray[np.void]:
     """Records of incarnation 1, applied pushes unless they say otherwise."""
-    made = np.zeros(len(records), RECORD)
+    made = np.zeros(len(records), record_type(partitions))
     for row, fields in zip(made, records, strict=True):
         plain = {"kind": RecordKind.PUSH, "outcome": OUTCOMES[Outcome.APPLIED], "incarnation": 1, "read_incarnation": 1}
         for name, value in (plain | fields).items():
@@ -20,60 +23,70 @@ def journal(*records: dict[str, Any]) -> NDArray[np.void]:
     return made
 
 
-def pushed(worker: str, index: int, read: int = 0, updates: int = 0, **fields: Any) -> dict[str, Any]:
-    return {"worker": worker, "index": index, "read_updates": read, "updates": updates, **fields}
+def pushed(worker: str, number: int, read: int, *others: int, **fields: Any) -> dict[str, Any]:
+    """A push computed from those updates of its own server and of the others."""
+    told = {"worker": worker, "number": number, "read_updates": read, **fields}
+    return told | ({"others": [(1, updates) for updates in others]} if others else {})
 
 
-def test_a_push_has_one_number_in_every_journal() -> None:
+def stretch(records: NDArray[np.void], session: int = 1) -> Stretch:
+    return Stretch(session, session, None, None, (Segment(f"000000-{session}", True, records),))
+
+
+def pushes(*journals: NDArray[np.void]) -> Pushes:
+    return Pushes([[stretch(records)] for records in journals])
+
+
+def test_a_push_has_one_number_in_every_journal_and_the_versions_of_all_partitions() -> None:
     join = {"kind": RecordKind.JOIN, "worker": "a"}
-    pushes = Pushes(
-        [
-            journal(join, pushed("a", 0, read=4, loss=0.5), pushed("b", 1, read=5, loss=0.25)),
-            journal(pushed("b", 1, read=6, loss=0.25), pushed("a", 0, read=7, loss=0.5)),
-        ]
+    made = pushes(
+        journal(join, pushed("a", 1, 4, 7), pushed("b", 1, 5, 6)),
+        journal(pushed("b", 1, 6, 5), pushed("a", 1, 7, 4)),
     )
-    assert len(pushes) == 2
-    assert pushes.number(0, 0) == NONE
-    assert [pushes.number(0, place) for place in (1, 2)] == [pushes.number(1, place) for place in (1, 0)]
-    assert pushes.reads(pushes.number(0, 1)) == (Version(1, 4), Version(1, 7))
+    assert len(made) == 2
+    assert made.number(0, 0) == NONE
+    assert [made.number(0, place) for place in (1, 2)] == [made.number(1, place) for place in (1, 0)]
+    assert made.reads(made.number(0, 1)) == (Version(1, 4), Version(1, 7))
 
 
-def test_the_same_batch_again_by_the_same_worker_is_another_push() -> None:
-    """The first reached one server only; the second is refused there."""
-    duplicate = OUTCOMES[Outcome.DUPLICATE]
-    pushes = Pushes(
-        [
-            journal(pushed("a", 0, read=1, loss=0.5), pushed("a", 0, read=3, loss=0.4, outcome=duplicate)),
-            journal(pushed("a", 0, read=2, loss=0.4)),
-        ]
+def test_a_push_in_one_journal_alone_tells_what_it_read_of_all_partitions() -> None:
+    alone = [journal(pushed("a", n, 10 * n, 1, 2), partitions=3) for n in (1, 2, 3)]
+    made = pushes(*alone)
+    reads = [[version.updates for version in made.reads(made.number(partition, 0))] for partition in range(3)]
+    assert reads == [[10, 1, 2], [1, 20, 2], [1, 2, 30]]
+
+
+def test_slot_number_and_session_tell_pushes_of_one_batch_apart() -> None:
+    records = journal(pushed("a", 1, 3), pushed("a", 2, 3), pushed("a", 1, 3, slot=1), partitions=1)
+    made = Pushes([[stretch(records), stretch(records[:1], session=2)]])
+    assert len({made.number(0, place) for place in range(4)}) == 4
+
+
+def test_only_what_was_taken_has_a_number() -> None:
+    """A push that one server refused was sent in vain to it alone."""
+    refused = [OUTCOMES[outcome] for outcome in Outcome if outcome not in (Outcome.APPLIED, Outcome.BUFFERED)]
+    made = pushes(
+        journal(*(pushed("a", n, 1, 1, outcome=code) for n, code in enumerate(refused)), pushed("a", 9, 1, 1)),
+        journal(pushed("a", 0, 1, 1)),
     )
-    first = pushes.number(0, 0)
-    second = pushes.number(0, 1)
-    assert pushes.number(1, 0) == second
-    assert pushes.reads(first) == (Version(1, 1), None)
-    assert pushes.reads(second) == (Version(1, 3), Version(1, 2))
-    assert (pushes.outcome(1, first), pushes.outcome(0, second)) == (None, Outcome.DUPLICATE)
+    assert len(made) == 2
+    assert [made.number(0, place) for place in range(len(refused))] == [NONE] * 4
+    assert made.number(0, 4) != made.number(1, 0)
 
 
-def test_pushes_alike_in_everything_keep_their_order_and_a_nan_is_itself() -> None:
-    both = [pushed("a", 0, read=1, loss=np.nan), pushed("a", 0, read=2, loss=np.nan)]
-    pushes = Pushes([journal(*both), journal(*both)])
-    assert len(pushes) == 2
-    assert [pushes.number(1, place) for place in (0, 1)] == [pushes.number(0, place) for place in (0, 1)]
+def test_a_push_is_done_with_its_last_record() -> None:
+    made = pushes(journal(pushed("a", 1, 4, 7)), journal(pushed("a", 1, 7, 4)))
+    assert [made.done(made.number(0, 0)), made.done(made.number(1, 0))] == [False, True]
 
 
-def test_what_was_read_is_no_older_than_the_answer_to_the_push_before_from_the_same_slot() -> None:
-    join = {"kind": RecordKind.JOIN, "worker": "a", "updates": 5}
-    told = journal(*(pushed("a", index, loss=index + 1) for index in range(4)))
-    other = journal(join, pushed("b", 9, updates=6), *(pushed("a", i, loss=i + 1, updates=10 + i) for i in range(3)))
-    pushes = Pushes([told, other])
-    torn = pushes.number(0, 3)
-    assert pushes.reads(torn) == (Version(1, 0), None)
-    assert pushes.oldest_read(1, torn, teller=0, pipeline=0) == Version(1, 12)
-    assert pushes.oldest_read(1, torn, teller=0, pipeline=1) == Version(1, 11)
-    alone = Pushes([told[:1], other[:2]])
-    assert alone.oldest_read(1, alone.number(0, 0), teller=0, pipeline=0) == Version(1, 5)
+@pytest.mark.parametrize(
+    "other", [pushed("a", 1, 7, 5), pushed("a", 1, 8, 4), pushed("a", 1, 7, 4, index=3), pushed("a", 1, 7, 4, epoch=1)]
+)
+def test_journals_that_contradict_each_other_are_refused(other: dict[str, Any]) -> None:
+    pushes(journal(pushed("a", 1, 4, 7)), journal(pushed("a", 1, 7, 4)))
+    with pytest.raises(JournalError, match=r"contradict each other about one push: batch .* another run's: restore it"):
+        pushes(journal(pushed("a", 1, 4, 7)), journal(other))
 
 
 def test_no_push_at_all() -> None:
-    assert len(Pushes([journal(), journal()])) == 0
+    assert len(pushes(journal(), journal())) == 0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.numpy import load, load_file, save
 
 import psgd
@@ -21,13 +22,13 @@ from psgd.core.server.observer import ServerObserver
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.errors import CheckpointError, DataError, JournalError, ReplayError, RunNotFoundError
 from psgd.job import OpenJob
-from psgd.replay.lineage import read_lineage
+from psgd.replay.lineage import Record, read_lineage
 from psgd.replay.replay import replay
 from psgd.spec.changes import change_settings
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Outcome
-from tests.support.in_process import Fault
+from tests.support.in_process import START_S, Fault
 from tests.support.recorded_run import RecordedRun, digits, record, run_directory
 
 PLAIN = {"lr": 0.1}
@@ -50,6 +51,13 @@ def assert_agrees(run: RunDirectory, **expected: Any) -> None:
     replayed = replay(run)
     assert (replayed.agrees, replayed.largest_difference, replayed.tensor) == (True, 0.0, None), str(replayed)
     assert {name: getattr(replayed, name) for name in expected} == expected
+
+
+def assert_stops_where_it_says(run: RunDirectory, refused: pytest.ExceptionInfo[JournalError]) -> None:
+    """What the message offers is possible."""
+    until = int(str(refused.value).partition("--until ")[2].split()[0])
+    assert until > 0
+    assert replay(run, until=until).updates == until
 
 
 @pytest.mark.parametrize(
@@ -211,18 +219,56 @@ def test_a_server_that_was_lost_after_the_run_was_resumed(run: RunDirectory) -> 
     assert_agrees(run, incarnations=3, updates=2 * 30)
 
 
-@pytest.mark.parametrize(
-    ("sections", "why"),
-    [
-        ({"scaling": {"workers": 3, "servers": 2}}, "lost server 0 of 2, which incarnation 2 replaced: the others"),
-        ({"compression": {"name": "int8"}}, "with compression int8 and lost its server, and with it the record of"),
-    ],
-    ids=["others live", "compression"],
-)
-def test_what_was_lost_with_a_server_cannot_be_replayed(run: RunDirectory, sections: Any, why: str) -> None:
-    record(run, digits(**sections), losses=1)
-    with pytest.raises(JournalError, match=why):
+def test_a_remainder_that_was_lost_with_a_server_ends_the_replay_before_it_is_carried_on(run: RunDirectory) -> None:
+    record(run, digits(compression={"name": "int8"}), losses=1)
+    with pytest.raises(
+        JournalError, match=r"carries on what compression left out of push \d+ of its worker's slot 0, which no record"
+    ) as refused:
         replay(run)
+    assert_stops_where_it_says(run, refused)
+
+
+def test_a_remainder_of_a_branch_that_was_given_up_is_carried_on(run: RunDirectory) -> None:
+    """The server dies between its part of a checkpoint, of which its journal was written, and the commit."""
+    spec = digits(compression={"name": "top_k", "ratio": 0.05})
+    ended = record(run, spec, dying=[(1, 0), (3, 0)])
+    assert ended.status.failures["server_lost"] == 2
+    assert_agrees(run, incarnations=3, updates=ended.servers[0].version.updates)
+
+
+def test_the_remainder_of_a_push_whose_receipt_was_lost_is_carried_on_by_what_its_worker_knew(
+    run: RunDirectory,
+) -> None:
+    """The server took the push, and the worker that lives took it for refused."""
+    faults = [Fault(f"worker-{number}", push, "lane") for number, push in ((0, 2), (1, 5), (2, 4))]
+    ended = record(run, digits(compression={"name": "top_k", "ratio": 0.05}), faults=faults)
+    assert ended.servers[0].report().pushes["duplicate"] == 0
+    assert_agrees(run)
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("compression", [{"name": "int8"}, {"name": "top_k", "ratio": 0.05}], ids=lambda c: c["name"])
+def test_each_slot_of_a_pipeline_carries_on_its_own_remainder(
+    run: RunDirectory, compression: dict[str, Any], pipeline: int
+) -> None:
+    record(run, digits(scaling={"workers": 2, "pipeline": pipeline}, compression=compression))
+    assert_agrees(run)
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_batch_that_was_done_without_is_replayed_as_such(run: RunDirectory, servers: int) -> None:
+    class Poisoned(RecordedRun):
+        def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
+            loss = super().gradient(batch, weights, out)
+            if batch == (1, 0, 3):
+                out[3] = np.nan
+            return loss
+
+    scaling = {"workers": 3, "servers": servers}
+    spec = digits(scaling=scaling, failure={"poison": "skip", "poison_tries": 2})
+    ended = Poisoned(run, OpenJob.open(spec), None).run()
+    assert ended.status.failures["poison"] == 1
+    assert_agrees(run, updates=2 * 30 - 1)
 
 
 # Several servers, each with an order of its own
@@ -231,12 +277,17 @@ def test_what_was_lost_with_a_server_cannot_be_replayed(run: RunDirectory, secti
 SKEW_S = 0.1  # half a gradient's time: pushes overtake each other on their way to a server
 
 
-def order(run: RunDirectory, partition: int) -> list[tuple[int, ...]]:
-    """The batches of a server's journal, in its order."""
+def pushes_of(run: RunDirectory, partition: int) -> NDArray[np.void]:
+    """The pushes of a server's journal, in its order."""
     names = [name for name in run.storage.names("journal") if name.endswith(f"-server-{partition}.npy")]
     records = np.concatenate([np.load(Path(run.storage.url, "journal", name)) for name in names])
-    pushes = records[records["kind"] == RecordKind.PUSH]
-    return [tuple(batch) for batch in pushes[["epoch", "shard", "index"]].tolist()]
+    pushes: NDArray[np.void] = records[records["kind"] == RecordKind.PUSH]
+    return pushes
+
+
+def order(run: RunDirectory, partition: int) -> list[tuple[int, ...]]:
+    """The batches of a server's journal, in its order."""
+    return [tuple(batch) for batch in pushes_of(run, partition)[["epoch", "shard", "index"]].tolist()]
 
 
 @pytest.mark.parametrize("servers", [2, 3])
@@ -266,6 +317,61 @@ def test_a_run_on_several_servers_comes_out_bit_for_bit(
     ended = record(run, digits(**sections | {"scaling": scaling}), skew_s=SKEW_S)
     assert_agrees(run, updates=min(server.version.updates for server in ended.servers.values()), incarnations=1)
     assert order(run, 0) != order(run, 1)
+
+
+@pytest.mark.parametrize("dying", [[(1, 0)], [(1, 1)], [(1, 0), (2, 1)], [(2, 0), (3, 0)]], ids=str)
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"scaling": {"pipeline": 2}},
+        {"consistency": {"mode": "softsync", "s": 1}, "checkpoint": {"every_s": None, "every_updates": 3}},
+        {"compression": {"name": "top_k", "ratio": 0.05}},
+        {"compression": {"name": "int8"}, "scaling": {"pipeline": 1}},
+    ],
+    ids=["async", "pipeline", "softsync", "top_k", "int8-pipeline"],
+)
+def test_one_of_several_servers_that_was_restored_alone_is_replayed(
+    run: RunDirectory, sections: dict[str, Any], dying: list[tuple[int, int]]
+) -> None:
+    """What others read of the branch that it gave up is computed again: its journal has it."""
+    scaling = {"workers": 4, "servers": 2} | sections.get("scaling", {})
+    ended = record(run, digits(**sections | {"scaling": scaling}), dying=dying)
+    assert ended.status.failures["server_lost"] == len(dying)
+    assert_agrees(run)
+
+
+def test_a_server_restored_alone_is_replayed_without_its_branch_where_nobody_read_from_it(run: RunDirectory) -> None:
+    """In lock-step nothing happens between the checkpoint and its death: the next gradients are of the same version."""
+    saved = {"every_s": None, "every_updates": 3}
+    spec = digits(scaling={"workers": 3, "servers": 2}, consistency={"mode": "bsp"}, checkpoint=saved)
+    ended = record(run, spec, losses=2, compute_s=lambda worker, batch: 1.0)
+    assert ended.status.failures["server_lost"] == 2
+    assert_agrees(run)
+
+
+def test_a_server_lost_before_its_first_step_began_anew_beside_the_others(run: RunDirectory) -> None:
+    """No journal has a record of its first incarnation, which showed the initial weights."""
+    spec = digits(scaling={"workers": 3, "servers": 2})
+    cluster = RecordedRun(run, OpenJob.open(spec), None, compute_s=lambda worker, batch: 0.5)
+    cluster.after(START_S + 0.3, cluster.kill_server, 0)
+    cluster.run()
+    assert cluster.status.failures["server_lost"] == 1
+    assert_agrees(run)
+
+
+@pytest.mark.parametrize("sections", [{}, {"scaling": {"pipeline": 1}}], ids=["async", "pipeline"])
+def test_what_others_read_of_records_that_were_lost_ends_the_replay_before_it(
+    run: RunDirectory, sections: dict[str, Any]
+) -> None:
+    scaling = {"workers": 4, "servers": 2} | sections.get("scaling", {})
+    record(run, digits(scaling=scaling), losses=1)
+    with pytest.raises(
+        JournalError,
+        match=r"server 1's journal is a push .* from version \d+ of incarnation 1 of server 0, to which no",
+    ) as refused:
+        replay(run)
+    assert_stops_where_it_says(run, refused)
 
 
 @pytest.mark.parametrize("compression", [{"name": "none"}, {"name": "top_k", "ratio": 0.05}], ids=lambda c: c["name"])
@@ -311,7 +417,13 @@ def test_a_resumed_run_on_several_servers_is_replayed_across_its_cut(
     manifest = Checkpoints(run.storage).manifest(Checkpoints(run.storage).committed()[-1])
     first = [read_lineage(run, manifest, partition)[0] for partition in (0, 1)]
     pushed = [
-        {tuple(record.batch) for record in stretch.records() if record.kind == RecordKind.PUSH} for stretch in first
+        {
+            tuple(record.batch)
+            for segment in stretch.segments
+            for record in Record.of(segment.records)
+            if record.kind == RecordKind.PUSH
+        }
+        for stretch in first
     ]
     assert pushed[0] != pushed[1] or "consistency" in sections
 
@@ -323,7 +435,7 @@ def test_whatever_befalls_a_run_on_several_servers_its_replay_agrees(data: st.Da
         Fault,
         st.integers(0, 5).map("worker-{}".format),
         st.integers(0, 12),
-        st.sampled_from(("before", "after", "late", "torn", "silent")),
+        st.sampled_from(("before", "after", "late", "torn", "silent", "lane")),
     )
     scaling = {"workers": data.draw(st.integers(2, 5)), "servers": data.draw(st.integers(2, 3))}
     sections: dict[str, Any] = data.draw(
@@ -332,6 +444,7 @@ def test_whatever_befalls_a_run_on_several_servers_its_replay_agrees(data: st.Da
                 {"scaling": scaling | {"pipeline": 2}},
                 {"scaling": scaling | {"pipeline": 1}, "consistency": {"mode": "ringmaster", "r": 3}},
                 {"scaling": scaling, "compression": {"name": "top_k", "ratio": 0.05}},
+                {"scaling": scaling | {"pipeline": 1}, "compression": {"name": "top_k", "ratio": 0.05}},
                 {"scaling": scaling, "consistency": {"mode": "softsync", "s": 1}, "compression": {"name": "int8"}},
                 {"scaling": scaling, "consistency": {"mode": "bsp"}},
             ]
@@ -346,11 +459,23 @@ def test_whatever_befalls_a_run_on_several_servers_its_replay_agrees(data: st.Da
         for epochs in (2, 3):
             faults = data.draw(st.lists(fault, max_size=3, unique_by=lambda fault: fault[:2]))
             skew_s = data.draw(st.sampled_from((0.05, 0.2)))
-            record(run, digits(run={"epochs": epochs}, **limits, **sections), faults=faults, skew_s=skew_s)
+            dying = data.draw(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1)), max_size=2))
+            record(run, digits(run={"epochs": epochs}, **limits, **sections), faults=faults, skew_s=skew_s, dying=dying)
             names = Checkpoints(run.storage).committed()
             if epochs == 2 and len(names) > 1 and data.draw(st.booleans()):
                 run.storage.delete(f"checkpoints/{names[-1]}/server-1.safetensors")
-        assert_agrees(run, incarnations=2)
+        assert_agrees(run)
+
+
+def test_a_push_that_arrives_after_its_worker_gave_it_up_and_pushed_the_next_is_replayed(run: RunDirectory) -> None:
+    """Its own remainder is carried on by none, and it does not disturb that of the next."""
+    faults = [Fault(f"worker-{number}", push, "lane") for number in (0, 1, 2) for push in (2, 5, 7)]
+    spec = digits(scaling={"workers": 3, "servers": 2}, compression={"name": "top_k", "ratio": 0.05})
+    record(run, spec, faults=faults, skew_s=1.0)
+    taken = [pushes_of(run, partition) for partition in (0, 1)]
+    numbers = [pushes["number"][pushes["worker"] == b"worker-1"].astype(int) for pushes in taken]
+    assert any((np.diff(mine) < 0).any() for mine in numbers)
+    assert_agrees(run)
 
 
 def test_a_replay_stops_where_every_server_made_so_many_updates(run: RunDirectory) -> None:
@@ -377,23 +502,6 @@ def test_each_server_stops_with_the_weights_of_its_own_version(run: RunDirectory
     RecordedRun(run, job, None, skew_s=SKEW_S, server_observer=lambda partition: Watched()).run()
     assert replay(run, until=23, out=out).updates == 23
     np.testing.assert_array_equal(job.layout.pack(load_file(out)), expected)
-
-
-def test_what_compression_left_out_of_slots_cannot_be_replayed(run: RunDirectory) -> None:
-    record(run, digits(scaling={"workers": 2, "pipeline": 1}, compression={"name": "int8"}, run={"epochs": 1}))
-    with pytest.raises(JournalError, match=r"scaling\.pipeline 1 and compression int8, and its journal does not tell"):
-        replay(run)
-
-
-def test_a_push_of_which_no_version_gives_the_loss_is_named(run: RunDirectory) -> None:
-    record(run, digits(scaling={"workers": 3, "servers": 2}), skew_s=SKEW_S)
-    path = Path(run.storage.url) / first_segment(run)
-    records = np.load(path)
-    number = np.flatnonzero(records["kind"] == RecordKind.PUSH)[4]
-    records["loss"][number] = 99  # so that it is none of the other journal's pushes
-    np.save(path, records)
-    with pytest.raises(ReplayError, match=rf"record {number} of server 0's .* no version of the others gives its loss"):
-        replay(run)
 
 
 def test_it_stops_at_a_version_and_writes_those_weights(recorded: RunDirectory, tmp_path: Path) -> None:

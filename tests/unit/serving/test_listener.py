@@ -215,6 +215,11 @@ BAD_FRAMES: dict[str, tuple[Callable[[ServerHarness, Frame], bytes], str]] = {
     "last index": (lambda harness, push: push._replace(batch=BatchId(0, 0, 2**32 - 1)).pack(), "batches by shard"),
     "no examples": (lambda harness, push: push._replace(examples=0).pack(), "with 0 examples"),
     "examples": (lambda harness, push: push._replace(examples=901).pack(), "901 examples: .*900 examples in all"),
+    "no number": (lambda harness, push: push._replace(number=0).pack(), "number 0 of slot 0"),
+    "what it carries": (
+        lambda harness, push: push._replace(carries=1).pack(),
+        "number 1 of slot 0, which carries on 1",
+    ),
     "norm": (lambda harness, push: push._replace(norm=-1e-6).pack(), "norm -1e-06"),
     "time": (lambda harness, push: push._replace(compute_s=-1.0).pack(), r"computed in -1\.0 s"),
     "long time": (lambda harness, push: push._replace(compute_s=1e300).pack(), r"computed in 1e\+300 s"),
@@ -276,7 +281,7 @@ def test_a_slot_whose_receipt_is_not_given_takes_nothing(harnesses: Harnesses, k
         ((2**64 - 1, 1), [0] * 4, f"{2**64 - 1} values of 60"),
         ((2, 10), [1, 2, 0, 0], "10 values of 60, in 36 bytes"),
         ((2, 8), [1, 2, 0, 0], "a push is 24 bytes short"),
-        ((0, 0), [0] * 4, "16 bytes too many"),
+        ((0, 0), [0] * 4, "ends with 16 bytes behind its vectors, expected 0"),
     ],
 )
 def test_an_encoded_push_that_lies_about_its_arrays_ends_its_connection(

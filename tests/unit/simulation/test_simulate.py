@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from psgd.cli import main
+from psgd.core.server.journal import Journal, RecordKind
 from psgd.errors import RunNotFoundError, SpecError
 from psgd.simulation.command import read_journal
 from psgd.simulation.delays import Constant, Exponential, Slow
@@ -18,7 +19,7 @@ from psgd.simulation.simulate import QuadraticSubject, Simulated, simulate
 from psgd.spec import SimulationTarget
 from psgd.spec.changes import override_spec
 from psgd.spec.reader import load_spec
-from psgd_workers.messages import BatchId
+from psgd_workers.messages import BatchId, Version
 
 JOB = """
 model: {kind: mlp, hidden: [16]}
@@ -241,6 +242,17 @@ def test_a_journal_that_is_none_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "other.npy", np.arange(3))
     with pytest.raises(RunNotFoundError, match="holds no journal"):
         read_journal(str(tmp_path / "other.npy"))
+
+
+def test_journals_of_any_number_of_servers_are_read(tmp_path: Path) -> None:
+    """A run may go on with another number of them."""
+    (tmp_path / "journal").mkdir()
+    for partitions in (1, 2):
+        journal = Journal(partitions)
+        journal.member(RecordKind.JOIN, 1.5, f"worker-{partitions}", Version(1, 0))
+        np.save(tmp_path / "journal" / f"{partitions}.npy", journal.take())
+    assert read_journal(str(tmp_path))["worker"].tolist() == [b"worker-1", b"worker-2"]
+    assert read_journal(str(tmp_path / "journal" / "2.npy"))["now"].tolist() == [1.5]
 
 
 # The command

@@ -28,14 +28,15 @@ __all__ = ["HEADER_SIZE", "Frame", "FrameKind", "PushFormat"]
 MAGIC = b"psgd"
 FORMAT = 1
 # Magic, format, kind, slot, code, wants, incarnation, payload, epoch, shard, index, examples, the version, loss, norm,
-# seconds, processor.
-FIELDS = Struct("<4sBBBBIIQIIIIIQdddH")
+# seconds, number, carries, processor.
+FIELDS = Struct("<4sBBBBIIQIIIIIQdddQQH")
 HEADER = Struct(f"{FIELDS.format}I")  # and a checksum of them
 HEADER_SIZE = HEADER.size
 ENCODINGS = ("", *ARRAYS)  # by the code of a push: how its values travel
 OUTCOMES = tuple(Outcome)  # by the code of a receipt
 CODES = {outcome: code for code, outcome in enumerate(OUTCOMES)}
 LENGTHS = Struct("<QQ")  # of an encoded gradient's arrays
+VERSION = Struct("<IQ")  # incarnation, updates
 SMALL = 16_384  # values: any push fits into a socket's buffer
 ALIGNMENT = 8  # of each array in a payload, in bytes
 
@@ -69,27 +70,15 @@ class Frame(NamedTuple):
     loss: float = 0.0
     norm: float = 0.0
     compute_s: float = 0.0
+    number: int = 0  # of a push, as `Gradient` has it; so are the next
+    carries: int = 0
     processor: int = NOWHERE  # of a push by a lane on one machine: where its worker is
 
     def pack(self) -> bytes:
         """The header as bytes."""
-        kind, slot, code, wants, incarnation, payload, batch, examples, version, loss, norm, compute_s, processor = self
+        kind, slot, code, wants, incarnation, payload, batch, examples, version, *rest = self
         fields = FIELDS.pack(
-            MAGIC,
-            FORMAT,
-            kind,
-            slot,
-            code,
-            wants,
-            incarnation,
-            payload,
-            *batch,
-            examples,
-            *version,
-            loss,
-            norm,
-            compute_s,
-            processor,
+            MAGIC, FORMAT, kind, slot, code, wants, incarnation, payload, *batch, examples, *version, *rest
         )
         return fields + crc32(fields).to_bytes(4, "little")
 
@@ -120,6 +109,8 @@ class Frame(NamedTuple):
             loss,
             norm,
             compute_s,
+            number,
+            carries,
             processor,
             checksum,
         ) = HEADER.unpack(header)
@@ -142,6 +133,8 @@ class Frame(NamedTuple):
             loss,
             norm,
             compute_s,
+            number,
+            carries,
             processor,
         )
 
@@ -150,10 +143,10 @@ class Frame(NamedTuple):
         cls, gradient: Gradient, slot: int, wants: bool, incarnation: int, payload: int, processor: int = NOWHERE
     ) -> Frame:
         """The header of a gradient."""
-        _, batch, examples, read, values, loss, norm, compute_s, _, _ = gradient
+        _, _, number, batch, examples, read, values, loss, norm, compute_s, _, _, _, carries = gradient
         code = ENCODINGS.index(values.kind) if isinstance(values, Encoded) else 0
-        of = batch, examples, read
-        return cls(FrameKind.PUSH, slot, code, wants, incarnation, payload, *of, loss, norm, compute_s, processor)
+        of = batch, examples, read, loss, norm, compute_s, number, carries
+        return cls(FrameKind.PUSH, slot, code, wants, incarnation, payload, *of, processor)
 
     @classmethod
     def of_receipt(cls, receipt: Receipt, slot: int, wants: bool, payload: int) -> Frame:
@@ -179,6 +172,7 @@ class PushFormat(NamedTuple):
     num_trainable: int  # ... before the first buffer
     encoding: str = ""  # name of the compression; empty: values travel as they are
     sends_weights: bool = False  # whether a push brings the weights along that it was computed from
+    partitions: int = 1  # of the job: a push ends with its versions of the others
 
     @property
     def is_small(self) -> bool:
@@ -194,7 +188,10 @@ class PushFormat(NamedTuple):
             vectors.append(gradient.buffers)
         if gradient.weights_read is not None and not shared:
             vectors.append(gradient.weights_read)
-        return [vector.data.cast("B") for vector in vectors if vector.nbytes]
+        parts = [vector.data.cast("B") for vector in vectors if vector.nbytes]
+        if gradient.others:
+            parts.append(memoryview(b"".join(VERSION.pack(*version) for version in gradient.others)))
+        return parts
 
     def check(self, frame: Frame, sizes: range) -> None:
         """Refuse the header of a push that this partition does not take, before its payload is read.
@@ -209,7 +206,8 @@ class PushFormat(NamedTuple):
 
     def sizes(self, shared: bool) -> range:
         """Of a payload, in bytes."""
-        beside = 4 * self.size if self.sends_weights and not shared else 0
+        beside = VERSION.size * (self.partitions - 1)
+        beside += 4 * self.size if self.sends_weights and not shared else 0
         if not self.encoding:
             exact = beside + (0 if shared else 4 * self.size)
             return range(exact, exact + 1)
@@ -243,10 +241,10 @@ class PushFormat(NamedTuple):
             weights_read = shared.weights
         elif self.sends_weights:
             weights_read, payload = _vector(payload, self.size)
-        if len(payload):
-            raise FrameError(f"a push with {len(payload)} bytes too many")
         return Gradient(
             worker,
+            frame.slot,
+            frame.number,
             frame.batch,
             frame.examples,
             frame.version,
@@ -256,6 +254,8 @@ class PushFormat(NamedTuple):
             frame.compute_s,
             buffers,
             weights_read,
+            _versions(payload, self.partitions - 1),
+            frame.carries,
         )
 
 
@@ -287,3 +287,11 @@ def _vector(payload: memoryview, size: int) -> tuple[FloatArray, memoryview]:
     if len(payload) < 4 * size:
         raise FrameError(f"a push is {4 * size - len(payload)} bytes short")
     return np.frombuffer(payload, np.float32, size), payload[4 * size :]
+
+
+def _versions(payload: memoryview, count: int) -> tuple[Version, ...]:
+    """Read the versions that end a payload."""
+    size = VERSION.size * count
+    if len(payload) != size:
+        raise FrameError(f"a push ends with {len(payload)} bytes behind its vectors, expected {size}")
+    return tuple(Version(*version) for version in VERSION.iter_unpack(payload)) if count else ()

@@ -580,6 +580,87 @@ def test_a_restored_servers_journal_begins_with_the_fork() -> None:
     assert (record["incarnation"], record["updates"]) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("strange", "reason"),
+    [
+        ({"number": 0}, "number 0 of slot 0"),
+        ({"number": 1 << 64}, "number 18446744073709551616"),
+        ({"slot": 256}, "slot 256"),
+        ({"slot": -1}, "slot -1"),
+        ({"carries": 1}, "carries on 1"),
+        ({"carries": -1}, "carries on -1"),
+        ({"read": Version(1, -1)}, "expected the versions of 2 partitions"),
+        ({"read": Version(1 << 32, 0)}, "expected the versions of 2 partitions"),
+        ({"others": ()}, "expected the versions of 2 partitions"),
+        ({"others": (V0, V0)}, "expected the versions of 2 partitions"),
+        ({"others": (Version(1, 1 << 64),)}, "expected the versions of 2 partitions"),
+    ],
+    ids=str,
+)
+def test_a_push_that_the_journal_cannot_hold_is_refused_and_changes_nothing(strange: Any, reason: str) -> None:
+    target = server(scaling={"servers": 2})
+    gradient = push(FIRST, V0)._replace(others=(V0,))
+    target.check(gradient)
+    with pytest.raises(PushRefusedError, match=reason):
+        target.check(gradient._replace(**strange))
+    assert len(target.journal) == 0
+
+
+# What a worker says of its time
+
+
+def longest(target: ParameterServer, batch: BatchId, now: float, says_s: float) -> float:
+    """The longest batch, after a push that came at a time and says how long it took to compute."""
+    target.push(push(batch, target.version)._replace(compute_s=says_s), now)
+    return target.report().longest_s
+
+
+def test_a_batch_took_as_long_as_its_worker_says() -> None:
+    target = server()
+    target.join("worker-0", now=5.0)
+    assert longest(target, FIRST, 7.0, says_s=2.0) == 2.0
+    assert longest(target, SECOND, 10.0, says_s=2.5) == 2.5
+
+
+def test_a_batch_took_no_longer_than_since_its_worker_was_heard_of() -> None:
+    target = server()
+    target.join("worker-0", now=5.0)
+    assert longest(target, FIRST, 7.0, says_s=1e8) == pytest.approx(2.0, abs=0.02)
+    target.join("worker-0", now=7.5)  # another lease, while it computes
+    assert longest(target, SECOND, 10.0, says_s=1e8) == pytest.approx(3.0, abs=0.02)
+    recorded = target.journal.take()["compute_s"].tolist()
+    assert recorded == pytest.approx([0, 2, 0, 3], abs=0.02), "what goes by the journal must not believe it either"
+
+
+def test_a_push_that_is_refused_is_a_sign_of_life_as_well() -> None:
+    target = server()
+    target.join("worker-0", now=0.0)
+    assert longest(target, FIRST, 1.0, says_s=1.0) == 1.0
+    assert longest(target, FIRST, 9.0, says_s=8.0) == 1.0, "a duplicate is in no round"
+    assert longest(target, SECOND, 11.0, says_s=1e8) == pytest.approx(2.0, abs=0.02)
+
+
+def test_of_a_worker_without_a_lease_no_time_is_believed() -> None:
+    target = server()
+    assert longest(target, FIRST, 100.0, says_s=1e8) < 0.02
+    target.join("worker-0", now=100.0)
+    target.leave("worker-0", now=101.0)
+    assert longest(target, SECOND, 200.0, says_s=1e8) < 0.02
+
+
+def test_a_worker_that_says_it_is_slow_gets_no_more_of_the_rate_than_it_can_be() -> None:
+    """`rescaled` gives slow workers larger steps."""
+    told = []
+    for says in (3.0, 1e8):
+        target = server(workers=2, correction={"name": "rescaled"}, optimizer={"lr": 0.1})
+        for worker in ("worker-0", "worker-1"):
+            target.join(worker, now=0.0)
+        target.push(push(FIRST, V0)._replace(compute_s=3.0), 3.0)
+        target.push(push(SECOND, V0, worker="worker-1")._replace(compute_s=says), 3.0)
+        told.append(target.weights)
+    np.testing.assert_allclose(told[0], told[1], atol=0.01)
+
+
 def test_weights_of_another_size_are_a_bug_of_the_caller() -> None:
     with pytest.raises(AssertionError):
         ParameterServer(job(), Partition(0, 0, 5, 5), START, GRID, V0)

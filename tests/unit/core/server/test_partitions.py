@@ -35,5 +35,5 @@ def test_one_server_holds_everything() -> None:
 
 def test_each_server_needs_a_value() -> None:
     assert [part.start for part in partition_weights(3, 3, 3)] == [0, 1, 2]
-    with pytest.raises(SpecError, match=r"servers is 4, but the model has 3 parameters.*: set it to 3 at most"):
+    with pytest.raises(SpecError, match=r"servers is 4, but the model has 3 parameters.* to 3 or less"):
         partition_weights(3, 3, 4)

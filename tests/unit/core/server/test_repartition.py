@@ -12,9 +12,9 @@ from psgd.core.server.repartition import disagreement, repartition
 from psgd.core.server.state import ServerState
 from psgd.errors import ResumeError
 from psgd.spec import JobSpec
-from psgd_workers.messages import Gradient, Outcome, Version
+from psgd_workers.messages import Outcome, Version
 from tests.support.in_process import InProcess, VirtualCheckpoint
-from tests.support.jobs import GRID, job, quadratic
+from tests.support.jobs import GRID, job, push, quadratic
 
 START = np.linspace(-1, 1, 103, dtype=np.float32)
 SIZE = GRID.num_batches
@@ -86,10 +86,11 @@ def states(servers: int, num_trainable: int = 80, updates: int = 5, buffered: in
             server.join(f"worker-{worker}", 0.0)
         for position in range(updates * (buffered + 1) + buffered):
             batch = GRID.batch(0, position)
-            gradient = np.empty_like(START)
-            quadratic(batch, START, gradient)
-            values = gradient[partition.start : partition.stop].copy()
-            server.push(Gradient("worker-0", batch, 1, server.version, values, 1.0, 1.0, 0.1), 0.0)
+            whole = np.empty_like(START)
+            quadratic(batch, START, whole)
+            values = whole[partition.start : partition.stop].copy()
+            gradient = push(batch, server.version, values=values)
+            server.push(gradient._replace(others=(server.version,) * (servers - 1)), 0.0)
         found.append(server.state())
     return tuple(found)
 
@@ -124,9 +125,9 @@ def test_nothing_read_of_the_partitions_before_is_admitted() -> None:
     made = repartition(states(2), partition)
     server = ParameterServer.restore(job(optimizer=OPTIMIZERS["momentum"]), GRID, made, 2, 0.0)
     batch = GRID.batch(0, 8)
-    (receipt,) = server.push(Gradient("worker-0", batch, 1, Version(1, 5), START, 1.0, 1.0, 0.1), 0.0)
+    (receipt,) = server.push(push(batch, Version(1, 5), values=START), 0.0)
     assert receipt.outcome is Outcome.REQUEUED
-    (receipt,) = server.push(Gradient("worker-0", batch, 1, Version(2, 5), START, 1.0, 1.0, 0.1), 0.0)
+    (receipt,) = server.push(push(batch, Version(2, 5), values=START), 0.0)
     assert receipt.outcome is Outcome.APPLIED
 
 

@@ -41,11 +41,14 @@ FRAMES = st.builds(
     loss=st.floats(allow_nan=False),
     norm=st.floats(allow_nan=False),
     compute_s=st.floats(allow_nan=False),
+    number=LONG,
+    carries=LONG,
     processor=SHORT,
 )
 FRAME = Frame(FrameKind.PUSH, 1, 0, True, 3, 400, BatchId(1, 2, 3), 32, Version(3, 17), 0.25, 1.5, 0.01)
 SIZE = 37
 TRAINABLE = 30  # odd, so that arrays are padded
+OTHERS = (Version(4, 2**40), Version(2**32 - 1, 0))
 COMPRESSIONS: list[CompressionSpec] = [
     NoCompression(),
     Fp16Compression(name="fp16"),
@@ -175,7 +178,9 @@ def randoms(size: int, seed: int) -> FloatArray:
     return np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
 
 
-def made(compression: CompressionSpec, weights: bool, trainable: int = TRAINABLE) -> tuple[PushFormat, Slot, Gradient]:
+def made(
+    compression: CompressionSpec, weights: bool, trainable: int = TRAINABLE, others: tuple[Version, ...] = ()
+) -> tuple[PushFormat, Slot, Gradient]:
     """The pushes of such a job, a slot, and what was computed in it."""
     slot = Slot(randoms(SIZE, 1), randoms(SIZE, 2))
     compressor = build_compressor(compression)
@@ -185,8 +190,9 @@ def made(compression: CompressionSpec, weights: bool, trainable: int = TRAINABLE
         values = compressor.encode(slot.gradient[:trainable])
         buffers = slot.gradient[trainable:] if trainable < SIZE else None
     read = slot.weights if weights else None
-    gradient = Gradient("worker-0", BatchId(0, 1, 2), 16, Version(1, 5), values, 0.5, 2.0, 0.01, buffers, read)
-    return PushFormat(SIZE, trainable, compression.name if compressor else "", weights), slot, gradient
+    gradient = Gradient("worker-0", 1, 7, BatchId(0, 1, 2), 16, Version(1, 5), values, 0.5, 2.0, 0.01, buffers, read)
+    gradient = gradient._replace(others=others, carries=5)
+    return PushFormat(SIZE, trainable, compression.name if compressor else "", weights, 1 + len(others)), slot, gradient
 
 
 def arrays(gradient: Gradient) -> list[NDArray[Any]]:
@@ -195,21 +201,22 @@ def arrays(gradient: Gradient) -> list[NDArray[Any]]:
 
 
 @pytest.mark.parametrize("trainable", [SIZE, TRAINABLE])
+@pytest.mark.parametrize("others", [(), OTHERS[:1], OTHERS], ids=["1 server", "2 servers", "3 servers"])
 @pytest.mark.parametrize("shared", [False, True], ids=["inline", "shared"])
 @pytest.mark.parametrize("weights", [False, True], ids=["plain", "weights"])
 @pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda spec: spec.name)
 def test_a_push_arrives_as_it_was_sent(
-    compression: CompressionSpec, weights: bool, shared: bool, trainable: int
+    compression: CompressionSpec, weights: bool, shared: bool, others: tuple[Version, ...], trainable: int
 ) -> None:
-    push_format, slot, gradient = made(compression, weights, trainable)
+    push_format, slot, gradient = made(compression, weights, trainable, others)
     parts = push_format.payload(gradient, shared)
     sent = bytearray(b"".join(parts))
     header = Frame.of_push(gradient, slot=1, wants=True, incarnation=1, payload=len(sent)).pack()
     frame = Frame.unpack(header)
     push_format.check(frame, push_format.sizes(shared))
     came = push_format.gradient(frame, memoryview(sent), "worker-0", slot if shared else None)
-    assert came[:4] == gradient[:4]
-    assert came[5:8] == gradient[5:8]
+    for name in set(Gradient._fields) - {"values", "buffers", "weights_read"}:
+        assert getattr(came, name) == getattr(gradient, name)
     assert came.nbytes == gradient.nbytes
     for mine, its in zip(arrays(gradient), arrays(came), strict=True):
         assert (mine.dtype, mine.shape) == (its.dtype, its.shape)
@@ -225,6 +232,7 @@ def test_what_lies_in_shared_memory_does_not_travel() -> None:
     push_format, slot, gradient = made(NoCompression(), weights=True)
     assert push_format.payload(gradient, shared=True) == []
     assert push_format.sizes(shared=True) == range(1)
+    assert push_format._replace(partitions=3).sizes(shared=True) == range(24, 25), "12 bytes for each other partition"
     came = push_format.gradient(Frame.of_push(gradient, 0, False, 1, 0), memoryview(b""), "worker-0", slot)
     assert came.values is slot.gradient
     assert came.weights_read is slot.weights
@@ -248,16 +256,20 @@ def test_a_push_of_another_form_is_refused_by_its_header(compression: Compressio
             push_format.check(frame._replace(payload=100), push_format.sizes(shared))
 
 
+@pytest.mark.parametrize("others", [(), OTHERS], ids=["1 server", "3 servers"])
 @pytest.mark.parametrize("weights", [False, True], ids=["plain", "weights"])
 @pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda spec: spec.name)
-def test_a_payload_of_any_other_length_is_refused(compression: CompressionSpec, weights: bool) -> None:
-    push_format, _, gradient = made(compression, weights)
+def test_a_payload_of_any_other_length_is_refused(
+    compression: CompressionSpec, weights: bool, others: tuple[Version, ...]
+) -> None:
+    push_format, _, gradient = made(compression, weights, others=others)
     sent = bytearray(b"".join(push_format.payload(gradient, shared=False)))
     frame = Frame.of_push(gradient, 0, False, 1, len(sent))
     for length in range(len(sent)):
         with pytest.raises(FrameError):
             push_format.gradient(frame, memoryview(sent)[:length], "worker-0", None)
-    with pytest.raises(FrameError, match="1 bytes too many"):
+    size = 12 * len(others)
+    with pytest.raises(FrameError, match=f"ends with {size + 1} bytes behind its vectors, expected {size}"):
         push_format.gradient(frame, memoryview(sent + b"\0"), "worker-0", None)
 
 
