@@ -53,8 +53,9 @@ from psgd.simulation.faults import FaultPlan
 from psgd.simulation.network import Network
 from psgd.simulation.observer import ClusterObserver
 from psgd.simulation.problem import Problem, Timing
-from psgd.simulation.worker import Readers, Slot, Validation, VirtualWorker
+from psgd.simulation.worker import Readers, Validation, VirtualWorker
 from psgd.spec import JobSpec
+from psgd_workers.loop import PipelineSlot
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Version
 
 __all__ = ["VirtualCheckpoint", "VirtualCluster"]
@@ -154,7 +155,8 @@ class VirtualCluster(VirtualClock):
         self._asked: dict[int, list[AskReport]] = {}  # of servers that are not there yet
         self._saving: int | None = None
         self._states: dict[int, ServerState] = {}
-        self.readers = None if spec.worker_options.stop_at is None else Readers(spec.worker_options.stop_at)
+        stop_at = spec.worker_options.stop_at
+        self.readers = Readers(stop_at) if timing.interrupts and stop_at is not None else None
         for at, event in events:
             self.after(at, self._tell, event)
         self._faults.begin(self)
@@ -354,7 +356,7 @@ class VirtualCluster(VirtualClock):
 
     def _on_cancel(self, action: Cancel) -> None:
         if worker := self.workers.get(action.worker):
-            worker.cancelled = max(worker.cancelled, action.lease)
+            worker.cancel(action.lease)
 
     def _on_ask(self, action: AskReport) -> None:
         if action.partition in self._asked:
@@ -427,11 +429,15 @@ class VirtualCluster(VirtualClock):
 
     # What surrounds workers
 
+    def versions(self, worker: str) -> list[Version] | None:
+        """See `Network.versions`."""
+        return self._network.versions(worker)
+
     def pull(self, worker: str) -> tuple[list[Version], FloatArray] | None:
         """See `Network.pull`."""
         return self._network.pull(worker)
 
-    def push(self, worker: VirtualWorker, slot: Slot, gradients: Sequence[Gradient]) -> None:
+    def push(self, worker: VirtualWorker, slot: PipelineSlot, gradients: Sequence[Gradient]) -> None:
         """See `Network.push`."""
         self._network.push(worker, slot, gradients)
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from psgd.errors import PushRefusedError
 from psgd.simulation.faults import FaultPlan, PushFault
-from psgd.simulation.worker import Slot, VirtualWorker
+from psgd.simulation.worker import VirtualWorker
+from psgd_workers.loop import PipelineSlot
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
 
 if TYPE_CHECKING:
@@ -31,23 +32,28 @@ class Network:
         self._cluster = cluster
         self._faults = faults
 
-    def pull(self, worker: str) -> tuple[list[Version], FloatArray] | None:
-        """Versions, by partition, and the weights shown now; of a single server its own memory.
-
-        None: some server does not answer that worker.
-        """
+    def versions(self, worker: str) -> list[Version] | None:
+        """Return the present version of each partition; None if some server does not answer that worker."""
         cluster = self._cluster
         partitions = range(len(cluster.parts))
         if len(cluster.servers) < len(partitions):
             return None
         if not all(self._faults.reaches(worker, partition) for partition in partitions):
             return None
-        servers = [cluster.servers[partition] for partition in partitions]
-        if len(servers) == 1:
-            return [servers[0].version], servers[0].published
-        return [server.version for server in servers], np.concatenate([server.published for server in servers])
+        return [cluster.servers[partition].version for partition in partitions]
 
-    def push(self, worker: VirtualWorker, slot: Slot, gradients: Sequence[Gradient]) -> None:
+    def pull(self, worker: str) -> tuple[list[Version], FloatArray] | None:
+        """Return the versions by partition and the weights shown now; None if some server does not answer that worker.
+
+        The weights of a single server are its own memory, which the next step changes.
+        """
+        versions = self.versions(worker)
+        if versions is None:
+            return None
+        shown = [self._cluster.servers[partition].published for partition in range(len(versions))]
+        return versions, shown[0] if len(shown) == 1 else np.concatenate(shown)
+
+    def push(self, worker: VirtualWorker, slot: PipelineSlot, gradients: Sequence[Gradient]) -> None:
         """Send a worker's gradient, cut by partition, to the servers."""
         limit_s = self._faults.receipt_limit_s
         if limit_s is not None:
@@ -72,11 +78,11 @@ class Network:
             case "dies":
                 self._cluster.lose_worker(worker.name, fault.cause, fault.preempted)
             case "hangs":
-                worker.lease = None
+                worker.alive = False
             case "loses its lane":
                 worker.lose_lane("no receipt came")
 
-    def _arrive(self, worker: VirtualWorker, slot: Slot, gradients: Mapping[int, Gradient]) -> None:
+    def _arrive(self, worker: VirtualWorker, slot: PipelineSlot, gradients: Mapping[int, Gradient]) -> None:
         """Parts of a push reach their servers, all of them before anybody hears what became of it."""
         cluster = self._cluster
         lead = cluster.servers.get(0)
@@ -122,6 +128,6 @@ class Network:
                 worker.receive(partition, receipt, shown)
 
     @staticmethod
-    def _expire(worker: VirtualWorker, push: int, slot: Slot, batch: BatchId) -> None:
+    def _expire(worker: VirtualWorker, push: int, slot: PipelineSlot, batch: BatchId) -> None:
         if slot.batch == batch and push > worker.pushes - len(worker.slots):
             worker.lose_lane("no receipt in time")

@@ -43,3 +43,4 @@ class Timing:
     death_s: float = 0.05  # from a death until the driver hears of it
     evaluate_s: float = 0.1  # an evaluation
     restore_s: float = 0.5  # restoring a lost server
+    interrupts: bool = False  # with `stop: true` a stale computation is given up at once, not when it is done

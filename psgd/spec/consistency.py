@@ -70,8 +70,8 @@ class _Refusing(_Mode):
     """What happens to the batch of a refused gradient. `requeue`: it is computed again, so that an epoch still uses
     every example exactly once. `discard`: it is dropped and counted in the result."""
     stop: bool = False
-    """true: a worker gives up a computation whose gradient would be refused. The simulator stops it at once; a real
-    worker checks before it pushes."""
+    """true: a worker gives up a gradient that would be refused. It compares versions when the computation is done, and
+    does not push: that saves the push, not the computation."""
 
     @property
     def discards_late(self) -> bool:

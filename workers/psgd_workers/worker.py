@@ -1,13 +1,11 @@
-"""The worker: lease → pull → backpropagate → push.
+"""The worker: hosts the loop of `psgd_workers.loop` with a model, data and a lane to each server.
 
-It keeps nothing between batches that matters, but what compression has left out of its pushes so far.
+It keeps nothing between leases that matters, but what compression has left out of its pushes so far.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from math import sqrt
 from time import perf_counter
@@ -21,15 +19,24 @@ from psgd_workers.data.shards import Shards
 from psgd_workers.errors import FrameError, WorkerError
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.gradients.sender import Sender, gradient_norm
-from psgd_workers.messages import (
-    BatchId,
-    Evaluation,
-    FloatArray,
-    Lease,
-    LeaseEnd,
-    Receipt,
-    Version,
+from psgd_workers.loop import (
+    Cancelled,
+    Compute,
+    Computed,
+    EndLease,
+    LeaseFailed,
+    LeaseGranted,
+    LoopAction,
+    LoopEvent,
+    Pull,
+    Pulled,
+    Push,
+    Pushed,
+    ReceiptArrived,
+    Settle,
+    WorkerLoop,
 )
+from psgd_workers.messages import BatchId, Evaluation, FloatArray, Lease, LeaseEnd
 from psgd_workers.models import Model, evaluate
 from psgd_workers.spec import WorkerOptions
 from psgd_workers.transport.lane import Connect, Lane, LaneKind, Pending
@@ -40,6 +47,8 @@ __all__ = ["Route", "Worker", "batch_seed"]
 RECEIPT_FACTOR = 2  # a receipt may wait for the slowest worker, who is itself given the limit once
 KNOWN_VECTORS = 8  # weights and gradient of each batch in hand, of which there are at most three, and some to spare
 PLAIN = WorkerOptions()
+COMPUTED = Computed()
+PUSHED = Pushed()
 
 
 class Route(NamedTuple):
@@ -49,17 +58,12 @@ class Route(NamedTuple):
     connect: Connect
 
 
-@dataclass(slots=True)
-class _Desk:
-    """One batch in hand. Its push is answered with the weights for the next batch at the same desk."""
+class _Backpropagated(NamedTuple):
+    """Result of a computation, besides the gradient in its slot."""
 
-    number: int
-    slot: Slot
-    sender: Sender
-    versions: Sequence[Version] | None = None  # of the weights in the slot, by partition; None: there are none
-    batch: BatchId | None = None  # whose push is under way
-    pending: Sequence[Pending] = ()
-    wants: bool = False  # whether that push brings weights back
+    loss: float  # mean over the batch's examples
+    norm: float  # `gradient_norm` of the gradient
+    compute_s: float
 
 
 class Worker:
@@ -106,8 +110,11 @@ class Worker:
             Sender(name, slot, parts, layout.num_trainable, worker_options) for slot in range(pipeline + 1)
         ]
         self._known: dict[int, tuple[FloatArray, dict[str, FloatArray]]] = {}  # by identity
+        self._loop = WorkerLoop(len(routes), pipeline, worker_options.stop_at)
         self._lanes: list[Lane] = []
-        self._desks: list[_Desk] = []
+        self._memory: Sequence[Slot] = ()  # by slot of the loop
+        self._pending: list[Sequence[Pending]] = [() for _ in self._senders]  # by slot, of the push under way
+        self._computed: _Backpropagated | None = None  # the last computation's
 
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
         """What one batch changes: a function of its arguments alone.
@@ -182,8 +189,7 @@ class Worker:
             raise
         finally:
             segment.close()
-        desks = zip(segment.slots, self._senders, strict=True)
-        self._desks = [_Desk(number, slot, sender) for number, (slot, sender) in enumerate(desks)]
+        self._memory = segment.slots
 
     def disconnect(self) -> None:
         """Let go of every server; the next lease begins with other lanes and other memory.
@@ -192,11 +198,10 @@ class Worker:
         """
         for lane in self._lanes:
             lane.close()
-        for desk in self._desks:
-            if desk.batch is not None:
-                desk.sender.settle([])
+        for action in self._loop.handle(LeaseFailed()):
+            self._carry_out(action)
         self._lanes = []
-        self._desks = []
+        self._memory = ()
         self._known.clear()  # it keeps memory mapped
 
     def hang_up(self, partition: int) -> None:
@@ -228,73 +233,69 @@ class Worker:
         return LeaseEnd(lease.id, stopped, residual_norm=sqrt(residuals))
 
     def _work(self, lease: Lease, stopping: Callable[[], bool]) -> bool:
-        """Whether it was stopped; no push is under way after it."""
+        """Host the loop until the lease ends; no push is under way then. Return True if it was stopped."""
         batches = [self._shards.grid.batch(epoch, position) for epoch, position in lease.positions()]
-        desks = deque(self._desks)
-        stopped = False
-        for number, batch in enumerate(batches):
-            desk = desks[0]
-            self._settle(desk)
-            if stopping():  # perhaps it was asked to while it waited
-                stopped = True
-                break
-            if desk.versions is None:
-                desk.versions = [lane.pull(desk.number, self._timeout_s) for lane in self._lanes]
-            self._push(desk, batch, wants=number + len(desks) < len(batches))
-            desks.rotate(-1)
-        for desk in desks:  # the oldest push first
-            self._settle(desk)
-            desk.versions = None
-        return stopped
+        event: LoopEvent | None = LeaseGranted(lease.id, batches)
+        while True:
+            if stopping():
+                self._loop.handle(Cancelled(lease.id))
+            actions = self._loop.handle(event or self._next_receipt())
+            event = None
+            for action in actions:
+                if isinstance(action, EndLease):
+                    return action.stopped
+                event = self._carry_out(action)
 
-    def _push(self, desk: _Desk, batch: BatchId, wants: bool) -> None:
-        """Compute a gradient and send it, unless it is too stale to be pushed."""
-        assert desk.versions is not None
-        (weights, values) = desk.slot
-        versions = desk.versions
+    def _carry_out(self, action: LoopAction) -> LoopEvent | None:
+        """Do what the loop wants. Return what came of it, if the loop waits for that."""
+        match action:
+            case Settle():
+                self._senders[action.slot].settle(action.outcomes)
+                self._pending[action.slot] = ()  # it may keep alive what came with the receipts
+                return None
+            case Compute():
+                return self._compute(action.slot, action.batch)
+            case Push():
+                return self._push(action.slot, action.batch, action.wants)
+            case Pull():
+                return Pulled([lane.pull(action.slot, self._timeout_s) for lane in self._lanes])
+            case _:
+                raise AssertionError(f"{action} is not for a worker to carry out")
+
+    def _compute(self, slot: int, batch: BatchId) -> Computed:
+        weights, values = self._memory[slot]
         began = perf_counter()
         loss = self.gradient(batch, weights, values)
         with np.errstate(over="ignore", invalid="ignore"):
             norm = gradient_norm(values, self._layout.num_trainable)
-        compute_s = perf_counter() - began
-        desk.versions = None
-        if self._too_stale(versions):
-            return
+        self._computed = _Backpropagated(loss, norm, perf_counter() - began)
+        if self._worker_options.stop_at is None:
+            return COMPUTED
+        return Computed([lane.version(self._timeout_s) for lane in self._lanes])
+
+    def _push(self, slot: int, batch: BatchId, wants: bool) -> Pushed:
+        assert self._computed
+        weights, values = self._memory[slot]
+        loss, norm, compute_s = self._computed
+        versions = self._loop.slots[slot].reads
         examples = len(self._shards.examples(batch))
-        gradients = desk.sender.gradients(batch, examples, versions, values, weights, loss, norm, compute_s)
-        desk.batch = batch
-        desk.wants = wants
-        desk.pending = [
-            lane.push(gradient, desk.number, wants) for lane, gradient in zip(self._lanes, gradients, strict=True)
+        gradients = self._senders[slot].gradients(batch, examples, versions, values, weights, loss, norm, compute_s)
+        self._pending[slot] = [
+            lane.push(gradient, slot, wants) for lane, gradient in zip(self._lanes, gradients, strict=True)
         ]
+        return PUSHED
 
-    def _too_stale(self, versions: Sequence[Version]) -> bool:
-        limit = self._worker_options.stop_at
-        if limit is None:
-            return False
-        now = [lane.version(self._timeout_s) for lane in self._lanes]
-        return any(new.updates - read.updates >= limit for new, read in zip(now, versions, strict=True))
-
-    def _settle(self, desk: _Desk) -> None:
-        """Wait for the receipts of the desk's push, if one is under way."""
-        if desk.batch is None:
-            return
-        receipts: list[Receipt] = []
-        try:
-            for push in desk.pending:
-                receipt = push.receipt(RECEIPT_FACTOR * self._timeout_s)
-                receipts.append(self._checked(receipt, desk.batch))
-        finally:
-            desk.sender.settle([receipt.outcome for receipt in receipts])
-            desk.batch = None
-            desk.pending = ()
-        if desk.wants:
-            desk.versions = [receipt.version for receipt in receipts]
-
-    def _checked(self, receipt: Receipt, batch: BatchId) -> Receipt:
-        if (receipt.worker, receipt.batch) != (self._name, batch):
-            raise FrameError(f"{self._name} pushed {batch} and got a receipt for {receipt.batch} of {receipt.worker}")
-        return receipt
+    def _next_receipt(self) -> ReceiptArrived:
+        """Wait for the oldest push under way: for its first partition that has not answered."""
+        slot = self._loop.oldest_push
+        assert slot, "the loop waits for nothing"
+        partition = slot.outcomes.index(None)
+        receipt = self._pending[slot.number][partition].receipt(RECEIPT_FACTOR * self._timeout_s)
+        if (receipt.worker, receipt.batch) != (self._name, slot.batch):
+            raise FrameError(
+                f"{self._name} pushed {slot.batch} and got a receipt for {receipt.batch} of {receipt.worker}"
+            )
+        return ReceiptArrived(partition, receipt)
 
     def evaluate(self, weights: FloatArray, validation: Examples) -> Evaluation:
         """Loss and accuracy of `weights` `[num_parameters]` on the validation examples.

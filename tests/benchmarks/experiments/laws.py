@@ -5,9 +5,9 @@ Race, AISTATS 2018.
 
 Setting: P workers, each gradient takes an exponential time of mean 1 / λ = 1, nothing else takes any. K-sync steps on
 the first K gradients and calls the other P - K workers off: (H_P - H_{P-K}) / λ a step, H the harmonic numbers. async:
-1 / (Pλ) a step. Mode k_sync does the former with `stop: true`. Without, late workers finish first, are refused, and
-only then start from the new weights; such steps take T(0, P - K), where T(w, l) is the time left when w gradients are
-in and l workers are late:
+1 / (Pλ) a step. The simulator does the former in mode k_sync with `stop: true` and `Timing.interrupts`. A real worker
+cannot be interrupted: with `stop` or without, late workers finish first, and only then start from the new weights; such
+steps take T(0, P - K), where T(w, l) is the time left when w gradients are in and l workers are late:
 
     T(w, l) = (1 / λ + (P - w - l)·T(w + 1, l) + l·T(w, l - 1)) / (P - w),   T(K, l) = 0.
 
@@ -107,7 +107,7 @@ def _without_calling_off(workers: int, k: int) -> float:
 def claims(results: Sequence[StepTime]) -> list[Claim]:
     """Each law, within 3 %."""
     laws = {
-        CALLED_OFF: "a step of k_sync with stop takes (H_P - H_{P-K}) / λ",
+        CALLED_OFF: "a step of k_sync whose late workers are called off takes (H_P - H_{P-K}) / λ",
         FINISHED: "a step of mode k_sync without stop takes T(0, P - K)",
         ASYNC: "a step of async takes 1 / (Pλ)",
     }

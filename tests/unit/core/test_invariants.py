@@ -180,7 +180,7 @@ def test_staleness_is_conserved_in_every_partition_and_with_batches_computed_ahe
 ) -> None:
     """Each step adds 1 for each gradient in flight; those are n·(pipeline + 1) once every slot holds weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("psgd.core.driver.workers.FIRST_LEASE", 101)  # at whose end the slots would be empty
+        patch.setattr("psgd.core.driver.workers.FIRST_LEASE", 110)  # at whose end the slots would be empty
         sums = staleness_sums(workers, seed, {"servers": servers, "pipeline": pipeline})
     expected = 0
     for updates, stale, totals in sums:

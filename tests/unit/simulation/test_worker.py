@@ -97,6 +97,34 @@ def test_a_lease_ends_when_every_push_is_answered() -> None:
     assert ended == [BATCHES]
 
 
+@pytest.mark.parametrize(("interrupts", "expected"), [(False, [0, 9, 18]), (True, [0, 1, 2])])
+def test_a_stale_computation_is_given_up_when_it_is_done_or_if_it_can_be_interrupted_at_once(
+    interrupts: bool, expected: list[int]
+) -> None:
+    began: list[float] = []
+
+    def compute_s(worker: str, batch: BatchId) -> float:
+        if worker == "worker-1":
+            began.append(host.now)
+        return 9.0 if worker == "worker-1" else 1.0
+
+    spec = job(workers=2, consistency={"mode": "ringmaster", "r": 1, "stop": True}, run={"epochs": 3})
+    host = VirtualCluster(spec, Problem(GRID, START, quadratic), compute_s, timing=Timing(0.0, interrupts=interrupts))
+    report = host.run().servers[0].report()
+    assert [round(at - began[0]) for at in began[:3]] == expected
+    assert (report.pushes["applied"], report.pushes["requeued"]) == (3 * BATCHES, 0)
+
+
+@pytest.mark.parametrize("pipeline", [0, 2])
+def test_a_worker_whose_server_is_gone_before_it_looks_begins_anew(pipeline: int) -> None:
+    consistency = {"mode": "ringmaster", "r": 3, "stop": True}
+    spec = job(consistency=consistency, scaling={"pipeline": pipeline}, failure={"max_failures": -1})
+    host = VirtualCluster(spec, Problem(GRID, START, quadratic), lambda worker, batch: 1.0)
+    host.after(3.5, host.kill_server, 0)
+    report = host.run().servers[0].report()
+    assert (report.version.incarnation, report.pushes["applied"]) == (2, BATCHES)
+
+
 def test_servers_are_refused_that_would_hold_nothing() -> None:
     with pytest.raises(ValueError, match="servers is 7, but the model has 6 parameters"):
         run(scaling={"servers": 7})

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 import pytest
@@ -72,6 +73,7 @@ class FakeLane:
     kind: LaneKind = "ray"
     slots: list[FloatArray] = field(default_factory=list)  # the worker's memory, as far as it is this partition's
     segments: list[int] = field(default_factory=list)  # where each connection's memory lies
+    pendings: list[ReferenceType[FakePending]] = field(default_factory=list)
 
     def connect(self, segment: Segment, part: slice) -> FakeLane:
         self.slots = [slot.weights[part] for slot in segment.slots]
@@ -98,7 +100,9 @@ class FakeLane:
         self.calls.append("push and pull" if wants else "push")
         self.pushes.append(copied(gradient))
         self.shown.append(self.slots[slot].copy())
-        return FakePending(self, gradient, self.slots[slot] if wants else None)
+        pending = FakePending(self, gradient, self.slots[slot] if wants else None)
+        self.pendings.append(ref(pending))
+        return pending
 
 
 @dataclass
@@ -325,12 +329,20 @@ def test_a_pipeline_computes_ahead_while_so_many_pushes_are_under_way(pipeline: 
     assert most == pipeline + 1
     assert under_way == 0
     assert lane.calls.count("pull") == pipeline + 1
-    # The weights of a batch are those that came with the push before at the same desk.
+    # The weights of a batch are those that came with the push before in the same slot.
     assert [gradient.read.updates for gradient in lane.pushes] == [*[0] * (pipeline + 1), *range(1, 6 - pipeline)]
     for gradient, weights in zip(lane.pushes, lane.shown, strict=True):
         expected = np.empty(SIZE, np.float32)
         worker_of().gradient(gradient.batch, weights, expected)
         np.testing.assert_array_equal(gradient.values, expected)
+
+
+@pytest.mark.parametrize("pipeline", [0, 2])
+def test_nothing_is_kept_of_pushes_that_are_answered(pipeline: int) -> None:
+    lane = lane_of()
+    worker = worker_of(lane, pipeline=pipeline)
+    worker.work(LEASE, never)
+    assert [pending() for pending in lane.pendings] == [None] * 3
 
 
 def test_a_stopped_pipeline_waits_for_what_is_under_way() -> None:
