@@ -84,7 +84,9 @@ def check_two_classes(name: str, labels: NDArray[Any], classes: Classes | None, 
 
 def _kind(raw: RawArray) -> str:
     if raw.values.dtype.kind not in KINDS:
-        raise DataError(f"{raw.name} has dtype {raw.values.dtype}; expected integers, floats, bools or text")
+        raise DataError(
+            f"{raw.name} has dtype {raw.values.dtype}; expected integers, floats, bools or text: convert it first"
+        )
     return KINDS[raw.values.dtype.kind]
 
 

@@ -34,7 +34,7 @@ class Model(Protocol):
 
         Args:
             weights: named tensors, not to be written to: they are views of a buffer that the next pull overwrites.
-            features: the batch's examples.
+            features: the batch's examples, as a copy that the model may change in place.
             labels: the batch's labels.
             gradient: named tensors to overwrite with the gradient of the batch's *mean* loss, every element of every
                 tensor. For a buffer of the model: the value read minus the new value.

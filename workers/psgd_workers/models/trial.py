@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,25 +31,22 @@ def draw_weights(model: Model, seed: int) -> Mapping[str, FloatArray]:
     """
     try:
         tensors = model.initial_weights(seed)
+        if isinstance(tensors, Mapping):
+            return {name: _checked(name, np.asarray(tensor)) for name, tensor in tensors.items()}
     except ModelError:
         raise
     except Exception as error:  # a model of the user's may raise anything
         raise ModelError(f"the model's initial_weights({seed}) raised {type(error).__name__}: {error}") from error
-    if not isinstance(tensors, Mapping):
-        raise ModelError(
-            f"the model's initial_weights returned a {type(tensors).__name__}; expected a dict of named arrays"
-        )
-    for name, tensor in tensors.items():
-        _check_tensor(name, tensor)
-    return tensors
+    raise ModelError(
+        f"the model's initial_weights returned a {type(tensors).__name__}; expected a dict of named arrays"
+    )
 
 
-def _check_tensor(name: object, tensor: object) -> None:
-    values = np.asarray(tensor)
+def _checked(name: object, values: NDArray[Any]) -> NDArray[Any]:
     if not isinstance(name, str) or values.dtype.kind not in "biuf":
         raise ModelError(
-            f"initial weights {name!r} are a {type(tensor).__name__} of {values.dtype}; expected a name and an array "
-            "of float32"
+            f"the model's initial_weights returned {name!r} with dtype {values.dtype}; expected a name and an array of "
+            "float32"
         )
     with np.errstate(over="ignore"):
         finite = np.isfinite(values.astype(np.float32, copy=False)).all()
@@ -57,6 +55,7 @@ def _check_tensor(name: object, tensor: object) -> None:
             f"initial weights {name!r} hold values that are not finite in float32: initialise them (a constant such as "
             "a mask of a torch module is no weight: register_buffer(..., persistent=False))"
         )
+    return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,9 +267,10 @@ def test_what_fails_in_validation_alone_is_found() -> None:
     [
         (None, "initial_weights returned a NoneType; expected a dict of named arrays"),
         ([np.zeros(3)], "initial_weights returned a list; expected a dict of named arrays"),
-        ({"w": None}, "initial weights 'w' are a NoneType of object; expected a name and an array of float32"),
-        ({"w": np.zeros(3, np.complex64)}, "initial weights 'w' are a ndarray of complex64"),
-        ({0: np.zeros(3)}, "initial weights 0 are a ndarray of float64; expected a name"),
+        ({"w": None}, "initial_weights returned 'w' with dtype object; expected a name and an array of float32"),
+        ({"w": np.zeros(3, np.complex64)}, "initial_weights returned 'w' with dtype complex64"),
+        ({0: np.zeros(3)}, "initial_weights returned 0 with dtype float64; expected a name"),
+        ({"w": nn.Parameter(torch.zeros(3))}, "initial_weights(0) raised RuntimeError: Can't call numpy() on Tensor"),
         ({"w": np.array([0, np.nan])}, "initial weights 'w' hold values that are not finite in float32: initialise"),
         ({"w": np.array([1e300])}, "initial weights 'w' hold values that are not finite in float32"),
     ],
