@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from rich.table import Table
 
 from psgd.core.server.journal import plain
@@ -54,7 +55,7 @@ def run(spec: JobSpec | Mapping[str, Any], options: Mapping[str, Any], html: Pat
         console.print(told, soft_wrap=True)
     console.print(_table(results))
     if html:
-        lead = f"{workers} workers, {_described(section)} virtual seconds a gradient, seed {section.seed}."
+        lead = f"{workers} workers, {_described(section.delays)} virtual seconds a gradient, seed {section.seed}."
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(comparison.page(results, lead), encoding="utf-8")
         console.print(f"figures: {html}", soft_wrap=True)
@@ -67,10 +68,12 @@ def _with_options(spec: JobSpec, options: Mapping[str, Any]) -> JobSpec:
     return parse_spec(tree | {"simulate": (tree.get("simulate") or {}) | given}, "the job with these options")
 
 
-def _described(section: SimulateConfig) -> str:
+def _described(delays: BaseModel) -> str:
     """Return the delays in a form for people, such as `lognormal, mu 0, sigma 1`."""
-    name, *parameters = section.delays.model_dump().items()
-    return ", ".join([str(name[1]), *(f"{parameter} {value}" for parameter, value in parameters)])
+    (_, name), *parameters = delays
+    values = [(key, _described(value) if isinstance(value, BaseModel) else value) for key, value in parameters]
+    texts = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values]
+    return ", ".join([name, *texts])
 
 
 def _subject(job: JobSpec, section: SimulateConfig) -> Subject:

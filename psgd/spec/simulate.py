@@ -17,7 +17,6 @@ from pydantic import BaseModel, BeforeValidator, Field, Strict, model_validator
 
 from psgd.spec.consistency import ConsistencySpec
 from psgd.spec.correction import CorrectionSpec
-from psgd.spec.yaml_values import read_yaml
 from psgd_workers.spec import Count, Spec, Whole
 
 __all__ = [
@@ -206,6 +205,8 @@ def expand_modes(given: Any, own: ConsistencySpec | None = None) -> Any:
 def _expand_mode(given: Any, own: ConsistencySpec | None) -> Any:
     if not isinstance(given, str):
         return given
+    from psgd.spec.yaml_values import read_yaml  # processes of a cluster import this module, and read no YAML
+
     mode, *settings = given.strip().split(":")
     if not mode:
         raise ValueError("expected modes, such as async,ringmaster:r=32,bsp; one of them is empty")

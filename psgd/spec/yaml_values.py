@@ -53,7 +53,8 @@ class _Loader(yaml.SafeLoader):
             self._check(event)
             return super().compose_node(parent, index)
         if event.tag is not None:
-            raise _refusal(f"tags such as {event.tag!r:.80} are not read: write the value without", event)
+            tag = event.tag.replace(PREFIX, "!!")
+            raise _refusal(f"tags such as {tag:.80} are not read: write the value without one", event)
         self._depth += 1
         self._values += 1
         self._check(event)
@@ -79,19 +80,28 @@ class _Loader(yaml.SafeLoader):
             return PREFIX + "str"
         return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return the fields, with those of `<<` behind them unless they are given.
+
+        PyYAML merges later, and takes the wrong one of two values where what is merged was itself merged.
+        """
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        fields = {}
         for key, value in node.value:
             if key.tag == PREFIX + "merge":
                 continue
-            if key.tag != PREFIX + "str":
-                given = f"{key.value!r:.80}" if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
-                decimal = "; a decimal has a point, not a comma" if value.tag == PREFIX + "null" else ""  # {lr: 0,1}
-                raise _refusal(f"a field's name must be text: write {given} in quotes{decimal}", key)
-            if key.value in seen:
+            _check_name(key, value)
+            if key.value in fields:
                 raise _refusal(f"{key.value!r:.80} is given twice", key)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+            fields[key.value] = (key, value)
+        for key, value in node.value:
+            if key.tag == PREFIX + "merge":
+                for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if not isinstance(merged, yaml.MappingNode):
+                        raise _refusal("'<<' takes the fields of a mapping, and this is none", merged)
+                    fields = {name.value: (name, each) for name, each in merged.value} | fields
+        node.value = list(fields.values())
+        return node
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         """Return the number, decimal also with a leading zero, which YAML 1.1 takes for octal."""
@@ -126,6 +136,13 @@ def read_yaml(text: str, source: str, limit: int = VALUE_LIMIT) -> Any:
         raise SpecError(f"{source} is not YAML that can be read: {reason:.200}") from error
 
 
+def _check_name(key: yaml.Node, value: yaml.Node) -> None:
+    if key.tag != PREFIX + "str":
+        given = f"{key.value!r:.80}" if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+        decimal = "; a decimal has a point, not a comma" if value.tag == PREFIX + "null" else ""  # {lr: 0,1}
+        raise _refusal(f"a field's name must be text: write {given} in quotes{decimal}", key)
+
+
 def _refusal(problem: str, at: Any) -> yaml.MarkedYAMLError:
     """Return an error at the place of an event or a node."""
     return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
@@ -146,5 +163,6 @@ HINTS = {  # part of PyYAML's message -> what to do
     "mapping values are not allowed": ". Fields of one section begin in the same column; text with ': ' needs quotes",
     "could not find expected ':'": ". A field is written NAME: VALUE, with a space after the colon",
     "expected ',' or": ". A bracket or a brace is not closed, or a comma is missing",
+    "another document": ". A job is one document: leave '---' out",
     "expected <block end>": ". Fields of one section begin in the same column",
 }

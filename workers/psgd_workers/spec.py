@@ -77,7 +77,7 @@ def _factory(given: str) -> str:
     """Refuse what cannot be imported, with what was probably meant."""
     if re.fullmatch(FACTORY_PATTERN, given) and ".py:" not in given:
         return given
-    path = given.replace("/", ".").replace(".py:", ":").strip(".")
+    path = given.replace("/", ".").replace(".py:", ":").removesuffix("()").strip(".")
     if path.endswith(".py") or not re.search("[.:]", path):
         path = path.removesuffix(".py") + ":build"
     elif ":" not in path:

@@ -285,12 +285,13 @@ def test_one_simulated_worker_computes_what_a_serial_loop_does(psgd: Any) -> Non
 def test_a_page_is_written(psgd: Any) -> None:
     code, _, err = psgd(
         *("--model", "quadratic", "--pushes", "300", "--size", "8", "--workers", "4"),
-        *("--modes", "async,rennala:s=2", "--html", "out/page.html"),
+        *("--modes", "async,rennala:s=2", "--html", "out/page.html", "--delays", "slow:20,gamma,100,0.01"),
     )
     assert code == 0, err
     page = Path("out/page.html").read_text()
     assert page.count("<svg") == 7
     assert "rennala:s=2" in page
+    assert "4 workers, slow, factor 20, base gamma, shape 100, scale 0.01 virtual seconds a gradient, seed 0." in page
 
 
 @pytest.mark.parametrize(

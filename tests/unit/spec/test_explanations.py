@@ -10,8 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from psgd.errors import SpecError
 from psgd.spec import JobSpec
-from psgd.spec.explanations import models_of
-from psgd.spec.reader import parse_spec
+from psgd.spec.places import field_paths, models_of
+from psgd.spec.reader import parse_spec, with_setting
 from psgd.spec.yaml_values import read_yaml
 
 JOB: dict[str, Any] = {
@@ -72,6 +72,8 @@ $ optimizer: {lr: [0,1]}
     optimizer.lr: expected a number, not [0, 1]
 $ optimizer: {lr: "0,1"}
     optimizer.lr: expected a number, not '0,1'; a decimal has a point, 0.1
+$ optimizer: {lr: 2001-99-99}
+    optimizer.lr: expected a number, not '2001-99-99'
 $ optimizer: {lr: -1}
     optimizer.lr: expected a number above 0, not -1
 $ optimizer: {lr: }
@@ -160,6 +162,30 @@ $ 'run:{epochs': 3
 $ model: {kind: torch, path: 'a:b', width: 3}
     model.width: unknown field; the fields are device, kind, kwargs, loss, path; arguments of your own function
     go into kwargs
+$ run: {epochs: 1, target: val/accuracy}
+    run.target: expected fields, not 'val/accuracy'; for example target: {metric: val/accuracy, value: 0.97}
+$ version: '1'
+    version: expected 1, not '1'
+$ optimizer: {lr: 1, adam: {}}
+    optimizer.adam: unknown field; write name: adam, and its fields beside it
+$ model: {mlp: {}}
+    model: missing 'kind', which says what the other fields mean: one of linear, mlp, python, torch; write kind: mlp
+$ optimizer: {name: torch.optim.Adam, lr: 1}
+    optimizer.name: expected one of sgd, adagrad, adam, adamw, delayed_nesterov, not 'torch.optim.Adam'; did you
+    mean 'adam'?
+$ scaling: {parameter_servers: 2}
+    scaling.parameter_servers: unknown field; did you mean 'servers'?
+$ scaling: {ps: 2}
+    scaling.ps: unknown field; did you mean 'servers'?
+$ compression: {name: fp16, k: 2}
+    compression.k: unknown field; the fields are name
+$ optimizer: {lr: 1, schedule: {name: step, every: 1, gamma: 0.1}}
+    optimizer.schedule.gamma: unknown field; did you mean 'factor'?
+$ optimizer: {lr: 1, nesterov_momentum: true}
+    optimizer.nesterov_momentum: unknown field; did you mean 'momentum' or 'nesterov'?
+$ '': 3
+    '': unknown field; the fields are checkpoint, compression, consistency, correction, data, failure, model, name,
+    optimizer, run, scaling, seed, simulate, version
 # Missing fields
 $ model: {kind: torch}
     model.path: missing (The function that makes the `nn.Module`, as `package.module:function`. Workers import
@@ -203,6 +229,35 @@ def test_a_value_is_shown_shortened(digits: int, answer: str) -> None:
     assert said("seed: " + "1" * digits) == answer
 
 
+def test_many_mistakes_and_long_names_make_a_short_answer() -> None:
+    answer = said("{" + ", ".join(f"x{n}: 1" for n in range(1001)) + "}")
+    assert answer.startswith("x0: unknown field; the fields are checkpoint, ")
+    assert answer.endswith(" | and 981 more")
+    assert answer.count(" | ") == 20
+    assert said(f"? {'y' * 5000}\n: 1").startswith(f"{'y' * 57}...: unknown field")
+
+
+def test_names_of_fields_that_python_gives_are_text() -> None:
+    with pytest.raises(SpecError, match=r"  optimizer\.7: expected text as a field's name, not 7"):
+        parse_spec(JOB | {"optimizer": {"lr": 0.1, 7: 1}}, "it")
+    with pytest.raises(SpecError, match=r"  model\.kwargs\.7: expected text, not 7"):
+        parse_spec(JOB | {"model": {"kind": "python", "path": "a:b", "kwargs": {7: 1}}}, "it")
+
+
+@pytest.mark.parametrize("tree", ["job", [1], None, 10**5000], ids=lambda tree: type(tree).__name__)
+def test_a_job_is_a_mapping(tree: Any) -> None:
+    with pytest.raises(
+        SpecError, match=r"it is not a valid job:\n  (job: )?(expected fields, not|empty; give its fields)"
+    ):
+        parse_spec(tree, "it")
+
+
+def test_numbers_too_long_to_print_are_refused_all_the_same() -> None:
+    for section in ({"name": 10**5000}, {"model": {"kind": "mlp", "hidden": 10**5000}}, {"seed": 10**5000}):
+        with pytest.raises(SpecError, match="a number of 5,001 digits"):
+            parse_spec(JOB | section, "it")
+
+
 def test_a_missing_section_is_shown() -> None:
     with pytest.raises(SpecError, match=r"  optimizer: missing; for example optimizer: \{name: sgd, lr: 0\.1\}"):
         parse_spec({name: section for name, section in JOB.items() if name != "optimizer"}, "it")
@@ -227,6 +282,16 @@ def test_no_field_takes_a_boolean_for_a_number_or_a_name(spec: type[BaseModel]) 
             with pytest.raises(ValidationError) as refused:
                 spec.model_validate({name: given})
             assert [error for error in refused.value.errors() if error["loc"][0] == name], name
+
+
+@pytest.mark.parametrize("path", field_paths(JobSpec))
+def test_no_answer_names_a_class(path: str) -> None:
+    names = "|".join(spec.__name__ for spec in SPECS)
+    for value in ("'x'", "val/accuracy", "iris", "adam", "3", "[3]", "null", "true", "{}", "{x: 1}", "{name: x}"):
+        try:
+            parse_spec(with_setting(JOB, f"{path}={value}"), "it")
+        except SpecError as refused:
+            assert not re.search(rf"\b({names})\b", str(refused))  # noqa: PT017
 
 
 def test_every_example_is_a_job_that_can_be_given() -> None:

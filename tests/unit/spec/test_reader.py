@@ -121,7 +121,7 @@ def test_what_is_no_number_is_refused(load: Load, written: str) -> None:
         (TEXT.replace("epochs", "epoch"), r"run\.epoch: unknown field; did you mean 'epochs'\?"),
         (TEXT.replace("lr:", "learning_rat:"), r"did you mean 'learning_rate'\?"),
         (TEXT + "scalling: {workers: 3}", r"scalling: unknown field; did you mean 'scaling'\?"),
-        (TEXT + "consistency: {mode: bsp, slack: 3}", r"consistency\.slack: unknown field; the fields are mode"),
+        (TEXT + "consistency: {mode: bsp, depth: 3}", r"consistency\.depth: unknown field; the fields are mode"),
         (TEXT.replace("epochs: 3", "epochs: 3, target: {metrik: x}"), r"run\.target\.metrik: .* 'metric'\?"),
     ],
 )

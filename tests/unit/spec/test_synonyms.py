@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from psgd.spec import JobSpec
-from psgd.spec.explanations import field_paths
+from psgd.spec.places import field_paths
 from psgd.spec.synonyms import FIELDS, VALUES
 
 

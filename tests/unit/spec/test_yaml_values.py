@@ -41,6 +41,11 @@ def read(text: str) -> Any:
         ("'yes'", "yes"),
         ("{a: [1, b], c: {d: null}}", {"a": [1, "b"], "c": {"d": None}}),
         ("[&a [1], *a]", [[1], [1]]),
+        (
+            "{n: {b: &b {<<: {x: 1, y: 2}, y: 3}}, c: {<<: *b}}",
+            {"n": {"b": {"x": 1, "y": 3}}, "c": {"x": 1, "y": 3}},
+        ),
+        ("{<<: [{x: 1}, {x: 2, y: 3}], y: 4}", {"x": 1, "y": 4}),
         ("{a: &a {x: 1, y: 2}, b: {<<: *a, y: 3}}", {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}),
     ],
 )
@@ -59,7 +64,7 @@ def test_dates_times_and_other_bases_are_text(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("!!float abc", "tags such as .*float.* are not read"),
+        ("!!float abc", "tags such as !!float are not read: write the value without one"),
         ("!!bool 7", "tags such as"),
         ("!!python/object:os.system x", "tags such as"),
         ("! x", "tags such as"),
@@ -79,6 +84,8 @@ def test_dates_times_and_other_bases_are_text(text: str) -> None:
         ("{7: x}", "a field's name must be text: write '7' in quotes"),
         ("{on: 1}", "write 'on' in quotes"),
         ("{[a]: 1}", "a field's name must be text"),
+        ("{<<: 3}", "'<<' takes the fields of a mapping, and this is none"),
+        ("{<<: [{a: 1}, 3]}", "'<<' takes the fields of a mapping, and this is none"),
         ("{lr: 0,1}", "a decimal has a point, not a comma"),
         ('"\\U00110000"', "not YAML"),
         ("%YAML 1." + "9" * 5000 + "\n--- a", "not YAML"),
