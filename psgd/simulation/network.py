@@ -83,7 +83,7 @@ class Network:
                 worker.lose_lane("no receipt came")
 
     def _arrive(self, worker: VirtualWorker, slot: PipelineSlot, gradients: Mapping[int, Gradient]) -> None:
-        """Parts of a push reach their servers, all of them before anybody hears what became of it."""
+        """Parts of a push reach their servers at the same moment."""
         cluster = self._cluster
         lead = cluster.servers.get(0)
         updates = lead.version.updates if lead else 0

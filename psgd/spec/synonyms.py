@@ -33,7 +33,7 @@ FIELDS = {
     "beta2": "betas",
     "epsilon": "eps",
     "l2": "weight_decay",
-    "clip_value": "clip_value",
+    "clipvalue": "clip_value",
     "clipnorm": "max_grad_norm",
     "clip_norm": "max_grad_norm",
     "grad_clip": "max_grad_norm",

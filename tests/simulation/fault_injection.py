@@ -364,7 +364,7 @@ def run_with_faults(
             server=server,
             server_observer=audit.observe,
         ).run(MAX_EVENTS, MAX_S)
-        if cluster.finish and cluster.finish.status != "unsaved":  # else somebody resumes it
+        if cluster.finish and cluster.finish.status != "unsaved":  # else a new driver resumes it
             audit.check_end(cluster, run.epochs)
             return Outcome(cluster, audit)
         resume = cluster.newest_checkpoint

@@ -67,6 +67,7 @@ class Leasing:
     def lease(self, now: float) -> list[Action]:
         """Lease batches to every worker below its quota. Return what the host must do."""
         self._actions = []
+        self._held = {name: lease for name, lease in self._held.items() if self._ledger.in_doubt(lease)}
         if self.in_lockstep:
             self._lease_rounds(now)
         elif self._left():
@@ -74,7 +75,7 @@ class Leasing:
                 for worker in [
                     worker for worker in self._worker_table.below_quota.values() if len(worker.leases) == ahead
                 ]:
-                    if not self._is_held(worker) and (left := self._left()):
+                    if worker.name not in self._held and (left := self._left()):
                         size = self._size(worker, left)
                         self._grant(worker, self._ledger.grant(size, self._worker_table.home(worker)), now)
         elif now >= self._look_at:
@@ -105,15 +106,10 @@ class Leasing:
             worker.joined = False
         return [Leave(worker.name) for worker in idle]
 
-    def _is_held(self, worker: WorkerRecord) -> bool:
-        if self._held and not self._ledger.in_doubt(self._held.get(worker.name, -1)):
-            self._held.pop(worker.name, None)
-        return worker.name in self._held
-
     def _share(self, now: float) -> None:
         """Share the longest leases with idle workers, one after the other, while that pays off."""
         for idle in [worker for worker in self._worker_table.below_quota.values() if not worker.leases]:
-            if not self._is_held(idle) and not self._take_over(idle, now):
+            if idle.name not in self._held and not self._take_over(idle, now):
                 self._look_at = now + LOOK_S
                 break
 
@@ -188,7 +184,7 @@ class Leasing:
     def _lease_rounds(self, now: float) -> None:
         """Lease whole blocks of rounds to all workers at once, as soon as no worker has a second block queued."""
         workers = [worker for worker in self._worker_table.up if not worker.draining]
-        if not workers or any(len(worker.leases) > 1 or self._is_held(worker) for worker in workers):
+        if not workers or any(len(worker.leases) > 1 or worker.name in self._held for worker in workers):
             return
         if self._ledger.suspects:
             if not any(worker.leases for worker in workers):
