@@ -29,7 +29,9 @@ class Result:
 
     `metrics` has `train/loss`, `val/loss`, `val/accuracy`, `perf/updates_per_s`, `perf/samples_per_s`,
     `perf/bytes_per_push`, `compression/residual_norm` and `async/staleness_{mean,p50,p95,max}`; a metric that was not
-    measured is None. `perf/*_per_s` are rates from the first applied gradient of this process to the last.
+    measured is None. `train/epoch` and `val/epoch` are the epochs, from 1, that the losses and the accuracy are of; a
+    fraction if the validated weights are those of a run that ended within an epoch. `perf/*_per_s`
+    are rates from the first applied gradient of this process to the last.
     """
 
     status: Status

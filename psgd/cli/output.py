@@ -17,6 +17,7 @@ COLOURS = {"failed": "red", "unsaved": "red", "interrupted": "yellow"}
 SHOWN = {
     "validation accuracy": ("val/accuracy", "{:.4f}"),
     "validation loss": ("val/loss", "{:.4f}"),
+    "validated at epoch": ("val/epoch", "{:.4g}"),
     "training loss": ("train/loss", "{:.4f}"),
     "updates/s": ("perf/updates_per_s", "{:.0f}"),
     "staleness, mean": ("async/staleness_mean", "{:.2f}"),
@@ -41,7 +42,7 @@ def print_result(result: Result) -> None:
     took = f"{result.epochs} epochs, {result.updates} updates in {result.duration_s:.1f} s"
     console.print(status, f"{result.name}: {took}", soft_wrap=True)
     for title, (metric, form) in SHOWN.items():
-        if (value := result.metrics[metric]) is not None:
+        if (value := result.metrics.get(metric)) is not None:
             console.print(f"  {title:<20} {form.format(value)}")
     console.print(f"  {'run directory':<20} {result.path}", soft_wrap=True)
     if result.error:

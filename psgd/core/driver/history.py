@@ -8,7 +8,7 @@ from psgd.core.server.report import Report
 
 __all__ = ["History"]
 
-RECENT = 64  # epochs that are kept: more than can become complete between two looks at the status
+RECENT = 256  # epochs that are kept: many more than can become complete between two looks at the status
 
 
 class History:

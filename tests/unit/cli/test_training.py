@@ -75,6 +75,15 @@ def test_how_a_run_ended_is_the_exit_code(
     assert "a model's own print" in err
 
 
+def test_the_summary_names_the_epoch_that_was_validated(psgd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics: dict[str, float | None] = {"val/accuracy": 0.9, "val/epoch": 6.0}
+    ended = replace(result("interrupted"), epochs=7, metrics=metrics)
+    monkeypatch.setattr("psgd.cluster.run.run_job", lambda *_, **__: ended)
+    told = psgd("train", "job.yaml")[2].splitlines()
+    assert told[0].startswith("interrupted iris: 7 epochs")
+    assert told[1:3] == ["  validation accuracy  0.9000", "  validated at epoch   6"]
+
+
 def test_a_run_that_fails_by_raising_is_failed_not_refused(psgd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> Result:
         raise RunFailedError("scripted", result("failed"))
