@@ -154,7 +154,8 @@ def _next(inbox: SimpleQueue[int | None], install: Callable[[], None]) -> int | 
 def _tell(message: str, waits: bool) -> None:
     again = ". The same signal again ends it at once" if waits else ""
     with suppress(OSError):  # there is nobody to read it any more
-        print(f"psgd: {message}{again}", file=sys.stderr, flush=True)  # noqa: T201
+        sys.stderr.write(f"psgd: {message}{again}\n")  # in one piece: the work may write at the same moment
+        sys.stderr.flush()
 
 
 def _let_go(terminals: list[int]) -> None:
