@@ -103,7 +103,7 @@ def _limits() -> str:
 def _connect(address: str) -> None:
     shipped = {} if os.environ.get(SHIPPED) else {"py_modules": py_modules(), "excludes": ["__pycache__"]}
     try:
-        ray.init(address=address, runtime_env=shipped, logging_level=logging.WARNING)
+        ray.init(address=address, runtime_env=shipped, logging_level=logging.ERROR)
     except AuthenticationError as error:
         raise ClusterError(f"the cluster at {address} refused this driver: {error}") from error
     except ConnectionError as error:

@@ -161,7 +161,7 @@ def test_a_submitted_job_is_followed_by_status_and_logs(cluster: Cluster, comman
     eventually(lambda: job_status(command, cluster, "digits") not in ("PENDING", "RUNNING"), LIMIT_S)
     assert job_status(command, cluster, "digits") == "SUCCEEDED"
     told = json.loads(command.run("status", "digits", "--address", cluster.dashboard).stdout)
-    assert told["progress"].startswith("epoch 3/3 done  loss ")
+    assert told["progress"].startswith("epoch 3/3  loss ")
     assert "finished digits: 3 epochs" in command.run("logs", "digits", "--address", cluster.dashboard).stdout
     assert json.loads((storage / "digits" / "result.json").read_text())["status"] == "finished"
     assert json.loads(command.run("status", "digits", "--storage", str(storage)).stdout)["epochs"] == 3
