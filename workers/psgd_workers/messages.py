@@ -158,8 +158,8 @@ class Gradient(NamedTuple):
     """One push: the gradient of one batch's mean loss, cut to one partition, and metadata of the whole gradient.
 
     `worker`, `slot` and `number` identify a push: they are the same in every partition, and differ from those of every
-    other push of that worker process. An encoded gradient holds the values of trained tensors only. The changes of
-    buffers are never compressed, and are sent in `buffers`.
+    other push of that worker process. An encoded gradient holds the values of trained tensors only. The gradient of
+    buffers is never compressed, and is sent in `buffers`.
     """
 
     worker: str
@@ -170,9 +170,9 @@ class Gradient(NamedTuple):
     read: Version  # version of this partition that the gradient was computed from
     values: FloatArray | Encoded  # [partition size]; if encoded, [number of trained values in the partition]
     loss: float  # mean over the batch's examples
-    norm: float  # Euclidean, of the whole gradient over all partitions; inf or nan if the gradient is not finite
+    norm: float  # Euclidean, of the trained tensors over all partitions; inf or nan if any value is not finite
     compute_s: float  # seconds spent backpropagating
-    buffers: FloatArray | None = None  # with an encoded gradient: changes of the partition's buffers
+    buffers: FloatArray | None = None  # with an encoded gradient: gradient of the partition's buffers
     weights_read: FloatArray | None = None  # [partition size]; sent if the job's correction needs it
     others: tuple[Version, ...] = ()  # versions read of the other partitions, in partition order
     carries: int = 0  # number of the push whose compression remainder is added to the values; 0: none

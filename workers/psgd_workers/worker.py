@@ -136,7 +136,7 @@ class Worker:
             WorkerError: the model's own code raised.
         """
         if self._local_weights is None:
-            return self._backpropagate(batch, self._shards.examples(batch), weights, out, batch_seed(self._seed, batch))
+            return self._backpropagate(batch, self._shards.rows(batch), weights, out, batch_seed(self._seed, batch))
         assert self._worker_options.local
         local = self._local_weights
         trainable = self._layout.num_trainable
@@ -147,7 +147,7 @@ class Worker:
             out[:trainable] *= self._worker_options.local.lr
             local -= out
         np.subtract(weights, local, out=out)
-        return total / len(self._shards.examples(batch))
+        return total / len(self._shards.rows(batch))
 
     def _backpropagate(
         self, batch: BatchId, rows: NDArray[np.int64], weights: FloatArray, out: FloatArray, seed: int
@@ -288,7 +288,7 @@ class Worker:
         weights, values = self._memory[slot]
         loss, norm, compute_s = self._last_metadata
         versions = self._loop.slots[slot].reads
-        examples = len(self._shards.examples(batch))
+        examples = len(self._shards.rows(batch))
         gradients = self._senders[slot].gradients(batch, examples, versions, values, weights, loss, norm, compute_s)
         self._pending[slot] = [
             lane.push(gradient, slot, wants) for lane, gradient in zip(self._lanes, gradients, strict=True)

@@ -88,7 +88,7 @@ def test_bytes_become_what_floats_become_bit_for_bit(kind: Normalization, pixels
 def test_one_part_of_bytes_and_one_of_floats_come_to_what_floats_alone_come_to(kind: Normalization, kept: str) -> None:
     rng = np.random.default_rng(0)
     train, held = (rng.integers(256, size=(rows, 3), dtype=np.uint8) for rows in (20, 10))
-    fractions = train / np.float32(7), held  # what float32 cannot hold exactly, and bytes
+    fractions = train / np.float32(7), held  # values that float32 cannot hold exactly, and uint8
     parts = fractions if kept == "validation" else (train, held / np.float32(7))
     expected = normalized(kind, *(part.astype(np.float32) for part in parts))
     for part, floats in zip(normalized(kind, *(part.copy() for part in parts)), expected, strict=True):
@@ -100,6 +100,6 @@ def test_a_large_array_is_done_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -
     table = np.random.default_rng(1).random((101, 7), np.float32)
     pieces = table.copy()
     normalize("standardize", examples(table))
-    monkeypatch.setattr(module, "PIECE", 16)
+    monkeypatch.setattr(module, "PIECE_SIZE", 16)
     normalize("standardize", examples(pieces))
     np.testing.assert_allclose(pieces, table, rtol=1e-5, atol=1e-6)
