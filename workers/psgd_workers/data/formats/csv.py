@@ -136,8 +136,8 @@ def _parse_numbers(where: str, names: list[str], cells: list[str]) -> list[float
     if not all(map(math.isfinite, numbers)):
         name, cell = next((n, c) for n, c in zip(names, cells, strict=True) if not math.isfinite(_parse_number(c)))
         raise DataError(
-            f"{where}, column {name!r}: {cell!r} is not a finite number; encode it as a number, fill it in, or drop the "
-            "row"
+            f"{where}, column {name!r}: {cell!r} is not a finite number; encode it as a number, fill it in, or drop "
+            "the row"
         )
     return numbers
 
