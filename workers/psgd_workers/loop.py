@@ -45,14 +45,14 @@ __all__ = [
 ]
 
 
-# Events and actions of every batch are named tuples: creating one takes half the time of a dataclass.
+# Classes of which every batch creates objects are named tuples: that takes half the time of a dataclass.
 
 # Events ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseGranted:
-    """The worker has been given a lease. The lease before has ended."""
+    """The worker was given a lease, after its previous lease ended."""
 
     lease: int
     batches: Sequence[BatchId]  # in the order of work

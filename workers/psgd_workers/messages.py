@@ -1,4 +1,4 @@
-"""Messages between workers, servers and the driver: immutable values with almost no behaviour.
+"""Messages between workers, servers and the driver: immutable values.
 
 A `BatchId` names one batch of the whole run. Within one epoch the batches are also numbered from 0, shard by shard: the
 number of a batch is its *position*, and `EpochGrid` translates between the two. Leases and applied sets use positions,

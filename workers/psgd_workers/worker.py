@@ -171,7 +171,7 @@ class Worker:
         return entry[1]
 
     @property
-    def lanes(self) -> tuple[LaneKind, ...]:
+    def lane_kinds(self) -> tuple[LaneKind, ...]:
         """Return the kind of lane to each partition; empty while the worker is not connected."""
         return tuple(lane.kind for lane in self._lanes)
 

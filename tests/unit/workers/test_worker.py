@@ -65,7 +65,7 @@ class FakeLane:
     at: Version = START
     calls: list[str] = field(default_factory=list)
     pushes: list[Gradient] = field(default_factory=list)
-    shown: list[FloatArray] = field(default_factory=list)  # weights that each push was computed from
+    weights_read: list[FloatArray] = field(default_factory=list)  # weights that each push was computed from
     limits: list[float] = field(default_factory=list)
     spoil: Callable[[Receipt], Receipt] = lambda receipt: receipt
     outcome: Outcome = Outcome.APPLIED
@@ -99,7 +99,7 @@ class FakeLane:
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
         self.calls.append("push and pull" if wants else "push")
         self.pushes.append(copied(gradient))
-        self.shown.append(self.slots[slot].copy())
+        self.weights_read.append(self.slots[slot].copy())
         pending = FakePending(self, gradient, self.slots[slot] if wants else None)
         self.pendings.append(ref(pending))
         return pending
@@ -211,7 +211,7 @@ def test_a_gradient_is_that_of_the_weights_it_says_it_read() -> None:
     lane = lane_of()
     lane.weights = np.random.default_rng(3).standard_normal(SIZE, dtype=np.float32)
     worker_of(lane).work(LEASE, never)
-    for gradient, weights in zip(lane.pushes, lane.shown, strict=True):
+    for gradient, weights in zip(lane.pushes, lane.weights_read, strict=True):
         expected = np.empty(SIZE, np.float32)
         loss = worker_of().gradient(gradient.batch, weights, expected)
         np.testing.assert_array_equal(gradient.values, expected)
@@ -299,7 +299,7 @@ def test_a_second_lease_goes_by_the_lanes_of_the_first() -> None:
     for _ in range(2):
         worker.work(LEASE, never)
     assert len(lane.segments) == 1
-    assert worker.lanes == ("ray",)
+    assert worker.lane_kinds == ("ray",)
 
 
 def test_a_server_that_cannot_be_reached_leaves_no_lane_open() -> None:
@@ -331,7 +331,7 @@ def test_a_pipeline_computes_ahead_while_so_many_pushes_are_under_way(pipeline: 
     assert lane.calls.count("pull") == pipeline + 1
     # The weights of a batch come with the receipt of the previous push in the same slot.
     assert [gradient.read.updates for gradient in lane.pushes] == [*[0] * (pipeline + 1), *range(1, 6 - pipeline)]
-    for gradient, weights in zip(lane.pushes, lane.shown, strict=True):
+    for gradient, weights in zip(lane.pushes, lane.weights_read, strict=True):
         expected = np.empty(SIZE, np.float32)
         worker_of().gradient(gradient.batch, weights, expected)
         np.testing.assert_array_equal(gradient.values, expected)
@@ -516,7 +516,7 @@ def test_buffers_travel_beside_what_is_compressed() -> None:
 def test_the_weights_read_come_along_if_the_job_asks_for_them() -> None:
     lane = lane_of()
     worker_of(lane, worker_options=WorkerOptions(sends_weights=True)).work(LEASE, never)
-    for gradient, weights in zip(lane.pushes, lane.shown, strict=True):
+    for gradient, weights in zip(lane.pushes, lane.weights_read, strict=True):
         assert gradient.weights_read is not None
         np.testing.assert_array_equal(gradient.weights_read, weights)
 

@@ -33,15 +33,15 @@ def evaluate(
     """
     total_loss = 0.0
     correct = 0
-    classified = np.issubdtype(examples.labels.dtype, np.integer)
+    has_classes = np.issubdtype(examples.labels.dtype, np.integer)
     for start in range(0, len(examples), rows_at_once):
         labels = examples.labels[start : start + rows_at_once]
         outputs = model.predict(weights, examples.inputs(slice(start, start + rows_at_once)))
-        if classified:
+        if has_classes:
             correct += int(np.count_nonzero(_classes(outputs) == labels))
         # Labels are copied because the model may change them in place.
         total_loss += model.loss(outputs, labels.copy()) * len(labels)
-    return Evaluation(total_loss / len(examples), correct / len(examples) if classified else None, len(examples))
+    return Evaluation(total_loss / len(examples), correct / len(examples) if has_classes else None, len(examples))
 
 
 def _classes(outputs: FloatArray) -> NDArray[Any]:

@@ -48,9 +48,9 @@ def test_integers_of_any_dtype_are_classes(dtype: Any, loss: LossName | None) ->
 @pytest.mark.parametrize("loss", [CROSS, BINARY])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_two_whole_numbers_stored_as_floats_are_classes_of_a_classifier(dtype: Any, loss: LossName) -> None:
-    (train, held), classes = encode(np.array([1, 0, 1], dtype), np.array([0, 1]), loss)
+    (train, validation), classes = encode(np.array([1, 0, 1], dtype), np.array([0, 1]), loss)
     np.testing.assert_array_equal(train, np.array([1, 0, 1], np.int64), strict=True)
-    np.testing.assert_array_equal(held, np.array([0, 1], np.int64), strict=True)
+    np.testing.assert_array_equal(validation, np.array([0, 1], np.int64), strict=True)
     assert classes == ("0", "1")
 
 
@@ -64,8 +64,8 @@ def test_classes_count_up_to_the_largest_training_label(loss: LossName | None) -
 @pytest.mark.parametrize("loss", [CROSS, BINARY])
 @pytest.mark.parametrize(("low", "high"), [(-1, 1), (-1.0, 1.0), (-7, MAX_CLASSES), (0, 2**53), ("no", "yes")])
 def test_two_different_values_are_the_two_classes(low: Any, high: Any, loss: LossName) -> None:
-    (train, held), classes = encode([high, low, low], [low, high], loss)
-    assert (train.tolist(), held.tolist()) == ([1, 0, 0], [0, 1])
+    (train, validation), classes = encode([high, low, low], [low, high], loss)
+    assert (train.tolist(), validation.tolist()) == ([1, 0, 0], [0, 1])
     assert classes == tuple(str(label).removesuffix(".0") for label in (low, high))
 
 

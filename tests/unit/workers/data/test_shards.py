@@ -68,11 +68,11 @@ def test_a_shard_has_the_same_members_in_every_epoch(sizes: Sizes, seed: int, tw
 
 @given(any_sizes(), seeds, st.data())
 def test_a_batch_does_not_depend_on_what_was_asked_before(sizes: Sizes, seed: int, data: st.DataObject) -> None:
-    asked = Shards(*sizes, seed, shuffle=True)
-    positions = st.integers(0, asked.grid.num_batches - 1)
+    shards = Shards(*sizes, seed, shuffle=True)
+    positions = st.integers(0, shards.grid.num_batches - 1)
     for epoch, position in data.draw(st.lists(st.tuples(st.integers(0, 3), positions), max_size=20)):
-        batch = asked.grid.batch(epoch, position)
-        np.testing.assert_array_equal(asked.rows(batch), Shards(*sizes, seed, shuffle=True).rows(batch))
+        batch = shards.grid.batch(epoch, position)
+        np.testing.assert_array_equal(shards.rows(batch), Shards(*sizes, seed, shuffle=True).rows(batch))
 
 
 def test_the_order_does_not_depend_on_the_batch_size() -> None:
