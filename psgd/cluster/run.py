@@ -126,7 +126,7 @@ def _supervise(plan: RunPlan, progress: bool, interruption: Interruption) -> Res
         context,
         ray.put(job.dataset),
         ray.put(job.weights),
-        lambda batch: len(job.shards.examples(batch)),
+        lambda batch: len(job.shards.rows(batch)),
     )
     checkpoint_writer = CheckpointWriter(
         run, context, job.dataset.fingerprint, job.spec.identity_hash(), plan.checkpoint

@@ -49,7 +49,7 @@ class WorkerActor:
         """Return `host:pid` and the lanes to the servers; no lanes if a server cannot be reached at present."""
         with suppress(LaneError):  # the server may be restarting; the first lease connects again
             self._worker.connect()
-        return f"{socket.gethostname()}:{os.getpid()}", self._worker.lanes
+        return f"{socket.gethostname()}:{os.getpid()}", self._worker.lane_kinds
 
     def work(self, lease: Lease) -> LeaseEnd:
         """Work through a lease."""

@@ -142,7 +142,7 @@ class JobSubject:
             job.weights,
             self._gradient,
             job.layout.num_trainable,
-            lambda batch: len(shards.examples(batch)),
+            lambda batch: len(shards.rows(batch)),
         )
 
     def _gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:

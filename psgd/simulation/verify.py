@@ -137,7 +137,7 @@ class _Trial:
         self._grid = EpochGrid((number,), examples)
 
     def _examples(self, batch: BatchId) -> int:
-        return len(self._job.shards.examples(batch))
+        return len(self._job.shards.rows(batch))
 
     def _spec(self, *overrides: str) -> JobSpec:
         return override_spec(self._job.spec, overrides)
@@ -310,7 +310,7 @@ class _Trial:
         """All examples of a round as one batch, through the model itself."""
         job = self._job
         out = np.empty_like(weights)
-        rows = np.concatenate([job.shards.examples(batch) for batch in members])
+        rows = np.concatenate([job.shards.rows(batch) for batch in members])
         model = build_model(job.spec.model, job.dataset)
         train = job.dataset.train
         views = job.layout.views(weights), job.layout.views(out)

@@ -17,11 +17,11 @@ from psgd.errors import WorkerError
 from psgd.simulation.problem import Problem, Timing
 from psgd_workers.gradients.sender import Sender, gradient_norm
 from psgd_workers.loop import (
-    CalledOff,
-    Cancelled,
     Compute,
+    ComputeAborted,
     Computed,
     EndLease,
+    LeaseCancelled,
     LeaseFailed,
     LeaseGranted,
     LoopAction,
@@ -181,7 +181,7 @@ class VirtualWorker:
 
     def cancel(self, lease: int) -> None:
         """Begin no more batches of leases up to this one."""
-        self._handle(Cancelled(lease))
+        self._handle(LeaseCancelled(lease))
 
     # Batches
 
@@ -283,7 +283,7 @@ class VirtualWorker:
     def call_off(self, turn: int) -> None:
         """Give up the computation of that number, if it is under way, and begin the next batch."""
         if self._is_computing(turn):
-            self._handle(CalledOff())
+            self._handle(ComputeAborted())
 
     def receive(self, partition: int, receipt: Receipt, shown: FloatArray) -> None:
         """A server answers a push.
@@ -293,7 +293,7 @@ class VirtualWorker:
             receipt: its answer.
             shown: its weights, `[partition size]`.
         """
-        slot = self._loop.pushing(receipt.batch)
+        slot = self._loop.slot_of_push(receipt.batch)
         if slot is None or slot.outcomes[partition] is not None or not self.alive:
             return  # of a push that was given up, or answered before
         actions = self._loop.handle(ReceiptArrived(partition, receipt))

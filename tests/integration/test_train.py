@@ -59,7 +59,7 @@ class Reference:
         self.velocity: FloatArray | None = None
 
     def gradient(self, epoch: int, index: int) -> FloatArray:
-        rows = self.shards.examples(BatchId(epoch, 0, index))
+        rows = self.shards.rows(BatchId(epoch, 0, index))
         train = self.dataset.train
         out = np.empty_like(self.weights)
         views = self.layout.views(self.weights), self.layout.views(out)

@@ -90,7 +90,7 @@ class RecordedRun(InProcess):
             job.shards.grid,
             job.weights,
             self.gradient,
-            examples=lambda batch: len(job.shards.examples(batch)),
+            examples=lambda batch: len(job.shards.rows(batch)),
             observers=[archive],
             incarnation=archive.incarnation - 1,
             **{"compute_s": _uneven} | options,

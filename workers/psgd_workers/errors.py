@@ -1,4 +1,4 @@
-"""What can go wrong on a worker machine: the lower part of the tree drawn in `psgd.errors`."""
+"""Errors of a worker machine. `psgd.errors` draws the whole tree of errors; these classes are its lower part."""
 
 __all__ = [
     "DataError",
@@ -19,11 +19,11 @@ __all__ = [
 
 
 class PsgdError(Exception):
-    """Everything psgd raises on purpose."""
+    """Base class of every error that psgd raises on purpose."""
 
 
 class InputError(PsgdError, ValueError):
-    """What the user gave cannot be used; nothing was started. The command line exits with 2."""
+    """The user's input cannot be used, and nothing was started. The command line exits with 2."""
 
 
 class DataError(InputError):
@@ -31,7 +31,7 @@ class DataError(InputError):
 
 
 class ModelError(InputError):
-    """The model cannot be built, or does not keep the `Model` protocol."""
+    """The model cannot be built, or violates the `Model` protocol."""
 
 
 class MissingExtraError(InputError):
@@ -43,7 +43,7 @@ class RunError(PsgdError, RuntimeError):
 
 
 class WorkerError(RunError):
-    """The model's own code raised on a worker: the same batch would raise again."""
+    """The model's own code raised on a worker. The same batch would raise again."""
 
 
 class EncodingError(RunError):
@@ -51,9 +51,10 @@ class EncodingError(RunError):
 
 
 class LaneError(RunError):
-    """A lane cannot be used any more. Pushes without a receipt may have been applied or not; the servers know.
+    """A lane cannot be used any more.
 
-    Only its subclasses are raised; code that treats all of them alike catches this class.
+    A push without a receipt may have been applied or not; only the servers know. Only subclasses of this error are
+    raised. Code that handles all of them in the same way catches this class.
     """
 
 
@@ -66,7 +67,7 @@ class LaneTimeoutError(ServerGoneError):
 
 
 class FrameError(LaneError):
-    """The other end of a connection sent a message that does not belong to this run or breaks the protocol."""
+    """A message from the other end of a connection does not belong to this run, or violates the protocol."""
 
 
 class SharedMemoryError(LaneError):

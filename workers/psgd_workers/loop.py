@@ -1,18 +1,19 @@
-"""The worker's loop as a state machine: lease, pull, compute, push. Events in, actions out.
+"""The worker's loop (lease, pull, compute, push) as a state machine: it takes events and returns actions.
 
-It has no clock, no socket, no thread and no array. `psgd_workers.worker` hosts it with a model and lanes, and
-`psgd.simulation.worker` on a virtual clock.
+The state machine has no clock, socket, thread or array. Its host carries out the actions and reports the events:
+`psgd_workers.worker` with a model and lanes, `psgd.simulation.worker` on a virtual clock.
 
-With a pipeline of p there are p + 1 slots. The batches of a lease use them in rotation, beginning with the first slot.
-The receipts of a slot's push bring the weights for the slot's next batch. Meanwhile the worker computes in the other
-slots, and it waits only for the slot whose turn it is. These rules hold:
+A slot holds one batch from its computation until its push is answered. With a pipeline of p there are p + 1 slots. The
+batches of a lease use the slots in rotation, beginning with the first slot. The receipts of a slot's push bring the
+weights for the slot's next batch. Meanwhile the worker computes in the other slots, and it waits only for the slot that
+is next in rotation. These rules hold:
 
 1. A slot begins a batch only when every partition has answered the slot's last push.
-2. A slot that holds no weights pulls them first. Weights do not outlive a lease.
+2. A slot that holds no weights pulls them first. At the end of a lease every slot drops its weights.
 3. Each batch of a lease is computed once, in order, unless the lease is cancelled or fails.
 4. A push is settled once: with every partition's outcome, or, if the lease fails, with the outcomes up to the first
-   partition that has not answered. The rest is in doubt.
-5. A lease ends when nothing is computed and no push is under way.
+   partition that has not answered. The remaining partitions are in doubt.
+5. A lease ends when no batch is being computed and no push is under way.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from typing import NamedTuple, assert_never
 from psgd_workers.messages import BatchId, Outcome, Receipt, Version
 
 __all__ = [
-    "CalledOff",
-    "Cancelled",
     "Compute",
+    "ComputeAborted",
     "Computed",
     "EndLease",
+    "LeaseCancelled",
     "LeaseFailed",
     "LeaseGranted",
     "LoopAction",
@@ -44,52 +45,52 @@ __all__ = [
 ]
 
 
-# What every batch needs is a named tuple, which is made in half the time of a dataclass.
+# Classes of which every batch creates objects are named tuples: that takes half the time of a dataclass.
 
 # Events ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseGranted:
-    """The worker has a lease to work through; the one before has ended."""
+    """The worker was given a lease, after its previous lease ended."""
 
     lease: int
     batches: Sequence[BatchId]  # in the order of work
 
 
 @dataclass(frozen=True, slots=True)
-class Cancelled:
-    """No more batches are to begin in leases up to this one. What has begun goes on, so no action follows at once."""
+class LeaseCancelled:
+    """No more batches may begin in leases up to this one. Batches that have begun continue, so no action follows."""
 
     lease: int
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """The weights that `Pull` asked for lie in the slot."""
+    """The weights that `Pull` asked for are in the slot."""
 
-    reads: Sequence[Version]  # of the weights, by partition
+    reads: Sequence[Version]  # versions of the weights, by partition
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """The gradient that `Compute` asked for is done."""
+    """The gradient that `Compute` asked for has been computed."""
 
-    versions: Sequence[Version] = ()  # of the servers now, by partition; for a loop with a `stop_at`
+    versions: Sequence[Version] = ()  # current versions, by partition; needed if the loop has a `stop_at`
 
 
 @dataclass(frozen=True, slots=True)
-class CalledOff:
-    """The computation under way is given up; its gradient would be refused."""
+class ComputeAborted:
+    """The host aborted the computation under way, because its gradient would be refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """The gradient that `Push` asked for was sent."""
+    """The gradient that `Push` asked for has been sent."""
 
 
 class ReceiptArrived(NamedTuple):
-    """A server answered a push. The answer to a push that is not under way is ignored: it was late, or came twice."""
+    """A server answered a push. A receipt of a push that is not under way is ignored: it is late, or a duplicate."""
 
     partition: int
     receipt: Receipt
@@ -97,10 +98,10 @@ class ReceiptArrived(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LeaseFailed:
-    """A server did not answer, or the model raised: the lease is over, and its pushes under way are in doubt."""
+    """A server did not answer, or the model raised. The lease is over, and its pushes under way are in doubt."""
 
 
-LoopEvent = LeaseGranted | Cancelled | Pulled | Computed | CalledOff | Pushed | ReceiptArrived | LeaseFailed
+LoopEvent = LeaseGranted | LeaseCancelled | Pulled | Computed | ComputeAborted | Pushed | ReceiptArrived | LeaseFailed
 
 
 # Actions --------------------------------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ LoopEvent = LeaseGranted | Cancelled | Pulled | Computed | CalledOff | Pushed | 
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """Get the newest weights of every partition into a slot, then report `Pulled`."""
+    """Copy the newest weights of every partition into a slot, then report `Pulled`."""
 
     slot: int
 
@@ -121,11 +122,11 @@ class Compute(NamedTuple):
 
 
 class Push(NamedTuple):
-    """Send the gradient in a slot to every partition, then report `Pushed`, and each receipt as it comes."""
+    """Send the gradient in a slot to every partition, then report `Pushed`, and each receipt when it arrives."""
 
     slot: int
     batch: BatchId
-    wants: bool  # the receipts are to bring the weights for the slot's next batch
+    wants: bool  # True: the receipts bring the weights for the slot's next batch
 
 
 class Settle(NamedTuple):
@@ -140,23 +141,23 @@ class EndLease:
     """Report the end of the lease to the driver."""
 
     lease: int
-    stopped: bool  # it was cancelled before its last batch
+    stopped: bool  # True: the lease was cancelled before its last batch
 
 
 LoopAction = Pull | Compute | Push | Settle | EndLease
 
 
-# The machine ----------------------------------------------------------------------------------------------------------
+# The state machine ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True, eq=False)
 class PipelineSlot:
-    """The place of one batch in hand: for its weights, for its gradient, and until its push is answered.
+    """The state of one slot, which holds a batch from its computation until its push is answered.
 
     Attributes:
-        number: place in the rotation.
-        reads: by partition, versions of the weights in the slot, or of those that its push was computed from; empty
-            while the slot holds neither.
+        number: index of the slot, from 0.
+        reads: versions of the weights in the slot, by partition. While a push is under way: the versions that its
+            gradient was computed from, replaced by the version in each receipt. Empty while the slot holds no weights.
         batch: batch whose push is under way, or None.
         outcomes: outcomes of that push, by partition; None where a partition has not answered.
         wants: True if the receipts of that push bring the weights for the slot's next batch.
@@ -168,7 +169,7 @@ class PipelineSlot:
     outcomes: list[Outcome | None] = field(default_factory=list)
     wants: bool = False
 
-    def answered(self) -> list[Outcome]:
+    def known_outcomes(self) -> list[Outcome]:
         """Return the outcomes up to the first partition that has not answered."""
         known: list[Outcome] = []
         for outcome in self.outcomes:
@@ -179,17 +180,17 @@ class PipelineSlot:
 
 
 class WorkerLoop:
-    """Decides what one worker does next.
+    """The state machine of one worker: decides its next actions.
 
     Args:
-        partitions: number of servers; every push is answered by each of them.
-        pipeline: batches to compute ahead of the oldest push under way.
-        stop_at: staleness, in versions, from which on a finished gradient is not pushed. None: every one is.
+        partitions: number of partitions; the server of each one answers every push.
+        pipeline: number of batches to compute ahead of the oldest push under way.
+        stop_at: lowest staleness, in versions, at which a finished gradient is not pushed. None: all gradients are.
 
     Attributes:
-        slots: places of the batches in hand, in the order of their use.
-        lease: lease at work, or None.
-        computing: slot that is waiting for `Pulled` or `Computed`, or None.
+        slots: slots of the pipeline, in the order of the rotation.
+        lease: number of the current lease, or None.
+        computing: slot that waits for `Pulled` or `Computed`, or None.
     """
 
     def __init__(self, partitions: int, pipeline: int = 0, stop_at: int | None = None) -> None:
@@ -198,33 +199,33 @@ class WorkerLoop:
         self.computing: PipelineSlot | None = None
         self._partitions = partitions
         self._stop_at = stop_at
-        self._cancelled = -1  # leases up to this one are
+        self._cancelled = -1  # leases up to this one are cancelled
         self._batches: Sequence[BatchId] = ()
-        self._begun = 0  # batches of the lease
-        self._pushes: list[PipelineSlot] = []  # under way, the oldest first
+        self._num_begun = 0  # batches of the lease that have begun
+        self._pushes: list[PipelineSlot] = []  # slots with a push under way, the oldest push first
 
     def handle(self, event: LoopEvent) -> tuple[LoopAction, ...]:
-        """Take one event.
+        """Process one event.
 
         Returns:
-            The actions that the host carries out now, in this order. While a lease is at work and there is none, the
-            next event is a receipt, or the end of what an earlier action began.
+            Actions that the host carries out now, in this order. If there are none during a lease, the next event is a
+            receipt, or the completion of an earlier action.
         """
         match event:
-            # Patterns that bind fields take ten times as long, and every batch comes here three times.
+            # A pattern that binds fields takes ten times as long, and each batch passes here at least three times.
             case ReceiptArrived():
                 return self._on_receipt(event.partition, event.receipt)
             case Computed():
                 return self._on_computed(event.versions)
             case Pushed():
-                return self._go_on()
+                return self._advance()
             case Pulled():
                 return self._on_pulled(event.reads)
             case LeaseGranted():
                 return self._on_lease(event.lease, event.batches)
-            case CalledOff():
-                return self._on_called_off()
-            case Cancelled():
+            case ComputeAborted():
+                return self._on_aborted()
+            case LeaseCancelled():
                 self._cancelled = max(self._cancelled, event.lease)
                 return ()
             case LeaseFailed():
@@ -232,7 +233,7 @@ class WorkerLoop:
             case _:
                 assert_never(event)
 
-    def pushing(self, batch: BatchId) -> PipelineSlot | None:
+    def slot_of_push(self, batch: BatchId) -> PipelineSlot | None:
         """Return the slot whose push of `batch` is under way, or None."""
         for slot in self._pushes:
             if slot.batch == batch:
@@ -241,58 +242,58 @@ class WorkerLoop:
 
     @property
     def oldest_push(self) -> PipelineSlot | None:
-        """Slot of the oldest push under way, or None: the one to wait for when there is nothing else to do."""
+        """Return the slot of the oldest push under way, or None. An idle host waits for its receipts."""
         return self._pushes[0] if self._pushes else None
 
     def _on_lease(self, lease: int, batches: Sequence[BatchId]) -> tuple[LoopAction, ...]:
-        assert self.lease is None, f"lease {lease} was granted while lease {self.lease} is at work"
+        assert self.lease is None, f"lease {lease} was granted before lease {self.lease} ended"
         self.lease = lease
         self._batches = batches
-        self._begun = 0
-        return self._go_on()
+        self._num_begun = 0
+        return self._advance()
 
-    def _go_on(self) -> tuple[LoopAction, ...]:
-        """Begin the next batch if its slot is free; end the lease if nothing is left; else wait for receipts."""
+    def _advance(self) -> tuple[LoopAction, ...]:
+        """Begin the next batch if its slot is free, or end the lease if nothing is left, or else wait for receipts."""
         if self.lease is None or self.computing is not None:
             return ()
-        if self._begun < len(self._batches) and self.lease > self._cancelled:
-            slot = self.slots[self._begun % len(self.slots)]
+        if self._num_begun < len(self._batches) and self.lease > self._cancelled:
+            slot = self.slots[self._num_begun % len(self.slots)]
             return (self._begin(slot),) if slot.batch is None else ()
         return () if self._pushes else (self._end(self.lease),)
 
     def _begin(self, slot: PipelineSlot) -> LoopAction:
         self.computing = slot
-        self._begun += 1
-        return Compute(slot.number, self._batches[self._begun - 1]) if slot.reads else Pull(slot.number)
+        self._num_begun += 1
+        return Compute(slot.number, self._batches[self._num_begun - 1]) if slot.reads else Pull(slot.number)
 
     def _on_pulled(self, reads: Sequence[Version]) -> tuple[LoopAction, ...]:
         slot = self.computing
-        assert slot is not None, "weights came that no slot waits for"
-        assert not slot.reads, f"slot {slot.number} holds weights and was given others"
+        assert slot is not None, "weights were pulled, but no slot waits for any"
+        assert not slot.reads, f"weights were pulled into slot {slot.number}, which holds weights already"
         slot.reads = list(reads)
-        return (Compute(slot.number, self._batches[self._begun - 1]),)
+        return (Compute(slot.number, self._batches[self._num_begun - 1]),)
 
     def _on_computed(self, versions: Sequence[Version]) -> tuple[LoopAction, ...]:
         slot = self.computing
-        assert slot is not None, "a gradient came that no slot waits for"
+        assert slot is not None, "a gradient was computed, but no slot waits for one"
         if self._stop_at is not None and _staleness(slot.reads, versions) >= self._stop_at:
-            return self._on_called_off()
+            return self._on_aborted()
         self.computing = None
         self._pushes.append(slot)
-        slot.batch = batch = self._batches[self._begun - 1]
+        slot.batch = batch = self._batches[self._num_begun - 1]
         slot.outcomes = [None] * self._partitions
-        slot.wants = self._begun - 1 + len(self.slots) < len(self._batches)
+        slot.wants = self._num_begun - 1 + len(self.slots) < len(self._batches)
         return (Push(slot.number, batch, slot.wants),)
 
-    def _on_called_off(self) -> tuple[LoopAction, ...]:
+    def _on_aborted(self) -> tuple[LoopAction, ...]:
         slot = self.computing
         assert slot is not None, "no computation is under way"
         self.computing = None
         slot.reads = []
-        return self._go_on()
+        return self._advance()
 
     def _on_receipt(self, partition: int, receipt: Receipt) -> tuple[LoopAction, ...]:
-        slot = self.pushing(receipt.batch)
+        slot = self.slot_of_push(receipt.batch)
         if slot is None or slot.outcomes[partition] is not None:
             return ()
         slot.outcomes[partition] = receipt.outcome
@@ -303,19 +304,19 @@ class WorkerLoop:
         self._pushes.remove(slot)
         if not slot.wants:
             slot.reads = []
-        return (Settle(slot.number, slot.answered()), *self._go_on())
+        return (Settle(slot.number, slot.known_outcomes()), *self._advance())
 
     def _on_failed(self) -> tuple[LoopAction, ...]:
-        settled = tuple(Settle(slot.number, slot.answered()) for slot in self._pushes)
-        self._leave()
-        return settled
+        actions = tuple(Settle(slot.number, slot.known_outcomes()) for slot in self._pushes)
+        self._clear_lease()
+        return actions
 
     def _end(self, lease: int) -> LoopAction:
-        stopped = self._begun < len(self._batches)
-        self._leave()
+        stopped = self._num_begun < len(self._batches)
+        self._clear_lease()
         return EndLease(lease, stopped)
 
-    def _leave(self) -> None:
+    def _clear_lease(self) -> None:
         self.lease = None
         self.computing = None
         self._batches = ()

@@ -1,8 +1,8 @@
-"""What workers, servers and the driver say to each other: frozen, slotted values without behaviour.
+"""Messages between workers, servers and the driver: immutable values.
 
-A batch is named for ever by its `BatchId`. Within one epoch the batches also have an order, shard by shard; a batch's
-place in it is its *position*, and `EpochGrid` translates between the two. Leases and applied sets speak in positions,
-because ranges and bitmaps of them are small.
+A `BatchId` names one batch of the whole run. Within one epoch the batches are also numbered from 0, shard by shard: the
+number of a batch is its *position*, and `EpochGrid` translates between the two. Leases and applied sets use positions,
+because ranges and bitmaps of positions are small.
 """
 
 from __future__ import annotations
@@ -36,44 +36,44 @@ FloatArray = NDArray[np.float32]
 
 
 class BatchId(NamedTuple):
-    """The name of the data of one push."""
+    """The identity of a batch, the data of one push."""
 
     epoch: int  # from 0
     shard: int  # from 0
-    index: int  # type: ignore[assignment]  # of the batch in its shard, from 0; nobody looks for tuple.index here
+    index: int  # type: ignore[assignment]  # in its shard, from 0; hides tuple.index
 
 
 class Version(NamedTuple):
-    """How far one server has come: steps taken, counted on across its restarts."""
+    """The version of one server's partition. Later versions compare greater."""
 
-    incarnation: int  # raised by one whenever a server is started or restored
-    updates: int  # optimizer steps in the weights
+    incarnation: int  # increases by one whenever the server is started or restored
+    updates: int  # optimizer steps contained in the weights; continues to count after a restart
 
 
 class Outcome(Enum):
-    """What became of a push."""
+    """A server's decision about a push."""
 
-    APPLIED = "applied"  # its gradient is in the weights
-    BUFFERED = "buffered"  # it is in the state, and will be in the weights with the next step
-    DUPLICATE = "duplicate"  # this partition's state already contains the batch
+    APPLIED = "applied"  # the gradient is in the weights
+    BUFFERED = "buffered"  # the gradient is in the state, and enters the weights with the next step
+    DUPLICATE = "duplicate"  # refused: this partition's state already contains the batch
     REQUEUED = "requeued"  # refused: the batch goes back to the ledger and is computed again
-    DISCARDED = "discarded"  # dropped for good, where the spec allows that
-    REJECTED = "rejected"  # not finite
+    DISCARDED = "discarded"  # dropped for good, because the job allows it
+    REJECTED = "rejected"  # refused: the gradient is not finite
 
-    __hash__ = object.__hash__  # members are unique; Enum's own hash of the name is slower, and every push counts some
+    __hash__ = object.__hash__  # members are singletons. Enum's own hash is slower, and each push is counted by outcome
 
 
 @dataclass(frozen=True, slots=True)
 class EpochGrid:
-    """The shape of every epoch: how many batches each shard has, and how many examples there are.
+    """The number of batches in each shard and of examples in an epoch; the same for every epoch.
 
-    Positions number an epoch's batches in `BatchId` order, from 0 to `num_batches - 1`.
+    Positions number the batches of an epoch in `BatchId` order, from 0 to `num_batches - 1`.
     """
 
     batches_per_shard: tuple[int, ...]
     num_examples: int
-    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)  # of each shard, in positions
-    _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)  # by shard, the position after its last batch
+    _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)  # by shard, the position of its first batch
 
     def __post_init__(self) -> None:
         ends = tuple(accumulate(self.batches_per_shard))
@@ -82,16 +82,19 @@ class EpochGrid:
 
     @property
     def num_batches(self) -> int:
+        """Return the number of batches in an epoch."""
         return self._ends[-1]
 
     def shard_start(self, shard: int) -> int:
-        """The position of a shard's first batch."""
+        """Return the position of a shard's first batch."""
         return self._starts[shard]
 
     def position(self, batch: BatchId) -> int:
+        """Return the position of a batch in its epoch."""
         return self._starts[batch.shard] + batch.index
 
     def batch(self, epoch: int, position: int) -> BatchId:
+        """Return the batch at a position of an epoch: the inverse of `position`."""
         if not 0 <= position < self.num_batches:
             raise IndexError(f"position {position} is outside an epoch of {self.num_batches} batches")
         shard = bisect_right(self._ends, position)
@@ -99,7 +102,7 @@ class EpochGrid:
 
 
 class BatchRange(NamedTuple):
-    """Positions `start, start + step, ...` below `stop`, of one epoch."""
+    """The batches at the positions `start, start + step, ...` below `stop` of one epoch."""
 
     epoch: int
     start: int
@@ -107,21 +110,22 @@ class BatchRange(NamedTuple):
     step: int = 1
 
     def positions(self) -> range:
+        """Return the positions of the batches."""
         return range(self.start, self.stop, self.step)
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Batches given to one worker: one actor call, closed by its return or its error."""
+    """Batches given to one worker in one actor call. The lease ends when that call returns or fails."""
 
     id: int
     batches: tuple[BatchRange, ...]
 
     def __len__(self) -> int:
-        return sum(len(r.positions()) for r in self.batches)
+        return sum(len(batches.positions()) for batches in self.batches)
 
     def positions(self) -> Iterator[tuple[int, int]]:
-        """(epoch, position) of each batch, in the order of work."""
+        """Yield (epoch, position) of each batch, in the order of work."""
         for batches in self.batches:
             for position in batches.positions():
                 yield batches.epoch, position
@@ -129,51 +133,53 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class LeaseEnd:
-    """A lease's return. It says nothing about what was applied: only the servers know that."""
+    """The return value of a lease. It does not say which batches were applied: only the servers know that."""
 
     lease: int
-    stopped: bool  # the worker was asked to stop before the lease's end
-    residual_norm: float = 0.0  # of what compression has left out of its pushes so far
+    stopped: bool  # the lease was cancelled before its last batch
+    residual_norm: float = 0.0  # Euclidean norm of the part of the gradients that compression has not sent yet
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What travels instead of a float32 slice; see `psgd_workers.gradients.compression`."""
+    """A compressed vector, sent instead of float32 values. See `psgd_workers.gradients.compression`."""
 
-    kind: str  # the compressor's name in the spec
+    kind: str  # name of the compressor in the spec
     size: int  # length of the decoded vector
-    arrays: tuple[NDArray[Any], ...]  # as the compressor of this kind lists them
+    arrays: tuple[NDArray[Any], ...]  # their meaning depends on the compressor
 
     @property
     def nbytes(self) -> int:
+        """Return the size of the arrays in bytes."""
         return sum(array.nbytes for array in self.arrays)
 
 
 class Gradient(NamedTuple):
-    """One push: the gradient of one batch's mean loss, cut to one partition, and facts about the whole of it.
+    """One push: the gradient of one batch's mean loss, cut to one partition, and metadata of the whole gradient.
 
-    Worker, slot and number name a push: they are the same for every partition, and unique in one process of a run.
-    An encoded gradient holds the trained values; the partition's buffers, which are exact or nothing, travel beside it.
+    `worker`, `slot` and `number` identify a push: they are the same in every partition, and differ from those of every
+    other push of that worker process. An encoded gradient holds the values of trained tensors only. The gradient of
+    buffers is never compressed, and is sent in `buffers`.
     """
 
     worker: str
     slot: int  # of the worker's pipeline, from 0
     number: int  # counts the pushes of that slot, from 1
     batch: BatchId
-    examples: int
-    read: Version  # the version of this partition that the gradient was computed from
-    values: FloatArray | Encoded  # [partition size], encoded: [its trained values]
+    examples: int  # number of examples in the batch
+    read: Version  # version of this partition that the gradient was computed from
+    values: FloatArray | Encoded  # [partition size]; if encoded, [number of trained values in the partition]
     loss: float  # mean over the batch's examples
-    norm: float  # Euclidean, of the whole gradient over all partitions; inf or nan if it is not finite
+    norm: float  # Euclidean, of the trained tensors over all partitions; inf or nan if any value is not finite
     compute_s: float  # seconds spent backpropagating
-    buffers: FloatArray | None = None  # of an encoded gradient: the partition's change of buffers
-    weights_read: FloatArray | None = None  # [partition size], if the job's correction asks for it
-    others: tuple[Version, ...] = ()  # versions of the other partitions that it was computed from, in their order
-    carries: int = 0  # number of the push whose remainder, left out by compression, is in the values; 0: of none
+    buffers: FloatArray | None = None  # with an encoded gradient: gradient of the partition's buffers
+    weights_read: FloatArray | None = None  # [partition size]; sent if the job's correction needs it
+    others: tuple[Version, ...] = ()  # versions read of the other partitions, in partition order
+    carries: int = 0  # number of the push whose compression remainder is added to the values; 0: none
 
     @property
     def nbytes(self) -> int:
-        """Of its vectors."""
+        """Return the size of the vectors in bytes."""
         size = self.values.nbytes
         if self.buffers is not None:
             size += self.buffers.nbytes
@@ -181,18 +187,18 @@ class Gradient(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """The answer to a push. Holding one, a worker may start its next batch."""
+    """The answer to a push. With it a worker may start its next batch."""
 
     worker: str
     batch: BatchId
     outcome: Outcome
-    version: Version  # the partition's version now
+    version: Version  # version of the partition after this push
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What one copy of the weights does on the validation examples."""
+    """Loss and accuracy of one copy of the weights on the validation examples."""
 
     loss: float  # mean over the examples
-    accuracy: float | None  # share of examples classified rightly; None for a regression
-    examples: int
+    accuracy: float | None  # share of examples classified correctly; None for a regression
+    examples: int  # number of examples

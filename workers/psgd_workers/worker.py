@@ -1,6 +1,7 @@
 """The worker: hosts the loop of `psgd_workers.loop` with a model, data and a lane to each server.
 
-It keeps nothing between leases that matters, but what compression has left out of its pushes so far.
+The only state that a worker needs to keep between leases is the part of its gradients that compression has not sent
+yet.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from psgd_workers.errors import FrameError, WorkerError
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.gradients.sender import Sender, gradient_norm
 from psgd_workers.loop import (
-    Cancelled,
     Compute,
     Computed,
     EndLease,
+    LeaseCancelled,
     LeaseFailed,
     LeaseGranted,
     LoopAction,
@@ -44,42 +45,44 @@ from psgd_workers.transport.memory import Segment, Slot
 
 __all__ = ["Route", "Worker", "batch_seed"]
 
-RECEIPT_FACTOR = 2  # a receipt may wait for the slowest worker, who is itself given the limit once
-KNOWN_VECTORS = 8  # weights and gradient of each batch in hand, of which there are at most three, and some to spare
+# A receipt may take two time limits: the server may wait for the slowest worker, which has one time limit itself.
+RECEIPT_FACTOR = 2
+MAX_CACHED_VIEWS = 8  # vectors: weights and gradient of up to three slots, and two more
 PLAIN = WorkerOptions()
 COMPUTED = Computed()
 PUSHED = Pushed()
 
 
 class Route(NamedTuple):
-    """One partition, as a worker sees it: its slice of the weights and how to reach its server."""
+    """A partition's slice of the weights, and the function that connects to its server."""
 
     part: slice
     connect: Connect
 
 
-class _Backpropagated(NamedTuple):
-    """Result of a computation, besides the gradient in its slot."""
+class _GradientMetadata(NamedTuple):
+    """Metadata of a gradient. The gradient itself is in its slot."""
 
     loss: float  # mean over the batch's examples
     norm: float  # `gradient_norm` of the gradient
-    compute_s: float
+    compute_s: float  # seconds
 
 
 class Worker:
     """Computes gradients of batches and pushes them.
 
     Args:
-        name: unique in the run.
-        model: what is trained.
-        layout: of the flat weights.
-        train: the training examples.
-        shards: which of them make which batch.
-        seed: of the job; with the batch's name it seeds random layers.
-        rules: what the job wants beyond gradients.
-        routes: to every partition, together covering the weights; `gradient` needs none.
-        timeout_s: seconds a server may take to answer.
-        pipeline: batches to compute ahead while pushes are under way.
+        name: name of the worker, unique in the run.
+        model: model to train.
+        layout: layout of the flat weights.
+        train: training examples.
+        shards: shards of the training examples, which assign them to batches.
+        seed: seed of the job. The random layers of a batch are seeded from it and from the batch's id.
+        worker_options: options of the job's workers, such as compression and local steps.
+        routes: routes to all partitions, in order, which together cover the weights. Without routes only `gradient` and
+            `evaluate` work.
+        timeout_s: time limit of a server's answer, in seconds.
+        pipeline: number of batches to compute ahead while pushes are under way.
     """
 
     def __init__(
@@ -102,40 +105,40 @@ class Worker:
         self._shards = shards
         self._seed = seed
         self._worker_options = worker_options
-        self._local = np.zeros(layout.num_parameters, np.float32) if worker_options.local else None
+        self._local_weights = np.zeros(layout.num_parameters, np.float32) if worker_options.local else None
         self._routes = routes
         self._timeout_s = timeout_s
         parts = [route.part for route in routes]
         self._senders = [
             Sender(name, slot, parts, layout.num_trainable, worker_options) for slot in range(pipeline + 1)
         ]
-        self._known: dict[int, tuple[FloatArray, dict[str, FloatArray]]] = {}  # by identity
+        self._views: dict[int, tuple[FloatArray, dict[str, FloatArray]]] = {}  # by id() of the vector
         self._loop = WorkerLoop(len(routes), pipeline, worker_options.stop_at)
         self._lanes: list[Lane] = []
-        self._memory: Sequence[Slot] = ()  # by slot of the loop
-        self._pending: list[Sequence[Pending]] = [() for _ in self._senders]  # by slot, of the push under way
-        self._computed: _Backpropagated | None = None  # the last computation's
+        self._memory: Sequence[Slot] = ()  # by slot number
+        self._pending: list[Sequence[Pending]] = [() for _ in self._senders]  # by slot number
+        self._last_metadata: _GradientMetadata | None = None
 
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
-        """What one batch changes: a function of its arguments alone.
+        """Compute the gradient of a batch's mean loss, a function of the arguments alone.
 
-        That is the gradient of its mean loss; or, with local steps, the way from where they end back to `weights`.
+        With local steps, compute `weights - local` instead, where `local` are the weights after the last local step.
 
         Args:
-            batch: which examples.
-            weights: `[num_parameters]`, read.
-            out: `[num_parameters]`, overwritten.
+            batch: batch to compute.
+            weights: `[num_parameters]`, not changed.
+            out: `[num_parameters]`, overwritten with the gradient.
 
         Returns:
-            The mean loss; of local steps, over all of them.
+            The mean loss over the batch's examples. With local steps, each example's loss is that of its own step.
 
         Raises:
             WorkerError: the model's own code raised.
         """
-        if self._local is None:
-            return self._backpropagate(batch, self._shards.examples(batch), weights, out, batch_seed(self._seed, batch))
+        if self._local_weights is None:
+            return self._backpropagate(batch, self._shards.rows(batch), weights, out, batch_seed(self._seed, batch))
         assert self._worker_options.local
-        local = self._local
+        local = self._local_weights
         trainable = self._layout.num_trainable
         total = 0.0
         local[:] = weights
@@ -144,7 +147,7 @@ class Worker:
             out[:trainable] *= self._worker_options.local.lr
             local -= out
         np.subtract(weights, local, out=out)
-        return total / len(self._shards.examples(batch))
+        return total / len(self._shards.rows(batch))
 
     def _backpropagate(
         self, batch: BatchId, rows: NDArray[np.int64], weights: FloatArray, out: FloatArray, seed: int
@@ -159,24 +162,24 @@ class Worker:
             raise WorkerError(f"the model raised on {batch}: {type(error).__name__}: {error}") from error
 
     def _tensors(self, flat: FloatArray) -> dict[str, FloatArray]:
-        """The named tensors of a vector, made once: batch after batch comes with the same few vectors."""
-        known = self._known.get(id(flat))
-        if known is None or known[0] is not flat:
-            if len(self._known) == KNOWN_VECTORS:
-                self._known.clear()
-            known = self._known[id(flat)] = flat, self._layout.views(flat)
-        return known[1]
+        """Return the named tensors of a vector as views. They are cached: all batches use the same few vectors."""
+        entry = self._views.get(id(flat))
+        if entry is None or entry[0] is not flat:
+            if len(self._views) == MAX_CACHED_VIEWS:
+                self._views.clear()
+            entry = self._views[id(flat)] = (flat, self._layout.views(flat))
+        return entry[1]
 
     @property
-    def lanes(self) -> tuple[LaneKind, ...]:
-        """How each partition is reached, once connected."""
+    def lane_kinds(self) -> tuple[LaneKind, ...]:
+        """Return the kind of lane to each partition; empty while the worker is not connected."""
         return tuple(lane.kind for lane in self._lanes)
 
     def connect(self) -> None:
-        """Reach every server, if that is not done.
+        """Connect to every server. No-op if the worker is connected.
 
         Raises:
-            LaneError: one cannot be reached.
+            LaneError: a server cannot be reached.
         """
         if self._lanes:
             return
@@ -192,9 +195,9 @@ class Worker:
         self._memory = segment.slots
 
     def disconnect(self) -> None:
-        """Let go of every server; the next lease begins with other lanes and other memory.
+        """Close every lane. The next lease uses new lanes and new memory.
 
-        A server may still read the memory of a push whose receipt did not come.
+        The old memory is not used again, because a server may still read a push whose receipt did not arrive.
         """
         for lane in self._lanes:
             lane.close()
@@ -202,43 +205,50 @@ class Worker:
             self._carry_out(action)
         self._lanes = []
         self._memory = ()
-        self._known.clear()  # it keeps memory mapped
+        self._views.clear()  # its views keep the old memory mapped
 
     def hang_up(self, partition: int) -> None:
-        """Wait no more for a server that is gone; to be called beside `work`, whose lease then fails.
+        """Stop waiting for a server that is gone. Another thread calls this during `work`, whose lease then fails.
 
-        A machine that lost its power, or its cable, closes no connection.
+        Without this call the worker would wait for the time limit: a machine that lost power or network closes no
+        connection.
+
+        Args:
+            partition: partition of the server.
         """
-        for lane in self._lanes[partition : partition + 1]:  # none while there is no connection
+        for lane in self._lanes[partition : partition + 1]:  # no lane while the worker is not connected
             lane.hang_up()
 
     def work(self, lease: Lease, stopping: Callable[[], bool]) -> LeaseEnd:
-        """Work through a lease: the real loop.
+        """Compute and push the batches of a lease.
 
         Args:
-            lease: the batches.
-            stopping: asked before each batch; true ends the lease there.
+            lease: batches to work on.
+            stopping: function called before each batch. If it returns True, no more batches of this lease begin.
+
+        Returns:
+            The end of the lease, when every push has been answered.
 
         Raises:
-            LaneError: a server did not answer. Which batches were applied is in doubt.
+            LaneError: a server cannot be reached or did not answer. Pushes without a receipt are in doubt.
             WorkerError: the model's own code raised.
         """
         self.connect()
         try:
-            stopped = self._work(lease, stopping)
+            stopped = self._run_loop(lease, stopping)
         except BaseException:
             self.disconnect()
             raise
         residuals = sum(sender.residual_norm**2 for sender in self._senders)
         return LeaseEnd(lease.id, stopped, residual_norm=sqrt(residuals))
 
-    def _work(self, lease: Lease, stopping: Callable[[], bool]) -> bool:
-        """Host the loop until the lease ends; no push is under way then. Return True if it was stopped."""
+    def _run_loop(self, lease: Lease, stopping: Callable[[], bool]) -> bool:
+        """Run the loop until the lease ends. Return True if it was cancelled before its last batch."""
         batches = [self._shards.grid.batch(epoch, position) for epoch, position in lease.positions()]
         event: LoopEvent | None = LeaseGranted(lease.id, batches)
         while True:
             if stopping():
-                self._loop.handle(Cancelled(lease.id))
+                self._loop.handle(LeaseCancelled(lease.id))
             actions = self._loop.handle(event or self._next_receipt())
             event = None
             for action in actions:
@@ -247,11 +257,11 @@ class Worker:
                 event = self._carry_out(action)
 
     def _carry_out(self, action: LoopAction) -> LoopEvent | None:
-        """Do what the loop wants. Return what came of it, if the loop waits for that."""
+        """Carry out an action. Return the event that completes it, or None if it has none."""
         match action:
             case Settle():
                 self._senders[action.slot].settle(action.outcomes)
-                self._pending[action.slot] = ()  # it may keep alive what came with the receipts
+                self._pending[action.slot] = ()  # lets go of objects that arrived with the receipts
                 return None
             case Compute():
                 return self._compute(action.slot, action.batch)
@@ -260,7 +270,7 @@ class Worker:
             case Pull():
                 return Pulled([lane.pull(action.slot, self._timeout_s) for lane in self._lanes])
             case _:
-                raise AssertionError(f"{action} is not for a worker to carry out")
+                raise AssertionError(f"{action} is not an action that a worker carries out")
 
     def _compute(self, slot: int, batch: BatchId) -> Computed:
         weights, values = self._memory[slot]
@@ -268,17 +278,17 @@ class Worker:
         loss = self.gradient(batch, weights, values)
         with np.errstate(over="ignore", invalid="ignore"):
             norm = gradient_norm(values, self._layout.num_trainable)
-        self._computed = _Backpropagated(loss, norm, perf_counter() - began)
+        self._last_metadata = _GradientMetadata(loss, norm, perf_counter() - began)
         if self._worker_options.stop_at is None:
             return COMPUTED
         return Computed([lane.version(self._timeout_s) for lane in self._lanes])
 
     def _push(self, slot: int, batch: BatchId, wants: bool) -> Pushed:
-        assert self._computed
+        assert self._last_metadata
         weights, values = self._memory[slot]
-        loss, norm, compute_s = self._computed
+        loss, norm, compute_s = self._last_metadata
         versions = self._loop.slots[slot].reads
-        examples = len(self._shards.examples(batch))
+        examples = len(self._shards.rows(batch))
         gradients = self._senders[slot].gradients(batch, examples, versions, values, weights, loss, norm, compute_s)
         self._pending[slot] = [
             lane.push(gradient, slot, wants) for lane, gradient in zip(self._lanes, gradients, strict=True)
@@ -286,19 +296,23 @@ class Worker:
         return PUSHED
 
     def _next_receipt(self) -> ReceiptArrived:
-        """Wait for the oldest push under way: for its first partition that has not answered."""
+        """Wait for the receipt of the oldest push under way from its first partition that has not answered."""
         slot = self._loop.oldest_push
-        assert slot, "the loop waits for nothing"
+        assert slot, "the loop has no push under way and returned no action"
         partition = slot.outcomes.index(None)
         receipt = self._pending[slot.number][partition].receipt(RECEIPT_FACTOR * self._timeout_s)
         if (receipt.worker, receipt.batch) != (self._name, slot.batch):
             raise FrameError(
-                f"{self._name} pushed {slot.batch} and got a receipt for {receipt.batch} of {receipt.worker}"
+                f"{self._name} pushed {slot.batch} but got the receipt of {receipt.worker} for {receipt.batch}"
             )
         return ReceiptArrived(partition, receipt)
 
     def evaluate(self, weights: FloatArray, validation: Examples) -> Evaluation:
-        """Loss and accuracy of `weights` `[num_parameters]` on the validation examples.
+        """Compute the loss and accuracy of weights on the validation examples.
+
+        Args:
+            weights: `[num_parameters]`.
+            validation: validation examples.
 
         Raises:
             WorkerError: the model's own code raised.
@@ -310,7 +324,13 @@ class Worker:
 
 
 def batch_seed(seed: int, batch: BatchId, *step: int) -> int:
-    """What seeds the random layers of a batch, or of one of its local steps: a function of the job's seed and names."""
-    # A digest is as good as NumPy's SeedSequence here, and takes a tenth of its 20 µs.
-    names = ",".join(map(str, (seed, *batch, *step)))
-    return int.from_bytes(blake2b(names.encode(), digest_size=4).digest())
+    """Return the seed of a batch's random layers, a function of the arguments alone.
+
+    Args:
+        seed: seed of the job.
+        batch: batch to seed.
+        step: index of the local step, from 0; omitted without local steps.
+    """
+    # A digest is good enough here, and takes a tenth of the 20 µs of NumPy's SeedSequence.
+    text = ",".join(map(str, (seed, *batch, *step)))
+    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest())

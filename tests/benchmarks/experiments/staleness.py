@@ -98,7 +98,7 @@ def _problem(opened: OpenJob) -> Problem:
         return worker.gradient(original(batch), weights, out)
 
     grid = EpochGrid((batches,), 2 * EPOCHS * shards.grid.num_examples)
-    return Problem(grid, opened.weights, gradient, examples=lambda batch: len(shards.examples(original(batch))))
+    return Problem(grid, opened.weights, gradient, examples=lambda batch: len(shards.rows(original(batch))))
 
 
 def claims(results: Sequence[Trained]) -> list[Claim]:

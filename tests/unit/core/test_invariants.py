@@ -46,7 +46,7 @@ class Training:
         return self.shards.grid
 
     def examples(self, batch: BatchId) -> int:
-        return len(self.shards.examples(batch))
+        return len(self.shards.rows(batch))
 
     def gradient(self, batch: BatchId, weights: FloatArray) -> FloatArray:
         out = np.empty_like(weights)

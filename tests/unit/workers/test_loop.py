@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psgd_workers.loop import (
-    CalledOff,
-    Cancelled,
     Compute,
+    ComputeAborted,
     Computed,
     EndLease,
+    LeaseCancelled,
     LeaseFailed,
     LeaseGranted,
     LoopAction,
@@ -42,7 +42,7 @@ def handled(loop: WorkerLoop, *events: LoopEvent) -> list[LoopAction]:
 
 
 def pushed(pipeline: int, partitions: int = 1, batches: Sequence[BatchId] = BATCHES) -> WorkerLoop:
-    """A loop whose slots all have a push under way."""
+    """Return a loop with a push under way in every slot."""
     loop = WorkerLoop(partitions, pipeline)
     handled(loop, LeaseGranted(7, batches))
     for _ in loop.slots:
@@ -67,7 +67,7 @@ def test_a_lease_of_no_batches_ends_at_once() -> None:
 
 def test_weights_do_not_outlive_a_lease() -> None:
     loop = pushed(0)
-    handled(loop, Cancelled(7), receipt(FIRST, 1))
+    handled(loop, LeaseCancelled(7), receipt(FIRST, 1))
     assert handled(loop, LeaseGranted(8, [SECOND])) == [Pull(0)]
 
 
@@ -111,25 +111,25 @@ def test_a_receipt_that_came_before_or_is_of_no_push_under_way_changes_nothing()
 
 def test_a_cancelled_lease_ends_once_what_is_under_way_is_answered() -> None:
     loop = pushed(1)
-    assert handled(loop, Cancelled(7), receipt(FIRST, 1)) == [Settle(0, DONE)]
+    assert handled(loop, LeaseCancelled(7), receipt(FIRST, 1)) == [Settle(0, DONE)]
     assert handled(loop, receipt(SECOND, 2)) == [Settle(1, DONE), EndLease(7, stopped=True)]
 
 
 def test_a_lease_cancelled_before_it_came_ends_at_once() -> None:
-    assert handled(WorkerLoop(1), Cancelled(8), LeaseGranted(8, BATCHES)) == [EndLease(8, stopped=True)]
+    assert handled(WorkerLoop(1), LeaseCancelled(8), LeaseGranted(8, BATCHES)) == [EndLease(8, stopped=True)]
 
 
 def test_a_lease_cancelled_at_its_last_batch_was_not_stopped() -> None:
     loop = pushed(0, batches=[FIRST])
-    assert handled(loop, Cancelled(7), receipt(FIRST, 1)) == [Settle(0, DONE), EndLease(7, stopped=False)]
+    assert handled(loop, LeaseCancelled(7), receipt(FIRST, 1)) == [Settle(0, DONE), EndLease(7, stopped=False)]
 
 
 def test_a_computation_that_is_called_off_makes_room_for_the_next_batch_with_new_weights() -> None:
     loop = WorkerLoop(1)
     handled(loop, LeaseGranted(7, [FIRST, SECOND]), Pulled([START]))
-    assert handled(loop, CalledOff()) == [Pull(0)]
+    assert handled(loop, ComputeAborted()) == [Pull(0)]
     assert handled(loop, Pulled([START])) == [Compute(0, SECOND)]
-    assert handled(loop, CalledOff()) == [EndLease(7, stopped=False)]
+    assert handled(loop, ComputeAborted()) == [EndLease(7, stopped=False)]
 
 
 @pytest.mark.parametrize(("updates", "is_pushed"), [((3, 2), True), ((4, 2), False), ((3, 5), False)])
@@ -155,18 +155,18 @@ def test_a_failure_between_leases_settles_nothing() -> None:
 
 
 def test_one_lease_at_a_time() -> None:
-    with pytest.raises(AssertionError, match="lease 8 was granted while lease 7 is at work"):
+    with pytest.raises(AssertionError, match="lease 8 was granted before lease 7 ended"):
         pushed(0).handle(LeaseGranted(8, BATCHES))
 
 
-class AnyHost:
-    """Carries out what a loop wants in any order that time could bring, and checks the loop's rules at each action.
+class RandomOrderHost:
+    """A host that reports events to a loop in a random possible order, and checks the loop's rules at each action.
 
     Args:
-        random: decides what happens next.
-        partitions: servers.
-        pipeline: of the loop.
-        stop_at: of the loop.
+        random: generator that draws the next event.
+        partitions: number of servers.
+        pipeline: `pipeline` of the loop.
+        stop_at: `stop_at` of the loop.
     """
 
     def __init__(self, random: Random, partitions: int, pipeline: int, stop_at: int | None) -> None:
@@ -174,9 +174,9 @@ class AnyHost:
         self.random = random
         self.partitions = partitions
         self.stop_at = stop_at
-        self.updates = 0  # of the servers
-        self.sending = 0  # pushes that are not over
-        self.lease = -1  # the last one
+        self.updates = 0  # version of the servers
+        self.sending = 0  # pushes that have not been reported as sent
+        self.lease = -1  # number of the last lease
         self.at_work = False
         self.cancelled = -1
         self.ended = 0
@@ -185,11 +185,11 @@ class AnyHost:
     def clear(self) -> None:
         self.batches: list[BatchId] = []
         self.computed: list[BatchId] = []
-        self.doing: Pull | Compute | None = None
-        self.held: dict[int, list[Version]] = {}  # weights, by slot
-        self.under_way: dict[int, Push] = {}  # by slot, in the order of the pushes
-        self.outcomes: dict[int, list[Outcome | None]] = {}  # ... by partition
-        self.read: dict[int, list[Version]] = {}  # ... what its gradient was made of, or its receipts brought
+        self.current: Pull | Compute | None = None
+        self.held: dict[int, list[Version]] = {}  # versions of the weights held, by slot
+        self.under_way: dict[int, Push] = {}  # pushes under way, by slot, in the order of the pushes
+        self.outcomes: dict[int, list[Outcome | None]] = {}  # outcomes of a push under way, by slot, then by partition
+        self.read: dict[int, list[Version]] = {}  # expected `PipelineSlot.reads` of a push under way, by slot
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -197,20 +197,20 @@ class AnyHost:
             self.check()
 
     def possible(self) -> list[Callable[[], None]]:
-        found = [self.repeat] if self.random.random() < 0.9 else [self.cancel, self.fail]
+        found = [self.send_stray_receipt] if self.random.random() < 0.9 else [self.cancel, self.fail]
         if not self.at_work:
             found.append(self.grant)
         if self.under_way:
             found += [self.answer] * 3
         if self.sending:
             found.append(self.send)
-        if isinstance(self.doing, Pull):
+        if isinstance(self.current, Pull):
             found.append(self.pull)
-        if isinstance(self.doing, Compute):
-            found += [self.compute, self.compute, self.call_off]
+        if isinstance(self.current, Compute):
+            found += [self.compute, self.compute, self.abort]
         return found
 
-    # What happens
+    # Events
 
     def grant(self) -> None:
         self.lease += 1
@@ -221,34 +221,34 @@ class AnyHost:
     def cancel(self) -> None:
         lease = self.lease + self.random.choice((-1, 0, 1))
         self.cancelled = max(self.cancelled, lease)
-        assert self.take(Cancelled(lease)) == ()
+        assert self.take(LeaseCancelled(lease)) == ()
 
     def pull(self) -> None:
-        assert self.doing
+        assert self.current
         reads = [Version(1, self.updates)] * self.partitions
-        self.held[self.doing.slot] = list(reads)
+        self.held[self.current.slot] = list(reads)
         (action,) = self.take(Pulled(reads))
         assert isinstance(action, Compute)
 
     def compute(self) -> None:
-        assert self.doing
+        assert self.current
         aheads = [self.random.choice((0, 0, 1, 2, 3)) for _ in range(self.partitions)]
-        reads = self.held[self.doing.slot]
+        reads = self.held[self.current.slot]
         versions = [Version(1, read.updates + ahead) for read, ahead in zip(reads, aheads, strict=True)]
         is_stale = self.stop_at is not None and max(aheads) >= self.stop_at
         if is_stale:
-            self.drop()
+            self.expect_dropped()
         actions = self.take(Computed(versions))
         assert is_stale != any(isinstance(action, Push) for action in actions)
 
-    def call_off(self) -> None:
-        self.drop()
-        self.take(CalledOff())
+    def abort(self) -> None:
+        self.expect_dropped()
+        self.take(ComputeAborted())
 
-    def drop(self) -> None:
-        assert self.doing
-        self.held.pop(self.doing.slot)
-        self.doing = None
+    def expect_dropped(self) -> None:
+        assert self.current
+        self.held.pop(self.current.slot)
+        self.current = None
 
     def send(self) -> None:
         self.sending -= 1
@@ -266,8 +266,8 @@ class AnyHost:
         self.read[slot][partition] = receipt.version
         assert bool(self.take(ReceiptArrived(partition, receipt))) == (len(gaps) == 1)
 
-    def repeat(self) -> None:
-        """A receipt that is no news: of a push that is not under way, or of a partition that has answered."""
+    def send_stray_receipt(self) -> None:
+        """Report a receipt that the loop ignores: its push is not under way, or its partition has answered."""
         index = self.random.randrange(12)
         partition = self.random.randrange(self.partitions)
         stray = Receipt("worker-3", BatchId(0, 0, index), Outcome.DUPLICATE, START)
@@ -282,7 +282,7 @@ class AnyHost:
         self.at_work = False
         self.clear()
 
-    # What the loop wants
+    # Actions
 
     def take(self, event: LoopEvent) -> tuple[LoopAction, ...]:
         actions = self.loop.handle(event)
@@ -291,7 +291,7 @@ class AnyHost:
                 case Pull():
                     self.begin(action.slot)
                     assert action.slot not in self.held
-                    self.doing = action
+                    self.current = action
                 case Compute():
                     self.on_compute(action)
                 case Push():
@@ -306,23 +306,23 @@ class AnyHost:
     def begin(self, slot: int) -> None:
         assert self.at_work
         assert self.lease > self.cancelled
-        assert self.doing is None
+        assert self.current is None
         assert slot == len(self.computed) % len(self.loop.slots)
         assert slot not in self.under_way
         assert len(self.under_way) < len(self.loop.slots)
 
     def on_compute(self, action: Compute) -> None:
-        if not isinstance(self.doing, Pull):
+        if not isinstance(self.current, Pull):
             self.begin(action.slot)
         assert action.batch == self.batches[len(self.computed)]
         assert action.slot in self.held
         self.computed.append(action.batch)
-        self.doing = action
+        self.current = action
 
     def on_push(self, action: Push) -> None:
-        assert self.doing == Compute(action.slot, action.batch)
+        assert self.current == Compute(action.slot, action.batch)
         assert action.wants == (len(self.computed) - 1 + len(self.loop.slots) < len(self.batches))
-        self.doing = None
+        self.current = None
         self.sending += 1
         self.under_way[action.slot] = action
         self.outcomes[action.slot] = [None] * self.partitions
@@ -338,7 +338,7 @@ class AnyHost:
 
     def on_end(self, action: EndLease) -> None:
         assert self.at_work
-        assert self.doing is None
+        assert self.current is None
         assert not self.under_way
         assert action == EndLease(self.lease, stopped=len(self.computed) < len(self.batches))
         assert not action.stopped or self.lease <= self.cancelled
@@ -347,10 +347,10 @@ class AnyHost:
         self.clear()
 
     def check(self) -> None:
-        """Something is always to come, and what the loop shows of itself is so."""
-        assert not self.at_work or self.doing or self.under_way
+        """Check that a lease at work waits for an event, and that the loop's state matches this host's records."""
+        assert not self.at_work or self.current or self.under_way
         assert self.loop.lease == (self.lease if self.at_work else None)
-        assert (self.loop.computing and self.loop.computing.number) == (self.doing and self.doing.slot)
+        assert (self.loop.computing and self.loop.computing.number) == (self.current and self.current.slot)
         assert (self.loop.oldest_push and self.loop.oldest_push.number) == next(iter(self.under_way), None)
         for slot in self.loop.slots:
             weights = self.read if slot.number in self.under_way else self.held
@@ -361,6 +361,6 @@ class AnyHost:
 def test_the_rules_hold_whatever_comes_in_whatever_order(
     seed: int, partitions: int, pipeline: int, stop_at: int | None
 ) -> None:
-    host = AnyHost(Random(seed), partitions, pipeline, stop_at)  # noqa: S311 - no secret
+    host = RandomOrderHost(Random(seed), partitions, pipeline, stop_at)  # noqa: S311 - no secret
     host.run(300)
     assert host.ended

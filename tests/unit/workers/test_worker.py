@@ -48,7 +48,7 @@ BATCHES = [BatchId(2, 0, 1), BatchId(2, 1, 0), BatchId(2, 0, 0)]
 
 
 def copied(gradient: Gradient) -> Gradient:
-    """As a lane sends it: the worker goes on to write to its memory."""
+    """Return a copy, as a lane sends it: the worker overwrites its memory afterwards."""
     values = gradient.values
     read = gradient.weights_read
     return gradient._replace(
@@ -59,20 +59,20 @@ def copied(gradient: Gradient) -> Gradient:
 
 @dataclass
 class FakeLane:
-    """A server of one worker: every push is a step, and what was asked of it is written down."""
+    """A server with one worker. Each push is a step, and all calls are recorded."""
 
     weights: FloatArray
     at: Version = START
     calls: list[str] = field(default_factory=list)
     pushes: list[Gradient] = field(default_factory=list)
-    shown: list[FloatArray] = field(default_factory=list)  # the weights that each push was computed from
+    weights_read: list[FloatArray] = field(default_factory=list)  # weights that each push was computed from
     limits: list[float] = field(default_factory=list)
     spoil: Callable[[Receipt], Receipt] = lambda receipt: receipt
     outcome: Outcome = Outcome.APPLIED
-    ahead: int = 0  # how far others have brought the server by the time a worker looks
+    ahead: int = 0  # updates by other workers since the last push, which `version` shows
     kind: LaneKind = "ray"
-    slots: list[FloatArray] = field(default_factory=list)  # the worker's memory, as far as it is this partition's
-    segments: list[int] = field(default_factory=list)  # where each connection's memory lies
+    slots: list[FloatArray] = field(default_factory=list)  # by slot number, this partition's weights
+    segments: list[int] = field(default_factory=list)  # address of each connection's memory
     pendings: list[ReferenceType[FakePending]] = field(default_factory=list)
 
     def connect(self, segment: Segment, part: slice) -> FakeLane:
@@ -99,7 +99,7 @@ class FakeLane:
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
         self.calls.append("push and pull" if wants else "push")
         self.pushes.append(copied(gradient))
-        self.shown.append(self.slots[slot].copy())
+        self.weights_read.append(self.slots[slot].copy())
         pending = FakePending(self, gradient, self.slots[slot] if wants else None)
         self.pendings.append(ref(pending))
         return pending
@@ -124,7 +124,7 @@ class FakePending:
 
 
 class Stub:
-    """A model of one trained tensor and one buffer whose gradient and loss are given."""
+    """A model with one trained tensor and one buffer, whose gradients and loss are constants."""
 
     buffers = ("mean",)
 
@@ -211,7 +211,7 @@ def test_a_gradient_is_that_of_the_weights_it_says_it_read() -> None:
     lane = lane_of()
     lane.weights = np.random.default_rng(3).standard_normal(SIZE, dtype=np.float32)
     worker_of(lane).work(LEASE, never)
-    for gradient, weights in zip(lane.pushes, lane.shown, strict=True):
+    for gradient, weights in zip(lane.pushes, lane.weights_read, strict=True):
         expected = np.empty(SIZE, np.float32)
         loss = worker_of().gradient(gradient.batch, weights, expected)
         np.testing.assert_array_equal(gradient.values, expected)
@@ -264,7 +264,7 @@ def test_a_receipt_may_take_twice_as_long_as_an_answer() -> None:
 def test_a_receipt_for_something_else_is_an_error(wrong: dict[str, Any]) -> None:
     lane = lane_of()
     lane.spoil = lambda receipt: receipt._replace(**wrong)
-    with pytest.raises(FrameError, match=r"worker-3 pushed .* got a receipt for"):
+    with pytest.raises(FrameError, match=r"worker-3 pushed .* but got the receipt of"):
         worker_of(lane).work(LEASE, never)
 
 
@@ -280,7 +280,7 @@ def test_a_server_that_does_not_answer_ends_the_lease() -> None:
     assert lane.calls[-1] == "close"
     lane.spoil = lambda receipt: receipt
     assert worker.work(LEASE, never) == LeaseEnd(7, stopped=False)
-    assert len(lane.segments) == 2  # what a server may still read is not written to again
+    assert len(lane.segments) == 2  # memory that a server may still read is not reused
 
 
 def test_only_the_lane_to_the_server_that_is_gone_is_hung_up() -> None:
@@ -299,19 +299,19 @@ def test_a_second_lease_goes_by_the_lanes_of_the_first() -> None:
     for _ in range(2):
         worker.work(LEASE, never)
     assert len(lane.segments) == 1
-    assert worker.lanes == ("ray",)
+    assert worker.lane_kinds == ("ray",)
 
 
 def test_a_server_that_cannot_be_reached_leaves_no_lane_open() -> None:
     def connect(segment: Segment) -> FakeLane:
-        raise ServerGoneError("nobody listens there")
+        raise ServerGoneError("no server listens there")
 
     reached = lane_of(5)
     first = slice(0, 5)
     second = slice(5, SIZE)
     routes = [Route(first, partial(reached.connect, part=first)), Route(second, connect)]
     worker = Worker("worker-3", MODEL, LAYOUT, TRAIN, SHARDS, 1, PLAIN, routes)
-    with pytest.raises(ServerGoneError, match="nobody listens"):
+    with pytest.raises(ServerGoneError, match="no server listens"):
         worker.work(LEASE, never)
     assert reached.calls == ["close"]
 
@@ -329,9 +329,9 @@ def test_a_pipeline_computes_ahead_while_so_many_pushes_are_under_way(pipeline: 
     assert most == pipeline + 1
     assert under_way == 0
     assert lane.calls.count("pull") == pipeline + 1
-    # The weights of a batch are those that came with the push before in the same slot.
+    # The weights of a batch come with the receipt of the previous push in the same slot.
     assert [gradient.read.updates for gradient in lane.pushes] == [*[0] * (pipeline + 1), *range(1, 6 - pipeline)]
-    for gradient, weights in zip(lane.pushes, lane.shown, strict=True):
+    for gradient, weights in zip(lane.pushes, lane.weights_read, strict=True):
         expected = np.empty(SIZE, np.float32)
         worker_of().gradient(gradient.batch, weights, expected)
         np.testing.assert_array_equal(gradient.values, expected)
@@ -410,7 +410,7 @@ def test_a_gradient_is_a_function_of_its_arguments_alone() -> None:
     np.testing.assert_array_equal(outs[0], outs[1])
 
 
-# What a job may want beyond gradients
+# Options: local steps, compression, stale gradients
 
 
 def dense(values: FloatArray | Encoded, size: int) -> FloatArray:
@@ -472,7 +472,7 @@ def test_what_compression_leaves_out_goes_with_the_next_push() -> None:
     for compressed, gradient in zip(lane.pushes, plain.pushes, strict=True):
         assert not isinstance(gradient.values, Encoded)
         sent += dense(compressed.values, SIZE)
-        whole += gradient.values  # the same, as the fake server's weights do not depend on what is pushed
+        whole += gradient.values  # the same gradients: the fake server's weights do not depend on the pushed values
     assert np.linalg.norm(whole - sent) == pytest.approx(end.residual_norm, rel=1e-5)
     assert end.residual_norm > 0
     assert [gradient.norm for gradient in lane.pushes] == [gradient.norm for gradient in plain.pushes]
@@ -516,7 +516,7 @@ def test_buffers_travel_beside_what_is_compressed() -> None:
 def test_the_weights_read_come_along_if_the_job_asks_for_them() -> None:
     lane = lane_of()
     worker_of(lane, worker_options=WorkerOptions(sends_weights=True)).work(LEASE, never)
-    for gradient, weights in zip(lane.pushes, lane.shown, strict=True):
+    for gradient, weights in zip(lane.pushes, lane.weights_read, strict=True):
         assert gradient.weights_read is not None
         np.testing.assert_array_equal(gradient.weights_read, weights)
 

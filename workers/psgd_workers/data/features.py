@@ -1,4 +1,4 @@
-"""Features with one example per row: finite float32, or bytes."""
+"""Checks and converts features: to finite float32 values, or uint8, with one example per row."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["check_finite", "row_features"]
 def row_features(raw: RawArray) -> Features:
     """Return the features as a C-contiguous array `[num_examples, *example_shape]`. A vector becomes one column.
 
-    Bytes (uint8) stay bytes. Every other dtype becomes float32.
+    The dtype uint8 is kept. Every other dtype becomes float32.
 
     Raises:
-        DataError: the values are not numbers, there are none, or one is not finite in float32.
+        DataError: the values are not numbers, the array is empty, or a value is not finite in float32.
     """
     if raw.values.dtype.kind not in "biuf":
         raise DataError(
@@ -29,7 +29,7 @@ def row_features(raw: RawArray) -> Features:
     values = raw.values[:, np.newaxis] if raw.values.ndim == 1 else raw.values
     if values.dtype == np.uint8:
         return np.ascontiguousarray(values)
-    with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused below
+    with np.errstate(over="ignore"):  # an overflow gives an infinity, which is refused below
         features = np.ascontiguousarray(values, np.float32)
     check_finite(raw.name, features)
     return features
@@ -45,11 +45,11 @@ def check_finite(name: str, values: FloatArray) -> None:
     Raises:
         DataError: a value is not finite; the message names the first one.
     """
-    if np.isfinite(values.min()) and np.isfinite(values.max()):  # both propagate NaN, and need no memory
+    if np.isfinite(values.min()) and np.isfinite(values.max()):  # min and max propagate NaN, and need no extra memory
         return
     row, *rest = np.argwhere(~np.isfinite(values))[0].tolist()
     column = rest[0] if len(rest) == 1 else tuple(rest)
     raise DataError(
         f"{name}: row {row}, column {column} (from 0) is {values[row, *rest]} in float32; expected finite numbers: "
-        "fill or drop it"
+        "fill the value in, or drop the row"
     )

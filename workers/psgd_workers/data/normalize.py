@@ -1,4 +1,7 @@
-"""Normalisation by statistics of the training part, in place and piece by piece: the data may fill most of memory."""
+"""Normalises features by statistics of the training part.
+
+Float32 features are changed in place and piece by piece, because the data may fill most of the memory.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +16,32 @@ from psgd_workers.data.examples import Examples, Features
 
 __all__ = ["normalize"]
 
-PIECE = 1 << 20  # float64 values held at a time: 8 MiB
+PIECE_SIZE = 1 << 20  # values converted to float64 at a time: 8 MiB
 
-Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
+ShiftAndScale = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def normalize(kind: Literal["none", "unit", "standardize"], train: Examples, *others: Examples) -> tuple[Examples, ...]:
     """Replace x by (x - shift) / scale, computed in float64.
 
-    `unit`: shift = min, scale = max - min, one pair over all the training features. `standardize`: shift = mean, scale
-    = standard deviation (of the population), per feature. A scale of 0 is taken as 1, so that constants become 0.
+    `unit`: shift = min, scale = max - min, one pair for all features. `standardize`: shift = mean, scale =
+    population standard deviation, one pair per feature. A scale of 0 is replaced by 1, so that constants become 0.
 
     Args:
         kind: the normalisation; `none` changes nothing.
         train: training examples, from which shift and scale are computed. Float32 features are overwritten.
-        others: other examples, transformed by the same shift and scale.
+        others: other examples, such as the validation part, transformed by the same shift and scale.
 
     Returns:
-        All parts. After `unit`, bytes are still bytes and are normalised batch by batch; after `standardize` they are
-        float32.
+        The parts, in the order of the arguments. `unit` keeps uint8 features as they are, and `Examples.inputs`
+        normalises them batch by batch; `standardize` converts them to float32.
     """
     parts = (train, *others)
     if kind == "none":
         return parts
     if kind == "standardize":
         parts = tuple(replace(part, features=part.features.astype(np.float32, copy=False)) for part in parts)
-    shift, scale = _range(train.features) if kind == "unit" else _moments(parts[0].features)
+    shift, scale = _unit_statistics(train.features) if kind == "unit" else _standard_statistics(parts[0].features)
     scale = np.where(scale == 0, 1.0, scale)
     for part in parts:
         if part.features.dtype == np.float32:
@@ -50,12 +53,12 @@ def normalize(kind: Literal["none", "unit", "standardize"], train: Examples, *ot
     )
 
 
-def _range(features: Features) -> Moments:
+def _unit_statistics(features: Features) -> ShiftAndScale:
     low, high = (np.asarray(bound, np.float64) for bound in (features.min(), features.max()))
     return low, np.asarray(high - low)
 
 
-def _moments(features: Features) -> Moments:
+def _standard_statistics(features: Features) -> ShiftAndScale:
     mean = features.mean(axis=0, dtype=np.float64)
     squares = np.zeros_like(mean)
     for piece in _pieces(features):
@@ -64,5 +67,5 @@ def _moments(features: Features) -> Moments:
 
 
 def _pieces(features: Features) -> Iterator[Features]:
-    rows = max(1, PIECE * len(features) // features.size)
+    rows = max(1, PIECE_SIZE * len(features) // features.size)
     return (features[start : start + rows] for start in range(0, len(features), rows))

@@ -1,4 +1,4 @@
-"""The way from a `DataSpec` to a `Dataset`: read, check, encode, split, normalise, fingerprint."""
+"""Opens the data of a job: reads, checks, encodes, splits, fingerprints and normalises it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ __all__ = ["open_dataset"]
 
 
 def open_dataset(spec: DataSpec, seed: int, loss: LossName | None = None) -> Dataset:
-    """Read the data of a job and make it ready to be trained on.
+    """Read the data of a job and prepare it for training.
 
-    The classes are those of the training part as the file has it, before `validation_fraction` is set aside: the size
-    of a model does not depend on the seed.
+    The classes are determined before `validation_fraction` splits the training part, so that the size of a model does
+    not depend on the seed.
 
     Args:
-        spec: what to read, and how.
-        seed: of the job, not negative; it decides which examples a `validation_fraction` takes.
-        loss: loss of the model, which decides what the labels mean; None for a model that has its own.
+        spec: `data` section of the job.
+        seed: seed of the job, not negative. It determines the examples that `validation_fraction` takes.
+        loss: loss of the model, which determines how labels are encoded. None for a model with a loss of its own.
+
+    Returns:
+        The data set.
 
     Raises:
         DataError: the data is missing, malformed, does not fit the loss, or cannot be split as asked.
-        MissingExtraError: the format needs a package that is not installed.
+        MissingExtraError: reading the format needs a package that is not installed.
     """
     raw = _read(spec)
     features = _features(raw.parts)
@@ -68,8 +71,8 @@ def _features(parts: Sequence[RawPart]) -> list[Features]:
     for part, values in zip(parts, features, strict=True):
         if values.shape[1:] != features[0].shape[1:]:
             raise DataError(
-                f"{part.features.name} has examples of shape {values.shape[1:]}, but {parts[0].features.name} of "
-                f"{features[0].shape[1:]}; give both parts the same"
+                f"{part.features.name} has examples of shape {values.shape[1:]}, but {parts[0].features.name} has "
+                f"examples of shape {features[0].shape[1:]}; give both parts the same shape"
             )
     return features
 
@@ -79,12 +82,13 @@ def _check_lengths(part: RawPart) -> None:
     labels = part.labels.values.shape
     if features[:1] != labels[:1]:
         raise DataError(
-            f"{part.features.name} has shape {features}, but {part.labels.name} {labels}; expected a label per example"
+            f"{part.features.name} has shape {features}, but {part.labels.name} has shape {labels}; "
+            "expected one label per example"
         )
 
 
 def _fingerprint(parts: Sequence[Examples], classes: tuple[str, ...] | None, normalization: str) -> str:
-    """Hash the content before it is normalised: sums in float64 may differ in their last bits between processors."""
+    """Hash the data before normalisation, whose float64 sums may differ in their last bits between processors."""
     digest = hashlib.sha256(json.dumps([classes, normalization]).encode())
     for part in parts:
         for values in (part.features, part.labels):

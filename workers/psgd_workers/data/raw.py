@@ -1,4 +1,4 @@
-"""Unchecked arrays as a format's reader found them, with names for messages about them."""
+"""Unchecked arrays as a format's reader returns them, with names for error messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["RawArray", "RawData", "RawPart"]
 
 @dataclass(frozen=True, slots=True)
 class RawArray:
-    """An array and its name for messages."""
+    """An array and its name for error messages."""
 
     name: str  # such as "mnist.npz: x_train"
     values: NDArray[Any]  # any dtype and shape; owned by this object, since features are normalised in place
@@ -20,7 +20,7 @@ class RawArray:
 
 @dataclass(frozen=True, slots=True)
 class RawPart:
-    """The features and labels of the training part, or of the validation part."""
+    """Features and labels of one part: the training part or the validation part."""
 
     features: RawArray
     labels: RawArray
@@ -28,7 +28,7 @@ class RawPart:
 
 @dataclass(frozen=True, slots=True)
 class RawData:
-    """The content of a data set."""
+    """The unchecked content of a data set."""
 
     parts: tuple[RawPart, ...]  # the training part, then the validation part if there is one
     classes: tuple[str, ...] | None = None  # names of the classes 0, 1, ..., if the format has them

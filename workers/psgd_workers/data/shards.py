@@ -1,9 +1,12 @@
-"""Which examples make which batch: a function of the seed, the epoch and the shard, and of nothing else.
+"""Assigns the training examples to batches: a function of the seed, the epoch and the shard, and of nothing else.
 
-The training examples are cut once, from one seeded permutation of all of them, into shards; every epoch shuffles each
-shard by itself. The generators are NumPy's, told apart by the `spawn_key` of one `SeedSequence` (a longer entropy list
-would not do: it is padded with zeros, so that `[seed]` and `[seed, 0, 0]` are the same stream).
-See https://numpy.org/doc/stable/reference/random/parallel.html.
+The examples are permuted once at random and cut into shards. In each epoch every shard is shuffled separately. All
+random generators share the seed of the job, and differ in the `spawn_key` of their `SeedSequence`. (Entropy lists of
+different lengths are no replacement: NumPy pads them with zeros, so that `[seed]` and `[seed, 0, 0]` are the same
+stream.)
+
+References:
+    https://numpy.org/doc/stable/reference/random/parallel.html
 """
 
 from __future__ import annotations
@@ -16,15 +19,15 @@ from psgd_workers.messages import BatchId, EpochGrid
 
 __all__ = ["Shards"]
 
-CACHED_ORDERS = 4  # a worker goes through one shard at a time, and its pipeline may straddle two
+CACHED_ORDERS = 4  # orders of a shard in an epoch; a worker needs one at a time, or two with a pipeline
 
 
 class Shards:
-    """The training examples in `num_shards` pieces, whose sizes differ by at most one, and their batches.
+    """The shards of the training examples, whose sizes differ by at most one, and their batches.
 
     Attributes:
-        grid: how many batches each shard has, every epoch, and how many examples they hold.
-        left_out: examples that no batch of an epoch holds; 0 without `drop_last`.
+        grid: shape of an epoch: the number of batches in each shard, and of examples in all batches.
+        left_out: number of examples that are in no batch of an epoch; 0 without `drop_last`.
     """
 
     def __init__(
@@ -40,16 +43,16 @@ class Shards:
         """Cut the examples into shards.
 
         Args:
-            num_examples: examples in the training part.
-            num_shards: pieces to cut them into.
-            batch_size: examples per batch; a shard's last batch may be shorter.
-            seed: of the job, not negative.
-            shuffle: False keeps the order of the file, in the cut and in every epoch.
-            steps: mini-batches of `batch_size` that make one batch, which is what a push is computed from.
-            drop_last: True ends each epoch's order of a shard with its last full mini-batch.
+            num_examples: number of examples in the training part.
+            num_shards: number of shards.
+            batch_size: number of examples in a mini-batch. The last one of a shard may be shorter.
+            seed: seed of the job, not negative.
+            shuffle: False keeps the order of the file, both between shards and within them.
+            steps: number of mini-batches in a batch, the data of one push. More than one: a worker takes local steps.
+            drop_last: True leaves out a shard's last mini-batch in every epoch if it is not full.
 
         Raises:
-            DataError: a shard would be smaller than one batch.
+            DataError: a shard would be smaller than one mini-batch.
         """
         _check_sizes(num_examples, num_shards, batch_size)
         self._mini_batch_size = batch_size
@@ -57,15 +60,15 @@ class Shards:
         self._seed = seed
         self._shuffle = shuffle
         self._shards = np.array_split(self._shuffled(np.arange(num_examples, dtype=np.int64)), num_shards)
-        self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}  # by (epoch, shard), oldest first
-        rests = [len(shard) % batch_size if drop_last else 0 for shard in self._shards]
-        self._sizes = [len(shard) - rest for shard, rest in zip(self._shards, rests, strict=True)]
-        self.left_out = sum(rests)
+        self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}  # by (epoch, shard), the oldest first
+        dropped = [len(shard) % batch_size if drop_last else 0 for shard in self._shards]
+        self._sizes = [len(shard) - count for shard, count in zip(self._shards, dropped, strict=True)]
+        self.left_out = sum(dropped)
         batches = tuple(-(-size // self._batch_size) for size in self._sizes)
         self.grid = EpochGrid(batches, num_examples - self.left_out)
 
-    def examples(self, batch: BatchId) -> NDArray[np.int64]:
-        """The row numbers of a batch's examples, `[batch_size · steps]` or fewer at a shard's end; read-only."""
+    def rows(self, batch: BatchId) -> NDArray[np.int64]:
+        """Return the rows of a batch's examples, read-only: `[batch_size · steps]`, or fewer at the end of a shard."""
         if not 0 <= batch.shard < len(self._shards) or not 0 <= batch.index < self.grid.batches_per_shard[batch.shard]:
             raise IndexError(f"{batch} is outside an epoch with {self.grid.batches_per_shard} batches per shard")
         start = batch.index * self._batch_size
@@ -73,13 +76,13 @@ class Shards:
         return self._order(batch.epoch, batch.shard)[start:stop]
 
     def mini_batches(self, batch: BatchId) -> list[NDArray[np.int64]]:
-        """The rows of each mini-batch of a batch, in order; the last one may be shorter."""
-        rows = self.examples(batch)
+        """Return the rows of each mini-batch of a batch, in order. The last mini-batch may be shorter."""
+        rows = self.rows(batch)
         size = self._mini_batch_size
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def smallest_mini_batch(self) -> NDArray[np.int64]:
-        """Return the rows of the shortest mini-batch of the first epoch; those of every other epoch are no shorter."""
+        """Return the rows of the shortest mini-batch of the first epoch. No mini-batch of another epoch is shorter."""
         lasts = [BatchId(0, shard, batches - 1) for shard, batches in enumerate(self.grid.batches_per_shard)]
         return min((self.mini_batches(batch)[-1] for batch in lasts), key=len)
 
@@ -101,7 +104,7 @@ class Shards:
 
 def _check_sizes(num_examples: int, num_shards: int, batch_size: int) -> None:
     if num_examples == 0:
-        raise DataError("there are no training examples: expected at least one")
+        raise DataError("there are no training examples; expected at least one")
     if num_shards > num_examples:
         raise DataError(f"{num_examples} examples cannot fill {num_shards} shards; lower num_shards")
     smallest = num_examples // num_shards

@@ -1,4 +1,4 @@
-"""Splits a validation part off the examples."""
+"""Splits the examples into a training part and a validation part."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SPAWN_KEY = (0,)  # distinguishes this random stream from those of `Shards`, who
 
 
 def split_validation(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """Draw the validation part at random. Both parts keep the order of the file.
+    """Draw a validation part at random from the examples. Both parts keep the order of the file.
 
     Args:
         examples: at least two examples.
-        fraction: share of the examples to validate on, in (0, 1); rounded so that neither part is empty.
+        fraction: share of the examples in the validation part, in (0, 1), rounded so that neither part is empty.
         seed: seed of the job, not negative.
 
     Returns:
@@ -30,13 +30,13 @@ def split_validation(examples: Examples, fraction: float, seed: int) -> tuple[Ex
         DataError: there is only one example.
     """
     if len(examples) < 2:
-        raise DataError("one example cannot be split: drop validation_fraction, or give more data")
+        raise DataError("the data has one example, which cannot be split: drop validation_fraction, or give more data")
     size = min(max(round(fraction * len(examples)), 1), len(examples) - 1)
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=SPAWN_KEY))
     chosen = np.zeros(len(examples), np.bool_)
     chosen[generator.permutation(len(examples))[:size]] = True
-    return _where(examples, ~chosen), _where(examples, chosen)
+    return _select(examples, ~chosen), _select(examples, chosen)
 
 
-def _where(examples: Examples, mask: NDArray[np.bool_]) -> Examples:
+def _select(examples: Examples, mask: NDArray[np.bool_]) -> Examples:
     return replace(examples, features=examples.features[mask], labels=examples.labels[mask])

@@ -1,4 +1,4 @@
-"""Models: NumPy layers and their backward passes, and adapters for the user's own."""
+"""Models in NumPy, and adapters for the user's own models."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ __all__ = ["Model", "ModelWithBuffers", "build_model", "evaluate"]
 
 
 def build_model(spec: ModelSpec, dataset: Dataset) -> Model:
-    """The model that `spec` describes, with inputs and outputs that fit the data.
+    """Build the model that `spec` describes, with inputs and outputs that fit the data.
 
     Args:
-        spec: what to build.
-        dataset: opened for the model's loss.
+        spec: `model` section of the job.
+        dataset: data set, with labels encoded for the loss of the model.
+
+    Returns:
+        The model.
 
     Raises:
-        ModelError: the user's factory cannot be found, raised, or made something else than a model.
+        ModelError: the user's factory cannot be found, raised an exception, or returned an object that is not a model.
         MissingExtraError: the model needs PyTorch, which is not installed.
     """
     inputs = prod(dataset.train.features.shape[1:])
@@ -30,7 +33,7 @@ def build_model(spec: ModelSpec, dataset: Dataset) -> Model:
         case PythonModel():
             return build_python_model(spec)
         case TorchModel():
-            # Imported here because importing torch takes seconds and it may not be installed.
+            # Imported here because importing torch takes seconds, and torch may not be installed.
             from psgd_workers.models.torch import TorchNetwork
 
             return TorchNetwork(spec, dataset.train.features.shape[1:])

@@ -1,4 +1,4 @@
-"""A PyTorch `nn.Module` as a `Model`. Imported only by jobs that ask for it, and the only importer of torch."""
+"""Adapts a PyTorch `nn.Module` to the `Model` interface. No other module imports torch."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ __all__ = ["TorchNetwork"]
 
 
 class TorchNetwork:
-    """The module that the factory makes, fed with weights from outside.
+    """A model that copies the weights it is given into the user's `nn.Module`, and calls the module.
 
-    Its tensors are the module's parameters and persistent buffers, by the names of its `state_dict`. Integer buffers
-    travel as float32, exact up to 2²⁴. A frozen parameter counts as a buffer: no optimizer may decay it. Lazy modules
-    get their sizes from one pass over zeros.
+    The tensors are the module's parameters and persistent buffers, with the names of its `state_dict`. Integer buffers
+    become float32, which is exact up to 2²⁴. A frozen parameter counts as a buffer, so that no optimizer decays it.
+    Lazy layers get their sizes from a forward pass over zeros.
 
     Args:
-        spec: what to build.
-        example_shape: of the features of one example.
+        spec: `model` section of the job.
+        example_shape: shape of the features of one example.
 
     Attributes:
-        buffers: the tensors that change, if at all, without a gradient.
+        buffers: names of the tensors that have no gradient.
 
     Raises:
-        ModelError: the factory does not make an `nn.Module`, some of its parameters have no values, or the device is
-            not there.
+        ModelError: the factory failed or did not return an `nn.Module`, a parameter has no values, or the device is not
+            available.
     """
 
     def __init__(self, spec: TorchModel, example_shape: tuple[int, ...]) -> None:
         self._spec = spec
         self._example_shape = example_shape
         self._device = _device(spec.device)
-        # A constant seed: what the factory draws and the weights do not hold is then the same on every worker.
+        # A constant seed, so that random values outside the weights are the same on every worker.
         self._module = self._build(seed=0).to(self._device)
         persistent = self._module.state_dict().keys()
         buffers = [name for name, _ in self._module.named_buffers() if name in persistent]
@@ -59,7 +59,7 @@ class TorchNetwork:
         )
 
     def initial_weights(self, seed: int) -> dict[str, FloatArray]:
-        """The tensors of a new module, which the factory fills from torch's generator, seeded with `seed`."""
+        """Return the tensors of a new module, built with torch's random generator seeded with `seed`."""
         return {name: _array(tensor) for name, tensor in self._tensors(self._build(seed)).items()}
 
     def loss_and_gradient(
@@ -70,7 +70,7 @@ class TorchNetwork:
         gradient: Mapping[str, FloatArray],
         seed: int,
     ) -> float:
-        """Backpropagate one batch, in training mode; see `Model.loss_and_gradient`."""
+        """Backpropagate one batch in training mode. See `Model.loss_and_gradient`."""
         self._load(weights)
         self._module.train()
         self._module.zero_grad()
@@ -87,41 +87,44 @@ class TorchNetwork:
         return loss.item()
 
     def predict(self, weights: Mapping[str, FloatArray], features: FloatArray) -> FloatArray:
+        """Return the outputs in evaluation mode. See `Model.predict`."""
         self._load(weights)
         self._module.eval()
         with torch.no_grad():
             return _array(self._outputs(features))
 
     def loss(self, outputs: FloatArray, labels: NDArray[Any]) -> float:
+        """Return the mean loss of outputs. See `Model.loss`."""
         return LOSSES[self._spec.loss](outputs, labels, gradient=np.empty_like(outputs))
 
     def _build(self, seed: int) -> torch.nn.Module:
         torch.manual_seed(seed)
         module = build(self._spec.path, self._spec.kwargs)
         if not isinstance(module, torch.nn.Module):
-            raise ModelError(f"{self._spec.path!r} made a {type(module).__name__}; expected a torch.nn.Module")
+            raise ModelError(f"{self._spec.path!r} returned a {type(module).__name__}; expected a torch.nn.Module")
         if _without_values(module):
             self._initialise(module)
         return module
 
     def _initialise(self, module: torch.nn.Module) -> None:
-        """Let lazy modules see the shape of their inputs."""
+        """Run a forward pass over zeros, which gives lazy layers their sizes."""
         fault: str | None = None
         module.eval()
         try:
             with torch.no_grad():
                 module(torch.zeros(2, *self._example_shape))
-        except Exception as error:  # noqa: BLE001 - a module of the user's may raise anything
-            fault = f"a pass over zeros of shape {[2, *self._example_shape]} raised {type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001 - the user's module may raise any exception
+            shape = [2, *self._example_shape]
+            fault = f"a forward pass over zeros of shape {shape} raised {type(error).__name__}: {error}"
         if missing := _without_values(module):
             raise ModelError(
                 f"the module of {self._spec.path!r} has parameters without values: {', '.join(missing)}; "
-                f"{fault or 'a pass over zeros left them as they were'}. Give their layers all sizes, or use them in "
-                "forward(), and build them on the CPU"
+                f"{fault or 'a forward pass over zeros gave them none'}. Build their layers on the CPU, and give each "
+                "layer its sizes or use it in forward()"
             )
 
     def _tensors(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-        # Asked anew each time: a module may assign a new tensor to a buffer instead of writing into the old one.
+        # Looked up in each call: a module may replace the tensor of a buffer instead of writing into it.
         tensors = dict(chain[tuple[str, torch.Tensor]](module.named_parameters(), module.named_buffers()))
         return {name: tensors[name] for name in self._names}
 
@@ -132,7 +135,7 @@ class TorchNetwork:
                 tensor.copy_(values if tensor.is_floating_point() else values.round())
 
     def _outputs(self, features: FloatArray) -> torch.Tensor:
-        """Return `[batch, num_outputs]`; a module that returns `[batch]` has one output."""
+        """Return the outputs `[batch, num_outputs]`. Outputs `[batch]` become one column."""
         outputs = self._module(_tensor(features).to(self._device))
         if not isinstance(outputs, torch.Tensor):
             raise ModelError(
@@ -146,14 +149,17 @@ class TorchNetwork:
             return torch.nn.functional.cross_entropy(outputs, labels)
         targets = labels.to(outputs.dtype).reshape(len(labels), -1)
         if outputs.shape != targets.shape:
-            raise ModelError(f"the module's outputs are {list(outputs.shape)}; expected {list(targets.shape)}")
+            raise ModelError(
+                f"the module's outputs have shape {list(outputs.shape)}; expected {list(targets.shape)}, "
+                "the shape of the labels"
+            )
         if self._spec.loss == "mse":
             return torch.nn.functional.mse_loss(outputs, targets)
         return torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets)
 
 
 def _without_values(module: torch.nn.Module) -> list[str]:
-    """Name the tensors that lazy modules have not made yet, and those on the meta device."""
+    """Return the names of tensors that lazy layers have not created yet, and of tensors on the meta device."""
     tensors = chain[tuple[str, torch.Tensor]](module.named_parameters(), module.named_buffers())
     return [name for name, tensor in tensors if is_lazy(tensor) or tensor.is_meta]
 
@@ -161,12 +167,14 @@ def _without_values(module: torch.nn.Module) -> list[str]:
 def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ModelError("the model asks for device 'cuda', but this worker sees no GPU: give it one, or use 'auto'")
+        raise ModelError(
+            "the model asks for device 'cuda', but this worker has no GPU: give it one, or set model.device to 'auto'"
+        )
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:
-    # torch warns of read-only memory, which is what Ray hands out for arrays in its object store.
+    # Copied because torch warns about read-only memory; arrays from Ray's object store are read-only.
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

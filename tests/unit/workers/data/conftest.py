@@ -1,4 +1,4 @@
-"""Fixtures that several of these tests share."""
+"""Fixtures for the tests of data."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def mnist(mnist_file: Path) -> Dataset:
 
 @pytest.fixture
 def numbered() -> Examples:
-    """20 examples that hold their own row number."""
+    """20 examples whose feature is their own row number."""
     rows = np.arange(20)
     return Examples(np.repeat(rows, 3).reshape(20, 3).astype(np.float32), rows)

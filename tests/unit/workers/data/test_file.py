@@ -47,8 +47,8 @@ def test_an_unreadable_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def locked(*_: object) -> NoReturn:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", locked)  # the tests may run as root, who may read everything
-    with pytest.raises(DataError, match=r"data\.npz may not be read by this user"), open_file("data.npz"):
+    monkeypatch.setattr(Path, "open", locked)  # the tests may run as root, which may read every file
+    with pytest.raises(DataError, match=r"this user has no permission to read data\.npz"), open_file("data.npz"):
         pass
 
 
@@ -108,7 +108,7 @@ CONTENT = b"x,y\n1,2\n3,4\n"
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Answers `/503` by that status, and other paths by the method of that name."""
+    """Answers a path such as `/503` with that status, and every other path with the method of that name."""
 
     protocol_version = "HTTP/1.1"
     close_connection = True
@@ -149,7 +149,7 @@ class Answers(BaseHTTPRequestHandler):
         self.send(b"%x\r\n%s\r\n" % (len(CONTENT), CONTENT))
 
     def shrunk(self) -> None:
-        """Announces more than it has by the time that a part is asked for."""
+        """Announce 1000 bytes, but have none left when a range of them is requested."""
         if self.command == "GET" and "Range" in self.headers:
             self.announce(0, 416)
         else:
@@ -171,7 +171,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """A web server's URL."""
+    """URL of a web server that answers with `Answers`."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as http:
         thread = Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -191,13 +191,13 @@ def test_a_download_is_read(server: str, text: dict[str, str]) -> None:
     [
         (400, "the server answered HTTP 400 (Bad Request): check data.path"),
         (401, "the server answered HTTP 401 (Unauthorized): it asks for a login: give a URL that needs none"),
-        (403, "the server answered HTTP 403 (Forbidden): access is refused: give a URL that may be read"),
-        (404, "the server answered HTTP 404 (Not Found): it does not exist; check data.path"),
+        (403, "the server answered HTTP 403 (Forbidden): access is denied: give a URL that grants access"),
+        (404, "the server answered HTTP 404 (Not Found): the file does not exist; check data.path"),
         (408, "the server answered HTTP 408 (Request Timeout): try again later"),
-        (410, "the server answered HTTP 410 (Gone): it does not exist any more"),
+        (410, "the server answered HTTP 410 (Gone): the file does not exist any more"),
         (
             429,
-            "the server answered HTTP 429 (Too Many Requests): the server has had too many requests; try again later",
+            "the server answered HTTP 429 (Too Many Requests): too many requests were sent to it; try again later",
         ),
         (500, "the server answered HTTP 500 (Internal Server Error): try again later"),
         (503, "the server answered HTTP 503 (Service Unavailable): try again later"),
@@ -262,7 +262,7 @@ def test_another_protocol_is_told(server: str) -> None:
 
 
 def test_of_a_chained_url_no_more_is_said_than_is_known(server: str) -> None:
-    with pytest.raises(DataError, match="/403 does not exist, or may not be read"):
+    with pytest.raises(DataError, match="/403 does not exist, or access to it is denied"):
         read(f"simplecache::{server}/403")
 
 

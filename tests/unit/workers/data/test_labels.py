@@ -48,9 +48,9 @@ def test_integers_of_any_dtype_are_classes(dtype: Any, loss: LossName | None) ->
 @pytest.mark.parametrize("loss", [CROSS, BINARY])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_two_whole_numbers_stored_as_floats_are_classes_of_a_classifier(dtype: Any, loss: LossName) -> None:
-    (train, held), classes = encode(np.array([1, 0, 1], dtype), np.array([0, 1]), loss)
+    (train, validation), classes = encode(np.array([1, 0, 1], dtype), np.array([0, 1]), loss)
     np.testing.assert_array_equal(train, np.array([1, 0, 1], np.int64), strict=True)
-    np.testing.assert_array_equal(held, np.array([0, 1], np.int64), strict=True)
+    np.testing.assert_array_equal(validation, np.array([0, 1], np.int64), strict=True)
     assert classes == ("0", "1")
 
 
@@ -64,8 +64,8 @@ def test_classes_count_up_to_the_largest_training_label(loss: LossName | None) -
 @pytest.mark.parametrize("loss", [CROSS, BINARY])
 @pytest.mark.parametrize(("low", "high"), [(-1, 1), (-1.0, 1.0), (-7, MAX_CLASSES), (0, 2**53), ("no", "yes")])
 def test_two_different_values_are_the_two_classes(low: Any, high: Any, loss: LossName) -> None:
-    (train, held), classes = encode([high, low, low], [low, high], loss)
-    assert (train.tolist(), held.tolist()) == ([1, 0, 0], [0, 1])
+    (train, validation), classes = encode([high, low, low], [low, high], loss)
+    assert (train.tolist(), validation.tolist()) == ([1, 0, 0], [0, 1])
     assert classes == tuple(str(label).removesuffix(".0") for label in (low, high))
 
 
@@ -131,7 +131,7 @@ def test_several_targets_are_kept(loss: LossName | None, dtype: Any) -> None:
 # Refusals
 
 NOT_NUMBERED = (
-    f"expected classes numbered from 0 to {MAX_CLASSES - 1} at most, or two different values: number the classes from "
+    f"expected classes numbered from 0 to at most {MAX_CLASSES - 1}, or two different values: number the classes from "
     "0, or write them as text; for a regression use `loss: mse`"
 )
 
@@ -147,12 +147,12 @@ NOT_NUMBERED = (
             None,
             f"y: row 2 (from 0) has label {2**64 - 1}; {NOT_NUMBERED}",
         ),
-        (CROSS, [0, 0.5], None, "y: row 1 (from 0) has label 0.5; loss 'cross_entropy' expects classes: whole numbers"),
+        (CROSS, [0, 0.5], None, "y: row 1 (from 0) has label 0.5; loss 'cross_entropy' expects classes, which are"),
         (
             CROSS,
             [0.0, 1.0, 2.0],
             None,
-            "y has 3 different floats, 0.0, 1.0, 2.0; loss 'cross_entropy' expects classes: store",
+            "y has 3 different floats (0.0, 1.0, 2.0); loss 'cross_entropy' expects classes: store",
         ),
         (CROSS, [0, np.nan], None, "y: row 1 (from 0) has label nan; loss 'cross_entropy' expects classes"),
         (CROSS, [0, np.inf], None, "y: row 1 (from 0) has label inf"),
@@ -160,27 +160,27 @@ NOT_NUMBERED = (
             CROSS,
             [0, 1],
             [1, 0, 2],
-            "y_val: row 2 (from 0) has label 2, which is not among the training classes, 0, 1: ",
+            "y_val: row 2 (from 0) has label 2, which is not among the training classes (0, 1): ",
         ),
-        (CROSS, [0, 1], [-1], "y_val: row 0 (from 0) has label -1, which is not among the training classes, 0, 1"),
-        (CROSS, [-1, 1], [0], "y_val: row 0 (from 0) has label 0, which is not among the training classes, -1, 1"),
+        (CROSS, [0, 1], [-1], "y_val: row 0 (from 0) has label -1, which is not among the training classes (0, 1)"),
+        (CROSS, [-1, 1], [0], "y_val: row 0 (from 0) has label 0, which is not among the training classes (-1, 1)"),
         (
             CROSS,
             ["a", "b"],
             ["b", "c"],
-            "y_val: row 1 (from 0) has label 'c', which is not among the training classes, a",
+            "y_val: row 1 (from 0) has label 'c', which is not among the training classes (a",
         ),
-        (CROSS, range(9), [9], "not among the training classes, 0, 1, ..., 8: correct it, drop the row, or add such"),
+        (CROSS, range(9), [9], "not among the training classes (0, 1, ..., 8): correct the label, drop the row"),
         (CROSS, [[0, 1]], None, "y has dtype int64 and shape (1, 2); expected one class per example"),
-        (CROSS, [0, 1], ["0"], "y_val holds text, but y integers; give both the same dtype"),
+        (CROSS, [0, 1], ["0"], "y_val holds text, but y holds integers; give both the same dtype"),
         (
             BINARY,
             [0, 1, 2],
             None,
-            "y has 3 different labels, 0, 1, 2; loss 'binary_cross_entropy' expects two: use `loss: c",
+            "y has 3 different labels (0, 1, 2); loss 'binary_cross_entropy' expects two: use `loss: c",
         ),
-        (BINARY, [-1, 0, 1], None, "y has 3 different labels, -1, 0, 1; loss 'binary_cross_entropy' expects two"),
-        (BINARY, ["a", "b", "c"], None, "y has 3 different labels, a, b, c; loss 'binary_cross_entropy' expects two"),
+        (BINARY, [-1, 0, 1], None, "y has 3 different labels (-1, 0, 1); loss 'binary_cross_entropy' expects two"),
+        (BINARY, ["a", "b", "c"], None, "y has 3 different labels (a, b, c); loss 'binary_cross_entropy' expects two"),
         (BINARY, [0, 0.5], None, "y: row 1 (from 0) has label 0.5; loss 'binary_cross_entropy' expects classes"),
         (BINARY, [[0, 1], [1, 0]], None, "y has dtype int64 and shape (2, 2); expected one class per example"),
         (
@@ -190,11 +190,11 @@ NOT_NUMBERED = (
             "y holds classes named cat, dog; loss 'mse' expects numbers: use `loss: cross_entropy`",
         ),
         (MSE, [1.0, np.nan], None, "y: row 1, column 0 (from 0) is nan in float32"),
-        (MSE, np.zeros((2, 2)), np.zeros((2, 3)), "y_val has 3 targets, but y 2; give both parts the same number"),
+        (MSE, np.zeros((2, 2)), np.zeros((2, 3)), "y_val has 3 targets per example, but y has 2; give both"),
         (OWN, [0, -1], None, "y: row 1 (from 0) has label -1; expected classes numbered from 0"),
         (OWN, [-1, 1], None, "for a regression store the labels as floats (in a CSV file: 3.0 instead of 3)"),
         (OWN, [MAX_CLASSES], None, f"y: row 0 (from 0) has label {MAX_CLASSES}; expected classes numbered from 0"),
-        (OWN, [0, 1], [0.0], "y_val holds floats, but y integers; give both the same dtype"),
+        (OWN, [0, 1], [0.0], "y_val holds floats, but y holds integers; give both the same dtype"),
         (OWN, [1.0, 1e300], None, "y: row 1, column 0 (from 0) is inf in float32"),
         (OWN, np.zeros((2, 2, 2)), None, "y has shape (2, 2, 2); expected [examples] or [examples, targets]"),
         (OWN, np.zeros((2, 0)), None, "y has shape (2, 0)"),
@@ -217,7 +217,10 @@ def test_what_is_neither_number_nor_text_is_refused(train: Any, loss: LossName |
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (BINARY, "y has 3 different labels, setosa, versicolor, virginica; loss 'binary_cross_entropy' expects two"),
+        (
+            BINARY,
+            r"y has 3 different labels \(setosa, versicolor, virginica\); loss 'binary_cross_entropy' expects two",
+        ),
         (MSE, "y holds classes named setosa, versicolor, virginica; loss 'mse' expects numbers"),
     ],
 )

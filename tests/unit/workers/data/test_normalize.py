@@ -73,23 +73,23 @@ def test_the_validation_part_is_transformed_as_the_training_part(kind: Normaliza
 @given(pixels=hnp.arrays(np.uint8, st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))))
 def test_bytes_become_what_floats_become_bit_for_bit(kind: Normalization, pixels: NDArray[np.uint8]) -> None:
     validation = np.flip(pixels[:2])
-    (expected, other), (train, held) = (
+    (expected, expected_validation), (train, uint8_validation) = (
         normalize(kind, *(examples(part.astype(dtype)) for part in (pixels, validation)))
         for dtype in (np.float32, np.uint8)
     )
     index = np.array([0, len(pixels) - 1, 0])
     np.testing.assert_array_equal(train.inputs(slice(None)), expected.features, strict=True)
     np.testing.assert_array_equal(train.inputs(index), expected.features[index], strict=True)
-    np.testing.assert_array_equal(held.inputs(slice(None)), other.features, strict=True)
+    np.testing.assert_array_equal(uint8_validation.inputs(slice(None)), expected_validation.features, strict=True)
 
 
 @pytest.mark.parametrize("kind", ["none", "unit", "standardize"])
 @pytest.mark.parametrize("kept", ["train", "validation"])
 def test_one_part_of_bytes_and_one_of_floats_come_to_what_floats_alone_come_to(kind: Normalization, kept: str) -> None:
     rng = np.random.default_rng(0)
-    train, held = (rng.integers(256, size=(rows, 3), dtype=np.uint8) for rows in (20, 10))
-    fractions = train / np.float32(7), held  # what float32 cannot hold exactly, and bytes
-    parts = fractions if kept == "validation" else (train, held / np.float32(7))
+    train, validation = (rng.integers(256, size=(rows, 3), dtype=np.uint8) for rows in (20, 10))
+    fractions = train / np.float32(7), validation  # values that float32 cannot hold exactly, and uint8
+    parts = fractions if kept == "validation" else (train, validation / np.float32(7))
     expected = normalized(kind, *(part.astype(np.float32) for part in parts))
     for part, floats in zip(normalized(kind, *(part.copy() for part in parts)), expected, strict=True):
         assert part.dtype == np.float32
@@ -100,6 +100,6 @@ def test_a_large_array_is_done_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -
     table = np.random.default_rng(1).random((101, 7), np.float32)
     pieces = table.copy()
     normalize("standardize", examples(table))
-    monkeypatch.setattr(module, "PIECE", 16)
+    monkeypatch.setattr(module, "PIECE_SIZE", 16)
     normalize("standardize", examples(pieces))
     np.testing.assert_allclose(pieces, table, rtol=1e-5, atol=1e-6)

@@ -130,7 +130,7 @@ def test_a_regression_may_be_validated_on_larger_numbers_than_it_is_trained_on(p
 @pytest.mark.parametrize("fields", [{}, {"validation_fraction": 0.01}])
 def test_a_classifier_needs_two_classes_in_its_training_part(path: Path, fields: dict[str, Any]) -> None:
     labels = np.ones(100, np.int64)
-    if fields:  # the only example of the other class is drawn for validation
+    if fields:  # the split moves the only example of the other class to the validation part
         drawn = split_validation(Examples(np.zeros((100, 1), np.float32), np.arange(100)), 0.01, 0)[1].labels
         labels[drawn] = 0
     np.savez(path, x_train=np.arange(100), y_train=labels, x_test=np.arange(2), y_test=np.arange(2))
@@ -145,18 +145,18 @@ def test_a_classifier_needs_two_classes_in_its_training_part(path: Path, fields:
     [
         (
             {"x_train": [[1], [2]], "y_train": [0]},
-            "x_train has shape (2, 1), but {path}: y_train (1,); expected a label",
+            "x_train has shape (2, 1), but {path}: y_train has shape (1,); expected one label",
         ),
-        ({"x_train": [1], "y_train": 0}, "x_train has shape (1,), but {path}: y_train ()"),
+        ({"x_train": [1], "y_train": 0}, "x_train has shape (1,), but {path}: y_train has shape ()"),
         ({"x_train": 1, "y_train": 0}, "x_train has shape (); expected [examples, ...]"),
         ({"x_train": [], "y_train": []}, "x_train has shape (0,); expected [examples, ...] with at least one example"),
         (
             {"x_train": [[1, 2]], "y_train": [0], "x_test": [[1]], "y_test": [0]},
-            "x_test has examples of shape (1,), but {path}: x_train of (2,); give both parts the same",
+            "x_test has examples of shape (1,), but {path}: x_train has examples of shape (2,); give",
         ),
         (
             {"x_train": [[1]], "y_train": [0], "x_test": [[1], [2]], "y_test": [0]},
-            "x_test has shape (2, 1), but {path}: y_test (1,)",
+            "x_test has shape (2, 1), but {path}: y_test has shape (1,)",
         ),
         ({"x_train": [[1]], "y_train": [0], "x_test": [[1]], "y_test": [4]}, "y_test: row 0 (from 0) has label 4"),
         ({"x_train": [[1], [np.nan]], "y_train": [0, 1]}, "x_train: row 1, column 0 (from 0) is nan"),

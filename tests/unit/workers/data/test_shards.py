@@ -32,8 +32,8 @@ epochs = st.integers(0, 10**6)
 
 
 def epoch_of(shards: Shards, epoch: int) -> list[NDArray[np.int64]]:
-    """The batches of an epoch, by position."""
-    return [shards.examples(shards.grid.batch(epoch, position)) for position in range(shards.grid.num_batches)]
+    """Return the rows of each batch of an epoch, by position."""
+    return [shards.rows(shards.grid.batch(epoch, position)) for position in range(shards.grid.num_batches)]
 
 
 @given(any_sizes(), seeds, epochs, st.booleans())
@@ -48,7 +48,7 @@ def test_every_batch_is_full_but_a_shards_last(sizes: Sizes, seed: int) -> None:
     shards = Shards(*sizes, seed, shuffle=True)
     shard_sizes = []
     for shard, count in enumerate(shards.grid.batches_per_shard):
-        lengths = [len(shards.examples(BatchId(0, shard, index))) for index in range(count)]
+        lengths = [len(shards.rows(BatchId(0, shard, index))) for index in range(count)]
         assert all(length == sizes.batch_size for length in lengths[:-1])
         assert 1 <= lengths[-1] <= sizes.batch_size
         shard_sizes.append(sum(lengths))
@@ -60,7 +60,7 @@ def test_a_shard_has_the_same_members_in_every_epoch(sizes: Sizes, seed: int, tw
     shards = Shards(*sizes, seed, shuffle=True)
     for shard, count in enumerate(shards.grid.batches_per_shard):
         first, second = (
-            {row for index in range(count) for row in shards.examples(BatchId(epoch, shard, index)).tolist()}
+            {row for index in range(count) for row in shards.rows(BatchId(epoch, shard, index)).tolist()}
             for epoch in two
         )
         assert first == second
@@ -68,11 +68,11 @@ def test_a_shard_has_the_same_members_in_every_epoch(sizes: Sizes, seed: int, tw
 
 @given(any_sizes(), seeds, st.data())
 def test_a_batch_does_not_depend_on_what_was_asked_before(sizes: Sizes, seed: int, data: st.DataObject) -> None:
-    asked = Shards(*sizes, seed, shuffle=True)
-    positions = st.integers(0, asked.grid.num_batches - 1)
+    shards = Shards(*sizes, seed, shuffle=True)
+    positions = st.integers(0, shards.grid.num_batches - 1)
     for epoch, position in data.draw(st.lists(st.tuples(st.integers(0, 3), positions), max_size=20)):
-        batch = asked.grid.batch(epoch, position)
-        np.testing.assert_array_equal(asked.examples(batch), Shards(*sizes, seed, shuffle=True).examples(batch))
+        batch = shards.grid.batch(epoch, position)
+        np.testing.assert_array_equal(shards.rows(batch), Shards(*sizes, seed, shuffle=True).rows(batch))
 
 
 def test_the_order_does_not_depend_on_the_batch_size() -> None:
@@ -111,7 +111,7 @@ def test_without_shuffling_every_epoch_is_the_file_from_first_to_last(sizes: Siz
 
 def test_every_example_comes_first_about_equally_often() -> None:
     shards = Shards(4, 1, 1, 0, shuffle=True)
-    firsts = np.concatenate([shards.examples(BatchId(epoch, 0, 0)) for epoch in range(4000)])
+    firsts = np.concatenate([shards.rows(BatchId(epoch, 0, 0)) for epoch in range(4000)])
     counts = np.bincount(firsts, minlength=4)
     assert np.square(counts - 1000).sum() / 1000 < 16.3  # chi-squared, 3 degrees of freedom, p = 0.001
 
@@ -125,7 +125,7 @@ def test_few_orders_are_kept() -> None:
 
 def test_consecutive_batches_of_a_shard_share_one_order() -> None:
     shards = Shards(100, 1, 10, 0, shuffle=True)
-    first, second = (shards.examples(BatchId(0, 0, index)) for index in range(2))
+    first, second = (shards.rows(BatchId(0, 0, index)) for index in range(2))
     assert first.base is second.base
     assert not first.flags.writeable
 
@@ -133,7 +133,7 @@ def test_consecutive_batches_of_a_shard_share_one_order() -> None:
 @pytest.mark.parametrize("batch", [BatchId(0, 2, 0), BatchId(0, -1, 0), BatchId(0, 0, 5), BatchId(0, 0, -1)])
 def test_a_batch_outside_the_grid_is_refused(batch: BatchId) -> None:
     with pytest.raises(IndexError, match=r"outside an epoch with \(5, 5\) batches per shard"):
-        Shards(20, 2, 2, 0, shuffle=True).examples(batch)
+        Shards(20, 2, 2, 0, shuffle=True).rows(batch)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_sizes_that_make_no_batch_are_refused(sizes: Sizes, message: str) -> Non
         Shards(*sizes, seed=0, shuffle=True)
 
 
-# Leaving out what remains
+# drop_last
 
 
 @given(any_sizes(), seeds, epochs, st.booleans(), st.integers(1, 3))
@@ -174,14 +174,14 @@ def test_drop_last_leaves_out_what_fills_no_batch_and_nothing_else(
         for rows in kept.mini_batches(kept.grid.batch(epoch, number))
         if len(rows) == sizes.batch_size
     ]
-    np.testing.assert_array_equal(trained, np.concatenate(full))  # of the same order
+    np.testing.assert_array_equal(trained, np.concatenate(full))  # in the same order as without drop_last
     assert kept.left_out == 0
 
 
 def test_drop_last_leaves_out_others_in_each_epoch_if_they_are_shuffled() -> None:
     for shuffle, expected in ((True, 10), (False, 1)):
         shards = Shards(10, 1, 9, 0, shuffle, drop_last=True)
-        left = {(set(range(10)) - set(shards.examples(BatchId(epoch, 0, 0)).tolist())).pop() for epoch in range(100)}
+        left = {(set(range(10)) - set(shards.rows(BatchId(epoch, 0, 0)).tolist())).pop() for epoch in range(100)}
         assert len(left) == expected
 
 

@@ -1,4 +1,4 @@
-"""Fixtures that several of these tests share."""
+"""Fixtures for the tests of models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Doubles = NDArray[np.float64]
 
 
 def central_differences(function: Callable[[], float], at: NDArray[Any], step: float = 1e-6) -> Doubles:
-    """∂function/∂at, by moving each element of `at` in place."""
+    """Return ∂function/∂at by central differences: each element of `at` is moved in place and restored."""
     slopes = np.empty(at.shape)
     for index in np.ndindex(at.shape):
         middle = at[index]
@@ -34,7 +34,7 @@ def numerical_gradient() -> Callable[[Callable[[], float], NDArray[Any]], Double
 
 @pytest.fixture
 def users_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """An importable module `users_own.models`; give it factories as attributes."""
+    """An importable module `users_own.models`. Tests set model factories as its attributes."""
     module = ModuleType("users_own.models")
     monkeypatch.setitem(sys.modules, "users_own", ModuleType("users_own"))
     monkeypatch.setitem(sys.modules, "users_own.models", module)

@@ -19,7 +19,7 @@ POSITIVE = FEATURES.sum(axis=(1, 2)) > 0
 
 
 def images(loss: LossName) -> Dataset:
-    """Examples that are of class 1 where their sum is positive, with labels for a loss."""
+    """Return examples of class 1 if the sum of their features is positive, with labels for a loss."""
     if loss == "mse":
         return Dataset(Examples(FEATURES, POSITIVE.astype(np.float32)[:, np.newaxis]), None, None, fingerprint="")
     return Dataset(Examples(FEATURES, POSITIVE.astype(np.int64)), None, ("0", "1"), fingerprint="")

@@ -62,7 +62,7 @@ def test_no_more_rows_are_predicted_at_once_than_asked() -> None:
     seen: list[int] = []
     loss: LossName = "mse"
     network = Counting((4, 1), loss)
-    evaluate(network, network.initial_weights(0), Examples(FEATURES, np.zeros((23, 1), np.float32)), rows=10)
+    evaluate(network, network.initial_weights(0), Examples(FEATURES, np.zeros((23, 1), np.float32)), rows_at_once=10)
     assert seen == [10, 10, 3]
 
 
@@ -84,6 +84,6 @@ def test_a_model_that_changes_its_inputs_in_place_is_given_copies_of_read_only_d
     labels = rng.integers(0, 3, 23)
     features = FEATURES.copy()
     for array in (features, labels):
-        array.flags.writeable = False  # as a worker finds them in Ray's memory
+        array.flags.writeable = False  # like arrays in Ray's object store
     expected = evaluate(plain, weights, Examples(2 * FEATURES, labels))
     assert evaluate(network, weights, Examples(features, labels)) == expected

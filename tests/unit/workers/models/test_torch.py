@@ -26,7 +26,7 @@ Adapted = Callable[..., TorchNetwork]
 
 @pytest.fixture
 def adapted(users_module: ModuleType) -> Adapted:
-    """The adapter of what a factory makes."""
+    """Return a function that adapts the module that a factory returns."""
 
     def make(factory: Callable[[], object], loss: LossName = "cross_entropy", device: Any = "cpu") -> TorchNetwork:
         users_module.make = factory  # type: ignore[attr-defined]
@@ -43,7 +43,7 @@ def batch(rows: int = 8, seed: int = 0) -> tuple[FloatArray, NDArray[np.int64]]:
 def gradient_of(
     model: TorchNetwork, weights: dict[str, FloatArray], features: FloatArray, labels: NDArray[Any], seed: int = 0
 ) -> tuple[float, dict[str, FloatArray]]:
-    """The loss, and a gradient written over NaN: what the model leaves out shows."""
+    """Return the loss and the gradient. The gradient is NaN before, so that a value that is not written is found."""
     layout = Layout.of(weights, model.buffers)
     flat = np.full(layout.num_parameters, np.nan, np.float32)
     loss = model.loss_and_gradient(layout.views(layout.pack(weights)), features, labels, layout.views(flat), seed)
@@ -52,7 +52,7 @@ def gradient_of(
 
 
 class Mlp(nn.Module):
-    """Named as `Network` names its tensors."""
+    """A module whose tensors have the same names as those of `Network`."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def test_a_module_that_drops_the_last_axis_has_one_output(adapted: Adapted, loss
 
 def test_outputs_that_would_broadcast_against_the_labels_are_refused(adapted: Adapted) -> None:
     model = adapted(lambda: nn.Linear(6, 3), "mse")
-    with pytest.raises(ModelError, match=r"outputs are \[8, 3\]; expected \[8, 1\]"):
+    with pytest.raises(ModelError, match=r"outputs have shape \[8, 3\]; expected \[8, 1\]"):
         gradient_of(model, model.initial_weights(0), batch()[0], LABELS["mse"][:, :1])
 
 
@@ -183,7 +183,7 @@ def test_prediction_uses_the_buffers_it_is_given_and_leaves_them(adapted: Adapte
 
 
 class Counting(nn.Linear):
-    """Puts a new tensor in its buffer's place, and has a buffer that is no part of its state."""
+    """A module that replaces the tensor of one buffer, and has another buffer outside its `state_dict`."""
 
     seen: torch.Tensor
     noise: torch.Tensor
@@ -271,7 +271,7 @@ def test_lazy_modules_get_their_sizes_from_the_data(adapted: Adapted) -> None:
     for name, tensor in first.items():
         np.testing.assert_array_equal(tensor, again[name])
     assert not np.array_equal(first["0.weight"], other["0.weight"])
-    np.testing.assert_array_equal(first["1.running_mean"], np.zeros(5))  # the pass over zeros leaves no trace
+    np.testing.assert_array_equal(first["1.running_mean"], np.zeros(5))  # unchanged by the forward pass over zeros
     loss, gradient = gradient_of(model, first, *batch())
     assert np.isfinite(loss)
     assert gradient["0.weight"].any()
@@ -283,17 +283,17 @@ def test_a_lazy_module_that_is_not_used_is_named(adapted: Adapted) -> None:
             super().__init__(6, 3)
             self.other = nn.LazyLinear(3)
 
-    with pytest.raises(ModelError, match=r"without values: other\.weight, other\.bias; a pass over zeros left them"):
+    with pytest.raises(ModelError, match=r"without values: other\.weight, other\.bias; a forward pass over zeros gave"):
         adapted(Unused)
 
 
 def test_a_lazy_module_that_does_not_fit_the_data_is_refused_with_the_reason(adapted: Adapted) -> None:
-    with pytest.raises(ModelError, match=r"0\.weight, .*a pass over zeros of shape \[2, 6\] raised RuntimeError"):
+    with pytest.raises(ModelError, match=r"0\.weight, .* pass over zeros of shape \[2, 6\] raised RuntimeError"):
         adapted(lambda: nn.Sequential(nn.LazyConv2d(3, 3)))
 
 
 def test_parameters_without_memory_are_refused(adapted: Adapted) -> None:
-    with pytest.raises(ModelError, match=r"has parameters without values: weight, bias; .* build them on the CPU"):
+    with pytest.raises(ModelError, match=r"has parameters without values: weight, bias; .* layers on the CPU"):
         adapted(lambda: nn.Linear(6, 3, device="meta"))
 
 
@@ -311,13 +311,13 @@ def test_a_module_may_return_one_number_for_each_example(adapted: Adapted) -> No
 
 
 def test_a_factory_must_make_a_module(adapted: Adapted) -> None:
-    with pytest.raises(ModelError, match=r"'users_own\.models:make' made a dict; expected a torch\.nn\.Module"):
+    with pytest.raises(ModelError, match=r"'users_own\.models:make' returned a dict; expected a torch\.nn\.Module"):
         adapted(dict)
 
 
 def test_cuda_that_is_not_there_is_refused(adapted: Adapted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ModelError, match="asks for device 'cuda', but this worker sees no GPU"):
+    with pytest.raises(ModelError, match="asks for device 'cuda', but this worker has no GPU"):
         adapted(lambda: nn.Linear(6, 3), device="cuda")
     adapted(lambda: nn.Linear(6, 3), device="auto")
 

@@ -48,7 +48,7 @@ def try_out(
 
 
 class Own(Network):
-    """A model of the user's own, with one weakness; all else is right."""
+    """A correct model of the user's own. Subclasses add one fault each."""
 
     def __init__(self, outputs: int = 3) -> None:
         super().__init__((6, outputs), "cross_entropy")
@@ -64,7 +64,7 @@ def torch_model(users_module: Any) -> Callable[..., TorchNetwork]:
     return make
 
 
-# What is right
+# Models that pass
 
 
 @pytest.mark.parametrize(("loss", "outputs"), [("cross_entropy", 3), ("mse", 2), ("binary_cross_entropy", 1)])
@@ -96,11 +96,11 @@ def test_a_model_that_diverges_at_once_is_for_the_run_to_judge() -> None:
     try_out(Diverging(), dataset())
 
 
-# Inputs that are changed in place
+# Models that change their inputs in place
 
 
 class InPlace(Own):
-    """Scales its inputs and labels where they lie."""
+    """A model that changes its inputs, outputs and labels in place."""
 
     def loss_and_gradient(
         self, weights: Trained, features: FloatArray, labels: NDArray[Any], gradient: Trained, seed: int
@@ -138,7 +138,7 @@ def test_a_model_may_change_its_inputs_in_place_and_the_data_stays(torch_model: 
             np.testing.assert_array_equal(part.labels, expected.labels)
 
 
-# What is refused
+# Models that are refused
 
 
 def check(model: Model, message: str, data: Dataset | None = None, loss: LossName | None = None, **sizes: int) -> None:
@@ -158,7 +158,7 @@ def test_weights_that_a_model_changes_are_named() -> None:
 
 
 class Forgetful(Own):
-    """Writes no gradient of its bias, by one of the ways to think that one did."""
+    """A model that does not write all of its bias' gradient, in one of the ways in which users forget it."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class Forgetful(Own):
 
 @pytest.mark.parametrize(("way", "number"), [("forgotten", 0), ("replaced", 0), ("added", 0), ("in part", 2)])
 def test_a_gradient_that_is_not_written_is_named(way: str, number: int) -> None:
-    message = f"wrote {number} of the 3 values of gradient 'layers.0.bias': write each one into the given array"
+    message = f"wrote {number} of the 3 values of gradient 'layers.0.bias': write every value into the given array"
     check(Forgetful(way), message)
 
 
@@ -207,7 +207,7 @@ def test_outputs_are_compared_with_the_labels(
 def test_outputs_of_a_model_with_its_own_loss_are_compared_too() -> None:
     check(Own(2), "their shape is [8, 2], expected [8, 3], a logit for each class (a, b, c)")
     data = dataset("binary_cross_entropy", ("0", "1"))
-    try_out(Network((6, 1), "binary_cross_entropy"), data, loss=None)  # one logit: its sign is the class
+    try_out(Network((6, 1), "binary_cross_entropy"), data, loss=None)  # a single logit, whose sign is the class
 
     class Flat(Own):
         def predict(self, weights: Trained, features: FloatArray) -> FloatArray:
@@ -227,7 +227,7 @@ def test_outputs_that_are_no_tensor_are_named(torch_model: Callable[..., TorchNe
 
 
 def test_inputs_of_another_size_are_told_with_their_shape(torch_model: Callable[..., TorchNetwork]) -> None:
-    message = "does not fit the data, asked to predict the first batch, of 8 examples of shape [6]: RuntimeError"
+    message = "the model failed to predict the first batch (8 examples of shape [6]): RuntimeError"
     check(torch_model(lambda: nn.Linear(7, 3)), message)
 
 
@@ -236,7 +236,7 @@ def test_a_loss_that_is_no_number_is_refused() -> None:
         def loss_and_gradient(self, *args: Any, **kwargs: Any) -> Any:
             super().loss_and_gradient(*args, **kwargs)
 
-    check(Silent(), "tried on the first batch, of 8 examples: TypeError: float() argument must be")
+    check(Silent(), "failed to train on the first batch (8 examples): TypeError: float() argument must be")
 
 
 def normalised() -> nn.Module:
@@ -246,11 +246,11 @@ def normalised() -> nn.Module:
 def test_a_model_that_cannot_compute_the_smallest_batch_is_refused(torch_model: Callable[..., TorchNetwork]) -> None:
     try_out(torch_model(normalised), dataset(), smallest=2)
     message = (
-        "does not fit the data, tried on the smallest batch, of 1 example, the last of a shard: "
+        "the model failed to train on the smallest batch (1 example, the last batch of a shard): "
         "ValueError: Expected more than 1 value per channel"
     )
     check(torch_model(normalised), message, loss="cross_entropy", smallest=1)
-    with pytest.raises(ModelError, match=r"`data\.drop_last: true` leaves it out; or choose another batch_size"):
+    with pytest.raises(ModelError, match=r"Leave it out by `data\.drop_last: true`, or choose another batch_size"):
         try_out(torch_model(normalised), dataset(), smallest=1)
 
 
@@ -259,7 +259,7 @@ def test_what_fails_in_validation_alone_is_found() -> None:
         def loss(self, outputs: FloatArray, labels: NDArray[Any]) -> float:
             raise NotImplementedError("later")
 
-    check(Unjudging(), "the model does not fit the data, tried on 10 validation examples: NotImplementedError: later")
+    check(Unjudging(), "the model failed to evaluate 10 examples of the validation part: NotImplementedError: later")
 
 
 @pytest.mark.parametrize(
@@ -267,12 +267,12 @@ def test_what_fails_in_validation_alone_is_found() -> None:
     [
         (None, "initial_weights returned a NoneType; expected a dict of named arrays"),
         ([np.zeros(3)], "initial_weights returned a list; expected a dict of named arrays"),
-        ({"w": None}, "initial_weights returned 'w' with dtype object; expected a name and an array of float32"),
+        ({"w": None}, "initial_weights returned 'w' with dtype object; expected a string as the name"),
         ({"w": np.zeros(3, np.complex64)}, "initial_weights returned 'w' with dtype complex64"),
-        ({0: np.zeros(3)}, "initial_weights returned 0 with dtype float64; expected a name"),
+        ({0: np.zeros(3)}, "initial_weights returned 0 with dtype float64; expected a string"),
         ({"w": nn.Parameter(torch.zeros(3))}, "initial_weights(0) raised RuntimeError: Can't call numpy() on Tensor"),
-        ({"w": np.array([0, np.nan])}, "initial weights 'w' hold values that are not finite in float32: initialise"),
-        ({"w": np.array([1e300])}, "initial weights 'w' hold values that are not finite in float32"),
+        ({"w": np.array([0, np.nan])}, "initial weights 'w' have values that are not finite in float32: initialise"),
+        ({"w": np.array([1e300])}, "initial weights 'w' have values that are not finite in float32"),
     ],
 )
 def test_initial_weights_that_are_no_weights_are_refused(weights: Any, message: str) -> None:
@@ -299,5 +299,5 @@ def test_a_constant_that_is_infinite_is_no_weight(torch_model: Callable[..., Tor
             super().__init__(6, 3)
             self.register_buffer("mask", torch.full((3,), -torch.inf))
 
-    with pytest.raises(ModelError, match=r"'mask' hold values that are not finite .*persistent=False"):
+    with pytest.raises(ModelError, match=r"'mask' have values that are not finite .*persistent=False"):
         draw_weights(torch_model(Masked), 0)

@@ -1,1 +1,1 @@
-"""One module for each format that examples are read from."""
+"""Readers of data formats, one module for each format."""

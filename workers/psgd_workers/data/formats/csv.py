@@ -1,4 +1,4 @@
-"""Tables of numbers in CSV files, one example a row, after RFC 4180."""
+"""Reads CSV files (RFC 4180) with one example per row: numbers as features, and a label."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ from psgd_workers.spec import CsvData
 
 __all__ = ["read_csv"]
 
-INTEGER = re.compile(r"[+-]?[0-9]{1,18}")  # what int64 holds for certain
-MISSING = {"", "?", "-", "na", "n/a", "none", "null"}
+INTEGER = re.compile(r"[+-]?[0-9]{1,18}")  # numbers of up to 18 digits always fit into int64
+SIGNS_OF_MISSING = {"", "?", "-", "na", "n/a", "none", "null"}
 
-Rows = Iterable[tuple[int, list[str]]]  # each with the number of its last line, from 1
+Rows = Iterable[tuple[int, list[str]]]  # (number of the row's last line in the file, from 1; cells)
 
 
 def read_csv(spec: CsvData) -> RawData:
-    """The table's features and labels; labels are integers, else numbers, else text.
+    """Read a table as one training part.
+
+    Labels are int64 if all of them are whole numbers, else float64 if all are numbers, else text.
 
     Raises:
-        DataError: the file cannot be read, or is no table of numbers; the message names line and column.
+        DataError: the file cannot be read, is not a CSV file, or has a feature that is not a finite number. The message
+            names the line and the column.
     """
     with open_file(spec.path, encoding="utf-8-sig", newline="") as file:
         try:
-            return _parse(_rows(file, spec.delimiter), spec)
+            return _parse_table(_rows(file, spec.delimiter), spec)
         except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{spec.path} is not a CSV file in UTF-8: {error}; export it again as one") from error
+            raise DataError(f"{spec.path} is not a CSV file in UTF-8: {error}; export it again as CSV") from error
 
 
 def _rows(file: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -45,70 +48,72 @@ def _rows(file: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]
     return ((reader.line_num, row) for row in reader if row)  # a blank line is an empty row
 
 
-def _parse(rows: Iterator[tuple[int, list[str]]], spec: CsvData) -> RawData:
+def _parse_table(rows: Iterator[tuple[int, list[str]]], spec: CsvData) -> RawData:
     first = next(rows, None)
     if first is None:
-        raise DataError(f"{spec.path} is empty; expected one example a row")
-    named = _is_header(first[1], spec)
-    columns = [name.strip() for name in first[1]] if named else [str(i) for i in range(len(first[1]))]
+        raise DataError(f"{spec.path} is empty; expected one example per row")
+    has_header = _is_header(first[1], spec)
+    columns = [name.strip() for name in first[1]] if has_header else [str(i) for i in range(len(first[1]))]
     if len(columns) < 2:
         raise DataError(
             f"{spec.path} has one column, {columns[0]!r}; expected features and a label separated by "
-            f"{spec.delimiter!r}: set `delimiter` to what separates them"
+            f"{spec.delimiter!r}: set `delimiter` to the character that separates the columns"
         )
     label = _label_column(spec, columns)
-    features, labels = _columns(spec.path, columns, label, rows if named else chain([first], rows))
+    features, labels = _parse_columns(spec.path, columns, label, rows if has_header else chain([first], rows))
     return RawData(
         (RawPart(RawArray(f"{spec.path}: features", features), RawArray(f"{spec.path}: {columns[label]}", labels)),)
     )
 
 
 def _is_header(cells: list[str], spec: CsvData) -> bool:
-    """Return True if the first row names the columns; refuse to guess where it may as well be an example."""
+    """Return True if the first row names the columns. Refuse to guess if it may be an example as well."""
     if isinstance(spec.label, str) or spec.header or len(cells) < 2:
         return spec.header is not False
     features = [cell for index, cell in enumerate(cells) if index != spec.label % len(cells)]
     if spec.header is False and all(map(_is_name, features)):
         raise DataError(
-            f"{spec.path}: the first row ({_shown(cells)}) has no numbers for features, so that it names the columns: "
-            "write `header: true`, or leave `header` out"
+            f"{spec.path}: the first row ({_preview(cells)}) has text for every feature, so it seems to name the "
+            "columns: write `header: true`, or leave `header` out"
         )
     if spec.header is None and not any(map(_is_name, features)):
         raise DataError(
-            f"{spec.path}: the first row ({_shown(cells)}) may be an example or the names of the columns, as its "
+            f"{spec.path}: the first row ({_preview(cells)}) may be an example or may name the columns, because its "
             "features are numbers: write `header: false` if it is an example, `header: true` if it names the columns"
         )
     return spec.header is None
 
 
 def _is_name(cell: str) -> bool:
-    """Return True for what is neither a number nor a common sign for a missing one."""
+    """Return True for text that is neither a number nor a common sign for a missing number."""
     try:
         float(cell)
     except ValueError:
-        return cell.strip().lower() not in MISSING
+        return cell.strip().lower() not in SIGNS_OF_MISSING
     return False
 
 
-def _shown(cells: list[str]) -> str:
+def _preview(cells: list[str]) -> str:
     return ",".join(cells) if len(cells) <= 6 else f"{','.join(cells[:5])},...,{cells[-1]}"
 
 
 def _label_column(spec: CsvData, columns: list[str]) -> int:
     if isinstance(spec.label, int):
         if not -len(columns) <= spec.label < len(columns):
-            raise DataError(f"{spec.path} has no column {spec.label}; it has {len(columns)}, numbered from 0")
+            raise DataError(f"{spec.path} has no column {spec.label}; it has {len(columns)} columns, numbered from 0")
         return spec.label % len(columns)
     if columns.count(spec.label) > 1:
-        raise DataError(f"{spec.path} has several columns named {spec.label!r}; give the label's number, from 0")
+        raise DataError(
+            f"{spec.path} has several columns named {spec.label!r}; set `label` to the number of the column, from 0"
+        )
     if spec.label not in columns:
         close = get_close_matches(spec.label, columns, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(columns)}"
+        hint = f"did you mean {close[0]!r}?" if close else f"its columns are {', '.join(columns)}"
         raise DataError(f"{spec.path} has no column {spec.label!r}; {hint}")
     return columns.index(spec.label)
 
 
-def _columns(path: str, columns: list[str], label: int, rows: Rows) -> tuple[NDArray[np.float64], NDArray[Any]]:
+def _parse_columns(path: str, columns: list[str], label: int, rows: Rows) -> tuple[NDArray[np.float64], NDArray[Any]]:
     names = columns[:label] + columns[label + 1 :]
     features = array("d")
     labels = []
@@ -117,29 +122,34 @@ def _columns(path: str, columns: list[str], label: int, rows: Rows) -> tuple[NDA
             raise DataError(f"{path}, line {line}: {len(cells)} cells, expected {len(columns)}; complete the row")
         labels.append(cells.pop(label).strip())
         if not labels[-1]:
-            raise DataError(f"{path}, line {line}, column {columns[label]!r}: the label is empty; fill or drop the row")
-        features.extend(_numbers(f"{path}, line {line}", names, cells))
+            raise DataError(
+                f"{path}, line {line}, column {columns[label]!r}: the label is empty; fill it in or drop the row"
+            )
+        features.extend(_parse_numbers(f"{path}, line {line}", names, cells))
     if not labels:
-        raise DataError(f"{path} has a header but no rows; expected one example a row")
-    return np.frombuffer(features, np.float64).reshape(len(labels), -1), _typed(labels)
+        raise DataError(f"{path} has a header but no rows; expected one example per row")
+    return np.frombuffer(features, np.float64).reshape(len(labels), -1), _label_array(labels)
 
 
-def _numbers(where: str, names: list[str], cells: list[str]) -> list[float]:
-    numbers = [_number(cell) for cell in cells]
+def _parse_numbers(where: str, names: list[str], cells: list[str]) -> list[float]:
+    numbers = [_parse_number(cell) for cell in cells]
     if not all(map(math.isfinite, numbers)):
-        name, cell = next((n, c) for n, c in zip(names, cells, strict=True) if not math.isfinite(_number(c)))
-        raise DataError(f"{where}, column {name!r}: {cell!r} is not a finite number; encode, fill or drop it")
+        name, cell = next((n, c) for n, c in zip(names, cells, strict=True) if not math.isfinite(_parse_number(c)))
+        raise DataError(
+            f"{where}, column {name!r}: {cell!r} is not a finite number; encode it as a number, fill it in, or drop "
+            "the row"
+        )
     return numbers
 
 
-def _number(cell: str) -> float:
+def _parse_number(cell: str) -> float:
     try:
         return float(cell)
     except ValueError:
         return math.nan
 
 
-def _typed(labels: list[str]) -> NDArray[Any]:
+def _label_array(labels: list[str]) -> NDArray[Any]:
     if all(map(INTEGER.fullmatch, labels)):
         return np.array([int(label) for label in labels], np.int64)
     try:

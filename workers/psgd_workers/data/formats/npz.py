@@ -1,4 +1,4 @@
-"""NumPy `.npz` archives. Nothing is ever unpickled."""
+"""Reads NumPy `.npz` archives. Pickled objects are refused, because loading them runs code from the file."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from psgd_workers.spec import NpzData
 __all__ = ["read_npz"]
 
 KERAS_VALIDATION = ("x_test", "y_test")
-DAMAGE = (EOFError, ValueError, zipfile.BadZipFile, zlib.error)  # NumPy's ValueError may also be a refused pickle
+# Errors of a damaged archive. NumPy also raises ValueError to refuse pickled objects.
+READ_ERRORS = (EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 def read_npz(spec: NpzData) -> RawData:
-    """The training part, and the validation part that the spec names or that goes by Keras' names.
+    """Read the training part, and the validation part if the spec or Keras' names (`x_test`, `y_test`) give one.
 
     Raises:
-        DataError: the file cannot be read, is no archive, or lacks an array.
+        DataError: the file cannot be read, is not an archive, or lacks an array.
     """
-    with open_file(spec.path) as remote:
-        file = io.BytesIO(remote.read())  # reading an archive takes seeking, which some web servers do not offer
+    with open_file(spec.path) as source:
+        file = io.BytesIO(source.read())  # reading an archive needs seeking, which some web servers do not support
     with _archive(file, spec.path) as archive:
         keys = [(spec.features, spec.labels), *_validation_keys(spec, archive)]
         return RawData(tuple(RawPart(*(_array(archive, spec.path, key) for key in pair)) for pair in keys))
@@ -38,10 +39,12 @@ def read_npz(spec: NpzData) -> RawData:
 def _archive(file: io.BytesIO, path: str) -> NpzFile:
     try:
         archive: NpzFile | NDArray[Any] = np.load(file, allow_pickle=False)
-    except DAMAGE as error:
+    except READ_ERRORS as error:
         raise DataError(f"{path} is not an .npz file; write one with numpy.savez_compressed") from error
     if not isinstance(archive, NpzFile):
-        raise DataError(f"{path} is not an .npz file but one array (.npy); write one with numpy.savez_compressed")
+        raise DataError(
+            f"{path} is not an .npz file but one array (.npy); write an archive with numpy.savez_compressed"
+        )
     return archive
 
 
@@ -55,11 +58,12 @@ def _validation_keys(spec: NpzData, archive: NpzFile) -> list[tuple[str, str]]:
 
 def _array(archive: NpzFile, path: str, key: str) -> RawArray:
     if key not in archive.files:
-        raise DataError(f"{path} has no array {key!r}; it has {', '.join(archive.files) or 'none'}: name one of them")
+        names = ", ".join(archive.files) or "none"
+        raise DataError(f"{path} has no array {key!r}; its arrays are {names}: name one of them")
     try:
         values: NDArray[Any] | bytes = archive[key]
-    except DAMAGE as error:
-        raise DataError(f"{path}: {key} cannot be read: {error}; save it as a plain array of numbers") from error
-    if isinstance(values, bytes):  # NumPy's answer for a member that is no array
+    except READ_ERRORS as error:
+        raise DataError(f"{path}: {key} cannot be read: {error}; save it again as an array of numbers") from error
+    if isinstance(values, bytes):  # NumPy returns bytes for a member that is not an array
         raise DataError(f"{path}: {key} is not an array; write the file with numpy.savez_compressed")
     return RawArray(f"{path}: {key}", values)

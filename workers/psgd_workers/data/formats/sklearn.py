@@ -1,4 +1,4 @@
-"""The small data sets that scikit-learn ships."""
+"""Reads the small data sets that are part of scikit-learn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_sklearn(spec: SklearnData) -> RawData:
         from sklearn import datasets
     except ImportError as error:
         raise MissingExtraError(
-            f"data set {spec.dataset!r} comes with scikit-learn, which is not installed: pip install 'psgd[data]'"
+            f"data set {spec.dataset!r} is part of scikit-learn, which is not installed: pip install 'psgd[data]'"
         ) from error
     found = getattr(datasets, f"load_{spec.dataset}")()
     names = found.get("target_names")

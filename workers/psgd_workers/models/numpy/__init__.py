@@ -1,1 +1,1 @@
-"""Models in NumPy, with backward passes of our own."""
+"""Models in NumPy: layers, losses and their backward passes."""

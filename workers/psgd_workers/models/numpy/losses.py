@@ -1,6 +1,6 @@
 """Mean losses over a batch, and their gradients with respect to the model's outputs.
 
-They reduce by ufuncs, as NumPy's functions and methods of that name cost several microseconds more a call.
+Sums and maxima call `ufunc.reduce`, because `np.sum` and `np.max` take several microseconds more per call.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ __all__ = ["LOSSES", "Loss", "binary_cross_entropy", "cross_entropy", "mse"]
 
 
 class Loss(Protocol):
-    """A mean loss, equal to PyTorch's of the same name."""
+    """A mean loss over a batch, equal to PyTorch's loss of the same name."""
 
     def __call__(self, outputs: Array, labels: NDArray[Any], gradient: Array) -> float:
-        """The mean loss over the batch.
+        """Compute the mean loss, and write its gradient.
 
         Args:
-            outputs: `[batch, num_outputs]`.
-            labels: of the batch, in the dtype and shape that `open_dataset` gives them.
-            gradient: like `outputs`, which it may be: where ∂loss/∂outputs is written.
+            outputs: outputs of the model, `[batch, num_outputs]`.
+            labels: labels of the batch, in the dtype and shape that `open_dataset` gives them.
+            gradient: array like `outputs`, overwritten with ∂loss/∂outputs. It may be `outputs` itself.
+
+        Returns:
+            The mean loss over the batch.
         """
 
 
 def cross_entropy(outputs: Array, labels: NDArray[Any], gradient: Array) -> float:
-    """mean(log Σⱼ exp zⱼ - z_label), of logits z `[batch, classes]` and labels `[batch]` int64."""
+    """Compute mean(log Σⱼ exp zⱼ - z_label) for logits z `[batch, classes]` and labels `[batch]` int64."""
     rows = np.arange(len(labels))
     # Softmax does not change when a row is shifted; with the largest logit at 0, exp cannot overflow.
     np.subtract(outputs, np.maximum.reduce(outputs, axis=1, keepdims=True), out=gradient)
@@ -44,7 +47,7 @@ def cross_entropy(outputs: Array, labels: NDArray[Any], gradient: Array) -> floa
 
 
 def mse(outputs: Array, labels: NDArray[Any], gradient: Array) -> float:
-    """mean((outputs - labels)²) over all elements, of labels `[batch, targets]`."""
+    """Compute mean((outputs - labels)²) over all elements, for outputs and labels `[batch, targets]`."""
     np.subtract(outputs, labels, out=gradient)
     loss = float(np.vdot(gradient, gradient)) / gradient.size
     gradient *= 2 / gradient.size
@@ -52,10 +55,10 @@ def mse(outputs: Array, labels: NDArray[Any], gradient: Array) -> float:
 
 
 def binary_cross_entropy(outputs: Array, labels: NDArray[Any], gradient: Array) -> float:
-    """mean(log(1 + exp z) - y·z), of logits z `[batch, 1]` and labels y `[batch]`, 0 or 1."""
+    """Compute mean(log(1 + exp z) - y·z) for logits z `[batch, 1]` and labels y `[batch]`, 0 or 1."""
     logits = outputs[:, 0]
     loss = float(np.mean(np.logaddexp(0, logits) - labels * logits, dtype=np.float64))
-    sigmoid = np.exp(-np.logaddexp(0, -logits))  # stable: the naive form overflows for large -z
+    sigmoid = np.exp(-np.logaddexp(0, -logits))  # stable: 1 / (1 + exp(-z)) overflows for large -z
     gradient[:, 0] = (sigmoid - labels) / len(labels)
     return loss
 

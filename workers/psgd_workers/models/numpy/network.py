@@ -1,4 +1,4 @@
-"""The linear model and the multi-layer perceptron, in NumPy."""
+"""The linear model and the multi-layer perceptron in NumPy."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["Network"]
 
 
 class Network:
-    """Dense layers with activations between them. A single layer is the linear model.
+    """A network of dense layers with activations between them. A single layer is the linear model.
 
-    Its tensors are `layers.0.weight`, `layers.0.bias`, `layers.1.weight`, and so on. Examples of any shape are read as
-    flat rows. Calls share buffers, so a network must be used by one thread.
+    The tensors are `layers.0.weight`, `layers.0.bias`, `layers.1.weight`, and so on. Examples of any shape
+    are flattened. Calls share memory, so only one thread may use a network.
 
     Args:
         sizes: number of values of the input, of each hidden layer and of the output.
         loss: loss of the outputs.
-        activation: activation between layers.
+        activation: name of the activation between layers.
     """
 
     def __init__(self, sizes: tuple[int, ...], loss: LossName, activation: ActivationName = "relu") -> None:
@@ -44,7 +44,8 @@ class Network:
         return sum((fan_in + 1) * fan_out for fan_in, fan_out in pairwise(self._sizes))
 
     def initial_weights(self, seed: int) -> dict[str, FloatArray]:
-        """Draw the initial weights: He's normal before relu and gelu, Glorot's uniform before tanh and the output.
+        """Draw the initial weights: He's normal distribution before relu and gelu, Glorot's uniform one before tanh and
+        the output.
 
         Biases are 0.
 
@@ -71,7 +72,7 @@ class Network:
     ) -> float:
         """Backpropagate one batch. See `Model.loss_and_gradient`."""
         del seed  # no layer here draws at random
-        # A model that diverges is no error here: the worker checks the gradient's norm before it pushes.
+        # Overflow in a model that diverges is ignored here, because the norm of the gradient shows it.
         with np.errstate(over="ignore", invalid="ignore"):
             *inputs, outputs = self._forward(weights, features)
             loss = self._loss(outputs, labels, gradient=outputs)
@@ -89,7 +90,7 @@ class Network:
             return self._loss(outputs, labels, gradient=np.empty_like(outputs))
 
     def _forward(self, weights: Mapping[str, FloatArray], features: FloatArray) -> list[Array]:
-        """Return the input of each layer, and the outputs last."""
+        """Return the input of each layer, then the outputs of the last layer."""
         values: list[Array] = [features.reshape(len(features), -1)]
         for number, layer in enumerate(self._layers):
             if number > 0:
@@ -99,15 +100,19 @@ class Network:
         return values
 
     def _backward(
-        self, weights: Mapping[str, FloatArray], inputs: list[Array], slope: Array, gradient: Mapping[str, FloatArray]
+        self,
+        weights: Mapping[str, FloatArray],
+        inputs: list[Array],
+        output_gradient: Array,
+        gradient: Mapping[str, FloatArray],
     ) -> None:
         for number in reversed(range(len(self._layers))):
             layer = self._layers[number]
-            (weight, bias) = self._names[number]
-            layer.parameter_gradient(inputs[number], slope, gradient[weight], gradient[bias])
+            weight, bias = self._names[number]
+            layer.parameter_gradient(inputs[number], output_gradient, gradient[weight], gradient[bias])
             if number > 0:
-                slope = layer.input_gradient(slope, weights[weight])
-                self._activations[number - 1].backward(inputs[number], slope)
+                output_gradient = layer.input_gradient(output_gradient, weights[weight])
+                self._activations[number - 1].backward(inputs[number], output_gradient)
 
 
 def _he_normal(rng: np.random.Generator, fan_in: int, fan_out: int) -> FloatArray:

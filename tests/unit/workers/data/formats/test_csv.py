@@ -142,9 +142,9 @@ def test_a_single_column_hints_at_the_delimiter(path: Path) -> None:
     ("label", "message"),
     [
         ("specie", "no column 'specie'; did you mean 'species'?"),
-        ("price", "no column 'price'; it has length, width, species"),
-        (3, "no column 3; it has 3, numbered from 0"),
-        (-4, "no column -4; it has 3, numbered from 0"),
+        ("price", "no column 'price'; its columns are length, width, species"),
+        (3, "no column 3; it has 3 columns, numbered from 0"),
+        (-4, "no column -4; it has 3 columns, numbered from 0"),
     ],
 )
 def test_a_label_column_that_is_not_there_is_refused(path: Path, label: str | int, message: str) -> None:
@@ -169,17 +169,17 @@ def test_what_is_not_csv_in_utf_8_is_refused(path: Path, content: bytes) -> None
 @pytest.mark.parametrize(
     ("content", "label"),
     [
-        ("5.1,3.5,setosa\n7,3.2,versicolor\n", -1),  # an example that would be lost
+        ("5.1,3.5,setosa\n7,3.2,versicolor\n", -1),  # an example, which would be lost as a header
         ("1,0.5,2\n0,0.7,3\n", 0),
-        ("0,1,2\n5.1,3.5,0\n", -1),  # the names that pandas gives to columns without any
+        ("0,1,2\n5.1,3.5,0\n", -1),  # pandas numbers columns without names like this
         ("label,0,1\n1,5.1,3.5\n", 0),
-        ("5.1,,setosa\n7,3.2,versicolor\n", -1),  # a number is missing
+        ("5.1,,setosa\n7,3.2,versicolor\n", -1),  # an example with a missing number
         ("?,NA,nan,1\n7,3.2,1,0\n", -1),
     ],
 )
 def test_a_first_row_that_may_be_an_example_is_not_lost_and_not_guessed(path: Path, content: str, label: int) -> None:
     row = content.partition("\n")[0]
-    message = f"table.csv: the first row ({row}) may be an example or the names of the columns"
+    message = f"table.csv: the first row ({row}) may be an example or may name the columns"
     with pytest.raises(DataError, match=re.escape(message) + ".*`header: false`.*`header: true`"):
         read(path, content, label=label)
 
@@ -202,6 +202,6 @@ def test_a_long_row_is_shown_shortened(path: Path) -> None:
 
 def test_names_in_a_file_that_is_said_to_have_none_are_recognised(path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"the first row \(length,width,species\) .* names the columns: write `header: true`"
+        DataError, match=r"the first row \(length,width,species\) .* seems to name the columns: write `header: true`"
     ):
         read(path, IRIS, header=False)

@@ -68,7 +68,7 @@ def test_a_url_is_read(path: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{"features": "x"}, {"validation_features": "x", "validation_labels": "y"}])
 def test_a_missing_key_is_told_with_those_there_are(path: Path, fields: dict[str, str]) -> None:
-    with pytest.raises(DataError, match=r"data\.npz has no array 'x'; it has x_train, y_train, x_test, y_test"):
+    with pytest.raises(DataError, match=r"data\.npz has no array 'x'; its arrays are x_train, y_train, x_test, y_test"):
         read(path, **fields)
 
 

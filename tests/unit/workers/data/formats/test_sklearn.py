@@ -33,5 +33,5 @@ def test_a_bundled_set_comes_with_the_names_of_its_classes(spec: SklearnData, cl
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(MissingExtraError, match=r"'iris' comes with scikit-learn.*pip install 'psgd\[data\]'"):
+    with pytest.raises(MissingExtraError, match=r"'iris' is part of scikit-learn.*pip install 'psgd\[data\]'"):
         read_sklearn(SklearnData(format="sklearn", dataset="iris"))

@@ -30,17 +30,17 @@ def test_dense_is_torch_linear() -> None:
     inputs = doubles(5, 3)
     weight = doubles(4, 3, seed=1)
     bias = doubles(4, seed=2)
-    slope = doubles(5, 4, seed=3)
+    output_gradient = doubles(5, 4, seed=3)
     tensors = [torch.from_numpy(array.copy()).requires_grad_() for array in (inputs, weight, bias)]
     expected = torch.nn.functional.linear(*tensors)
-    expected.backward(torch.from_numpy(slope))  # type: ignore[no-untyped-call]
+    expected.backward(torch.from_numpy(output_gradient))  # type: ignore[no-untyped-call]
 
     layer = Dense()
     weight_gradient = np.full_like(weight, np.nan)
     bias_gradient = np.full_like(bias, np.nan)
     np.testing.assert_allclose(layer.forward(inputs, weight, bias), expected.detach(), rtol=1e-12)
-    layer.parameter_gradient(inputs, slope, weight_gradient, bias_gradient)
-    gradients = layer.input_gradient(slope, weight), weight_gradient, bias_gradient
+    layer.parameter_gradient(inputs, output_gradient, weight_gradient, bias_gradient)
+    gradients = layer.input_gradient(output_gradient, weight), weight_gradient, bias_gradient
     for gradient, tensor in zip(gradients, tensors, strict=True):
         assert tensor.grad is not None
         np.testing.assert_allclose(gradient, tensor.grad, rtol=1e-6)
@@ -50,71 +50,73 @@ def test_dense_matches_central_differences(numerical_gradient: NumericalGradient
     inputs = doubles(5, 3)
     weight = doubles(4, 3, seed=1)
     bias = doubles(4, seed=2)
-    slope = doubles(5, 4, seed=3)
+    output_gradient = doubles(5, 4, seed=3)
     layer = Dense()
 
     def objective() -> float:
-        return float(np.sum(slope * layer.forward(inputs, weight, bias)))
+        return float(np.sum(output_gradient * layer.forward(inputs, weight, bias)))
 
     weight_gradient = np.empty_like(weight)
     bias_gradient = np.empty_like(bias)
-    layer.parameter_gradient(inputs, slope, weight_gradient, bias_gradient)
+    layer.parameter_gradient(inputs, output_gradient, weight_gradient, bias_gradient)
     np.testing.assert_allclose(weight_gradient, numerical_gradient(objective, weight), rtol=1e-6)
     np.testing.assert_allclose(bias_gradient, numerical_gradient(objective, bias), rtol=1e-6)
-    np.testing.assert_allclose(layer.input_gradient(slope, weight), numerical_gradient(objective, inputs), rtol=1e-6)
+    np.testing.assert_allclose(
+        layer.input_gradient(output_gradient, weight), numerical_gradient(objective, inputs), rtol=1e-6
+    )
 
 
 @each_activation
 def test_activation_is_torchs(name: ActivationName) -> None:
     values = doubles(6, 7)
-    slope = doubles(6, 7, seed=1)
+    output_gradient = doubles(6, 7, seed=1)
     tensor = torch.from_numpy(values.copy()).requires_grad_()
     expected = TORCH_ACTIVATIONS[name](tensor)
-    expected.backward(torch.from_numpy(slope.copy()))  # type: ignore[no-untyped-call]
+    expected.backward(torch.from_numpy(output_gradient.copy()))  # type: ignore[no-untyped-call]
 
     activation = ACTIVATIONS[name]()
     activation.forward(values)
     np.testing.assert_allclose(values, expected.detach(), rtol=1e-6, atol=1e-12)
-    activation.backward(values, slope)
+    activation.backward(values, output_gradient)
     assert tensor.grad is not None
-    np.testing.assert_allclose(slope, tensor.grad, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(output_gradient, tensor.grad, rtol=1e-6, atol=1e-12)
 
 
 @each_activation
 def test_activation_matches_central_differences(name: ActivationName, numerical_gradient: NumericalGradient) -> None:
     inputs = doubles(6, 7)
-    slope = doubles(6, 7, seed=1)
+    output_gradient = doubles(6, 7, seed=1)
     activation = ACTIVATIONS[name]()
 
     def objective() -> float:
         values = inputs.copy()
         ACTIVATIONS[name]().forward(values)
-        return float(np.sum(slope * values))
+        return float(np.sum(output_gradient * values))
 
     expected = numerical_gradient(objective, inputs)
     values = inputs.copy()
     activation.forward(values)
-    activation.backward(values, slope)
-    np.testing.assert_allclose(slope, expected, rtol=1e-6, atol=1e-8)
+    activation.backward(values, output_gradient)
+    np.testing.assert_allclose(output_gradient, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_relu_has_slope_zero_at_zero() -> None:
     values = np.array([[-1.0, 0.0, 1.0]])
-    slope = np.ones((1, 3))
+    output_gradient = np.ones((1, 3))
     relu = ACTIVATIONS["relu"]()
     relu.forward(values)
-    relu.backward(values, slope)
-    np.testing.assert_array_equal(slope, [[0, 0, 1]])
+    relu.backward(values, output_gradient)
+    np.testing.assert_array_equal(output_gradient, [[0, 0, 1]])
 
 
 @each_activation
 def test_activation_saturates_without_warnings(name: ActivationName) -> None:
     values = np.array([[-1e4, 1e4]], np.float32)
-    slope = np.ones((1, 2), np.float32)
+    output_gradient = np.ones((1, 2), np.float32)
     activation = ACTIVATIONS[name]()
     activation.forward(values)
-    activation.backward(values, slope)
-    np.testing.assert_allclose(slope, [[0, 0 if name == "tanh" else 1]], atol=1e-6)
+    activation.backward(values, output_gradient)
+    np.testing.assert_allclose(output_gradient, [[0, 0 if name == "tanh" else 1]], atol=1e-6)
 
 
 @each_activation
@@ -126,10 +128,10 @@ def test_a_layer_keeps_the_dtype_and_its_buffers_serve_shorter_batches(name: Act
 
     def passes(inputs: NDArray[np.float32], dense: Dense = dense, activation: Any = activation) -> NDArray[Any]:
         values = dense.forward(inputs, weight, bias)
-        slope = np.ones_like(values)
+        output_gradient = np.ones_like(values)
         activation.forward(values)
-        activation.backward(values, slope)
-        return dense.input_gradient(slope, weight)
+        activation.backward(values, output_gradient)
+        return dense.input_gradient(output_gradient, weight)
 
     long = doubles(8, 3).astype(np.float32)
     short = doubles(5, 3, seed=9).astype(np.float32)
@@ -149,16 +151,16 @@ def test_a_step_allocates_no_arrays_once_its_buffers_are_there(name: ActivationN
     bias = doubles(128, seed=2)
     weight_gradient = np.empty_like(weight)
     bias_gradient = np.empty_like(bias)
-    slope = doubles(1024, 128, seed=3)
+    output_gradient = doubles(1024, 128, seed=3)
     dense = Dense()
     activation = ACTIVATIONS[name]()
 
     def step() -> None:
         values = dense.forward(inputs, weight, bias)
         activation.forward(values)
-        activation.backward(values, slope)
-        dense.parameter_gradient(inputs, slope, weight_gradient, bias_gradient)
-        dense.input_gradient(slope, weight)
+        activation.backward(values, output_gradient)
+        dense.parameter_gradient(inputs, output_gradient, weight_gradient, bias_gradient)
+        dense.input_gradient(output_gradient, weight)
 
     step()
     tracemalloc.start()
@@ -167,4 +169,4 @@ def test_a_step_allocates_no_arrays_once_its_buffers_are_there(name: ActivationN
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < slope.nbytes / 8  # one boolean mask; NumPy's own casting buffer has 64 KiB
+    assert peak < output_gradient.nbytes / 8  # one boolean mask; NumPy's own casting buffer has 64 KiB

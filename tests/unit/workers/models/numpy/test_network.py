@@ -23,7 +23,7 @@ each_activation = pytest.mark.parametrize("activation", TORCH_ACTIVATIONS)
 
 
 def batch(rows: int, num_classes: int = 3, seed: int = 0) -> tuple[FloatArray, NDArray[np.int64]]:
-    """Examples of shape `[2, 3]` with classes."""
+    """Return examples of shape `[2, 3]` and their classes."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(rows, 2, 3)).astype(np.float32), rng.integers(0, num_classes, rows)
 
@@ -31,13 +31,13 @@ def batch(rows: int, num_classes: int = 3, seed: int = 0) -> tuple[FloatArray, N
 def gradient_of(
     network: Network, weights: dict[str, Any], features: NDArray[Any], labels: NDArray[Any]
 ) -> tuple[float, dict[str, Any]]:
-    """The loss, and a gradient written over NaN: what the network leaves out shows."""
+    """Return the loss and the gradient. The gradient is NaN before, so that a value that is not written is found."""
     gradient = {name: np.full_like(tensor, np.nan) for name, tensor in weights.items()}
     return network.loss_and_gradient(weights, features, labels, gradient, seed=0), gradient
 
 
 def twin(weights: dict[str, NDArray[Any]], activation: ActivationName) -> torch.nn.Sequential:
-    """The same network as a `torch.nn.Sequential`, in float64."""
+    """Return the same network as a `torch.nn.Sequential` in float64."""
     modules: list[torch.nn.Module] = [torch.nn.Flatten()]
     for number in range(len(weights) // 2):
         weight, bias = (torch.from_numpy(weights[f"layers.{number}.{kind}"]) for kind in ("weight", "bias"))
