@@ -20,7 +20,7 @@ SIZE = GRID.num_batches
 
 
 def report(contained: Collection[int], epoch: int = 0, partition: int = 0) -> Report:
-    """A partition whose state contains all before `epoch`, and these positions of it."""
+    """Return the report of a partition that contains every epoch before `epoch`, and these positions of `epoch`."""
     empty = ParameterServer(job(), Partition(partition, 0, 6, 6), START, GRID, Version(1, 0)).report()
     if len(contained) == SIZE:
         return replace(empty, epochs=epoch + 1)
@@ -157,7 +157,7 @@ def test_a_batch_that_one_of_two_partitions_lacks_is_leased_again() -> None:
     lease = granted(ledger, 3)
     ledger.close(lease.id)
     ledger.reported(report([0, 1, 2]), ledger.ask())
-    assert not ledger.settled  # the other partition has not reported since
+    assert not ledger.settled  # the other partition has not reported since the lease closed
     ledger.reported(report([0, 2], partition=1), ledger.ask())
     assert (ledger.settled, ledger.done, ledger.requeued) == (True, 2, 1)
     assert positions(ledger.grant(1)) == [1]
@@ -232,7 +232,7 @@ def test_every_batch_is_leased_until_it_is_contained_whatever_is_lost(data: st.D
         assert ledger.done == len(contained)
 
 
-# A second lease, suspects, and what is done without
+# Second leases, suspects and withheld batches
 
 
 def test_the_end_of_a_lease_is_taken_over_and_its_worker_goes_on_from_the_front() -> None:
@@ -261,7 +261,7 @@ def test_what_was_taken_over_is_leased_again_only_if_both_lose_it() -> None:
     second = ledger.take_over(slow.id, 2)
     assert second
     settle(ledger, second, contained=[])
-    assert (ledger.requeued, ledger.pending) == (0, SIZE - 4)  # the first one may still bring it
+    assert (ledger.requeued, ledger.pending) == (0, SIZE - 4)  # the first lease may still push them
     settle(ledger, slow, contained=[0, 1])
     assert ledger.requeued == 2
     assert positions(ledger.grant(2)) == [2, 3]
@@ -279,7 +279,7 @@ def test_a_suspect_is_leased_first_and_by_itself() -> None:
 def test_what_is_withheld_is_never_leased_again_in_its_epoch() -> None:
     ledger = Ledger(GRID)
     lease = granted(ledger, 2)
-    ledger.withhold(1)  # out
+    ledger.withhold(1)  # leased
     ledger.withhold(4)  # pending
     settle(ledger, lease, contained=[])
     assert positions(ledger.grant(SIZE)) == [0, 2, 3, 5, 6, 7, 8]

@@ -21,7 +21,7 @@ def test_rejections_are_counted_by_the_servers_whose_counts_may_start_again() ->
     tracker = PoisonTracker(GRID, 3)
     assert tracker.rejected([(ONE, 2)]) == []
     assert tracker.rejected([(ONE, 2), (OTHER, 1)]) == []  # another partition counts the same pushes
-    assert tracker.rejected([(ONE, 1)]) == []  # a restored one began anew
+    assert tracker.rejected([(ONE, 1)]) == []  # a restored server started to count again
     assert tracker.rejected([(ONE, 3)]) == [ONE]
     assert tracker.rejected([(ONE, 4)]) == []
 
