@@ -1,4 +1,4 @@
-"""Batches that may kill their workers, and the ones that are treated as poison."""
+"""Batches that may kill their workers, and those that count as poison."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["PoisonTracker"]
 class PoisonTracker:
     """Counts the failed attempts at each batch.
 
-    The batch in hand when a worker died is the first batch of its lease that no server contains. A gradient that is not
-    finite counts as a failed attempt as well.
+    When a worker dies, the first batch of its lease that a server lacks counts as the one that it was computing. A
+    gradient that is not finite counts as a failed attempt as well.
 
     Args:
         grid: number of batches by shard.

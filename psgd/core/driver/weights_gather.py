@@ -32,7 +32,7 @@ class WeightsGather:
         self._open: list[EvaluationRequest] = []
 
     def begin(self, worker: str, epochs: int | None) -> EvaluationRequest:
-        """Open a request; the caller asks every partition for its part."""
+        """Open a request. The caller must ask every partition for its part."""
         request = EvaluationRequest(worker, epochs)
         self._open.append(request)
         return request

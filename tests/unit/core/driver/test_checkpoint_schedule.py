@@ -93,7 +93,7 @@ def test_it_tells_what_storage_holds_and_why_it_holds_no_more() -> None:
     checkpoint_schedule.begin(5)
     checkpoint_schedule.take(Saved(0, 1, 5, 2), 0.0)
     checkpoint_schedule.take(Committed(1), 0.0)
-    assert checkpoint_schedule.status.text == "saved is what was done up to 5 updates and 2 complete epochs"
+    assert checkpoint_schedule.status.text == "the newest checkpoint contains 5 updates and 2 complete epochs"
     checkpoint_schedule.begin(9)
     checkpoint_schedule.take(SaveFailed(2, "read-only"), 0.0)
     assert (checkpoint_schedule.saved_updates, checkpoint_schedule.fault) == (5, "read-only")
@@ -112,9 +112,9 @@ def test_a_run_whose_end_cannot_be_written_is_unsaved_and_says_what_is() -> None
     assert host.status.epochs == 1
     assert [checkpoint.updates for checkpoint in host.checkpoints] == [host.status.checkpoint.updates]
     assert host.finish.error == (
-        f"training came to {GRID.num_batches} updates and 1 complete epochs, but the last checkpoint could not be "
-        f"written: the disk is full; {host.status.checkpoint.text}. Mend the storage, and --resume continues from "
-        "there"
+        f"training reached {GRID.num_batches} updates and 1 complete epochs, but the last checkpoint could not be "
+        f"written: the disk is full; {host.status.checkpoint.text}. Repair the storage, then continue from "
+        "there with --resume"
     )
 
 

@@ -57,8 +57,8 @@ def test_a_worker_that_cannot_be_built_fails_the_run_at_once() -> None:
     (finish,) = coordinator.handle(WorkerLost("worker-1", "ImportError: no my_model", died=False), 1.0)
     assert isinstance(finish, Finish)
     assert finish.status == "failed"
-    assert "worker-1 could not be built on its machine" in str(finish.error)
-    assert "ImportError: no my_model. Install there" in str(finish.error)
+    assert "the model of worker-1 could not be built on its machine" in str(finish.error)
+    assert "ImportError: no my_model. Install the modules" in str(finish.error)
 
 
 def test_a_worker_that_cannot_be_built_where_all_could_before_counts_as_a_death() -> None:

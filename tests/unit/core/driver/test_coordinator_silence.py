@@ -81,4 +81,4 @@ def test_if_nobody_ever_starts_the_run_fails() -> None:
     host = run(start_s=lambda worker: float("inf"), failure=limits)
     assert host.finish
     assert host.finish.status == "failed"
-    assert "not up after 9.0 s (see failure.start_timeout_s)" in str(host.finish.error)
+    assert "not started after 9.0 s (see failure.start_timeout_s)" in str(host.finish.error)

@@ -40,7 +40,7 @@ def test_poison_is_withheld_in_its_own_epoch_whenever_that_is_turned_to() -> Non
     tracker.died(ONE)
     assert tracker.skips(ledger) == [Skip(ONE), Skip(OTHER)]
     assert ledger.pending == GRID.num_batches - 2
-    ledger.advance(1)
+    ledger.start_epoch(1)
     assert tracker.skips(ledger) == []
-    ledger.advance(0)
+    ledger.start_epoch(0)
     assert tracker.skips(ledger) == [Skip(ONE), Skip(OTHER)]

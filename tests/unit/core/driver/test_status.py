@@ -65,7 +65,7 @@ def test_training_has_lasted_since_it_began() -> None:
 
 @pytest.mark.parametrize(
     ("updates", "text"),
-    [(None, "nothing is saved"), (12, "saved is what was done up to 12 updates and 3 complete epochs")],
+    [(None, "nothing is saved"), (12, "the newest checkpoint contains 12 updates and 3 complete epochs")],
 )
 def test_a_checkpoint_is_described_for_people(updates: int | None, text: str) -> None:
     assert CheckpointStatus(updates, 3, writing=False, last=False, retries=False, fault=None).text == text
