@@ -42,7 +42,7 @@ class CheckpointSchedule:
         self._partitions = partitions
         self._number = number
         self._parts: dict[int, Saved] | None = None  # partition -> its written part; None if none is being written
-        self._begun_updates = saved_updates or 0  # of the newest attempt: one that failed is not repeated at once
+        self._begun_updates = saved_updates or 0  # at the newest attempt, which may have failed
         self.saved_updates = saved_updates
         self.saved_epochs = saved_epochs
         self.fault: str | None = None
@@ -65,7 +65,7 @@ class CheckpointSchedule:
         if self.busy or not self.lacks(updates):
             return False
         by_updates = self._config.every_updates
-        made = updates - self._begun_updates
+        made = updates - self._begun_updates  # a failed attempt is not repeated immediately
         return now >= self.deadline(updates) or (by_updates is not None and made >= by_updates)
 
     def deadline(self, updates: int) -> float:
@@ -78,7 +78,7 @@ class CheckpointSchedule:
         """Begin a checkpoint. Return the order to save it.
 
         Args:
-            updates: updates of the partition with the fewest.
+            updates: number of updates in the partition with the fewest.
             last: True for the checkpoint that the run ends with.
         """
         self._parts = {}
@@ -134,7 +134,7 @@ class CheckpointSchedule:
         )
 
     def abandon(self, now: float) -> None:
-        """Give up the current attempt, or the next one: a server was lost, and its part of the checkpoint with it."""
+        """Give up the current attempt, and a planned repetition of the last checkpoint, because a server was lost."""
         self.retry_at = float("inf")
         if self.busy:
             self._begun_updates = self.saved_updates or 0

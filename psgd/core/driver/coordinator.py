@@ -119,7 +119,7 @@ class Coordinator:
         self._end_deadline = float("inf")
         self._settings: Settings | None = None  # set by `Change`; None: the job's own
         self._silence_check_at = 0.0  # time of the next search for silent workers
-        self._overdue = False  # True if a worker's deadline has passed, but the reports are older
+        self._overdue = False  # True if a worker's deadline has passed, but the newest reports are older than it
         self._actions: list[Action] = []
         self._finish: Finish | None = None
 
@@ -127,7 +127,7 @@ class Coordinator:
         """Handle one event.
 
         Args:
-            event: the event.
+            event: change that the host has observed.
             now: time of the host's clock, in seconds; it never decreases.
 
         Returns:
@@ -277,7 +277,7 @@ class Coordinator:
     def _on_restored(self, partition: int, absent_s: float, batches_lost: int, now: float) -> None:
         """Bring a restored server up to date: its checkpoint lacks new settings, live workers and skipped batches.
 
-        Workers could not push while it was absent, so their silence counts from now on.
+        Workers could not push while it was absent, so the time limits for their silence start again now.
 
         Args:
             partition: partition of the server.
@@ -309,6 +309,7 @@ class Coordinator:
             self._ledger.isolate(lost[0])
 
     def _on_poison(self, batch: BatchId) -> None:
+        """Skip a poison batch, or fail the run because of it."""
         self._failure_counts.count("poison")
         tries = self._poison_tracker.tries(batch)
         cause = f"{batch} was tried {tries} times, and each time its worker died or its gradient was not finite"
@@ -371,6 +372,7 @@ class Coordinator:
         self._worker_table.remove(worker.name)
 
     def _charge(self, kind: str, cause: str) -> None:
+        """Count a failure. Fail the run if there were more than `failure.max_failures`."""
         self._failure_counts.count(kind)
         allowed = self._spec.failure.max_failures
         if 0 <= allowed < self._failure_counts.charged:
@@ -407,13 +409,14 @@ class Coordinator:
         self._actions += self._servers.ask(self._ledger.newest_doubt, hurry)
 
     def _give_up_silent(self, now: float) -> None:
+        """Stop the workers that have shown no sign of life for too long."""
         if now < self._silence_check_at:
             return
         limits = self._spec.failure
         servers = self._servers
         for worker in list(self._worker_table):
-            ends = self._worker_table.silence_deadline(worker, limits, servers.ready)
-            if now >= ends and (not worker.at_work or servers.reported_at >= ends):
+            deadline = self._worker_table.silence_deadline(worker, limits, servers.ready)
+            if now >= deadline and (not worker.at_work or servers.reported_at >= deadline):
                 silent_s = now - worker.alive_at
                 cause = f"no sign of life for {silent_s:.1f} s (see failure.timeout_s)"
                 if not worker.up:
@@ -443,9 +446,12 @@ class Coordinator:
         self._actions += [StartWorker(worker.name) for worker in self._worker_table.hire(wanted, now)]
 
     def _begin(self, now: float) -> None:
-        """Begin to train once all servers have reported and a worker is up; lock-step modes wait for all workers."""
-        enough = self._leasing.in_lockstep or self._worker_table.least < self._worker_table.target
-        ready = self._worker_table.complete if enough else bool(self._worker_table.up)
+        """Begin to train once all servers have reported and a worker is up.
+
+        Lock-step modes, and jobs whose number of workers may vary, wait for the least number of workers.
+        """
+        waits_for_least = self._leasing.in_lockstep or self._worker_table.least < self._worker_table.target
+        ready = self._worker_table.complete if waits_for_least else bool(self._worker_table.up)
         if self._servers.ready and ready:
             self._phase = "training"
             self._began = self._checkpoints.closed_at = now
@@ -474,6 +480,7 @@ class Coordinator:
             self._start_epoch()
 
     def _end_if_due(self, now: float) -> None:
+        """End the run if a limit of the job or its target is reached."""
         epochs = self._servers.epochs
         results = self._evaluations.results.values()
         target = self._limits.target_reached(epochs, self._servers.reports.values(), results)
@@ -496,6 +503,7 @@ class Coordinator:
         self._phase = "ending"
 
     def _finish_if_done(self, now: float) -> None:
+        """Take the next step of the end: settle the leases, write the last checkpoint, evaluate, finish."""
         if now >= self._end_deadline:
             self._abandon_leases(now)
             if self._end_status == "interrupted" and not self._servers.ready and self._servers.reports:
@@ -518,6 +526,7 @@ class Coordinator:
             self._finish = Finish(self._end_status)
 
     def _abandon_leases(self, now: float) -> None:
+        """Stop the workers that still have a lease when the time for the end is over."""
         self._end_deadline = float("inf")
         for worker in [worker for worker in self._worker_table if worker.leases]:
             self._actions.append(StopWorker(worker.name, "its lease did not end in time"))

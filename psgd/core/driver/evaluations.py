@@ -39,7 +39,7 @@ class Evaluations:
 
     @property
     def awaited(self) -> list[int | None]:
-        """Return the names of the weights without a result, beginning with those that a worker has."""
+        """Return the names of the weights without a result, beginning with those that a worker evaluates."""
         in_progress = [
             epochs
             for worker in self._worker_table
@@ -50,7 +50,7 @@ class Evaluations:
 
     @property
     def open(self) -> int:
-        """Return the number of evaluations without a result, rolled back weights included."""
+        """Return the number of evaluations without a result, including those of rolled back weights."""
         return len(self._wanted) + sum(len(worker.evaluations) for worker in self._worker_table)
 
     def want(self, epochs: int | None) -> None:
@@ -91,7 +91,7 @@ class Evaluations:
         return void
 
     def lost(self, worker: WorkerRecord) -> None:
-        """Put a lost worker's evaluations in front of all others."""
+        """Put a lost worker's evaluations in front of all others, except those of rolled back weights."""
         void = [epochs for name, epochs in self._void if name == worker.name]
         self._void = [(name, epochs) for name, epochs in self._void if name != worker.name]
         for epochs in void:

@@ -57,7 +57,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The host is ready to act."""
+    """The host is ready to carry out actions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class WorkerUp:
 
 @dataclass(frozen=True, slots=True)
 class LeaseClosed:
-    """A worker has finished a lease."""
+    """A lease has ended without a failure: it was finished or cancelled."""
 
     worker: str
     lease: int

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 __all__ = ["FailureCounts", "WorkerDeath"]
 
-UNCHARGED = {"preempted", "save_failed", "poison"}
+UNCHARGED = {"preempted", "save_failed", "poison"}  # kinds that do not count against `failure.max_failures`
 
 
 class WorkerDeath(NamedTuple):
@@ -63,7 +63,7 @@ class FailureCounts:
         self._open[lease] = WorkerDeath(worker, now, suspicious)
 
     def settled(self, lease: int) -> WorkerDeath | None:
-        """Return the death that ended a lease, whose batches are no longer in doubt; None if it ended otherwise."""
+        """Return the worker's death that ended a settled lease; None if the lease ended otherwise."""
         return self._open.pop(lease, None)
 
     def goodput(self, pushes: int) -> float | None:

@@ -41,7 +41,7 @@ class Leasing:
         self._servers = servers
         self._limits = limits
         self._held: dict[str, int] = {}  # worker -> its lease during which a server did not answer it
-        self._slow: dict[str, WorkerRecord] = {}  # name -> worker, of those whose leases were shared
+        self._slow: dict[str, WorkerRecord] = {}  # name -> worker whose leases were shared
         self._look_at = 0.0  # time of the next search for a lease to share
         self._actions: list[Action] = []
         self.change(spec.consistency)
@@ -65,13 +65,13 @@ class Leasing:
         return any(self._ledger.in_doubt(lease) for lease in self._held.values())
 
     def lease(self, now: float) -> list[Action]:
-        """Lease batches to every worker below its quota. Return what the host must do."""
+        """Lease batches to every worker below its quota. Return the actions."""
         self._actions = []
         self._held = {name: lease for name, lease in self._held.items() if self._ledger.in_doubt(lease)}
         if self.in_lockstep:
             self._lease_rounds(now)
         elif self._left():
-            for ahead in range(AHEAD):  # no worker is idle while another has a lease queued
+            for ahead in range(AHEAD):  # idle workers come first, then those without a queued lease
                 for worker in [
                     worker for worker in self._worker_table.below_quota.values() if len(worker.leases) == ahead
                 ]:
@@ -131,7 +131,7 @@ class Leasing:
         """Return the seconds left, the lease and the worker of the lease with the most work left.
 
         The estimate is the worker's seconds per batch times its batches left, or the time since its last sign of life
-        if that is longer. Batches left are counted only for leases that would beat the best so far as a whole.
+        if that is longer. To save time, batches left are counted only for leases that may beat the best found so far.
 
         Args:
             least_s: seconds of work left that a lease must have.
@@ -164,10 +164,10 @@ class Leasing:
         return min(self._ledger.pending, self._batches_allowed())
 
     def _size(self, worker: WorkerRecord, left: int) -> int:
-        """Return the size of a worker's next lease: at most half an even share of what is left.
+        """Return the size of a worker's next lease: at most half an even share of the batches left.
 
         Leases shrink towards an epoch's end, so that workers end together. Workers that have not started yet count too:
-        the first one up must leave them a share.
+        the first worker up must leave them a share.
         """
         workers = max(len(self._worker_table.up), min(self._worker_table.least, self._worker_table.target))
         share = left if workers <= 1 else ceil(left / (2 * workers))

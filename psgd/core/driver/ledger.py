@@ -140,7 +140,7 @@ class Ledger:
     def grant_striped(self, workers: int, rounds: int) -> tuple[Lease, ...]:
         """Lease the next `rounds` · N pending batches so that worker i of N gets every N-th, from the i-th on.
 
-        The r-th batch of every worker then belongs to round r, at any speed of the workers. So each bulk synchronous
+        The r-th batch of every worker then belongs to round r, however fast the workers are. So each bulk synchronous
         step consists of the same batches in every run.
         """
         block = self._first_pending(0, self._grid.num_batches, rounds * workers)
@@ -148,6 +148,7 @@ class Ledger:
         return tuple(lease for lease in leases if lease is not None)
 
     def _lease(self, positions: Positions) -> Lease | None:
+        """Lease some batches. Return None if there are none."""
         if not len(positions):
             return None
         self._pending[positions] = False

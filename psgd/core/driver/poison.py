@@ -36,7 +36,11 @@ class PoisonTracker:
         return self._judge(batch)
 
     def rejected(self, counts: Iterable[tuple[BatchId, int]]) -> list[BatchId]:
-        """Take over a server's counts of gradients that were not finite. Return the batches that became poison."""
+        """Update the counts of gradients that were not finite. Return the batches that became poison.
+
+        Args:
+            counts: (batch, count) of one server.
+        """
         found = []
         for batch, count in counts:
             self._rejected[batch] = max(self._rejected[batch], count)
@@ -56,6 +60,7 @@ class PoisonTracker:
         return [Skip(batch) for batch in poison]
 
     def _judge(self, batch: BatchId) -> bool:
+        """Return True if a batch becomes poison now."""
         if batch in self.poison or self.tries(batch) < self._tries:
             return False
         self.poison.add(batch)

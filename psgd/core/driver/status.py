@@ -36,7 +36,7 @@ class WorkerStatus:
     name: str
     phase: WorkerPhase  # waiting: its receipt is held back until other workers have pushed
     joined: bool  # True if the servers count it as live
-    pushes: int  # since it last joined, by the newest reports
+    pushes: int  # number of pushes since it last joined, by the newest reports
     leases: int  # leases that it has
     leased: int  # batches in these leases
     batch_s: float | None  # smoothed seconds per batch; None until it has finished a lease
@@ -90,7 +90,7 @@ class RunStatus:
     Attributes:
         now: time at which this status was made.
         phase: part of the run's life.
-        waiting_for: processes and steps that must act before the run goes on, such as `server 1`, `worker-3`,
+        waiting_for: processes and steps that must act before the run continues, such as `server 1`, `worker-3`,
             `checkpoint` or `validation of epoch 4`; empty while training advances.
         began: time at which training began in this process; None before.
         epochs: number of epochs that are complete in every partition.

@@ -14,7 +14,7 @@ class EvaluationRequest:
     """An evaluation that waits for its weights."""
 
     worker: str
-    epochs: int | None  # number of complete epochs, which names the weights; None: the weights as they are
+    epochs: int | None  # number of complete epochs, which names the weights; None: the present weights
     parts: dict[int, FloatArray] = field(default_factory=dict)  # partition -> its slice, once it has arrived
 
 

@@ -40,7 +40,7 @@ class WorkerRecord:
     residual_norm: float = 0.0  # norm of what compression left out of its pushes, at the end of its newest lease
     lane_failures: int = 0  # number of lane failures in a row
     called_off: int = -1  # newest cancelled lease; it and older ones may end early
-    draining: bool = False  # True if it is stopped once it has no lease
+    draining: bool = False  # True if it is stopped once it is not busy
 
     @property
     def at_work(self) -> bool:
@@ -65,7 +65,7 @@ class WorkerTable:
         target: number of workers that there should be.
         least: least number of workers with which training begins.
         up: workers that have started, in the order of their slots.
-        draining: workers that are stopped once they have no lease.
+        draining: workers that are stopped once they have no lease and no evaluation.
         below_quota: name -> worker, of the workers that can be given another lease.
     """
 
@@ -134,7 +134,7 @@ class WorkerTable:
     def surplus(self) -> list[WorkerRecord]:
         """Mark the workers beyond the target as draining and return them.
 
-        Workers that are not up come first, then the highest slots.
+        Workers that are not up are marked first, then those with the highest slots.
         """
         if len(self._workers) - len(self.draining) <= self.target:
             return []
@@ -186,7 +186,7 @@ class WorkerTable:
         return min(at_most, max(LEAST_SILENCE_TIMEOUT_S, SILENCE_FACTOR * self._longest_s))
 
     def silence_deadline(self, worker: WorkerRecord, limits: FailureConfig, servers_ready: bool) -> float:
-        """Return the time at which a worker is given up if it shows no sign of life; infinity if it is not.
+        """Return the time at which a worker is given up if it shows no sign of life; infinity for no limit.
 
         Args:
             worker: the worker.

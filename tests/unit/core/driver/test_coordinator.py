@@ -1,4 +1,4 @@
-"""The coordinator of one run: single events, and the actions that answer them."""
+"""The coordinator of one run: how a run starts, single events, and the actions that answer them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.support.in_process import Fault, FaultKind, InProcess
 from tests.support.jobs import quadratic
 
 
-def halves(mode: str, workers: int, at: int, **options: Any) -> tuple[InProcess, InProcess, InProcess]:
+def three_runs(mode: str, workers: int, at: int, **options: Any) -> tuple[InProcess, InProcess, InProcess]:
     """Return three runs: undisturbed, with a checkpoint every `at` updates, and resumed from the first checkpoint."""
     spec: dict[str, Any] = {"run": {"epochs": 2}, "optimizer": {"lr": 0.1, "momentum": 0.9}} | options
     whole = run(mode, workers, **spec)
@@ -27,7 +27,7 @@ def halves(mode: str, workers: int, at: int, **options: Any) -> tuple[InProcess,
 @settings(max_examples=20)
 @given(st.integers(1, SIZE), st.integers(0, 2**32))
 def test_one_worker_resumed_ends_bit_for_bit_as_undisturbed(at: int, seed: int) -> None:
-    whole, first, second = halves("async", 1, at, compute_s=speeds(seed))
+    whole, first, second = three_runs("async", 1, at, compute_s=speeds(seed))
     assert first.checkpoints[0].updates < 2 * SIZE  # the second epoch is still under way
     assert second.applied[0].read.updates == first.checkpoints[0].updates
     np.testing.assert_array_equal(second.weights, whole.weights)
@@ -37,7 +37,7 @@ def test_one_worker_resumed_ends_bit_for_bit_as_undisturbed(at: int, seed: int) 
 @settings(max_examples=20)
 @given(st.integers(2, 4), st.integers(1, 30), st.integers(0, 2**32))
 def test_bsp_of_constant_size_resumed_ends_bit_for_bit_as_undisturbed(workers: int, at: int, seed: int) -> None:
-    whole, first, second = halves("bsp", workers, at, compute_s=speeds(seed))
+    whole, first, second = three_runs("bsp", workers, at, compute_s=speeds(seed))
     assert first.checkpoints[0].updates < whole.servers[0].version.updates
     np.testing.assert_array_equal(second.weights, whole.weights)
 
