@@ -36,7 +36,7 @@ def test_a_run_whose_raylet_dies_has_failed_and_can_be_resumed(psgd: CommandLine
     assert result["status"] == "failed"
     assert "the cluster is gone" in result["error"]
     assert "--resume continues" in result["error"]
-    assert "saved is what was done up to" in result["error"]
+    assert "the newest checkpoint contains" in result["error"]
     assert json.loads((run / "result.json").read_text()) == result
     eventually(lambda: not psgd.processes())
 

@@ -1,1 +1,1 @@
-"""The coordinator of a run, and what it decides from: events in, actions out."""
+"""The coordinator of a run and the records on which it bases its decisions: events in, actions out."""

@@ -1,4 +1,4 @@
-"""Saving: when a checkpoint is due, and how far the one under way has come."""
+"""When a checkpoint is due, and the progress of the one that is being written."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from psgd.spec import CheckpointConfig
 
 __all__ = ["CheckpointSchedule"]
 
-PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # before the run's last checkpoint is tried again
+PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # seconds before each new attempt at the run's last checkpoint
 
 
 class CheckpointSchedule:
-    """At most one checkpoint at a time.
+    """Decides when to write checkpoints, at most one at a time.
 
     Args:
-        config: how often.
-        partitions: how many parts a checkpoint has.
-        number: of the next checkpoint.
-        saved_updates: the version that storage holds; None: nothing.
-        saved_epochs: the complete epochs that storage holds.
+        config: the job's `checkpoint` section.
+        partitions: number of partitions; each writes one part of a checkpoint.
+        number: number of the next checkpoint.
+        saved_updates: updates in the newest committed checkpoint; None if there is none.
+        saved_epochs: complete epochs in the newest committed checkpoint.
+
+    Attributes:
+        saved_updates: as the argument.
+        saved_epochs: as the argument. A skipped batch may complete an epoch without an update.
+        fault: cause, if the newest attempt failed.
+        last: True if the newest attempt is for the checkpoint that the run ends with.
+        retry_at: time at which the last checkpoint is tried again; infinity if it is not.
+        closed_at: time at which the newest attempt ended, or training began.
     """
 
     def __init__(
@@ -33,60 +41,67 @@ class CheckpointSchedule:
         self._config = config
         self._partitions = partitions
         self._number = number
-        self._parts: dict[int, Saved] | None = None
-        self._begun_updates = saved_updates or 0  # also of one that failed: it is not tried again at once
+        self._parts: dict[int, Saved] | None = None  # partition -> its written part; None if none is being written
+        self._begun_updates = saved_updates or 0  # at the newest attempt, which may have failed
         self.saved_updates = saved_updates
-        self.saved_epochs = saved_epochs  # an epoch may be completed by what is done without, and no update
-        self.fault: str | None = None  # why the newest one could not be written
-        self.last = False  # whether the newest is the one the run ends with
-        self.retry_at = float("inf")  # when the last one is tried again; infinite: never
-        self._pauses_s = list(PAUSES_S)  # still to come
-        self.closed_at = 0.0  # when the last one ended, or training began
+        self.saved_epochs = saved_epochs
+        self.fault: str | None = None
+        self.last = False
+        self.retry_at = float("inf")
+        self._pauses_s = list(PAUSES_S)  # pauses that are left
+        self.closed_at = 0.0
 
     @property
     def busy(self) -> bool:
+        """Return True while a checkpoint is being written."""
         return self._parts is not None
 
     def lacks(self, updates: int) -> bool:
-        """Whether storage is behind that version."""
+        """Return True if no committed checkpoint contains that many updates."""
         return self.saved_updates is None or self.saved_updates < updates
 
     def due(self, updates: int, now: float) -> bool:
-        """Whether a checkpoint should begin now."""
+        """Return True if a checkpoint should begin now."""
         if self.busy or not self.lacks(updates):
             return False
         by_updates = self._config.every_updates
-        made = updates - self._begun_updates
+        made = updates - self._begun_updates  # a failed attempt is not repeated immediately
         return now >= self.deadline(updates) or (by_updates is not None and made >= by_updates)
 
     def deadline(self, updates: int) -> float:
-        """When the next checkpoint is due by time; never, while there is nothing new to save."""
+        """Return the time at which the next checkpoint is due; infinity while there is nothing new to save."""
         if self.busy or not self.lacks(updates) or self._config.every_s is None:
             return float("inf")
         return self.closed_at + self._config.every_s
 
     def begin(self, updates: int, last: bool = False) -> Save:
+        """Begin a checkpoint. Return the order to save it.
+
+        Args:
+            updates: number of updates in the partition with the fewest.
+            last: True for the checkpoint that the run ends with.
+        """
         self._parts = {}
         self.last = last
         self.retry_at = float("inf")
         self._begun_updates = updates
         return Save(self._number)
 
-    def pauses(self, now: float) -> bool:
-        """Whether the last one failed, and it is too early to try again."""
+    def paused(self, now: float) -> bool:
+        """Return True if the last checkpoint failed and it is too early to try again."""
         return now < self.retry_at < float("inf")
 
     def hurry(self) -> None:
-        """Pause no more: the last one is tried at once, and once."""
+        """Drop the pauses: the last checkpoint is tried without delay, and only once more."""
         self._pauses_s = []
         self.retry_at = float("inf")
 
     def concerns(self, event: Saved | SaveFailed | Committed) -> bool:
-        """Whether it is about the checkpoint under way."""
+        """Return True if the event belongs to the checkpoint that is being written."""
         return self._parts is not None and event.checkpoint == self._number
 
     def take(self, event: Saved | SaveFailed | Committed, now: float) -> Commit | None:
-        """Note how a part or the whole fared; once every part is written, the checkpoint can be committed."""
+        """Note the outcome of a part or of the whole checkpoint. Return the order to commit after the last part."""
         if self._parts is None or not self.concerns(event):
             return None
         match event:
@@ -108,7 +123,7 @@ class CheckpointSchedule:
 
     @property
     def status(self) -> CheckpointStatus:
-        """What storage holds, and how the newest attempt went."""
+        """Return the state of the saved checkpoints and of the newest attempt."""
         return CheckpointStatus(
             self.saved_updates,
             self.saved_epochs,
@@ -119,7 +134,7 @@ class CheckpointSchedule:
         )
 
     def abandon(self, now: float) -> None:
-        """A server is gone, and with it its part of the checkpoint under way, or what was to be tried again."""
+        """Give up the current attempt, and a planned repetition of the last checkpoint, because a server was lost."""
         self.retry_at = float("inf")
         if self.busy:
             self._begun_updates = self.saved_updates or 0

@@ -1,7 +1,7 @@
 """The coordinator: drives a run's epochs. Events in, actions out; it owns no process, no clock and no disk.
 
-A run starts servers and workers, leases batches until a limit of the job is reached, then ends: leases are cancelled,
-doubts settled, the state saved and committed, the last weights evaluated.
+A run starts servers and workers and leases batches until a limit of the job is reached. Then it ends: it cancels the
+leases, waits until no batch is in doubt, saves and commits the state, and evaluates the final weights.
 """
 
 from __future__ import annotations
@@ -54,25 +54,25 @@ from psgd_workers.messages import BatchId, EpochGrid
 
 __all__ = ["Coordinator"]
 
-INTERRUPT_S = 1.0  # for batches in hand after a signal: Ray's job manager kills 3 s after it
-EVALUATIONS_BEHIND = 2  # open evaluations at which the next epoch waits: servers keep copies of so many epochs
-LANE_TRIES = 3  # leases in a row in which a worker may not reach a server that the driver reaches
+INTERRUPT_S = 1.0  # seconds to finish current batches after a signal: Ray's job manager kills 3 s after it
+EVALUATIONS_BEHIND = 2  # open evaluations that hold the next epoch back: servers keep a copy of the weights for each
+LANE_TRIES = 3  # leases in a row without an answer from a server, after which the worker is replaced
 
 WorkerEvent = WorkerUp | LeaseClosed | LaneFailed | WorkerLost | WorkerFailed | Evaluated | EvaluationLost
 
 
 class Coordinator:
-    """Decides everything about one run.
+    """Makes every decision of one run.
 
     Args:
         spec: the job.
-        grid: the shape of an epoch.
-        validates: whether there is a validation part.
-        checkpoint: the number of the next checkpoint.
-        saved_updates: version of the checkpoint the run resumes from; None for a new run.
-        saved_epochs: complete epochs in it.
-        requeued: batches leased again before this process.
-        lease_s: seconds of work in a lease. Longer: fewer calls, and more is done again when a worker dies.
+        grid: number of batches by shard.
+        validates: True if the data has a validation part.
+        checkpoint: number of the next checkpoint.
+        saved_updates: updates in the checkpoint that the run resumes from; None for a new run.
+        saved_epochs: complete epochs in that checkpoint.
+        requeued: number of batches that earlier processes of the run leased again.
+        lease_s: seconds of work in a lease. Longer: fewer calls, but more batches to repeat when a worker dies.
     """
 
     def __init__(
@@ -94,45 +94,44 @@ class Coordinator:
         self._phase: Literal["starting", "training", "ending"] = "starting"
         self._ledger = Ledger(grid, partitions)
         self._ledger.requeued = requeued
-        self._servers = ServerReports(partitions, self._ledger.ask)
+        self._servers = ServerReports(partitions, self._ledger.next_stamp)
         self._worker_table = WorkerTable(spec.scaling.most_workers, spec.scaling.least_workers, lease_s)
         self._evaluations = Evaluations(self._worker_table, validates)
-        self._schedule = CheckpointSchedule(spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs)
+        self._checkpoints = CheckpointSchedule(spec.checkpoint, partitions, checkpoint, saved_updates, saved_epochs)
         self._leasing = Leasing(spec, self._ledger, self._worker_table, self._servers, self._limits)
-        self._failures = FailureCounts()
+        self._failure_counts = FailureCounts()
         self._history = History()
-        self._reader = StatusReader(
+        self._status_reader = StatusReader(
             grid,
             self._ledger,
             self._servers,
             self._worker_table,
             self._evaluations,
-            self._schedule,
-            self._failures,
+            self._checkpoints,
+            self._failure_counts,
             self._history,
         )
         self._poison_tracker = PoisonTracker(grid, spec.failure.poison_tries)
         self._began: float | None = None
-        self._started: float | None = None
         self._rejected_before: int | None = None
-        self._staffed = False  # once as many workers were up as there must be
+        self._enough_were_up = False  # True once the least number of workers was up
         self._end_status: Status = "finished"
         self._end_deadline = float("inf")
-        self._settings: Settings | None = None  # that the run was changed to
-        self._look_at = 0.0  # when the next worker may have to be given up
-        self._overdue = False  # whether the next report decides that
+        self._settings: Settings | None = None  # set by `Change`; None: the job's own
+        self._silence_check_at = 0.0  # time of the next search for silent workers
+        self._overdue = False  # True if a worker's deadline has passed, but the newest reports are older than it
         self._actions: list[Action] = []
         self._finish: Finish | None = None
 
     def handle(self, event: Event, now: float) -> tuple[Action, ...]:
-        """Take one event.
+        """Handle one event.
 
         Args:
-            event: what happened.
-            now: the host's clock, in seconds; it never runs backwards.
+            event: change that the host has observed.
+            now: time of the host's clock, in seconds; it never decreases.
 
         Returns:
-            What the host is to do, in this order. `Finish` comes alone, and nothing after it.
+            Actions that the host must carry out, in this order. `Finish` comes alone, and no action follows it.
         """
         if self._finish:
             return ()
@@ -145,27 +144,26 @@ class Coordinator:
         return (self._finish,) if self._finish else tuple(self._actions)
 
     def next_deadline(self) -> float | None:
-        """When the host must send a `Tick`, if nothing happens before; None: never."""
-        deadlines = [self._end_deadline, self._look_at, self._schedule.retry_at]
-        if self._phase == "training" and self._servers.ready:  # while one is restored, its report is waited for
+        """Return the time at which the host must send a `Tick` if no event comes before; None if it need not."""
+        deadlines = [self._end_deadline, self._silence_check_at, self._checkpoints.retry_at]
+        if self._phase == "training" and self._servers.ready:  # else the next report wakes the host
             deadlines += [
                 self._limits.deadline(self._began),
-                self._schedule.deadline(self._servers.updates),
+                self._checkpoints.deadline(self._servers.updates),
             ]
         return None if (soonest := min(deadlines)) == float("inf") else soonest
 
     def status(self, now: float) -> RunStatus:
-        """Describe the run at one instant. It costs a few microseconds for each worker: ask at a display's pace."""
+        """Return the run's status. It costs a few microseconds for each worker: call it at a display's pace."""
         validates = self._phase == "ending" and self._end_status != "interrupted" and not self._finish
         to_validate = self._final_weights() if validates else None
-        return self._reader.read(now, "ended" if self._finish else self._phase, self._began, to_validate)
+        return self._status_reader.read(now, "ended" if self._finish else self._phase, self._began, to_validate)
 
-    # Events: what they change
+    # Events: the changes that they make
 
     def _take(self, event: Event, now: float) -> None:
         match event:
             case Started():
-                self._started = now
                 for partition in range(self._partitions):
                     self._actions += self._servers.start(partition)
             case Reported():
@@ -181,22 +179,22 @@ class Coordinator:
             case Saved() | SaveFailed() | Committed():
                 self._on_save(event, now)
             case Tick():
-                pass  # deciding is all
+                pass  # `_decide` does the rest
             case _:
                 self._take_from_worker(event, now)
 
     def _take_from_worker(self, event: WorkerEvent, now: float) -> None:
         if event.worker not in self._worker_table:
-            return  # it was given up before its answer came
+            return  # the worker was removed before this event came
         worker = self._worker_table[event.worker]
         match event:
             case WorkerUp():
                 self._worker_table.mark_up(worker.name, now)
-                self._staffed |= self._worker_table.complete
+                self._enough_were_up |= self._worker_table.complete
             case LeaseClosed(_, lease, residual_norm):
                 worker.residual_norm = residual_norm
                 worker.lane_failures = 0
-                self._close(worker, lease, now, whole=lease > worker.called_off and lease not in self._ledger.overtaken)
+                self._close(worker, lease, now, whole=lease > worker.called_off and lease not in self._ledger.shared)
             case LaneFailed(_, lease, cause):
                 self._on_lane_failed(worker, lease, cause, now)
             case WorkerLost():
@@ -209,27 +207,31 @@ class Coordinator:
                 self._evaluations.cancelled(worker, epochs, now)
 
     def _on_worker_lost(self, worker: WorkerRecord, event: WorkerLost, now: float) -> None:
-        """Its process is gone, or was never built: unless others were, none would be."""
-        if not event.died and not self._staffed:
+        """Remove a worker whose process is gone. Fail the run if the model could not be built on the first workers."""
+        if not event.died and not self._enough_were_up:
             self._fail(
-                f"{worker.name} could not be built on its machine, as it was on the driver's: {event.cause}. Install "
-                "there what the model needs, or send it along (psgd submit --py-module FOLDER)"
+                f"the model of {worker.name} could not be built on its machine, but was built on the driver's: "
+                f"{event.cause}. Install the modules that the model needs on every machine, or send them with the job "
+                "(psgd submit --py-module FOLDER)"
             )
             return
-        self._lose(worker, now, suspicious=event.died and not event.preempted)
+        self._remove_worker(worker, now, suspicious=event.died and not event.preempted)
         if event.preempted:
-            self._failures.count("preempted")
+            self._failure_counts.count("preempted")
         else:
             self._charge("worker_lost", f"{worker.name} was lost: {event.cause}")
 
     def _on_lane_failed(self, worker: WorkerRecord, lease: int, cause: str, now: float) -> None:
-        """Its server is gone, of which we hear soon; or only this worker cannot reach it."""
+        """Close a lease during which a server did not answer the worker.
+
+        If the server is gone, `ServerLost` follows. A worker that fails `LANE_TRIES` times in a row is replaced.
+        """
         self._leasing.hold(worker, lease)
         worker.lane_failures += 1
         self._close(worker, lease, now)
         if worker.lane_failures == LANE_TRIES:
             self._actions.append(StopWorker(worker.name, cause))
-            self._lose(worker, now)
+            self._remove_worker(worker, now)
             self._charge("lane_failed", f"{worker.name} could not reach its server: {cause}")
 
     def _on_server_lost(self, event: ServerLost, now: float) -> None:
@@ -239,11 +241,12 @@ class Coordinator:
             self._fail(f"server {partition} could not be started: {cause}")
             return
         self._servers.lost(partition, now)
-        self._schedule.abandon(now)
+        self._checkpoints.abandon(now)
         if self._phase == "ending":
             self._evaluations.forget(self._servers.epochs)
         if self._phase == "ending" and self._end_status == "finished":
-            self._phase, self._end_deadline = "training", float("inf")  # what it lacks has to be done again
+            self._phase = "training"  # the batches that the restored server will lack must be trained again
+            self._end_deadline = float("inf")
         self._actions += self._servers.start(partition)
         self._charge("server_lost", f"server {partition} was lost: {cause}")
 
@@ -256,13 +259,13 @@ class Coordinator:
         report, absent_s = taken
         for lease, lost in self._ledger.reported(report, event.asked):
             self._on_settled(lease, lost.tolist(), now)
-        self._failures.progressed(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
+        self._failure_counts.progressed(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
         self._worker_table.heard(report, now)
         if self._overdue:
-            self._look_at = now
+            self._silence_check_at = now
         if absent_s is not None and before is not None:
-            again = max(0, before.contained(self._grid) - report.contained(self._grid))  # as far as it had reported
-            self._on_restored(partition, absent_s, again, now)
+            batches_lost = max(0, before.contained(self._grid) - report.contained(self._grid))
+            self._on_restored(partition, absent_s, batches_lost, now)
         self._watch_divergence()
         for batch in self._poison_tracker.rejected(report.rejected.items()):
             self._on_poison(batch)
@@ -271,9 +274,18 @@ class Coordinator:
         if self._phase == "training":
             self._actions += self._leasing.call_off()
 
-    def _on_restored(self, partition: int, absent_s: float, again: int, now: float) -> None:
-        """It knows no workers and nothing decided since its checkpoint; and nobody is given up for its absence."""
-        self._note("server_restored", partition=partition, seconds=absent_s, batches_lost=again)
+    def _on_restored(self, partition: int, absent_s: float, batches_lost: int, now: float) -> None:
+        """Bring a restored server up to date: its checkpoint lacks new settings, live workers and skipped batches.
+
+        Workers could not push while it was absent, so the time limits for their silence start again now.
+
+        Args:
+            partition: partition of the server.
+            absent_s: seconds without this server.
+            batches_lost: batches that the lost server had reported and the restored one lacks.
+            now: time of the host's clock, in seconds.
+        """
+        self._note("server_restored", partition=partition, seconds=absent_s, batches_lost=batches_lost)
         for worker in self._worker_table:
             worker.alive_at = now
             worker.lane_failures = 0
@@ -283,31 +295,32 @@ class Coordinator:
         self._actions += self._poison_tracker.skips(self._ledger)
 
     def _on_settled(self, lease: int, lost: list[int], now: float) -> None:
-        """What a dead worker's lease left undone is known."""
-        incident = self._failures.settled(lease)
-        if incident is None:
+        """Note what the lease of a dead worker left undone, and suspect the first of those batches."""
+        death = self._failure_counts.settled(lease)
+        if death is None:
             return
-        self._note("worker_recovered", worker=incident.worker, seconds=now - incident.at, batches_again=len(lost))
-        if not lost or not incident.suspicious:
+        self._note("worker_recovered", worker=death.worker, seconds=now - death.at, batches_again=len(lost))
+        if not lost or not death.suspicious:
             return
-        batch = self._grid.batch(self._ledger.epoch, lost[0])  # what it was at, or about to be
+        batch = self._grid.batch(self._ledger.epoch, lost[0])  # the worker's current batch, or its next one
         if self._poison_tracker.died(batch):
             self._on_poison(batch)
         else:
             self._ledger.isolate(lost[0])
 
     def _on_poison(self, batch: BatchId) -> None:
-        self._failures.count("poison")
+        """Skip a poison batch, or fail the run because of it."""
+        self._failure_counts.count("poison")
         tries = self._poison_tracker.tries(batch)
-        said = f"{batch} was tried {tries} times, and each time its worker died or its gradient was not finite"
+        cause = f"{batch} was tried {tries} times, and each time its worker died or its gradient was not finite"
         if self._spec.failure.poison == "fail":
-            self._fail(f"{said}. Look at its examples, or set failure.poison to skip")
+            self._fail(f"{cause}. Check the examples of this batch, or set failure.poison to skip")
             return
         self._note("poison_skipped", batch=batch, tries=tries)
         self._actions += self._poison_tracker.skips(self._ledger)
 
     def _watch_divergence(self) -> None:
-        """Count the gradients that were not finite; those before a resumption are past."""
+        """Fail the run if this process saw too many gradients that were not finite."""
         if not self._servers.ready:
             return
         rejected = max(report.pushes["rejected"] for report in self._servers.reports.values())
@@ -316,26 +329,27 @@ class Coordinator:
         if rejected - self._rejected_before > self._spec.failure.max_rejected:
             self._fail(
                 f"training diverged: {rejected - self._rejected_before} gradients were not finite, and "
-                f"failure.max_rejected is {self._spec.failure.max_rejected}. Lower optimizer.lr, or set max_grad_norm"
+                f"failure.max_rejected is {self._spec.failure.max_rejected}. Lower optimizer.lr, or set "
+                "optimizer.max_grad_norm"
             )
 
     def _on_save(self, event: Saved | SaveFailed | Committed, now: float) -> None:
-        if not self._schedule.concerns(event):
+        if not self._checkpoints.concerns(event):
             return
-        commit = self._schedule.take(event, now)
+        commit = self._checkpoints.take(event, now)
         if commit:
             self._actions.append(commit)
         if isinstance(event, SaveFailed):
-            self._failures.count("save_failed")
-            if self._schedule.last and not self._schedule.pauses(now):
+            self._failure_counts.count("save_failed")
+            if self._checkpoints.last and not self._checkpoints.paused(now):
                 self._finish_unsaved(event.cause)
 
     def _finish_unsaved(self, cause: str) -> None:
         reached = f"{self._servers.updates} updates and {self._servers.epochs} complete epochs"
         self._finish = self._finish or Finish(
             "unsaved",
-            f"training came to {reached}, but the last checkpoint could not be written: {cause}; "
-            f"{self._schedule.status.text}. Mend the storage, and --resume continues from there",
+            f"training reached {reached}, but the last checkpoint could not be written: {cause}; "
+            f"{self._checkpoints.status.text}. Repair the storage, then continue from there with --resume",
         )
 
     def _change(self, settings: Settings) -> None:
@@ -347,9 +361,9 @@ class Coordinator:
         self._worker_table.closed(worker, lease, now, whole)
         self._ledger.close(lease)
 
-    def _lose(self, worker: WorkerRecord, now: float, suspicious: bool = False) -> None:
+    def _remove_worker(self, worker: WorkerRecord, now: float, suspicious: bool = False) -> None:
         if worker.leases:
-            self._failures.died(next(iter(worker.leases)), worker.name, now, suspicious)
+            self._failure_counts.died(next(iter(worker.leases)), worker.name, now, suspicious)
         for lease in list(worker.leases):
             self._close(worker, lease, now)
         self._evaluations.lost(worker)
@@ -358,11 +372,12 @@ class Coordinator:
         self._worker_table.remove(worker.name)
 
     def _charge(self, kind: str, cause: str) -> None:
-        self._failures.count(kind)
+        """Count a failure. Fail the run if there were more than `failure.max_failures`."""
+        self._failure_counts.count(kind)
         allowed = self._spec.failure.max_failures
-        if 0 <= allowed < self._failures.charged:
+        if 0 <= allowed < self._failure_counts.charged:
             self._fail(
-                f"{cause}. That is failure {self._failures.charged}, and failure.max_failures is {allowed}; "
+                f"{cause}. That is failure {self._failure_counts.charged}, and failure.max_failures is {allowed}; "
                 "--resume continues from the newest checkpoint"
             )
 
@@ -372,20 +387,20 @@ class Coordinator:
     def _fail(self, cause: str) -> None:
         self._finish = self._finish or Finish("failed", cause)
 
-    # Decisions: what follows from the state
+    # Decisions: the actions that follow from the state
 
     def _decide(self, now: float) -> None:
         self._give_up_silent(now)
-        self._staff(now)
+        self._adjust_workers(now)
         if self._phase == "starting":
             self._begin(now)
         if self._phase == "training" and self._servers.ready:
-            self._turn_epoch()
+            self._change_epoch()
             self._end_if_due(now)
         if self._phase == "training" and self._servers.ready:
             self._actions += self._leasing.lease(now)
-            if self._schedule.due(self._servers.updates, now):
-                self._actions.append(self._schedule.begin(self._servers.updates))
+            if self._checkpoints.due(self._servers.updates, now):
+                self._actions.append(self._checkpoints.begin(self._servers.updates))
         if self._phase == "ending":
             self._finish_if_done(now)
         if self._servers.ready:
@@ -394,30 +409,31 @@ class Coordinator:
         self._actions += self._servers.ask(self._ledger.newest_doubt, hurry)
 
     def _give_up_silent(self, now: float) -> None:
-        if now < self._look_at:
+        """Stop the workers that have shown no sign of life for too long."""
+        if now < self._silence_check_at:
             return
         limits = self._spec.failure
         servers = self._servers
         for worker in list(self._worker_table):
-            ends = self._worker_table.silence_deadline(worker, limits, servers.ready)
-            if now >= ends and (not worker.at_work or servers.reported_at >= ends):
+            deadline = self._worker_table.silence_deadline(worker, limits, servers.ready)
+            if now >= deadline and (not worker.at_work or servers.reported_at >= deadline):
                 silent_s = now - worker.alive_at
                 cause = f"no sign of life for {silent_s:.1f} s (see failure.timeout_s)"
                 if not worker.up:
-                    cause = f"not up after {silent_s:.1f} s (see failure.start_timeout_s)"
+                    cause = f"not started after {silent_s:.1f} s (see failure.start_timeout_s)"
                 self._actions.append(StopWorker(worker.name, cause))
-                self._lose(worker, now, suspicious=worker.up)
+                self._remove_worker(worker, now, suspicious=worker.up)
                 self._charge("worker_silent", f"{worker.name}: {cause}")
-        # Whoever is granted something from now on is given at least so much patience.
+        # A worker that is given work from now on may be silent at least until `later`.
         later = now + min(LEAST_SILENCE_TIMEOUT_S, self._spec.failure.timeout_s)
         soonest = min(
             (self._worker_table.silence_deadline(w, limits, servers.ready) for w in self._worker_table), default=later
         )
         self._overdue = soonest <= now
-        self._look_at = later if self._overdue else min(later, soonest)
+        self._silence_check_at = later if self._overdue else min(later, soonest)
 
-    def _staff(self, now: float) -> None:
-        """As many workers as there should be."""
+    def _adjust_workers(self, now: float) -> None:
+        """Start and stop workers until there are as many as wanted."""
         wanted = self._worker_table.target
         if self._phase == "ending":
             wanted = 1 if self._evaluations.waiting and self._end_status != "interrupted" else 0
@@ -425,29 +441,32 @@ class Coordinator:
             for worker in self._worker_table.surplus():
                 self._actions.append(self._leasing.cancel(worker))
             for worker in [worker for worker in self._worker_table.draining if not worker.busy]:
-                self._actions.append(StopWorker(worker.name, "there are to be fewer workers"))
-                self._lose(worker, now)
+                self._actions.append(StopWorker(worker.name, "the number of workers was reduced"))
+                self._remove_worker(worker, now)
         self._actions += [StartWorker(worker.name) for worker in self._worker_table.hire(wanted, now)]
 
     def _begin(self, now: float) -> None:
-        """Train once the servers have reported and a worker is up; lock-step modes wait for all of them."""
-        enough = self._leasing.in_lockstep or self._worker_table.least < self._worker_table.target
-        ready = self._worker_table.complete if enough else bool(self._worker_table.up)
+        """Begin to train once all servers have reported and a worker is up.
+
+        Lock-step modes, and jobs whose number of workers may vary, wait for the least number of workers.
+        """
+        waits_for_least = self._leasing.in_lockstep or self._worker_table.least < self._worker_table.target
+        ready = self._worker_table.complete if waits_for_least else bool(self._worker_table.up)
         if self._servers.ready and ready:
             self._phase = "training"
-            self._began = self._schedule.closed_at = now
+            self._began = self._checkpoints.closed_at = now
             self._history.begin(self._servers.epochs)
             self._start_epoch()
-            self._failures.begin(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
+            self._failure_counts.begin(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
 
     def _start_epoch(self) -> None:
-        self._ledger.advance(self._servers.epochs)
+        self._ledger.start_epoch(self._servers.epochs)
         for report in self._servers.reports.values():
             self._ledger.reported(report, asked=0)
         self._actions += self._poison_tracker.skips(self._ledger)
 
-    def _turn_epoch(self) -> None:
-        """Lease the next epoch once this one is complete in every partition; or one again that is not any more."""
+    def _change_epoch(self) -> None:
+        """Start the next epoch once this one is complete, or reopen an epoch that a restored partition lacks."""
         epochs = self._servers.epochs
         if epochs < self._ledger.epoch:
             self._note("epoch_reopened", epoch=epochs)
@@ -461,6 +480,7 @@ class Coordinator:
             self._start_epoch()
 
     def _end_if_due(self, now: float) -> None:
+        """End the run if a limit of the job or its target is reached."""
         epochs = self._servers.epochs
         results = self._evaluations.results.values()
         target = self._limits.target_reached(epochs, self._servers.reports.values(), results)
@@ -471,11 +491,11 @@ class Coordinator:
     # The end
 
     def _end(self, status: Status, now: float) -> None:
-        """Lease no more; batches in hand are finished. A signal after a limit only adds haste."""
+        """End the run after the current batches. An interruption of a run that is ending shortens its waits."""
         limit = INTERRUPT_S if status == "interrupted" else self._spec.failure.timeout_s
         self._end_deadline = min(self._end_deadline, now + limit)
         if status == "interrupted":
-            self._schedule.hurry()
+            self._checkpoints.hurry()
         if self._phase != "ending" or status == "interrupted":
             self._end_status = status
         if self._phase != "ending":
@@ -483,17 +503,20 @@ class Coordinator:
         self._phase = "ending"
 
     def _finish_if_done(self, now: float) -> None:
+        """Take the next step of the end: settle the leases, write the last checkpoint, evaluate, finish."""
         if now >= self._end_deadline:
             self._abandon_leases(now)
             if self._end_status == "interrupted" and not self._servers.ready and self._servers.reports:
-                self._finish = Finish(self._end_status)  # without what the lost server had
+                self._finish = Finish(self._end_status)  # without the weights of the lost server
                 return
-        if not self._ledger.settled or self._schedule.busy or (self._servers.reports and not self._servers.ready):
+        if not self._ledger.settled or self._checkpoints.busy or (self._servers.reports and not self._servers.ready):
             return
-        unsaved = self._schedule.lacks(self._servers.updates) or self._schedule.saved_epochs < self._servers.epochs
+        unsaved = (
+            self._checkpoints.lacks(self._servers.updates) or self._checkpoints.saved_epochs < self._servers.epochs
+        )
         if self._servers.reports and unsaved:
-            if not self._schedule.pauses(now):
-                self._actions.append(self._schedule.begin(self._servers.updates, last=True))
+            if not self._checkpoints.paused(now):
+                self._actions.append(self._checkpoints.begin(self._servers.updates, last=True))
             return
         if self._end_status == "interrupted":
             self._finish = Finish(self._end_status)
@@ -503,13 +526,14 @@ class Coordinator:
             self._finish = Finish(self._end_status)
 
     def _abandon_leases(self, now: float) -> None:
+        """Stop the workers that still have a lease when the time for the end is over."""
         self._end_deadline = float("inf")
         for worker in [worker for worker in self._worker_table if worker.leases]:
-            self._actions.append(StopWorker(worker.name, "it did not end its lease in time"))
-            self._lose(worker, now)
+            self._actions.append(StopWorker(worker.name, "its lease did not end in time"))
+            self._remove_worker(worker, now)
 
     def _final_weights(self) -> int | None:
-        """The name of the weights that the run ends with: an epoch's last ones, if it ends there."""
+        """Return the name of the final weights: the number of epochs if no further batch is in them, else None."""
         epochs = self._servers.epochs
         at_an_end = epochs > 0 and all(r.epochs == epochs and not r.settled for r in self._servers.reports.values())
         return epochs if at_an_end else None

@@ -1,4 +1,4 @@
-"""Evaluations: which weights are to be validated, who is at it, and what came out."""
+"""Evaluations: the weights to validate, the workers that validate them, and the results."""
 
 from __future__ import annotations
 
@@ -12,53 +12,54 @@ __all__ = ["Evaluations"]
 
 
 class Evaluations:
-    """Weights are named by how many epochs were complete when they were copied; None: the final ones.
+    """All evaluations of a run.
+
+    Weights are named by the number of epochs that were complete when they were copied; None names the final weights.
 
     Args:
-        roster: who can evaluate.
-        enabled: whether there is anything to validate on.
+        worker_table: the workers, which evaluate.
+        enabled: True if the data has a validation part.
+
+    Attributes:
+        enabled: as the argument.
+        results: name of the weights -> their evaluation.
     """
 
     def __init__(self, worker_table: WorkerTable, enabled: bool) -> None:
         self._worker_table = worker_table
-        self._enabled = enabled
+        self.enabled = enabled
         self._wanted: deque[int | None] = deque()
-        self._void: list[tuple[str, int | None]] = []  # under way, of weights that are no longer
+        self._void: list[tuple[str, int | None]] = []  # (worker, weights) in progress, of weights that were rolled back
         self.results: dict[int | None, Evaluation] = {}
 
     @property
     def waiting(self) -> bool:
-        """Whether some weights have no worker yet."""
+        """Return True if some weights have no worker yet."""
         return bool(self._wanted)
 
     @property
-    def enabled(self) -> bool:
-        """True if there is anything to validate on."""
-        return self._enabled
-
-    @property
     def awaited(self) -> list[int | None]:
-        """Names of the weights that were asked for and have no result yet, those under way first."""
-        under_way = [
+        """Return the names of the weights without a result, beginning with those that a worker evaluates."""
+        in_progress = [
             epochs
             for worker in self._worker_table
             for epochs in worker.evaluations
             if (worker.name, epochs) not in self._void
         ]
-        return [*under_way, *self._wanted]
+        return [*in_progress, *self._wanted]
 
     @property
     def open(self) -> int:
-        """How many have no result yet."""
+        """Return the number of evaluations without a result, including those of rolled back weights."""
         return len(self._wanted) + sum(len(worker.evaluations) for worker in self._worker_table)
 
     def want(self, epochs: int | None) -> None:
-        """Ask for an evaluation, unless it was asked for already."""
-        if self._enabled and epochs not in self.awaited and epochs not in self.results:
+        """Request an evaluation of some weights, unless it was requested before."""
+        if self.enabled and epochs not in self.awaited and epochs not in self.results:
             self._wanted.append(epochs)
 
     def assign(self, now: float) -> list[Evaluate]:
-        """Give what waits to the workers with the least to do."""
+        """Give the weights that wait to the workers with the fewest leases and evaluations."""
         actions = []
         while self._wanted and (up := self._worker_table.up):
             worker = min(up, key=lambda worker: len(worker.leases) + len(worker.evaluations))
@@ -69,15 +70,19 @@ class Evaluations:
         return actions
 
     def done(self, worker: WorkerRecord, epochs: int | None, evaluation: Evaluation, now: float) -> None:
+        """Note a worker's result, unless its weights were rolled back."""
         if not self._close(worker, epochs, now):
             self.results[epochs] = evaluation
 
     def cancelled(self, worker: WorkerRecord, epochs: int | None, now: float) -> None:
-        """The weights were lost with their server: they are asked for again when the epoch is complete again."""
+        """Close an evaluation without a result: the weights were lost with their server.
+
+        They are requested again when the epoch is complete again.
+        """
         self._close(worker, epochs, now)
 
     def _close(self, worker: WorkerRecord, epochs: int | None, now: float) -> bool:
-        """Whether it was of weights that are no longer."""
+        """Close an evaluation. Return True if its weights were rolled back."""
         worker.evaluations.remove(epochs)
         worker.alive_at = worker.lease_began = now
         void = (worker.name, epochs) in self._void
@@ -86,21 +91,27 @@ class Evaluations:
         return void
 
     def lost(self, worker: WorkerRecord) -> None:
-        """What a worker was at when it died goes first to another."""
+        """Put a lost worker's evaluations in front of all others, except those of rolled back weights."""
         void = [epochs for name, epochs in self._void if name == worker.name]
-        self._void = [one for one in self._void if one[0] != worker.name]
+        self._void = [(name, epochs) for name, epochs in self._void if name != worker.name]
         for epochs in void:
             worker.evaluations.remove(epochs)
         self._wanted.extendleft(reversed(worker.evaluations))
 
     def forget(self, epochs: int) -> None:
-        """A partition was restored to fewer epochs: what was found of the weights after them is of another past."""
-        self.results = {ends: result for ends, result in self.results.items() if ends is not None and ends <= epochs}
-        self._wanted = deque(ends for ends in self._wanted if ends is not None and ends <= epochs)
-        older = [(name, ends) for name, ends in self._void if ends is not None and ends <= epochs]
+        """Drop the results and requests of weights that were rolled back.
+
+        Args:
+            epochs: number of epochs that every partition still contains.
+        """
+        self.results = {
+            after: result for after, result in self.results.items() if after is not None and after <= epochs
+        }
+        self._wanted = deque(after for after in self._wanted if after is not None and after <= epochs)
+        older = [(name, after) for name, after in self._void if after is not None and after <= epochs]
         self._void = older + [
-            (worker.name, ends)
+            (worker.name, after)
             for worker in self._worker_table
-            for ends in worker.evaluations
-            if ends is None or ends > epochs
+            for after in worker.evaluations
+            if after is None or after > epochs
         ]

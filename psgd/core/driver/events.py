@@ -1,4 +1,7 @@
-"""What the coordinator is told (events) and what it wants done (actions): frozen values."""
+"""Events, which tell the coordinator what happened, and actions, which it asks the host to carry out.
+
+All of them are frozen values, so a test can compare them. Times are not part of them: the host passes its clock along.
+"""
 
 from __future__ import annotations
 
@@ -54,30 +57,30 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The host is ready to act."""
+    """The host is ready to carry out actions."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerUp:
-    """A worker was started and waits for a lease."""
+    """A worker has started and waits for a lease."""
 
     worker: str
-    process: str = ""  # host:pid, for people
-    lanes: tuple[str, ...] = ()  # how it reaches each partition, likewise
+    process: str = ""  # host:pid, for logs
+    lanes: tuple[str, ...] = ()  # lane to each partition, for logs
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseClosed:
-    """A lease returned."""
+    """A lease has ended without a failure: it was finished or cancelled."""
 
     worker: str
     lease: int
-    residual_norm: float = 0.0  # of what compression has left out of the worker's pushes so far
+    residual_norm: float = 0.0  # norm of what compression left out of its pushes
 
 
 @dataclass(frozen=True, slots=True)
 class LaneFailed:
-    """A lease ended because a server did not answer its worker; the worker lives."""
+    """A lease ended because a server did not answer the worker. The worker lives."""
 
     worker: str
     lease: int
@@ -86,17 +89,17 @@ class LaneFailed:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """A worker's process is gone, and with it all its leases."""
+    """A worker's process is gone. All its leases have ended."""
 
     worker: str
     cause: str
-    preempted: bool = False  # its node was taken away on purpose: not charged as a failure
-    died: bool = True  # else it could not be built
+    preempted: bool = False  # True if its node was taken away on purpose: this counts as no failure
+    died: bool = True  # False if its model could not be built
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFailed:
-    """The model's own code raised: it would again, anywhere."""
+    """The model's own code raised an error, which it would raise on every worker."""
 
     worker: str
     cause: str
@@ -104,11 +107,11 @@ class WorkerFailed:
 
 @dataclass(frozen=True, slots=True)
 class ServerLost:
-    """A server's process is gone, or does not answer."""
+    """A server's process is gone or does not answer."""
 
     partition: int
     cause: str
-    died: bool = True  # else it refused to start, or nobody knows
+    died: bool = True  # False if it failed to start, or if the cause is unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +119,22 @@ class Reported:
     """A server answered `AskReport`."""
 
     report: Report
-    asked: int
+    asked: int  # stamp of the request
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A partition's part of a checkpoint is written."""
+    """One partition's part of a checkpoint was written."""
 
     partition: int
     checkpoint: int
     updates: int  # in the saved state
-    epochs: int
+    epochs: int  # complete ones in the saved state
 
 
 @dataclass(frozen=True, slots=True)
 class SaveFailed:
-    """A part of a checkpoint, or its COMMITTED, could not be written."""
+    """A part of a checkpoint, or its file COMMITTED, could not be written."""
 
     checkpoint: int
     cause: str
@@ -139,52 +142,52 @@ class SaveFailed:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A checkpoint is whole."""
+    """A checkpoint is complete: its file COMMITTED was written."""
 
     checkpoint: int
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """An evaluation returned."""
+    """A worker has finished an evaluation."""
 
     worker: str
-    epochs: int | None
+    epochs: int | None  # name of the weights, as in `Evaluate`
     evaluation: Evaluation
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationLost:
-    """An evaluation did not begin: the weights were lost with their server."""
+    """An evaluation did not begin, because its weights were lost with their server."""
 
     worker: str
-    epochs: int | None
+    epochs: int | None  # name of the weights, as in `Evaluate`
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Somebody wants the run to end here: `stopped` by command, `interrupted` by a signal."""
+    """Request to end the run early: `stopped` by a command, `interrupted` by a signal."""
 
     status: Status
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Somebody wants the run to go on by other settings, which were checked."""
+    """Request to continue with other settings. They were checked against the job."""
 
     settings: Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Somebody wants so many workers from now on; checked against the job."""
+    """Request to continue with another number of workers. It was checked against the job."""
 
     workers: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """The time `next_deadline` named has come."""
+    """The time that `Coordinator.next_deadline` returned has come."""
 
 
 Event = (
@@ -213,19 +216,21 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class StartServer:
-    """Of the newest checkpoint, if there is one; as a new incarnation. Whoever served the partition is ended."""
+    """Start a server as a new incarnation, from the newest checkpoint if there is one. End the one before it."""
 
     partition: int
 
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
+    """Start a worker process."""
+
     worker: str
 
 
 @dataclass(frozen=True, slots=True)
 class StopWorker:
-    """End the worker's process; no event follows."""
+    """End a worker's process. No event of this worker follows."""
 
     worker: str
     cause: str
@@ -233,29 +238,29 @@ class StopWorker:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Ask a worker to end its leases up to this one after the batch in hand."""
+    """Ask a worker to end its leases after its current batch."""
 
     worker: str
-    lease: int
+    lease: int  # the newest lease that ends
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Tell every server that a worker gets a lease; done before any later action."""
+    """Tell every server that a worker will get a lease. The host does this before any later action."""
 
     worker: str
 
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Tell every server that a worker has no lease any more."""
+    """Tell every server that a worker has no lease left."""
 
     worker: str
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeServer:
-    """A partition goes on by other settings, from whatever version it has then."""
+    """Tell a server to continue with other settings, from its version at that moment."""
 
     partition: int
     settings: Settings
@@ -263,14 +268,14 @@ class ChangeServer:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Every partition is to do without a batch."""
+    """Tell every server to count a batch as settled without training on it."""
 
     batch: BatchId
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something to be written into the run's record of events."""
+    """Append a record to the run's event log."""
 
     event: str
     fields: Mapping[str, Any]
@@ -278,45 +283,51 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
+    """Give a worker a lease."""
+
     worker: str
     lease: Lease
 
 
 @dataclass(frozen=True, slots=True)
 class AskReport:
+    """Ask a server for a report."""
+
     partition: int
-    asked: int  # stamp, handed back with the answer
-    wait: bool  # answer when an epoch completes, or after a moment; else at once
+    asked: int  # stamp, which the answer repeats
+    wait: bool  # True: answer when an epoch completes or some time has passed; False: answer immediately
 
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Every partition writes its part of a checkpoint."""
+    """Tell every server to write its part of a checkpoint."""
 
     checkpoint: int
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
+    """Write the file COMMITTED of a checkpoint whose parts are all written."""
+
     checkpoint: int
-    updates: int
-    epochs: int
+    updates: int  # of the partition with the fewest
+    epochs: int  # complete ones in every partition
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """A worker evaluates the weights as they were when `epochs` epochs were complete; None: as they are."""
+    """Tell a worker to evaluate some weights."""
 
     worker: str
-    epochs: int | None
+    epochs: int | None  # number of complete epochs in the weights; None: the present weights
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The run is over; nothing is asked for after this."""
+    """End the run. No action follows."""
 
     status: Status
-    error: str | None = None
+    error: str | None = None  # cause, if the run failed or its end was not saved
 
 
 Action = (

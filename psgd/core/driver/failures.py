@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 __all__ = ["FailureCounts", "WorkerDeath"]
 
-UNCHARGED = {"preempted", "save_failed", "poison"}
+UNCHARGED = {"preempted", "save_failed", "poison"}  # kinds that do not count against `failure.max_failures`
 
 
 class WorkerDeath(NamedTuple):
-    """The death of a worker that was working through a lease."""
+    """The death of a worker that was working on a lease."""
 
     worker: str
     at: float  # seconds, on the host's clock
-    suspicious: bool  # True if the batch in hand may be the cause
+    suspicious: bool  # True if its current batch may be the cause
 
 
 class FailureCounts:
@@ -28,8 +28,8 @@ class FailureCounts:
 
     def __init__(self) -> None:
         self.failures = Counter[str]()
-        self._open: dict[int, WorkerDeath] = {}  # lease in hand -> the death
-        self._in_hand = 0  # number of batches in the hands of workers that died
+        self._open: dict[int, WorkerDeath] = {}  # lease that the worker was working on -> its death
+        self._batches_cut_off = 0  # batches that workers were computing when they died
         self._done_before = 0
         self.useful = 0
 
@@ -51,12 +51,19 @@ class FailureCounts:
         self.useful = max(0, done - self._done_before)
 
     def died(self, lease: int, worker: str, now: float, suspicious: bool) -> None:
-        """Note that a worker died while it worked through a lease."""
-        self._in_hand += 1
+        """Note that a worker died while it was working on a lease.
+
+        Args:
+            lease: id of the lease.
+            worker: name of the worker.
+            now: time of the host's clock, in seconds.
+            suspicious: True if its current batch may be the cause.
+        """
+        self._batches_cut_off += 1
         self._open[lease] = WorkerDeath(worker, now, suspicious)
 
     def settled(self, lease: int) -> WorkerDeath | None:
-        """Return the death that ended a lease, whose batches are no longer in doubt; None if it ended otherwise."""
+        """Return the worker's death that ended a settled lease; None if the lease ended otherwise."""
         return self._open.pop(lease, None)
 
     def goodput(self, pushes: int) -> float | None:
@@ -65,5 +72,5 @@ class FailureCounts:
         Args:
             pushes: number of pushes that reached the servers.
         """
-        computed = pushes + self._in_hand
+        computed = pushes + self._batches_cut_off
         return min(1.0, self.useful / computed) if computed else None

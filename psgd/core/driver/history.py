@@ -8,18 +8,18 @@ from psgd.core.server.report import Report
 
 __all__ = ["History"]
 
-RECENT = 256  # epochs that are kept: many more than can become complete between two looks at the status
+RECENT = 256  # epochs that are kept: many more than can become complete between two readings of the status
 
 
 class History:
     """Losses of the newest complete epochs.
 
-    A partition that was restored may contain fewer epochs than before; those beyond are forgotten, and noted again once
-    they are complete again.
+    A partition that was restored may contain fewer epochs than before. The epochs that it lacks are dropped, and noted
+    again once they are complete again.
     """
 
     def __init__(self) -> None:
-        self._epochs = 0  # complete ones
+        self._epochs = 0  # number of complete epochs
         self._losses: dict[int, float | None] = {}
 
     def __iter__(self) -> Iterator[tuple[int, float | None]]:
@@ -27,15 +27,15 @@ class History:
         return iter(self._losses.items())
 
     def begin(self, epochs: int) -> None:
-        """Start from a number of complete epochs, which an earlier process trained."""
+        """Start with `epochs` complete epochs, which an earlier process trained."""
         self._epochs = epochs
 
     def advance(self, epochs: int, reports: Iterable[Report]) -> None:
-        """Note that a number of epochs is complete now.
+        """Note the number of epochs that are complete now.
 
         Args:
-            epochs: number that every partition contains.
-            reports: newest of each partition.
+            epochs: number of complete epochs in every partition.
+            reports: newest report of each partition.
         """
         for epoch in range(epochs, self._epochs):
             self._losses.pop(epoch + 1, None)

@@ -16,9 +16,9 @@ from psgd_workers.messages import Lease
 
 __all__ = ["Leasing"]
 
-TAKEOVER_S = 1.0  # seconds of work left in a lease from which on it is shared; reports do not resolve less
+TAKEOVER_S = 1.0  # least seconds of work left in a lease that is shared; reports are too rare to measure less
 LOOK_S = 0.25  # seconds between two searches for such a lease; a search costs 1 ms with 1,000 workers
-TAKEOVER_FACTOR = 4  # and the least work left, in batches of the idle worker
+TAKEOVER_FACTOR = 4  # least work left in a lease that is shared, in batch times of the idle worker
 
 
 class Leasing:
@@ -38,10 +38,10 @@ class Leasing:
         self._most_workers = spec.scaling.most_workers
         self._ledger = ledger
         self._worker_table = worker_table
-        self._server_reports = servers
+        self._servers = servers
         self._limits = limits
-        self._held: dict[str, int] = {}  # worker -> its lease in which a server did not answer
-        self._slow: dict[str, WorkerRecord] = {}  # workers whose leases were shared
+        self._held: dict[str, int] = {}  # worker -> its lease during which a server did not answer it
+        self._slow: dict[str, WorkerRecord] = {}  # name -> worker whose leases were shared
         self._look_at = 0.0  # time of the next search for a lease to share
         self._actions: list[Action] = []
         self.change(spec.consistency)
@@ -56,22 +56,22 @@ class Leasing:
         return self._mode.in_lockstep(self._most_workers)
 
     def hold(self, worker: WorkerRecord, lease: int) -> None:
-        """Lease the worker nothing until every server has reported: one did not answer during that lease."""
+        """Grant a worker nothing until every server has reported: one did not answer it during `lease`."""
         self._held[worker.name] = lease
 
     @property
     def holds(self) -> bool:
-        """Return True if some worker is held."""
+        """Return True if a worker has to wait for reports before its next lease."""
         return any(self._ledger.in_doubt(lease) for lease in self._held.values())
 
     def lease(self, now: float) -> list[Action]:
-        """Lease batches to every worker below its quota. Return what the host must do."""
+        """Lease batches to every worker below its quota. Return the actions."""
         self._actions = []
         self._held = {name: lease for name, lease in self._held.items() if self._ledger.in_doubt(lease)}
         if self.in_lockstep:
             self._lease_rounds(now)
         elif self._left():
-            for ahead in range(AHEAD):  # no worker is idle while another has a lease queued
+            for ahead in range(AHEAD):  # idle workers come first, then those without a queued lease
                 for worker in [
                     worker for worker in self._worker_table.below_quota.values() if len(worker.leases) == ahead
                 ]:
@@ -83,19 +83,19 @@ class Leasing:
         return self._actions
 
     def call_off(self) -> list[Action]:
-        """Cancel leases whose last batches other workers have done; they end after the batch in hand."""
+        """Cancel shared leases of which every batch is done; the worker ends them after its current batch."""
         actions: list[Action] = []
         for worker in list(self._slow.values()):
             done = list(takewhile(self._ledger.is_done, worker.leases))
-            if self._ledger.overtaken.intersection(done) and done[-1] > worker.called_off:
+            if self._ledger.shared.intersection(done) and done[-1] > worker.called_off:
                 worker.called_off = done[-1]
                 actions.append(Cancel(worker.name, done[-1]))
-            if not self._ledger.overtaken.intersection(worker.leases):
+            if not self._ledger.shared.intersection(worker.leases):
                 del self._slow[worker.name]
         return actions
 
     def cancel(self, worker: WorkerRecord) -> Cancel:
-        """End all leases of a worker after the batch in hand."""
+        """Return the order to end all leases of a worker after its current batch."""
         worker.called_off = self._ledger.newest_lease
         return Cancel(worker.name, worker.called_off)
 
@@ -119,25 +119,26 @@ class Leasing:
         if slow is idle:
             return False
         left = self._ledger.left(lease)
-        pace = seconds / left
-        share = max(1, round(left * pace / (pace + (idle.batch_s or pace))))  # a new worker is assumed to be as fast
+        batch_s = seconds / left
+        idle_s = idle.batch_s or batch_s  # a new worker is assumed to be as fast
+        share = max(1, round(left * batch_s / (batch_s + idle_s)))
         self._grant(idle, self._ledger.take_over(lease, share), now)
         self._slow[slow.name] = slow
         self._actions.append(Note("taken_over", {"worker": slow.name, "by": idle.name, "batches": share}))
         return True
 
-    def _longest(self, least_s: float, nobody: WorkerRecord, now: float) -> tuple[float, int, WorkerRecord]:
+    def _longest(self, least_s: float, default: WorkerRecord, now: float) -> tuple[float, int, WorkerRecord]:
         """Return the seconds left, the lease and the worker of the lease with the most work left.
 
-        The estimate is the worker's pace times its batches left, or the time since its last sign of life if that is
-        longer. Batches left are counted only for leases that would beat the best found so far as a whole.
+        The estimate is the worker's seconds per batch times its batches left, or the time since its last sign of life
+        if that is longer. To save time, batches left are counted only for leases that may beat the best found so far.
 
         Args:
             least_s: seconds of work left that a lease must have.
-            nobody: worker to return if no lease has that much.
-            now: the host's clock, seconds.
+            default: worker to return if no lease has that much.
+            now: time of the host's clock, in seconds.
         """
-        found = (least_s, -1, nobody)
+        found = (least_s, -1, default)
         leases = [
             (self._at_most_s(worker, lease, now), lease, worker)
             for worker in self._worker_table.up
@@ -147,25 +148,26 @@ class Leasing:
             if at_most_s < found[0]:
                 break
             left = self._ledger.left(lease)
-            pace = worker.batch_s or (now - worker.lease_began) / max(1, worker.leases[lease] - left)
-            seconds = max(left * pace, now - worker.alive_at)
+            batch_s = worker.batch_s or (now - worker.lease_began) / max(1, worker.leases[lease] - left)
+            seconds = max(left * batch_s, now - worker.alive_at)
             if left and seconds >= found[0]:
                 found = (seconds, lease, worker)
         return found
 
     def _at_most_s(self, worker: WorkerRecord, lease: int, now: float) -> float:
-        pace = worker.batch_s or now - worker.lease_began
-        return max(worker.leases[lease] * pace, now - worker.alive_at)
+        """Return an upper bound on the seconds of work left in a lease."""
+        batch_s = worker.batch_s or now - worker.lease_began
+        return max(worker.leases[lease] * batch_s, now - worker.alive_at)
 
     def _left(self) -> int:
         """Return the number of batches that can be leased."""
         return min(self._ledger.pending, self._batches_allowed())
 
     def _size(self, worker: WorkerRecord, left: int) -> int:
-        """Return the size of a worker's next lease: at most half an even share of what is left.
+        """Return the size of a worker's next lease: at most half an even share of the batches left.
 
         Leases shrink towards an epoch's end, so that workers end together. Workers that have not started yet count too:
-        the first one up must leave them a share.
+        the first worker up must leave them a share.
         """
         workers = max(len(self._worker_table.up), min(self._worker_table.least, self._worker_table.target))
         share = left if workers <= 1 else ceil(left / (2 * workers))
@@ -173,12 +175,12 @@ class Leasing:
 
     def _batches_allowed(self) -> int:
         """Return the number of batches that may be leased before `run.max_updates` is reached."""
-        left = self._limits.updates_left(self._server_reports.updates)
+        left = self._limits.updates_left(self._servers.updates)
         if left is None:
             return self._ledger.pending
         per_update = self._mode.batches_per_update(len(self._worker_table.up))
-        # Contained in the state, but in no step yet.
-        buffered = max(report.pushes["buffered"] for report in self._server_reports.reports.values())
+        # Buffered gradients are contained in a state, but not in a step yet.
+        buffered = max(report.pushes["buffered"] for report in self._servers.reports.values())
         return max(0, left * per_update - self._ledger.outstanding - buffered)
 
     def _lease_rounds(self, now: float) -> None:
@@ -200,6 +202,7 @@ class Leasing:
             self._grant(worker, lease, now)
 
     def _join(self, worker: WorkerRecord) -> None:
+        """Tell the servers about a worker before its first lease."""
         if not worker.joined:
             worker.joined = True
             worker.heard.clear()

@@ -1,14 +1,14 @@
-"""The ledger: what is left to do in an epoch, who has it on lease, and what is in doubt.
+"""The ledger: the batches of an epoch that are leased, in doubt, done or left.
 
-Workers are never believed. A lease that closed, however it closed, leaves its batches *in doubt* until every partition
-has reported since: what all of them contain is done, what any of them lacks is leased again. The servers refuse what
-they contain already, so leasing a batch twice costs time and nothing else.
+The ledger believes the servers and no worker. A lease that closed, for whatever reason, leaves its batches *in doubt*
+until every partition has reported since. Then a batch that all partitions contain is done, and a batch that any of them
+lacks is leased again. A server refuses a batch that it contains already, so leasing a batch twice only costs time.
 
-An order of asking and closing is kept as a *stamp*, a counter: a report settles the leases whose closing came before
-its asking.
+Requests for reports and closings of leases are numbered by one counter, the *stamp*. A report settles the leases that
+closed before it was requested.
 
-A partition that was restored contains less than before, perhaps not even the whole of the epoch before: then that epoch
-is turned to again. What the other partitions contain stays; they refuse what comes twice.
+A partition that was restored contains fewer batches than before, and may even lack a part of the previous epoch. Then
+that epoch starts again. The other partitions keep their batches and refuse repeated ones.
 """
 
 from __future__ import annotations
@@ -28,31 +28,38 @@ __all__ = ["Ledger", "Settled"]
 
 Positions = NDArray[np.int64]
 
-WINDOW = 1024  # positions looked at together
+WINDOW = 1024  # least number of positions that are searched at once
 
 
 @dataclass(slots=True)
 class _Closed:
-    """A lease that is closed, its batches in doubt."""
+    """A closed lease whose batches are in doubt."""
 
     positions: Positions
-    closed: int  # stamp
-    lacking: frozenset[int]  # partitions that have not reported since
+    stamp: int  # of its closing
+    unreported: frozenset[int]  # partitions that have not reported since
 
 
 class Settled(NamedTuple):
-    """A closed lease whose batches are in doubt no more."""
+    """A closed lease whose batches are no longer in doubt."""
 
     lease: int
-    lost: Positions  # those that some partition lacks, in the order of work; they are leased again
+    lost: Positions  # its batches that a partition lacks, in the order of work; they are leased again
 
 
 class Ledger:
-    """One epoch at a time.
+    """The record of one epoch's batches, which names them by their position in the epoch.
 
     Args:
-        grid: the shape of an epoch.
-        partitions: how many servers must contain a batch before it is done.
+        grid: number of batches by shard.
+        partitions: number of servers; a batch is done when all of them contain it.
+
+    Attributes:
+        epoch: the open epoch.
+        done: number of its batches that every partition contains or skips.
+        pending: number of its batches that are neither done nor leased nor in doubt.
+        requeued: number of batches, over all epochs, that were leased, did not arrive and were leased again.
+        shared: leases whose last batches were leased to other workers too.
     """
 
     def __init__(self, grid: EpochGrid, partitions: int = 1) -> None:
@@ -60,42 +67,42 @@ class Ledger:
         self._partitions = partitions
         self._stamp = 0
         self._next_lease = 0
-        self._out: dict[int, Positions] = {}  # leases at work
+        self._active: dict[int, Positions] = {}  # lease at work -> its batches
         self._closed: dict[int, _Closed] = {}
-        self.requeued = 0  # batches that were leased, did not arrive, and went back
-        self._begin(0)
+        self.requeued = 0
+        self._reset(0)
 
-    def _begin(self, epoch: int) -> None:
+    def _reset(self, epoch: int) -> None:
         self.epoch = epoch
-        self._contains = np.zeros((self._partitions, self._grid.num_batches), np.bool_)
+        self._contained = np.zeros((self._partitions, self._grid.num_batches), np.bool_)
         self._done = np.zeros(self._grid.num_batches, np.bool_)
-        self._pending = np.ones(self._grid.num_batches, np.bool_)  # neither done nor leased
-        self._taken_over = np.zeros(self._grid.num_batches, np.bool_)  # out on a second lease
-        self.overtaken: set[int] = set()  # leases whose last batches others were given too
-        self._alone: list[int] = []  # suspects, each to be leased by itself; not pending
-        self._withheld: set[int] = set()  # to be done without; never pending
+        self._pending = np.ones(self._grid.num_batches, np.bool_)  # neither done nor leased nor in doubt
+        self._taken_over = np.zeros(self._grid.num_batches, np.bool_)  # on a second lease
+        self.shared: set[int] = set()
+        self._isolated: list[int] = []  # suspects, to be leased one by one; not in `_pending`
+        self._withheld: set[int] = set()  # skipped batches; never pending
         self._count()
 
     def _count(self) -> None:
         self.done = int(np.count_nonzero(self._done))
-        self.pending = int(np.count_nonzero(self._pending)) + len(self._alone)
+        self.pending = int(np.count_nonzero(self._pending)) + len(self._isolated)
 
     @property
     def outstanding(self) -> int:
-        """Batches leased or in doubt, as far as reported."""
+        """Return the number of batches that are leased or in doubt and not reported as done."""
         return self._grid.num_batches - self.done - self.pending
 
     @property
     def complete(self) -> bool:
-        """Whether every partition contains the whole epoch."""
+        """Return True if every partition contains or skips each batch of the epoch."""
         return self.done == self._grid.num_batches
 
-    def advance(self, epoch: int) -> None:
-        """Turn to another epoch: the next one, or back to one that a restored partition does not contain."""
-        # What of the present epoch is out or in doubt and not done will be leased again when its turn comes back.
-        self._out = {lease: np.empty(0, np.int64) for lease in self._out}
+    def start_epoch(self, epoch: int) -> None:
+        """Start another epoch: the next one, or an earlier one that a restored partition lacks."""
+        # Leases at work keep their id until they close. Their batches are leased again if their epoch is reopened.
+        self._active = {lease: np.empty(0, np.int64) for lease in self._active}
         self._closed = {}
-        self._begin(epoch)
+        self._reset(epoch)
 
     def grant(self, batches: int, home: Fraction = Fraction(0)) -> Lease | None:
         """Lease up to `batches` pending batches, in order, beginning with the worker's own part of the data.
@@ -103,25 +110,25 @@ class Ledger:
         A suspect is leased first, and by itself.
 
         Args:
-            batches: at most so many.
-            home: where the worker's own shards begin, as a share of all shards.
+            batches: largest number of batches in the lease.
+            home: first shard of the worker's own part, as a fraction of all shards.
 
         Returns:
             The lease, or None if nothing is pending.
         """
-        if self._alone and batches:
-            return self._lease(np.array([self._alone.pop(0)], np.int64))
+        if self._isolated and batches:
+            return self._lease(np.array([self._isolated.pop(0)], np.int64))
         shards = self._grid.batches_per_shard
         start = self._grid.shard_start(int(home * len(shards)))
-        own = self._first(start, self._grid.num_batches, batches)
-        return self._lease(np.concatenate([own, self._first(0, start, batches - len(own))]))
+        own = self._first_pending(start, self._grid.num_batches, batches)
+        return self._lease(np.concatenate([own, self._first_pending(0, start, batches - len(own))]))
 
-    def _first(self, start: int, stop: int, batches: int) -> Positions:
-        """Up to so many pending positions of a range, the first ones; looked for piece by piece, as epochs are long."""
+    def _first_pending(self, start: int, stop: int, batches: int) -> Positions:
+        """Return the first pending positions of a range, at most `batches`. Search by pieces, as epochs are long."""
         found: list[Positions] = []
         piece = max(WINDOW, 2 * batches)
         while batches > 0 and start < stop:
-            start += int(self._pending[start:stop].argmax())  # 0 if there is none: then the piece is empty
+            start += int(self._pending[start:stop].argmax())  # adds 0 if none is pending; then `part` is empty
             part = np.flatnonzero(self._pending[start : min(start + piece, stop)])[:batches] + start
             if not len(part):
                 break
@@ -133,79 +140,92 @@ class Ledger:
     def grant_striped(self, workers: int, rounds: int) -> tuple[Lease, ...]:
         """Lease the next `rounds` · N pending batches so that worker i of N gets every N-th, from the i-th on.
 
-        Worker i's r-th batch then belongs to round r, whoever is fast: bulk synchronous steps are made of the same
-        batches in every run.
+        The r-th batch of every worker then belongs to round r, however fast the workers are. So each bulk synchronous
+        step consists of the same batches in every run.
         """
-        block = self._first(0, self._grid.num_batches, rounds * workers)
+        block = self._first_pending(0, self._grid.num_batches, rounds * workers)
         leases = [self._lease(block[worker::workers]) for worker in range(workers)]
         return tuple(lease for lease in leases if lease is not None)
 
     def _lease(self, positions: Positions) -> Lease | None:
+        """Lease some batches. Return None if there are none."""
         if not len(positions):
             return None
         self._pending[positions] = False
         self._count()
-        self._out[self._next_lease] = positions
+        self._active[self._next_lease] = positions
         self._next_lease += 1
         return Lease(self._next_lease - 1, _ranges(self.epoch, positions))
 
     def left(self, lease: int) -> int:
-        """Batches of a lease at work that are not done and not taken over, as far as reported."""
-        positions = self._out[lease]
+        """Return the number of batches of a lease at work that are neither reported as done nor taken over."""
+        positions = self._active[lease]
         return int(np.count_nonzero(~self._done[positions] & ~self._taken_over[positions]))
 
     def is_done(self, lease: int) -> bool:
-        """Whether all batches of a lease at work are done, by whomever."""
-        return bool(self._done[self._out[lease]].all())
+        """Return True if all batches of a lease at work are done, by any worker."""
+        return bool(self._done[self._active[lease]].all())
 
     def take_over(self, lease: int, batches: int) -> Lease | None:
-        """Lease the last `batches` of what is left of another lease a second time.
+        """Lease the last batches of another lease a second time, to another worker.
 
-        Its worker goes on from the front; the servers refuse whichever push of a batch comes second.
+        The first worker continues from the front. The servers refuse the second push of a batch.
+
+        Args:
+            lease: lease at work.
+            batches: largest number of batches to take over.
+
+        Returns:
+            The second lease, or None if no batch is left to take over.
         """
-        positions = self._out[lease]
+        positions = self._active[lease]
         left = positions[~self._done[positions] & ~self._taken_over[positions]]
         taken = left[len(left) - batches :] if batches else left[:0]
         self._taken_over[taken] = True
-        self.overtaken.add(lease)
+        self.shared.add(lease)
         return self._lease(taken)
 
     def close(self, lease: int) -> None:
-        """A lease returned, failed, or its worker is gone: its batches are in doubt."""
-        assert lease in self._out, f"lease {lease} is closed already, or never was"
+        """Close a lease at work, for whatever reason. Its batches are in doubt from now on."""
+        assert lease in self._active, f"lease {lease} is not at work: it was closed before, or never granted"
         self._stamp += 1
-        self._closed[lease] = _Closed(self._out.pop(lease), self._stamp, frozenset(range(self._partitions)))
+        self._closed[lease] = _Closed(self._active.pop(lease), self._stamp, frozenset(range(self._partitions)))
 
     def in_doubt(self, lease: int) -> bool:
-        """Whether a lease is closed and not settled."""
+        """Return True if a lease is closed and not settled."""
         return lease in self._closed
 
     def withhold(self, position: int) -> None:
         """Never lease a batch again in this epoch."""
         self._withheld.add(position)
         self._pending[position] = False
-        self._alone = [other for other in self._alone if other != position]
+        self._isolated = [other for other in self._isolated if other != position]
         self._count()
 
     def isolate(self, position: int) -> None:
-        """Lease a batch by itself from now on, if it has to be leased."""
+        """Lease a batch by itself from now on, unless it is done or on lease."""
         if self._pending[position]:
             self._pending[position] = False
-            self._alone.append(position)
+            self._isolated.append(position)
             self._count()
 
-    def ask(self) -> int:
-        """The stamp of a report that is asked for now."""
+    def next_stamp(self) -> int:
+        """Return the stamp of a report that is requested now."""
         self._stamp += 1
         return self._stamp
 
     def reported(self, report: Report, asked: int) -> list[Settled]:
-        """Take in what a partition contains, and settle what was closed before it was `asked`."""
-        self._contains[report.partition] = self._bitmap(report)
+        """Note the batches that a partition contains. Return the leases that this settles.
+
+        Args:
+            report: report of the partition.
+            asked: stamp of the request for the report.
+        """
+        self._contained[report.partition] = self._bitmap(report)
         before = self._done
-        self._done = self._contains[0].copy() if self._partitions == 1 else np.logical_and.reduce(self._contains)
+        self._done = self._contained[0].copy() if self._partitions == 1 else np.logical_and.reduce(self._contained)
         self._pending &= ~self._done
-        self._alone = [position for position in self._alone if not self._done[position]]
+        self._isolated = [position for position in self._isolated if not self._done[position]]
         settled = [self._settle(lease) for lease in self._settled_by(report.partition, asked)]
         if (undone := before & ~self._done).any():  # the partition was restored
             self._recall(np.flatnonzero(undone))
@@ -213,11 +233,11 @@ class Ledger:
         return settled
 
     def _settled_by(self, partition: int, asked: int) -> list[int]:
-        """The leases that no report is missing of after this one."""
-        for out in self._closed.values():
-            if out.closed <= asked:
-                out.lacking -= {partition}
-        return [lease for lease, out in self._closed.items() if not out.lacking]
+        """Return the leases that wait for no further report after this one."""
+        for closed in self._closed.values():
+            if closed.stamp <= asked:
+                closed.unreported -= {partition}
+        return [lease for lease, closed in self._closed.items() if not closed.unreported]
 
     def _settle(self, lease: int) -> Settled:
         positions = self._closed.pop(lease).positions
@@ -226,10 +246,10 @@ class Ledger:
         return Settled(lease, lost)
 
     def _recall(self, positions: Positions) -> None:
-        """Lease again what is not done, unless another lease has it still."""
+        """Make batches pending again, unless another lease still has them or they are withheld."""
         if not len(positions):
             return
-        others = [*self._out.values(), *(out.positions for out in self._closed.values())]
+        others = [*self._active.values(), *(closed.positions for closed in self._closed.values())]
         if others:
             positions = positions[~np.isin(positions, np.concatenate(others))]
         self._taken_over[positions] = False
@@ -239,38 +259,39 @@ class Ledger:
         self.requeued += len(positions)
 
     def _bitmap(self, report: Report) -> Bitmap:
+        """Return the batches of the open epoch that a report contains."""
         if report.epochs > self.epoch:
             return np.ones(self._grid.num_batches, np.bool_)
         return report.settled.get(self.epoch, np.zeros(self._grid.num_batches, np.bool_))
 
     @property
     def suspects(self) -> int:
-        """Batches that are to be leased by themselves."""
-        return len(self._alone)
+        """Return the number of batches that wait to be leased by themselves."""
+        return len(self._isolated)
 
     @property
     def newest_lease(self) -> int:
-        """The highest id of a lease so far; -1: there was none."""
+        """Return the id of the newest lease; -1 if there was none."""
         return self._next_lease - 1
 
     @property
     def open_leases(self) -> int:
-        """Leases that are out or in doubt."""
-        return len(self._out) + len(self._closed)
+        """Return the number of leases that are at work or in doubt."""
+        return len(self._active) + len(self._closed)
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is out and nothing is in doubt."""
+        """Return True if no lease is at work or in doubt."""
         return not self.open_leases
 
     @property
     def newest_doubt(self) -> int:
-        """The stamp of the newest closing that is not settled; 0 if nothing is in doubt."""
-        return next((out.closed for out in reversed(self._closed.values())), 0)
+        """Return the stamp of the newest closing that is not settled; 0 if no batch is in doubt."""
+        return next((closed.stamp for closed in reversed(self._closed.values())), 0)
 
 
 def _ranges(epoch: int, positions: Positions) -> tuple[BatchRange, ...]:
-    """The fewest ranges of constant step that a greedy reading of `positions` finds, in their order."""
+    """Return `positions` as ranges of constant step, in their order; each range is as long as possible."""
     ranges: list[BatchRange] = []
     left = positions
     while len(left):

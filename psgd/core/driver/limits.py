@@ -29,11 +29,15 @@ class Limits:
         )
 
     def updates_left(self, updates: int) -> int | None:
-        """Return the number of steps that `run.max_updates` still allows; None if it is not set."""
+        """Return the number of updates that `run.max_updates` still allows; None if it is not set."""
         return None if self._run.max_updates is None else max(0, self._run.max_updates - updates)
 
     def deadline(self, began: float | None) -> float:
-        """Return the time at which `run.max_time_s` is over, on the clock of `began`; infinity if it never is."""
+        """Return the time at which `run.max_time_s` is over; infinity if it never is.
+
+        Args:
+            began: time at which training began, in seconds; None before.
+        """
         return float("inf") if began is None or self._run.max_time_s is None else began + self._run.max_time_s
 
     def target_reached(self, epochs: int, reports: Iterable[Report], evaluations: Iterable[Evaluation]) -> bool:

@@ -1,4 +1,4 @@
-"""Batches that may kill their workers, and the ones that are treated as poison."""
+"""Batches that may kill their workers, and those that count as poison."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["PoisonTracker"]
 class PoisonTracker:
     """Counts the failed attempts at each batch.
 
-    The batch in hand when a worker died is the first batch of its lease that no server contains. A gradient that is not
-    finite counts as a failed attempt as well.
+    When a worker dies, the first batch of its lease that a server lacks counts as the one that it was computing. A
+    gradient that is not finite counts as a failed attempt as well.
 
     Args:
         grid: number of batches by shard.
@@ -36,7 +36,11 @@ class PoisonTracker:
         return self._judge(batch)
 
     def rejected(self, counts: Iterable[tuple[BatchId, int]]) -> list[BatchId]:
-        """Take over a server's counts of gradients that were not finite. Return the batches that became poison."""
+        """Update the counts of gradients that were not finite. Return the batches that became poison.
+
+        Args:
+            counts: (batch, count) of one server.
+        """
         found = []
         for batch, count in counts:
             self._rejected[batch] = max(self._rejected[batch], count)
@@ -56,6 +60,7 @@ class PoisonTracker:
         return [Skip(batch) for batch in poison]
 
     def _judge(self, batch: BatchId) -> bool:
+        """Return True if a batch becomes poison now."""
         if batch in self.poison or self.tries(batch) < self._tries:
             return False
         self.poison.add(batch)

@@ -1,4 +1,4 @@
-"""The servers as the coordinator knows them: what each reported last, what it is asked, and which is being restored."""
+"""The newest report of each server, the requests for the next one, and the servers that are being restored."""
 
 from __future__ import annotations
 
@@ -13,68 +13,75 @@ __all__ = ["ServerReports"]
 
 
 class ServerReports:
-    """One for each partition.
+    """The reports of all servers, one server for each partition.
+
+    A partition has at most two requests open: a *poll*, which its server answers when an epoch completes or some time
+    has passed, and an *urgent* one, which it answers immediately.
 
     Args:
-        partitions: how many.
-        stamp: gives the next stamp of the ledger's order of asking and closing.
+        partitions: number of partitions.
+        stamp: function that returns the stamp of a request that is made now (see `Ledger.next_stamp`).
 
     Attributes:
-        reports: the newest of each; that of a server which is down is its predecessor's.
-        pushes: heard by the partition that heard most, over this process, restored servers included.
+        reports: partition -> newest report; while a server is restored, that of the lost one.
     """
 
     def __init__(self, partitions: int, stamp: Callable[[], int]) -> None:
         self._partitions = range(partitions)
         self._stamp = stamp
         self.reports: dict[int, Report] = {}
-        self._down: dict[int, float] = {}  # since when
-        self._asked = dict.fromkeys(self._partitions, 0)  # newest stamp asked
-        self._asking = dict.fromkeys(self._partitions, 0)  # stamp of one in flight
-        self._polls: dict[int, int] = {}  # stamp of the report that waits for news
-        self._heard = dict.fromkeys(self._partitions, 0)
-        self._reported_at = dict.fromkeys(self._partitions, -inf)
+        self._down: dict[int, float] = {}  # partition without a server -> time of the loss, in seconds
+        self._asked = dict.fromkeys(self._partitions, 0)  # partition -> stamp of its newest request
+        self._urgent = dict.fromkeys(self._partitions, 0)  # partition -> stamp of its urgent request; 0 if none is open
+        self._polls: dict[int, int] = {}  # partition -> stamp of its poll, while one is open
+        self._heard = dict.fromkeys(self._partitions, 0)  # partition -> pushes in this process
+        self._reported_at = dict.fromkeys(self._partitions, -inf)  # partition -> time of its newest report
 
     @property
     def ready(self) -> bool:
-        """Whether every partition has a server that has reported."""
+        """Return True if every partition has a server that has reported."""
         return len(self.reports) == len(self._partitions) and not self._down
 
     @property
     def epochs(self) -> int:
-        """Epochs that every partition contains."""
+        """Return the number of epochs that are complete in every partition."""
         return min((report.epochs for report in self.reports.values()), default=0)
 
     @property
     def updates(self) -> int:
-        """Steps taken, by the partition that is least far."""
+        """Return the number of steps taken by the partition with the fewest."""
         return min((report.version.updates for report in self.reports.values()), default=0)
 
     @property
     def reported_at(self) -> float:
-        """Since when every partition has reported; before, whoever showed life may not have been heard of."""
+        """Return the time of the oldest among the newest reports. Signs of life after it may be missing."""
         return min(self._reported_at.values())
 
     @property
     def pushes(self) -> int:
+        """Return the number of pushes in this process, restored servers included, to the partition with the most."""
         return max(self._heard.values())
 
     def start(self, partition: int) -> list[Action]:
-        """Start a server, the first or the next of its partition, and ask it what it contains."""
+        """Return the orders to start a partition's server, the first or a successor, and to request its report."""
         self._polls.pop(partition, None)
-        self._asking[partition] = self._ask_now(partition)
-        return [StartServer(partition), AskReport(partition, self._asking[partition], wait=False)]
+        self._urgent[partition] = self._stamp_request(partition)
+        return [StartServer(partition), AskReport(partition, self._urgent[partition], wait=False)]
 
     def lost(self, partition: int, now: float) -> None:
-        """A server is gone; perhaps before it had reported."""
+        """Note that a server is lost. It may not have reported yet."""
         self._down.setdefault(partition, now)
 
     def take(self, event: Reported, now: float) -> tuple[Report, float | None] | None:
         """Note a report.
 
+        Args:
+            event: the report and the stamp of its request.
+            now: time of the host's clock, in seconds.
+
         Returns:
-            The newest that is known, as answers may overtake each other, and for how many seconds there was no server
-            if this is a restored one's first. None: it came from one that is lost, and tells nothing any more.
+            The newest report of the partition, as answers may overtake each other; and the seconds without a server if
+            it is the first report of a restored one, else None. None instead of both if a lost server sent the report.
         """
         report = event.report
         partition = report.partition
@@ -84,8 +91,8 @@ class ServerReports:
         self._reported_at[partition] = now
         if self._polls.get(partition) == event.asked:
             del self._polls[partition]
-        if self._asking[partition] == event.asked:
-            self._asking[partition] = 0
+        if self._urgent[partition] == event.asked:
+            self._urgent[partition] = 0
         if known and known.moment > report.moment:
             return known, None
         if known and known.version.incarnation == report.version.incarnation:
@@ -95,21 +102,26 @@ class ServerReports:
         return report, None if since is None else now - since
 
     def ask(self, newest_doubt: int, hurry: bool) -> list[Action]:
-        """Keep one report waiting for news; in a hurry, ask at once about what is in doubt, one question at a time."""
+        """Return the requests to send now: a poll where none is open, and urgent requests about batches in doubt.
+
+        Args:
+            newest_doubt: stamp of the newest closing that is not settled; 0 if no batch is in doubt.
+            hurry: True to request urgent reports, at most one of each partition at a time.
+        """
         actions: list[Action] = []
         for partition in self.reports:
             if partition in self._down:
                 continue
-            if hurry and not self._asking[partition] and newest_doubt > self._asked[partition]:
-                self._asking[partition] = self._ask_now(partition)
-                actions.append(AskReport(partition, self._asking[partition], wait=False))
+            if hurry and not self._urgent[partition] and newest_doubt > self._asked[partition]:
+                self._urgent[partition] = self._stamp_request(partition)
+                actions.append(AskReport(partition, self._urgent[partition], wait=False))
             if partition not in self._polls:
-                self._polls[partition] = self._ask_now(partition)
+                self._polls[partition] = self._stamp_request(partition)
                 actions.append(AskReport(partition, self._polls[partition], wait=True))
         return actions
 
     def status(self, now: float) -> tuple[ServerStatus, ...]:
-        """Describe the server of every partition."""
+        """Return the status of every partition's server."""
         return tuple(self._status(partition, now) for partition in self._partitions)
 
     def _status(self, partition: int, now: float) -> ServerStatus:
@@ -120,6 +132,7 @@ class ServerReports:
         silent_s = now - self._reported_at[partition]
         return ServerStatus(partition, phase, report.version.incarnation, report.version.updates, silent_s)
 
-    def _ask_now(self, partition: int) -> int:
+    def _stamp_request(self, partition: int) -> int:
+        """Return the stamp of a request that is made now."""
         self._asked[partition] = self._stamp()
         return self._asked[partition]

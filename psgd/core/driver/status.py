@@ -36,10 +36,10 @@ class WorkerStatus:
     name: str
     phase: WorkerPhase  # waiting: its receipt is held back until other workers have pushed
     joined: bool  # True if the servers count it as live
-    pushes: int  # since it last joined, as the newest reports say
-    leases: int  # open ones
-    leased: int  # batches in them
-    batch_s: float | None  # seconds per batch, smoothed; None until a lease was done
+    pushes: int  # number of pushes since it last joined, by the newest reports
+    leases: int  # leases that it has
+    leased: int  # batches in these leases
+    batch_s: float | None  # smoothed seconds per batch; None until it has finished a lease
     silent_s: float  # seconds since its last sign of life
 
 
@@ -50,7 +50,7 @@ class ServerStatus:
     partition: int
     phase: ServerPhase
     incarnation: int  # 0 until its first report
-    updates: int
+    updates: int  # steps taken
     silent_s: float | None  # seconds since its newest report; None before the first
 
 
@@ -60,27 +60,27 @@ class EpochStatus:
 
     epoch: int  # from 1
     loss: float | None  # mean training loss over its examples; None if it was not reported
-    validation: Evaluation | None  # of the weights at its end
+    validation: Evaluation | None  # evaluation of the weights at its end
     validating: bool  # True while `validation` may still come
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStatus:
-    """What storage holds, and how the newest attempt to add to it went."""
+    """The newest committed checkpoint, and the newest attempt to write one."""
 
-    updates: int | None  # saved; None if nothing is
-    epochs: int  # saved complete epochs
-    writing: bool
+    updates: int | None  # updates in the newest checkpoint; None if there is none
+    epochs: int  # complete epochs in the newest checkpoint
+    writing: bool  # True while a checkpoint is being written
     last: bool  # True if the newest attempt was for the checkpoint that the run ends with
     retries: bool  # True if that one failed and will be tried again
     fault: str | None  # cause, if the newest attempt failed
 
     @property
     def text(self) -> str:
-        """Say in words what storage holds."""
+        """Return a clause about the newest checkpoint, for messages."""
         if self.updates is None:
             return "nothing is saved"
-        return f"saved is what was done up to {self.updates} updates and {self.epochs} complete epochs"
+        return f"the newest checkpoint contains {self.updates} updates and {self.epochs} complete epochs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,34 +90,33 @@ class RunStatus:
     Attributes:
         now: time at which this status was made.
         phase: part of the run's life.
-        waiting_for: processes and steps that must act before the run goes on, such as `server 1`, `worker-3`,
+        waiting_for: processes and steps that must act before the run continues, such as `server 1`, `worker-3`,
             `checkpoint` or `validation of epoch 4`; empty while training advances.
         began: time at which training began in this process; None before.
-        epochs: complete ones, in every partition.
-        batches: done of the open epoch.
-        num_batches: of one epoch.
-        open_leases: leases at work or in doubt.
-        updates: optimizer steps, of the partition with the fewest.
-        examples: applied, of the partition with the fewest.
-        updates_per_s: rate from the first step of this process to the newest.
-        examples_per_s: likewise.
-        bytes_per_push: over all partitions.
-        residual_norm: norm of what compression has left out so far.
+        epochs: number of epochs that are complete in every partition.
+        batches: number of batches of the open epoch that are done.
+        num_batches: number of batches in an epoch.
+        open_leases: number of leases at work or in doubt.
+        updates: optimizer steps of the partition with the fewest.
+        examples: examples applied in the partition with the fewest.
+        updates_per_s: updates per second, from the first step of this process to the newest.
+        examples_per_s: examples per second, over the same time.
+        bytes_per_push: mean size of a push, summed over all partitions.
+        residual_norm: norm of the gradient parts that compression has left out and no later push has brought.
         loss: mean training loss over the examples of `loss_epoch` applied so far.
-        loss_epoch: epoch that `loss` is of: the open one, or the last.
-        validation: newest one.
-        validation_epoch: epochs contained in the weights that `validation` is of; a fraction if training ended within
-            an epoch.
+        loss_epoch: epoch of `loss`: the open one, or the last.
+        validation: newest evaluation.
+        validation_epoch: number of epochs in the weights of `validation`; a fraction if training ended within an epoch.
         recent_epochs: newest complete epochs of this process, oldest first.
         workers: every living worker.
         target_workers: number of workers that there should be.
-        servers: one for each partition.
+        servers: every server, by partition.
         staleness: number of applied gradients by staleness, over all partitions.
-        failures: number by kind.
-        charged_failures: number that counts against `failure.max_failures`.
-        goodput: batches that came into the weights, over batches computed, in this process.
+        failures: number of failures by kind.
+        charged_failures: number of failures that count against `failure.max_failures`.
+        goodput: share of the batches computed in this process that no failure wasted.
         ledger: counts of batches over the whole run.
-        checkpoint: what is saved.
+        checkpoint: newest checkpoint, and the newest attempt to write one.
     """
 
     now: float
@@ -151,10 +150,10 @@ class RunStatus:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training in this process."""
+        """Return the seconds of training in this process."""
         return 0.0 if self.began is None else self.now - self.began
 
     @property
     def workers_up(self) -> int:
-        """Number of workers that can train."""
+        """Return the number of workers that have started."""
         return sum(worker.phase != "starting" for worker in self.workers)

@@ -1,4 +1,4 @@
-"""The status reader: makes a RunStatus of what the coordinator's parts know."""
+"""The status reader: makes a RunStatus from the parts of a coordinator."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["StatusReader"]
 
 @dataclass(frozen=True, slots=True)
 class StatusReader:
-    """Reads the parts of one coordinator; changes none of them."""
+    """Reads the parts of one coordinator and changes none of them."""
 
     grid: EpochGrid
     ledger: Ledger
     servers: ServerReports
     worker_table: WorkerTable
     evaluations: Evaluations
-    saving: CheckpointSchedule
+    checkpoints: CheckpointSchedule
     failure_counts: FailureCounts
     history: History
 
@@ -39,10 +39,10 @@ class StatusReader:
         """Make the status.
 
         Args:
-            now: seconds.
+            now: time of the host's clock, in seconds.
             phase: part of the run's life.
-            began: time at which training began.
-            to_validate: epoch whose weights the end of the run will ask to validate, if any.
+            began: time at which training began; None before.
+            to_validate: epoch whose weights are validated at the end of the run; None if no epoch's are.
         """
         reports = self.servers.reports.values()
         parked = frozenset[str]().union(*(report.parked for report in reports))
@@ -78,7 +78,7 @@ class StatusReader:
             charged_failures=self.failure_counts.charged,
             goodput=self.failure_counts.goodput(self.servers.pushes),
             ledger=self._counts(),
-            checkpoint=self.saving.status,
+            checkpoint=self.checkpoints.status,
         )
 
     def _counts(self) -> LedgerCounts:
@@ -97,7 +97,7 @@ class StatusReader:
         return min(rates, default=None)
 
     def _bytes_per_push(self) -> float | None:
-        """Return the sum of every partition's mean; None until each of them had a push."""
+        """Return the mean size of a push, summed over all partitions; None until each of them has received one."""
         reports: Mapping[int, Report] = self.servers.reports
         pushes = {partition: sum(report.pushes.values()) for partition, report in reports.items()}
         if not pushes or not all(pushes.values()):
@@ -120,7 +120,7 @@ class StatusReader:
         return (None, None) if newest is None else (newest[0] + 1, newest[1].mean)
 
     def _validation(self) -> tuple[float | None, Evaluation | None]:
-        """Return the newest validation: of the final weights, else of the newest epoch; and where those are."""
+        """Return the number of epochs in the newest validated weights, and their evaluation."""
         results = self.evaluations.results
         if not results:
             return None, None
@@ -139,6 +139,7 @@ class StatusReader:
     def _waiting_for(
         self, phase: RunPhase, servers: tuple[ServerStatus, ...], workers: tuple[WorkerStatus, ...]
     ) -> tuple[str, ...]:
+        """Return `RunStatus.waiting_for`."""
         if phase == "ended":
             return ()
         down = tuple(f"server {server.partition}" for server in servers if server.phase != "up")
@@ -158,9 +159,9 @@ class StatusReader:
 
     def _waiting_to_end(self, workers: tuple[WorkerStatus, ...]) -> tuple[str, ...]:
         leased = tuple(worker.name for worker in workers if worker.leased)
-        if leased or self.saving.busy:
+        if leased or self.checkpoints.busy:
             return leased or ("checkpoint",)
-        return ("storage",) if self.saving.status.retries else self._open_validations()
+        return ("storage",) if self.checkpoints.status.retries else self._open_validations()
 
     def _open_validations(self) -> tuple[str, ...]:
         return tuple(

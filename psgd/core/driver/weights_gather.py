@@ -14,7 +14,7 @@ class EvaluationRequest:
     """An evaluation that waits for its weights."""
 
     worker: str
-    epochs: int | None  # number of complete epochs, which names the weights; None: the weights as they are
+    epochs: int | None  # number of complete epochs, which names the weights; None: the present weights
     parts: dict[int, FloatArray] = field(default_factory=dict)  # partition -> its slice, once it has arrived
 
 
@@ -32,7 +32,7 @@ class WeightsGather:
         self._open: list[EvaluationRequest] = []
 
     def begin(self, worker: str, epochs: int | None) -> EvaluationRequest:
-        """Open a request; the caller asks every partition for its part."""
+        """Open a request. The caller must ask every partition for its part."""
         request = EvaluationRequest(worker, epochs)
         self._open.append(request)
         return request

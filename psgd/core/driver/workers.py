@@ -1,4 +1,4 @@
-"""The roster: the workers of a run, what each has on lease, and how fast and how alive it is."""
+"""The workers of a run: the leases of each, its speed, and the time of its last sign of life."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ from psgd.spec import FailureConfig
 
 __all__ = ["WorkerRecord", "WorkerTable"]
 
-LEASE_S = 2.0  # seconds of work in a lease: long against a call (1 ms), short against a death
-LEAST_LEASE_S = 0.03  # ... and the least, where batches are short: to turn to the next lease takes a worker some ms
-FIRST_LEASE = 16  # batches, while nothing was measured
-AHEAD = 2  # leases that a worker has at most: the one at work and one queued
-SILENCE_FACTOR = 20  # batches' times without a sign of life before a worker is given up ...
+LEASE_S = 2.0  # seconds of work in a lease: long compared with a call (1 ms), short enough to repeat after a death
+LEAST_LEASE_S = 0.03  # least seconds of work in a lease: a change to the next lease takes a worker some ms
+FIRST_LEASE = 16  # batches in a lease of a worker whose speed is unknown
+AHEAD = 2  # most leases of a worker: the one at work and one queued
+SILENCE_FACTOR = 20  # a worker is given up if it is silent for this many times the longest batch
 EVALUATION_FACTOR = 10  # an evaluation may take this many times `failure.timeout_s`
-LEAST_BATCH_S = 1e-6  # a clock may stand still
-LEAST_SILENCE_TIMEOUT_S = 5.0  # ... but never sooner: reports tell of pushes a few times a second
+LEAST_BATCH_S = 1e-6  # least measured seconds per batch: a clock may stand still
+LEAST_SILENCE_TIMEOUT_S = 5.0  # seconds of silence before any worker is given up; reports come a few times a second
 
 
 @dataclass(slots=True)
 class WorkerRecord:
-    """One worker process, from its start to its end."""
+    """One worker process, from its start to its end. Times are in seconds of the host's clock."""
 
     name: str
-    slot: int  # 0 ... workers - 1; its successor gets the same
-    alive_at: float  # when it last showed life: its start, a push, a lease's begin or end
-    up: bool = False
-    joined: bool = False  # counted as live by the servers
-    leases: dict[int, int] = field(default_factory=dict)  # id -> batches, in order of work
-    lease_began: float = 0.0
-    evaluations: list[int | None] = field(default_factory=list)
+    slot: int  # number from 0 that its successor inherits
+    alive_at: float  # time of its last sign of life: its start, a push, or the begin or end of a lease
+    up: bool = False  # True once its process has started
+    joined: bool = False  # True if the servers count it as live
+    leases: dict[int, int] = field(default_factory=dict)  # id -> number of batches, in order of work
+    lease_began: float = 0.0  # time at which the lease at work began
+    evaluations: list[int | None] = field(default_factory=list)  # names of the weights that it evaluates
     batch_s: float | None = None  # smoothed seconds per batch
-    heard: dict[int, int] = field(default_factory=dict)  # partition -> pushes, when it last reported: they may differ
-    residual_norm: float = 0.0  # of what compression has left out of its pushes, when last told
-    lane_failures: int = 0  # since its last lease that went well
-    called_off: int = -1  # leases up to this one end before all their batches are done
-    draining: bool = False  # to be stopped once it has no lease
+    heard: dict[int, int] = field(default_factory=dict)  # partition -> pushes in its newest report
+    residual_norm: float = 0.0  # norm of what compression left out of its pushes, at the end of its newest lease
+    lane_failures: int = 0  # number of lane failures in a row
+    called_off: int = -1  # newest cancelled lease; it and older ones may end early
+    draining: bool = False  # True if it is stopped once it is not busy
 
     @property
     def at_work(self) -> bool:
-        """Whether its pushes are its signs of life."""
+        """Return True if its pushes are its signs of life."""
         return self.up and bool(self.leases) and not self.evaluations
 
     @property
     def busy(self) -> bool:
+        """Return True if it has a lease or an evaluation."""
         return bool(self.leases or self.evaluations)
 
 
@@ -56,26 +57,26 @@ class WorkerTable:
     """All workers of a run.
 
     Args:
-        slots: how many workers there may be.
-        least: how many there must be to begin.
+        slots: largest number of workers.
+        least: least number of workers with which training begins; None: all.
         lease_s: seconds of work in a lease.
 
     Attributes:
-        target: how many workers there should be.
-        least: how many there must be to begin.
-        up: the workers that are up, in the order of their slots.
-        draining: those that are to be stopped once they have nothing to do.
-        hungry: likewise, those of them that have less than two leases: the one at work and one queued.
+        target: number of workers that there should be.
+        least: least number of workers with which training begins.
+        up: workers that have started, in the order of their slots.
+        draining: workers that are stopped once they have no lease and no evaluation.
+        below_quota: name -> worker, of the workers that can be given another lease.
     """
 
     def __init__(self, slots: int, least: int | None = None, lease_s: float = LEASE_S) -> None:
         self._slots = self.target = slots
         self.least = slots if least is None else least
         self._lease_s = lease_s
-        self._named = 0
+        self._next_number = 0  # in the name of the next worker
         self._workers: dict[str, WorkerRecord] = {}  # in the order of their slots
-        self._longest_s = 0.0  # that a batch has taken
-        self._lost_residual = 0.0  # squared norm, of those that are gone
+        self._longest_s = 0.0  # longest computing time of a batch so far, of any worker
+        self._lost_residual = 0.0  # sum of the squared residual norms of the removed workers
         self.up: list[WorkerRecord] = []
         self.draining: list[WorkerRecord] = []
         self.below_quota: dict[str, WorkerRecord] = {}
@@ -87,40 +88,41 @@ class WorkerTable:
         return name in self._workers
 
     def __iter__(self) -> Iterator[WorkerRecord]:
-        """In the order of their slots."""
+        """Iterate over the workers in the order of their slots."""
         return iter(self._workers.values())
 
     @property
     def complete(self) -> bool:
-        """Whether as many workers are up as there must be, or as there are to be now."""
+        """Return True if the least number of workers is up, or the target if that is lower."""
         return len(self.up) >= min(self.least, self.target)
 
     def hire(self, wanted: int, now: float) -> list[WorkerRecord]:
-        """New records for the slots below `wanted` that have none."""
+        """Add and return records for free slots until there are `wanted` workers."""
         if len(self._workers) >= wanted:
             return []
         taken = {worker.slot for worker in self._workers.values()}
         free = [slot for slot in range(wanted) if slot not in taken][: wanted - len(taken)]
-        hired = [WorkerRecord(f"worker-{self._named + i}", slot, now) for i, slot in enumerate(free)]
-        self._named += len(hired)
-        everybody = sorted([*self._workers.values(), *hired], key=lambda worker: worker.slot)
-        self._workers = {worker.name: worker for worker in everybody}
+        hired = [WorkerRecord(f"worker-{self._next_number + i}", slot, now) for i, slot in enumerate(free)]
+        self._next_number += len(hired)
+        records = sorted([*self._workers.values(), *hired], key=lambda worker: worker.slot)
+        self._workers = {worker.name: worker for worker in records}
         return hired
 
     def mark_up(self, name: str, now: float) -> None:
-        """A worker is up."""
+        """Note that a worker has started."""
         worker = self._workers[name]
         worker.up = True
         worker.alive_at = now
-        self._count()
+        self._update_views()
 
     def remove(self, name: str) -> WorkerRecord:
+        """Remove and return a worker's record."""
         worker = self._workers.pop(name)
         self._lost_residual += worker.residual_norm**2
-        self._count()
+        self._update_views()
         return worker
 
-    def _count(self) -> None:
+    def _update_views(self) -> None:
         self.up = [worker for worker in self._workers.values() if worker.up]
         self.draining = [worker for worker in self._workers.values() if worker.draining]
         self.below_quota = {worker.name: worker for worker in self.up if self._takes_more(worker)}
@@ -130,7 +132,10 @@ class WorkerTable:
         return worker.up and not worker.draining and len(worker.leases) < AHEAD
 
     def surplus(self) -> list[WorkerRecord]:
-        """Workers beyond the target, which are given no more leases: those that are not up, then the highest slots."""
+        """Mark the workers beyond the target as draining and return them.
+
+        Workers that are not up are marked first, then those with the highest slots.
+        """
         if len(self._workers) - len(self.draining) <= self.target:
             return []
         staying = [worker for worker in self._workers.values() if not worker.draining]
@@ -138,11 +143,11 @@ class WorkerTable:
         leaving = staying[: len(staying) - self.target]
         for worker in leaving:
             worker.draining = True
-        self._count()
+        self._update_views()
         return leaving
 
     def granted(self, worker: WorkerRecord, lease: int, batches: int, now: float) -> None:
-        """A worker got a lease."""
+        """Note that a worker was given a lease."""
         if not worker.busy:
             worker.lease_began = worker.alive_at = now
         worker.leases[lease] = batches
@@ -150,7 +155,14 @@ class WorkerTable:
             self.below_quota.pop(worker.name, None)
 
     def closed(self, worker: WorkerRecord, lease: int, now: float, whole: bool = True) -> None:
-        """A lease ended; what it took per batch is learned, if the worker did the `whole` of it."""
+        """Note that a worker's lease has ended.
+
+        Args:
+            worker: the worker.
+            lease: id of the lease.
+            now: time of the host's clock, in seconds.
+            whole: True if the worker has done the whole lease, so that its time is a measurement.
+        """
         batches = worker.leases.pop(lease)
         if whole:
             measured = max(LEAST_BATCH_S, (now - worker.lease_began) / batches)
@@ -160,17 +172,28 @@ class WorkerTable:
             self.below_quota[worker.name] = worker
 
     def silence_timeout_s(self, worker: WorkerRecord, at_most: float) -> float:
-        """How long a worker at a lease may show no life: so many times the longest batch of anybody's until now.
+        """Return the seconds of silence after which a worker at a lease is given up.
 
-        Before the worker's own first push, and in any case, `at_most`.
+        They are a multiple of the longest batch of all workers, or `at_most` if that is less or if this worker has not
+        pushed yet.
+
+        Args:
+            worker: the worker.
+            at_most: upper limit, in seconds.
         """
         if not any(worker.heard.values()):
             return at_most
         return min(at_most, max(LEAST_SILENCE_TIMEOUT_S, SILENCE_FACTOR * self._longest_s))
 
     def silence_deadline(self, worker: WorkerRecord, limits: FailureConfig, servers_ready: bool) -> float:
-        """When a worker that shows no life is given up. While a server is restored, nobody at a lease is."""
-        if not worker.up:  # one beyond those there must be may wait for a node for ever
+        """Return the time at which a worker is given up if it shows no sign of life; infinity for no limit.
+
+        Args:
+            worker: the worker.
+            limits: the job's `failure` section.
+            servers_ready: False while a server is restored, when workers cannot push.
+        """
+        if not worker.up:  # a worker beyond the least number may wait for a node without limit
             optional = self.complete and self.least < self.target
             return inf if optional else worker.alive_at + limits.start_timeout_s + limits.timeout_s
         if worker.evaluations:
@@ -180,23 +203,23 @@ class WorkerTable:
         return worker.alive_at + self.silence_timeout_s(worker, limits.timeout_s)
 
     def lease_size(self, worker: WorkerRecord) -> int:
-        """Batches that take about as long as a lease should."""
+        """Return the number of batches that take about `lease_s`."""
         return FIRST_LEASE if worker.batch_s is None else max(1, round(self._lease_s / worker.batch_s))
 
     def least_lease_size(self, worker: WorkerRecord) -> int:
-        """Batches that a lease should have where there are so many."""
+        """Return the least number of batches in a lease, if that many are left."""
         return 1 if worker.batch_s is None else max(1, round(LEAST_LEASE_S / worker.batch_s))
 
     def home(self, worker: WorkerRecord) -> Fraction:
-        """Where the worker's own part of the shards begins, as a share of all."""
+        """Return the first shard of a worker's own part of the data, as a fraction of all shards."""
         return Fraction(worker.slot % self._slots, self._slots)
 
     def status(self, parked: Collection[str], now: float) -> tuple[WorkerStatus, ...]:
-        """Describe every worker, in the order of their slots.
+        """Return the status of every worker, in the order of their slots.
 
         Args:
             parked: names of workers whose receipt is held back.
-            now: seconds.
+            now: time of the host's clock, in seconds.
         """
         return tuple(
             WorkerStatus(
@@ -214,11 +237,11 @@ class WorkerTable:
 
     @property
     def residual_norm(self) -> float:
-        """Of what compression has left out and no later push has brought: the living workers' and the dead ones'."""
+        """Return the norm of what compression left out of the pushes of all workers, removed ones included."""
         return sqrt(self._lost_residual + sum(worker.residual_norm**2 for worker in self._workers.values()))
 
     def heard(self, report: Report, now: float) -> None:
-        """Note who pushed since the last report, and who waits for a receipt: both are alive."""
+        """Note the workers that have pushed since the last report or wait for a receipt: they are alive."""
         self._longest_s = max(self._longest_s, report.longest_s)
         for name, pushes in report.heard.items():
             worker = self._workers.get(name)

@@ -53,7 +53,7 @@ class Shown(ClusterObserver):
         ([], []),
         ([0], ["Training goes on; nothing is saved"]),
         ([0, 1], ["Training goes on; nothing is saved"]),
-        ([1], ["Training goes on; saved is what was done up to 20 updates and 0 complete epochs"]),
+        ([1], ["Training goes on; the newest checkpoint contains 20 updates and 0 complete epochs"]),
     ],
 )
 def test_people_are_told_once_that_checkpoints_fail_until_one_does_not(

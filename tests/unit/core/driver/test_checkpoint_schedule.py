@@ -40,7 +40,7 @@ def test_nothing_new_is_never_due() -> None:
     idle = checkpoint_schedule(every_s=10.0, saved=7)
     assert not idle.lacks(7)
     assert not idle.due(updates=7, now=1e9)
-    assert idle.deadline(updates=7) == NEVER  # a host that waits for it would wake for nothing, for ever
+    assert idle.deadline(updates=7) == NEVER  # a deadline would wake the host again and again for nothing
     assert idle.deadline(updates=8) == 10
 
 
@@ -93,7 +93,7 @@ def test_it_tells_what_storage_holds_and_why_it_holds_no_more() -> None:
     checkpoint_schedule.begin(5)
     checkpoint_schedule.take(Saved(0, 1, 5, 2), 0.0)
     checkpoint_schedule.take(Committed(1), 0.0)
-    assert checkpoint_schedule.status.text == "saved is what was done up to 5 updates and 2 complete epochs"
+    assert checkpoint_schedule.status.text == "the newest checkpoint contains 5 updates and 2 complete epochs"
     checkpoint_schedule.begin(9)
     checkpoint_schedule.take(SaveFailed(2, "read-only"), 0.0)
     assert (checkpoint_schedule.saved_updates, checkpoint_schedule.fault) == (5, "read-only")
@@ -105,16 +105,16 @@ def test_it_tells_what_storage_holds_and_why_it_holds_no_more() -> None:
 
 def test_a_run_whose_end_cannot_be_written_is_unsaved_and_says_what_is() -> None:
     spec = job(run={"epochs": 1}, checkpoint={"every_s": None, "every_updates": 4})
-    # From some moment on nothing can be written; the run goes on to its end.
+    # After the first checkpoint nothing can be written any more; training continues to its end.
     host = InProcess(spec, GRID, START, quadratic, failing_saves=range(1, 100)).run()
     assert host.finish is not None
     assert host.finish.status == "unsaved"
     assert host.status.epochs == 1
     assert [checkpoint.updates for checkpoint in host.checkpoints] == [host.status.checkpoint.updates]
     assert host.finish.error == (
-        f"training came to {GRID.num_batches} updates and 1 complete epochs, but the last checkpoint could not be "
-        f"written: the disk is full; {host.status.checkpoint.text}. Mend the storage, and --resume continues from "
-        "there"
+        f"training reached {GRID.num_batches} updates and 1 complete epochs, but the last checkpoint could not be "
+        f"written: the disk is full; {host.status.checkpoint.text}. Repair the storage, then continue from "
+        "there with --resume"
     )
 
 
@@ -126,7 +126,7 @@ def test_a_lost_server_takes_its_part_of_the_one_under_way_with_it() -> None:
     assert not two.busy
     assert two.take(Saved(1, 0, updates=20, epochs=0), now=3.0) is None
     assert not two.concerns(SaveFailed(0, "the server died"))
-    assert two.due(updates=20, now=4.0)  # at once: nothing was wrong with the storage
+    assert two.due(updates=20, now=4.0)  # without a pause: the storage did not fail
 
 
 def test_whether_it_was_the_last_one_is_known_when_it_fails() -> None:

@@ -34,7 +34,7 @@ def test_the_worker_with_the_least_to_do_evaluates(evaluations: Evaluations, wor
     evaluations.want(1)
     evaluations.want(2)
     assert evaluations.assign(now=2.0) == [Evaluate("worker-1", 1), Evaluate("worker-0", 2)]
-    assert worker_table["worker-1"].alive_at == 2  # it was idle: its patience begins
+    assert worker_table["worker-1"].alive_at == 2  # it was idle: its time limit starts now
     assert worker_table["worker-0"].alive_at == 1
 
 
@@ -88,7 +88,7 @@ def test_what_was_found_of_weights_that_are_no_longer_is_forgotten(
     evaluations.done(two, 2, GOOD, now=2.0)
     evaluations.forget(1)  # a partition is back in the second epoch
     assert evaluations.results == {1: GOOD}
-    evaluations.want(3)  # complete again, before the answer of before has come
+    evaluations.want(3)  # the epoch is complete again before the old evaluation returned
     (again,) = evaluations.assign(now=3.0)
     evaluations.done(three, 3, GOOD, now=4.0)
     assert 3 not in evaluations.results

@@ -7,7 +7,7 @@ from psgd.core.server.report import EpochLoss, Report
 
 
 class Losses:
-    """A report's losses."""
+    """A stand-in for a report that holds losses only."""
 
     def __init__(self, losses: dict[int, float]) -> None:
         self.losses = {epoch: EpochLoss(10 * loss, 10) for epoch, loss in losses.items()}

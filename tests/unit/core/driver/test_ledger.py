@@ -20,7 +20,7 @@ SIZE = GRID.num_batches
 
 
 def report(contained: Collection[int], epoch: int = 0, partition: int = 0) -> Report:
-    """A partition whose state contains all before `epoch`, and these positions of it."""
+    """Return the report of a partition that contains every epoch before `epoch`, and these positions of `epoch`."""
     empty = ParameterServer(job(), Partition(partition, 0, 6, 6), START, GRID, Version(1, 0)).report()
     if len(contained) == SIZE:
         return replace(empty, epochs=epoch + 1)
@@ -40,7 +40,7 @@ def positions(lease: Lease | None) -> list[int]:
 
 def settle(ledger: Ledger, lease: Lease, contained: Collection[int], epoch: int = 0) -> None:
     ledger.close(lease.id)
-    ledger.reported(report(contained, epoch), ledger.ask())
+    ledger.reported(report(contained, epoch), ledger.next_stamp())
 
 
 # Ranges
@@ -118,7 +118,7 @@ def test_what_a_report_contains_is_done_and_the_rest_is_leased_again() -> None:
 def test_a_report_asked_before_the_closing_settles_nothing() -> None:
     ledger = Ledger(GRID)
     lease = granted(ledger, 4)
-    asked = ledger.ask()
+    asked = ledger.next_stamp()
     ledger.close(lease.id)
     ledger.reported(report([0]), asked)
     assert (ledger.done, ledger.outstanding, ledger.settled, ledger.requeued) == (1, 3, False, 0)
@@ -129,7 +129,7 @@ def test_a_report_asked_before_the_closing_settles_nothing() -> None:
 def test_an_open_lease_is_not_settled() -> None:
     ledger = Ledger(GRID)
     granted(ledger, 4)
-    ledger.reported(report([]), ledger.ask())
+    ledger.reported(report([]), ledger.next_stamp())
     assert (ledger.settled, ledger.outstanding, ledger.newest_doubt) == (False, 4, 0)
 
 
@@ -138,7 +138,7 @@ def test_leases_are_settled_one_by_one() -> None:
     first = granted(ledger, 2)
     second = granted(ledger, 2)
     ledger.close(first.id)
-    asked = ledger.ask()
+    asked = ledger.next_stamp()
     ledger.close(second.id)
     ledger.reported(report([]), asked)
     assert positions(ledger.grant(3)) == [0, 1, 4]
@@ -156,9 +156,9 @@ def test_a_batch_that_one_of_two_partitions_lacks_is_leased_again() -> None:
     ledger = Ledger(GRID, partitions=2)
     lease = granted(ledger, 3)
     ledger.close(lease.id)
-    ledger.reported(report([0, 1, 2]), ledger.ask())
-    assert not ledger.settled  # the other partition has not reported since
-    ledger.reported(report([0, 2], partition=1), ledger.ask())
+    ledger.reported(report([0, 1, 2]), ledger.next_stamp())
+    assert not ledger.settled  # the other partition has not reported since the lease closed
+    ledger.reported(report([0, 2], partition=1), ledger.next_stamp())
     assert (ledger.settled, ledger.done, ledger.requeued) == (True, 2, 1)
     assert positions(ledger.grant(1)) == [1]
 
@@ -167,15 +167,15 @@ def test_two_reports_of_one_partition_do_not_settle_for_the_other() -> None:
     ledger = Ledger(GRID, partitions=2)
     ledger.close(granted(ledger, 3).id)
     for _ in range(2):
-        ledger.reported(report([0, 1, 2]), ledger.ask())
+        ledger.reported(report([0, 1, 2]), ledger.next_stamp())
     assert not ledger.settled
 
 
 def test_an_epoch_is_complete_when_every_partition_contains_it() -> None:
     ledger = Ledger(GRID, partitions=2)
-    ledger.reported(report(range(SIZE)), ledger.ask())
+    ledger.reported(report(range(SIZE)), ledger.next_stamp())
     assert not ledger.complete
-    ledger.reported(report(range(SIZE), partition=1), ledger.ask())
+    ledger.reported(report(range(SIZE), partition=1), ledger.next_stamp())
     assert ledger.complete
 
 
@@ -189,7 +189,7 @@ def test_the_next_epoch_begins_while_a_leases_return_is_still_under_way() -> Non
     ledger.close(doubtful.id)
     ledger.reported(report(range(SIZE)), asked=0)
     assert ledger.complete
-    ledger.advance(1)
+    ledger.start_epoch(1)
     ledger.reported(report([], epoch=1), asked=0)
     assert (ledger.pending, ledger.done, ledger.requeued) == (SIZE, 0, 0)
     assert not ledger.settled
@@ -197,7 +197,7 @@ def test_the_next_epoch_begins_while_a_leases_return_is_still_under_way() -> Non
     assert new.batches[0].epoch == 1
     assert new.id not in (late.id, doubtful.id)
     ledger.close(late.id)
-    ledger.reported(report([], epoch=1), ledger.ask())
+    ledger.reported(report([], epoch=1), ledger.next_stamp())
     assert (ledger.outstanding, ledger.requeued) == (3, 0)
     settle(ledger, new, contained=[0, 1, 2], epoch=1)
     assert (ledger.settled, ledger.requeued, ledger.done) == (True, 0, 3)
@@ -205,10 +205,10 @@ def test_the_next_epoch_begins_while_a_leases_return_is_still_under_way() -> Non
 
 def test_a_report_of_a_later_epoch_contains_this_one_and_of_an_earlier_one_nothing_of_it() -> None:
     ledger = Ledger(GRID)
-    ledger.advance(2)
-    ledger.reported(report([0, 1], epoch=1), ledger.ask())
+    ledger.start_epoch(2)
+    ledger.reported(report([0, 1], epoch=1), ledger.next_stamp())
     assert ledger.done == 0
-    ledger.reported(report([], epoch=3), ledger.ask())
+    ledger.reported(report([], epoch=3), ledger.next_stamp())
     assert ledger.complete
 
 
@@ -232,16 +232,16 @@ def test_every_batch_is_leased_until_it_is_contained_whatever_is_lost(data: st.D
         assert ledger.done == len(contained)
 
 
-# A second lease, suspects, and what is done without
+# Second leases, suspects and withheld batches
 
 
 def test_the_end_of_a_lease_is_taken_over_and_its_worker_goes_on_from_the_front() -> None:
     ledger = Ledger(GRID)
     slow = granted(ledger, SIZE)
-    ledger.reported(report([0, 1]), ledger.ask())
+    ledger.reported(report([0, 1]), ledger.next_stamp())
     assert ledger.left(slow.id) == 7
     assert positions(ledger.take_over(slow.id, 4)) == [5, 6, 7, 8]
-    assert (ledger.left(slow.id), ledger.outstanding, ledger.overtaken) == (3, 7, {slow.id})
+    assert (ledger.left(slow.id), ledger.outstanding, ledger.shared) == (3, 7, {slow.id})
     assert positions(ledger.take_over(slow.id, 9)) == [2, 3, 4]
     assert ledger.take_over(slow.id, 1) is None
 
@@ -249,9 +249,9 @@ def test_the_end_of_a_lease_is_taken_over_and_its_worker_goes_on_from_the_front(
 def test_a_lease_is_done_when_others_have_done_what_it_lacks() -> None:
     ledger = Ledger(GRID)
     slow = granted(ledger, 4)
-    ledger.reported(report([0, 1, 2]), ledger.ask())
+    ledger.reported(report([0, 1, 2]), ledger.next_stamp())
     assert not ledger.is_done(slow.id)
-    ledger.reported(report([0, 1, 2, 3]), ledger.ask())
+    ledger.reported(report([0, 1, 2, 3]), ledger.next_stamp())
     assert ledger.is_done(slow.id)
 
 
@@ -261,7 +261,7 @@ def test_what_was_taken_over_is_leased_again_only_if_both_lose_it() -> None:
     second = ledger.take_over(slow.id, 2)
     assert second
     settle(ledger, second, contained=[])
-    assert (ledger.requeued, ledger.pending) == (0, SIZE - 4)  # the first one may still bring it
+    assert (ledger.requeued, ledger.pending) == (0, SIZE - 4)  # the first lease may still push them
     settle(ledger, slow, contained=[0, 1])
     assert ledger.requeued == 2
     assert positions(ledger.grant(2)) == [2, 3]
@@ -279,11 +279,11 @@ def test_a_suspect_is_leased_first_and_by_itself() -> None:
 def test_what_is_withheld_is_never_leased_again_in_its_epoch() -> None:
     ledger = Ledger(GRID)
     lease = granted(ledger, 2)
-    ledger.withhold(1)  # out
+    ledger.withhold(1)  # leased
     ledger.withhold(4)  # pending
     settle(ledger, lease, contained=[])
     assert positions(ledger.grant(SIZE)) == [0, 2, 3, 5, 6, 7, 8]
-    ledger.advance(1)
+    ledger.start_epoch(1)
     assert len(granted(ledger, SIZE)) == SIZE
 
 
@@ -296,24 +296,24 @@ def test_what_a_restored_partition_lacks_is_leased_again_unless_it_is_out() -> N
     closed = granted(ledger, 3)
     ledger.close(closed.id)
     for partition in range(2):
-        ledger.reported(report([0, 1, 3, 4, 5], partition=partition), ledger.ask())
+        ledger.reported(report([0, 1, 3, 4, 5], partition=partition), ledger.next_stamp())
     assert (ledger.done, ledger.settled) == (5, False)
-    ledger.reported(report([3], partition=1), ledger.ask())
+    ledger.reported(report([3], partition=1), ledger.next_stamp())
     assert (ledger.done, ledger.requeued) == (1, 2)
     assert positions(ledger.grant(2)) == [4, 5]
     ledger.close(out.id)
     for partition in range(2):
-        ledger.reported(report([3], partition=partition), ledger.ask())
+        ledger.reported(report([3], partition=partition), ledger.next_stamp())
     assert positions(ledger.grant(3)) == [0, 1, 2]
 
 
 def test_an_epoch_that_is_turned_back_to_leaves_the_later_ones_leases_to_their_ends() -> None:
     ledger = Ledger(GRID)
-    ledger.advance(1)
+    ledger.start_epoch(1)
     later = granted(ledger, 4)
-    ledger.advance(0)
+    ledger.start_epoch(0)
     ledger.reported(report([0]), asked=0)
     assert (ledger.done, ledger.pending, ledger.left(later.id)) == (1, SIZE - 1, 0)
     ledger.close(later.id)
-    ledger.reported(report([0]), ledger.ask())
+    ledger.reported(report([0]), ledger.next_stamp())
     assert (ledger.settled, ledger.requeued) == (True, 0)

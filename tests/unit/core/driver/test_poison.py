@@ -21,7 +21,7 @@ def test_rejections_are_counted_by_the_servers_whose_counts_may_start_again() ->
     tracker = PoisonTracker(GRID, 3)
     assert tracker.rejected([(ONE, 2)]) == []
     assert tracker.rejected([(ONE, 2), (OTHER, 1)]) == []  # another partition counts the same pushes
-    assert tracker.rejected([(ONE, 1)]) == []  # a restored one began anew
+    assert tracker.rejected([(ONE, 1)]) == []  # a restored server started to count again
     assert tracker.rejected([(ONE, 3)]) == [ONE]
     assert tracker.rejected([(ONE, 4)]) == []
 
@@ -40,7 +40,7 @@ def test_poison_is_withheld_in_its_own_epoch_whenever_that_is_turned_to() -> Non
     tracker.died(ONE)
     assert tracker.skips(ledger) == [Skip(ONE), Skip(OTHER)]
     assert ledger.pending == GRID.num_batches - 2
-    ledger.advance(1)
+    ledger.start_epoch(1)
     assert tracker.skips(ledger) == []
-    ledger.advance(0)
+    ledger.start_epoch(0)
     assert tracker.skips(ledger) == [Skip(ONE), Skip(OTHER)]

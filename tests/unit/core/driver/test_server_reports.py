@@ -21,7 +21,7 @@ def report(partition: int = 0, incarnation: int = 1, duplicates: int = 0, epochs
 
 @pytest.fixture
 def servers() -> ServerReports:
-    """Both started and reported."""
+    """Return two servers that were started and have reported."""
     stamps = count(1)
     servers = ServerReports(2, lambda: next(stamps))
     for partition in range(2):
@@ -78,13 +78,13 @@ def test_in_a_hurry_one_question_at_a_time_is_asked_about_what_is_in_doubt(serve
 def test_pushes_are_counted_over_a_restoration(servers: ServerReports) -> None:
     servers.take(Reported(report(0, duplicates=6), 50), now=2.0)
     servers.lost(0, now=3.0)
-    servers.take(Reported(report(0, incarnation=2, duplicates=2), 51), now=4.0)  # as its checkpoint had it
+    servers.take(Reported(report(0, incarnation=2, duplicates=2), 51), now=4.0)  # the count in its checkpoint
     servers.take(Reported(report(0, incarnation=2, duplicates=5), 52), now=5.0)
     assert servers.pushes == 9
 
 
 def test_an_older_report_takes_nothing_back_though_no_push_came_between(servers: ServerReports) -> None:
-    """A skipped batch makes no push."""
+    """A skipped batch adds no push, so the count of pushes alone does not order reports."""
     servers.take(Reported(report(0, epochs=1), 50), now=2.0)
     servers.take(Reported(report(0, epochs=0), 49), now=2.1)
     assert servers.reports[0].epochs == 1

@@ -22,7 +22,7 @@ def modules() -> Iterator[Path]:
 
 
 def touched(source: str) -> set[str]:
-    """Attributes of a coordinator that are read or written, whatever holds it: `coordinator`, `self._coordinator`."""
+    """Return the attributes that are read or written of any expression named `coordinator` or `_coordinator`."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
@@ -40,7 +40,7 @@ def test_a_coordinator_shows_what_it_is_told_what_it_waits_for_and_its_status() 
 def test_a_coordinator_has_no_other_attribute_outside_the_core() -> None:
     found = {str(path.relative_to(PSGD)): touched(path.read_text()) for path in modules()}
     assert {name: names for name, names in found.items() if not names <= INTERFACE} == {}
-    assert found["cluster/supervisor.py"] == INTERFACE  # the search finds what is there
+    assert found["cluster/supervisor.py"] == INTERFACE  # the search does find attributes
 
 
 @pytest.mark.parametrize("line", ["coordinator.ledger.done", "self._coordinator._phase", "host.coordinator.epochs = 3"])
@@ -55,7 +55,7 @@ def test_what_shows_a_run_imports_no_part_of_the_core_but_the_status() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("psgd.core")
     }
-    assert imported == {"psgd.core.server.report", "psgd.core.driver.status"}  # the report for its summary of staleness
+    assert imported == {"psgd.core.server.report", "psgd.core.driver.status"}  # `report` for `staleness_summary`
 
 
 def test_training_has_lasted_since_it_began() -> None:
@@ -65,7 +65,7 @@ def test_training_has_lasted_since_it_began() -> None:
 
 @pytest.mark.parametrize(
     ("updates", "text"),
-    [(None, "nothing is saved"), (12, "saved is what was done up to 12 updates and 3 complete epochs")],
+    [(None, "nothing is saved"), (12, "the newest checkpoint contains 12 updates and 3 complete epochs")],
 )
 def test_a_checkpoint_is_described_for_people(updates: int | None, text: str) -> None:
     assert CheckpointStatus(updates, 3, writing=False, last=False, retries=False, fault=None).text == text

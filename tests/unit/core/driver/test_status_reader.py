@@ -1,4 +1,4 @@
-"""What a run's status says, over whole runs on a virtual clock."""
+"""The status of whole runs on a virtual clock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def validate(weights: FloatArray) -> Evaluation:
 
 
 class Watched(InProcess):
-    """A run whose status is taken after everything that the coordinator wants."""
+    """A run whose status is recorded after every action of the coordinator."""
 
     def __init__(self, spec: Any, **options: Any) -> None:
         self.statuses: list[RunStatus] = []
@@ -71,7 +71,7 @@ def test_asking_for_it_changes_nothing() -> None:
 def test_losses_and_validations_are_those_of_their_own_epochs() -> None:
     run = watch(sections={"run": {"epochs": 4}}, compute_s=lambda worker, batch: 0.001, evaluate=validate)
     behind = [s for s in run.statuses if s.validation_epoch is not None and s.validation_epoch < s.epochs]
-    assert behind  # the next epoch was over before the last one was validated
+    assert behind  # an epoch ended before the one before it was validated
     ended = {one.epoch: one for one in run.status.recent_epochs}
     assert list(ended) == [1, 2, 3, 4]
     for status in run.statuses:
@@ -138,7 +138,7 @@ def test_a_failed_last_checkpoint_waits_for_the_storage() -> None:
     failed = next(status for status in run.statuses if status.waiting_for == ("storage",))
     assert (failed.checkpoint.retries, failed.checkpoint.fault) == (True, "the disk is full")
     assert failed.checkpoint.text == "nothing is saved"
-    assert run.status.checkpoint.text == f"saved is what was done up to {SIZE} updates and 1 complete epochs"
+    assert run.status.checkpoint.text == f"the newest checkpoint contains {SIZE} updates and 1 complete epochs"
 
 
 def test_workers_are_described_by_what_they_are_at() -> None:

@@ -1,4 +1,4 @@
-"""Weights come together once, or are given up once."""
+"""Each request gets its weights once, or is given up once."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_pushes_and_parking_are_signs_of_life(worker_table: WorkerTable) -> None
 
 
 def test_another_partitions_count_is_no_sign_of_life(worker_table: WorkerTable) -> None:
-    """Servers may have heard different numbers of pushes of a worker, for ever."""
+    """Two servers' counts of one worker's pushes may differ for the whole run."""
     for now, partition, pushes in ((1.0, 0, 5), (2.0, 1, 4), (3.0, 0, 5), (4.0, 1, 4)):
         worker_table.heard(replace(EMPTY, partition=partition, heard={"worker-0": pushes}), now)
     assert worker_table["worker-0"].alive_at == 2
@@ -108,7 +108,7 @@ def test_patience_is_so_many_of_the_longest_batch_within_limits(worker_table: Wo
         worker_table.heard(replace(EMPTY, longest_s=longest_s, heard={"worker-0": 1}), now=1.0)
         assert worker_table.silence_timeout_s(worker, at_most=60.0) == silence_timeout_s
     assert worker_table.silence_timeout_s(worker, at_most=4.0) == 4
-    assert worker_table.silence_timeout_s(worker_table["worker-1"], at_most=60.0) == 60  # which has pushed nothing yet
+    assert worker_table.silence_timeout_s(worker_table["worker-1"], at_most=60.0) == 60  # no push of it was heard
 
 
 def test_beyond_the_target_those_that_are_not_up_leave_first_then_the_highest_slots(worker_table: WorkerTable) -> None:

@@ -1,0 +1,112 @@
+"""Whole runs of the coordinator: how batches are leased, shared and leased again."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from psgd.core.driver.events import AskReport, Cancel, Grant
+from psgd.simulation.cluster import VirtualCluster
+from psgd_workers.messages import EpochGrid
+from tests.support.coordinator_runs import assert_exactly_once, leased, notes, run
+from tests.support.in_process import START_S, EachStep, Fault
+
+
+@pytest.mark.parametrize("mode", ["async", "bsp"])
+@pytest.mark.parametrize(("batches", "limit"), [(400, {"epochs": 1}), (9999, {"max_updates": 400})])
+def test_workers_of_one_speed_are_kept_busy(mode: str, batches: int, limit: dict[str, int]) -> None:
+    seconds = 0.01
+    if mode == "bsp" and "max_updates" in limit:
+        limit = {"max_updates": 100}
+    host = run(mode, 4, EpochGrid((batches,), batches), compute_s=lambda worker, batch: seconds, run=limit)
+    ideal = START_S + seconds * 400 / 4
+    last = host.servers[0].report().last
+    assert last
+    assert last.now <= ideal + 0.1
+
+
+def test_a_worker_has_one_lease_queued_ahead_and_no_more() -> None:
+    most: list[int] = []
+
+    def look(cluster: VirtualCluster) -> None:
+        most.append(max((worker.leases for worker in cluster.status.workers), default=0))
+
+    run(observers=[EachStep(look)])
+    assert max(most) == 2
+
+
+def test_a_slow_worker_gets_less() -> None:
+    grid = EpochGrid((500,), 500)
+    host = run(grid=grid, compute_s=lambda worker, batch: 0.2 if worker == "worker-0" else 0.02)
+    share = Counter(applied.worker for applied in host.applied)
+    assert share["worker-1"] > 3 * share["worker-0"] > 0
+
+
+def test_leases_shrink_towards_an_epochs_end() -> None:
+    sizes = [len(lease) for lease in leased(run(workers=2, compute_s=lambda w, b: 0.02).did(Grant))]
+    assert sizes[0] > sizes[-1] == 1
+
+
+def test_a_worker_that_is_late_finds_its_share() -> None:
+    """The first worker up must not lease all of a short epoch."""
+    late = 0.3
+    seconds = 0.005
+    grid = EpochGrid((200,), 200)
+    starts = {"worker-1": START_S + late}
+    host = run(grid=grid, compute_s=lambda w, b: seconds, start_s=lambda worker: starts.get(worker, START_S))
+    assert_exactly_once(host, 1, grid)
+    assert min(at for at, grant in host.did(Grant) if grant.worker == "worker-1") == START_S + late
+    last = host.servers[0].report().last
+    assert last
+    assert last.now <= START_S + late + (200 * seconds - late) / 2 + 0.1
+    assert notes(host, "taken_over") == []  # too little work is left to share
+
+
+def test_a_worker_that_joins_shares_what_is_on_lease() -> None:
+    """The speed of the new worker has not been measured yet."""
+    grid = EpochGrid((100,), 100)
+    host = run(
+        scaling={"workers": {"min": 1, "max": 2}},
+        grid=grid,
+        compute_s=lambda w, b: 0.1,
+        start_s=lambda worker: START_S + (6.0 if worker == "worker-1" else 0.0),
+        lease_s=20.0,
+    )
+    assert_exactly_once(host, 1, grid)
+    (note,) = notes(host, "taken_over")
+    assert (note["worker"], note["by"]) == ("worker-0", "worker-1")
+    last = host.servers[0].report().last
+    assert last
+    assert last.now <= START_S + 6.0 + 4.0 / 2 + 0.5
+
+
+def test_a_slow_workers_last_batches_are_shared_and_it_is_called_off_at_the_end() -> None:
+    grid = EpochGrid((60,), 60)
+    slow = {"worker-0": 1.0, "worker-1": 0.05}
+    host = run(grid=grid, run={"epochs": 2}, compute_s=lambda worker, batch: slow[worker])
+    assert_exactly_once(host, 2, grid)
+    assert notes(host, "taken_over")
+    assert {cancel.worker for _, cancel in host.did(Cancel)} >= {"worker-0"}
+    assert host.now < START_S + 12  # worker-0 alone would take 16 s for its first lease
+
+
+def test_what_reached_the_server_is_not_leased_again() -> None:
+    before, after = (run(workers=1, faults=[Fault("worker-0", 15, kind)]) for kind in ("before", "after"))
+    assert before.status.ledger.requeued == after.status.ledger.requeued + 1
+    assert after.status.ledger.duplicates == 0
+
+
+def test_a_push_that_arrives_after_its_batch_was_leased_again_is_a_duplicate() -> None:
+    host = run(faults=[Fault("worker-0", 3, "late")], compute_s=lambda worker, batch: 0.02)
+    assert_exactly_once(host, 1)
+    assert host.status.ledger.duplicates == 1
+
+
+def test_a_worker_gets_nothing_until_its_failed_lease_is_settled() -> None:
+    host = run(workers=1, faults=[Fault("worker-0", 7, "lane")])
+    failed_at = START_S + 8 * 0.05
+    again = min(at for at, _ in host.did(Grant) if at > failed_at)
+    assert any(failed_at < at < again and not ask.wait for at, ask in host.did(AskReport))
+    assert_exactly_once(host, 1)
+    assert (host.status.ledger.duplicates, host.status.charged_failures) == (0, 0)
