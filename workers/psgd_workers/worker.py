@@ -247,9 +247,10 @@ class Worker:
         batches = [self._shards.grid.batch(epoch, position) for epoch, position in lease.positions()]
         event: LoopEvent | None = LeaseGranted(lease.id, batches)
         while True:
-            if stopping():
+            event = event or self._next_receipt()
+            if stopping():  # asked after the wait for a receipt, during which the worker may have been told to stop
                 self._loop.handle(LeaseCancelled(lease.id))
-            actions = self._loop.handle(event or self._next_receipt())
+            actions = self._loop.handle(event)
             event = None
             for action in actions:
                 if isinstance(action, EndLease):
