@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from psgd.cluster.command_inbox import POLL_S, CommandInbox
 from psgd.cluster.failures import refusals, server_failure, worker_failure
 from psgd.cluster.placement import choose_node, living_nodes
 from psgd.cluster.server_actor import start_server
@@ -28,7 +29,6 @@ from psgd.core.driver.events import (
     Action,
     AskReport,
     Cancel,
-    Change,
     ChangeServer,
     Commit,
     Evaluate,
@@ -60,17 +60,13 @@ from psgd.core.driver.events import (
 )
 from psgd.core.driver.status import RunStatus
 from psgd.core.driver.weights_gather import EvaluationRequest, WeightsGather
-from psgd.errors import SpecError
 from psgd.spec import Settings
-from psgd.spec.changes import change_settings, change_workers
 from psgd.store.checkpoint_writer import CheckpointWriter
-from psgd.store.commands import MOST_REASON, Command, Refusal
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Version
 
 __all__ = ["Inputs", "Supervisor"]
 
-COMMANDS_S = 0.5  # between two looks for commands
 RECORDED = (
     *(WorkerUp, WorkerLost, WorkerFailed, LaneFailed, ServerLost),
     *(SaveFailed, Evaluated, EvaluationLost, Stop, Scale),
@@ -129,7 +125,8 @@ class Supervisor:
         self._check_cluster = check_cluster
         self._interrupted = interrupted
         self._stopping = False  # because of an interruption
-        self._spec = inputs.context.spec
+        self._inbox = CommandInbox(run, inputs.context.spec)
+        self._limits = inputs.context.spec.failure
         self._servers: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}  # that servers were started on
         self._lost_on = Counter[str]()  # how many servers, by node
@@ -137,7 +134,6 @@ class Supervisor:
         self._calls: dict[ray.ObjectRef[Any], _Call] = {}
         self._events: list[Event] = []
         self._weights_gather = WeightsGather(len(inputs.context.partitions))
-        self._commands_at = 0.0
         self._finish: Finish | None = None
         self._reported = False  # True once a server of the first start has reported
 
@@ -179,7 +175,8 @@ class Supervisor:
     def _next_events(self) -> list[Event]:
         now = time.monotonic()
         self._check_cluster(now)
-        self._poll_commands(now)
+        self._run.beat(now)
+        self._events.extend(self._inbox.poll(now))
         if self._interrupted() and not self._stopping:
             self._stopping = True
             self._events.append(Stop("interrupted"))
@@ -190,7 +187,7 @@ class Supervisor:
         return events or [Tick()]
 
     def _wake_at(self, now: float) -> float:
-        deadlines = [now + COMMANDS_S, *(call.deadline for call in self._calls.values())]
+        deadlines = [now + POLL_S, *(call.deadline for call in self._calls.values())]
         deadlines.append(self._coordinator.next_deadline() or float("inf"))
         return max(now, min(deadlines))
 
@@ -222,38 +219,6 @@ class Supervisor:
     def _note(self, event: Event | None) -> None:
         if event is not None:
             self._events.append(event)
-
-    def _poll_commands(self, now: float) -> None:
-        if now < self._commands_at:
-            return
-        self._commands_at = now + COMMANDS_S
-        self._run.beat(now)
-        for command in self._run.take_commands():
-            self._obey(command)
-
-    def _obey(self, command: Command | Refusal) -> None:
-        """Follow a command or refuse it, and record which. A command never ends the run that it is for."""
-        if isinstance(command, Refusal):
-            self._run.event("command", **asdict(command), accepted=False)
-            return
-        try:
-            self._events.append(self._understood(command))
-        except Exception as error:  # noqa: BLE001 - its settings are anybody's text
-            kind = "" if isinstance(error, SpecError) else f"{type(error).__name__}: "
-            self._run.event("command", **command.model_dump(), accepted=False, reason=f"{kind}{error}"[:MOST_REASON])
-        else:
-            self._run.event("command", **command.model_dump(), accepted=True)
-
-    def _understood(self, command: Command) -> Stop | Change | Scale:
-        match command.command:
-            case "stop":
-                return Stop("stopped")
-            case "scale":
-                workers = change_workers(self._spec, *command.settings[:1] or [""]).scaling.most_workers
-                return Scale(workers)
-            case "set":
-                self._spec = change_settings(self._spec, command.settings)
-                return Change(self._spec.settings)
 
     # Acting
 
@@ -311,7 +276,7 @@ class Supervisor:
         node = self._nodes[partition] = choose_node(living_nodes(), self._nodes.values(), self._lost_on)
         context = self._inputs.context
         if origin:  # to the settings of now; who begins anew goes by those of the start, as its journal does
-            context = replace(context, spec=self._spec)
+            context = replace(context, spec=self._inbox.spec)
         state = origin or self._inputs.weights
         server = self._servers[partition] = start_server(context, partition, incarnation, state, node)
         checkpoint = origin.manifest.name if origin else None
@@ -343,7 +308,7 @@ class Supervisor:
 
     def _await_server(self, partition: int, ref: ray.ObjectRef[Any]) -> None:
         try:
-            ray.get(ref, timeout=self._spec.failure.timeout_s)
+            ray.get(ref, timeout=self._limits.timeout_s)
         except RayError as error:
             self._note(self._server_error(partition, self._servers[partition], error))
 
@@ -401,9 +366,8 @@ class Supervisor:
         refused: Callable[[], Event | None] | None = None,
     ) -> None:
         """Call a server; an answer that is an error means that it is lost, unless `refused` says what it means."""
-        limits = self._spec.failure
         server = self._servers[partition]
-        patience = limits.timeout_s + (0 if self._reported else limits.start_timeout_s)
+        patience = self._limits.timeout_s + (0 if self._reported else self._limits.start_timeout_s)
         failed = partial(self._server_error, partition, server, refused=refused)
         self._calls[ref] = _Call(answered, failed, time.monotonic() + patience, server)
 

@@ -1,4 +1,4 @@
-"""Commands as the supervisor takes them: whatever lies in `commands/`, the run goes on."""
+"""Commands for a supervisor that trains: no entry of `commands/` ends the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from psgd.cluster import supervisor
+from psgd.cluster import command_inbox
 from psgd.cluster.supervisor import Supervisor
 from psgd.core.driver.events import Action, Change, Event, Finish, Scale, Started, Stop, Tick
 from psgd.jsontext import to_json
@@ -51,7 +51,7 @@ def spec() -> JobSpec:
 @pytest.fixture
 def run(tmp_path: Path, spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     """A run that this process drives."""
-    monkeypatch.setattr(supervisor, "COMMANDS_S", 0.0)
+    monkeypatch.setattr(command_inbox, "POLL_S", 0.0)
     run = RunDirectory(Storage(str(tmp_path / "run")))
     run.own()
     run.begin(spec)
@@ -150,7 +150,7 @@ def test_a_fault_in_understanding_a_command_does_not_end_the_run(
     def fail(*arguments: object) -> None:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr(supervisor, "change_settings", fail)
+    monkeypatch.setattr(command_inbox, "change_settings", fail)
     run.command("set", ["optimizer.lr=1"])
     run.command("stop")
     assert drive(run, spec) == [Stop("stopped")]
