@@ -38,7 +38,7 @@ def worker_failure(worker: str, lease: int | None, error: RayError) -> WorkerLos
     Args:
         worker: name of the worker.
         lease: id of the lease that the call worked through; None if the call was not for a lease.
-        error: what Ray raised.
+        error: the error that Ray raised.
     """
     if isinstance(error, RayTaskError):
         cause = error.cause

@@ -29,7 +29,7 @@ __all__ = ["RayLane", "push_format_of", "route"]
 
 SOCKETS: dict[LaneKind, type[ShmLane | TcpLane]] = {"shm": ShmLane, "tcp": TcpLane}
 
-CONNECT_TIMEOUT_S = 10.0  # limit for a connection whose packets are dropped, as by a firewall, instead of refused
+CONNECT_TIMEOUT_S = 10.0  # time limit: a firewall may drop packets instead of refusing the connection
 
 log = logging.getLogger("psgd.lanes")
 
@@ -71,7 +71,7 @@ class RayLane:
 
 
 class _RayPending:
-    """The receipt of a push, once its actor call has returned."""
+    """A push whose actor call has not returned yet."""
 
     def __init__(self, reply: ray.ObjectRef[Any], into: FloatArray) -> None:
         self._reply = reply
@@ -106,21 +106,21 @@ def push_format_of(spec: JobSpec, partition: Partition) -> PushFormat:
     return PushFormat(size, partition.num_trainable, encoding, spec.worker_options.sends_weights, spec.scaling.servers)
 
 
-def route(spec: JobSpec, worker: str, partition: Partition, find: Callable[[], Any], node: str) -> Route:
+def route(spec: JobSpec, worker: str, partition: Partition, find_server: Callable[[], Any], node: str) -> Route:
     """Return a worker's route to a server, by the lane that the job names. For `auto`, this is the fastest that works.
 
     Args:
         spec: the job.
         worker: name of the worker.
         partition: the partition that the server holds.
-        find: returns the handle of the partition's present server.
+        find_server: returns the handle of the partition's present server.
         node: Ray's id of the worker's node.
     """
     part = slice(partition.start, partition.stop)
     push_format = push_format_of(spec, partition)
 
     def by_ray(segment: Segment) -> Lane:
-        return RayLane(find(), segment, part)
+        return RayLane(find_server(), segment, part)
 
     def by_socket(kind: LaneKind, address: Address) -> Connect:
         limit_s = min(CONNECT_TIMEOUT_S, spec.failure.timeout_s)
@@ -129,7 +129,7 @@ def route(spec: JobSpec, worker: str, partition: Partition, find: Callable[[], A
     def connect(segment: Segment) -> Lane:
         if spec.scaling.lane == "ray":
             return by_ray(segment)
-        address: Address = _get(find().address.remote(), spec.failure.timeout_s, "an address")
+        address: Address = _get(find_server().address.remote(), spec.failure.timeout_s, "an address")
         if spec.scaling.lane != "auto":
             return by_socket(spec.scaling.lane, address)(segment)
         kinds: list[LaneKind] = ["shm", "tcp"] if address.node == node else ["tcp"]

@@ -36,8 +36,8 @@ class RunPlan:
     Attributes:
         job: the job as given, with a name. Its data is open, and its model was tried on one batch.
         partitions: the slices of the weights, one for each server.
-        run: the run directory, in storage that was tried.
-        spec: the job with the settings that the run continues with, which are those of the checkpoint.
+        run: the run directory, whose storage was tested.
+        spec: the job, with the settings of the checkpoint if there is one.
         checkpoint: the newest checkpoint that the run can continue from; None for a run that begins.
         owner: this driver, as the new owner of the run.
     """
@@ -125,7 +125,7 @@ def _open_directory(spec: JobSpec) -> RunDirectory:
 
 
 def _check_run(run: RunDirectory, spec: JobSpec, resume: bool) -> None:
-    """Refuse a run that exists, unless it is to be resumed, as the same job."""
+    """Refuse to start a run that exists already, or to resume it as another job."""
     if not run.exists:
         return
     if not resume:

@@ -1,8 +1,8 @@
-"""The probe: checks that the two Ray processes exist which a driver cannot live without.
+"""The probe: a check that the raylet of the driver's node and the head of the cluster still run.
 
-Ray ends a driver with exit code 1, at once and without a chance to write anything: within about 15 seconds after the
-raylet of its node is gone, and 60 seconds after the cluster's head is gone. The ports of these processes refuse
-connections before that. The probe notices, and the driver has time to write how far the run came.
+Ray ends a driver about 15 seconds after its raylet is gone, and 60 seconds after the head is gone. The driver exits
+with code 1 and cannot write anything more. Before that, the ports of both processes refuse connections. The probe
+notices it, and the driver has time to write how far the run came.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ClusterProbe:
         self._next_at = -inf
 
     @classmethod
-    def connected(cls) -> ClusterProbe:
+    def for_connection(cls) -> ClusterProbe:
         """Return the probe of the cluster that this process is connected to."""
         context: Any = ray.get_runtime_context()  # Ray's stubs are untyped
         nodes: Any = ray.nodes

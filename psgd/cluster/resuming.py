@@ -57,7 +57,7 @@ def find_checkpoint(run: RunDirectory, spec: JobSpec, refused: Callable[[str], N
     checkpoint = Checkpoints(run.storage).newest(refused, why_unfit)
     if checkpoint is None and misfits:
         raise ResumeError(
-            f"no checkpoint of {run.storage.url} can be repartitioned for {servers} servers: the partitions of each "
+            f"no checkpoint of {run.storage.url} can be repartitioned for {servers} servers: in each, the partitions "
             f"contain different batches. Resume with scaling.servers={misfits[0].partitions}, end the run in good "
             f"order (by `psgd stop`, or at an epoch's end), and then resume with {servers} servers"
         )
@@ -67,7 +67,7 @@ def find_checkpoint(run: RunDirectory, spec: JobSpec, refused: Callable[[str], N
 
 
 def _check_never_committed(run: RunDirectory) -> None:
-    """Refuse to begin a run anew that has committed checkpoints, because its work would be lost silently."""
+    """Refuse to begin the run anew if it has committed a checkpoint, because that work would be lost silently."""
     events = run.read_lines("events.jsonl") if run.exists else []
     committed = [event["name"] for event in events if event["event"] == "checkpoint"]
     if committed:

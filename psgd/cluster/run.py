@@ -180,7 +180,7 @@ def _train(
             run,
             checkpoint_writer,
             observer,
-            ClusterProbe.connected().check,
+            ClusterProbe.for_connection().check,
             lambda: interruption.requested,
         )
         try:

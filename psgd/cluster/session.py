@@ -25,7 +25,7 @@ from psgd_workers.transport.memory import free_memory
 
 __all__ = ["SHIPPED", "check_room", "py_modules", "session"]
 
-SHIPPED = "PSGD_SHIPPED"  # variable of a submitted job, whose runtime environment contains psgd already
+SHIPPED = "PSGD_SHIPPED"  # environment variable of a submitted job, to which psgd was uploaded already
 RESOURCE_LIMITS = {
     "processes": resource.RLIMIT_NPROC,
     "open files": resource.RLIMIT_NOFILE,
@@ -44,7 +44,7 @@ def session(spec: JobSpec, address: str | None) -> Iterator[None]:
     """Connect to Ray for as long as the block lasts, unless the caller is connected already.
 
     Args:
-        spec: the job. A local cluster gets the size that it needs.
+        spec: the job. A local cluster is started with the CPUs that the job needs.
         address: address of a running cluster. None: start a local cluster.
 
     Raises:
@@ -80,7 +80,7 @@ def _start(spec: JobSpec) -> None:
 
 
 def _local_options(spec: JobSpec) -> dict[str, Any]:
-    # Ray starts one process in advance per CPU. With a CPU for each server, too, no actor waits for its process.
+    # Ray starts one process per CPU in advance. One more CPU per server means that no actor waits for its process.
     cpus = spec.scaling.most_workers * spec.scaling.cpus_per_worker + spec.scaling.servers
     return {"address": "local", "num_cpus": cpus, "include_dashboard": False, "logging_level": logging.ERROR}
 
@@ -127,7 +127,7 @@ def _connection_hint(address: str) -> str:
 def check_room(spec: JobSpec, num_parameters: int) -> None:
     """Raise an error if the cluster has too few nodes, CPUs, GPUs or bytes of memory for the job.
 
-    If the job sets `failure.start_timeout_s`, wait so long for a cluster that grows.
+    If the job sets `failure.start_timeout_s`, wait up to that time until the cluster has grown.
 
     Args:
         spec: the job.
@@ -150,9 +150,10 @@ def _check_memory(spec: JobSpec, num_parameters: int) -> None:
     scaling = spec.scaling
     members: Any = ray.nodes  # Ray's stub is untyped
     nodes = [int(node["Resources"].get("memory", 0)) for node in members() if node["Alive"]]
-    by_message = scaling.lane in ("tcp", "ray") or (scaling.lane == "auto" and len(nodes) > 1)
+    # True if vectors travel through connections, and not only through shared memory.
+    sends_vectors = scaling.lane in ("tcp", "ray") or (scaling.lane == "auto" and len(nodes) > 1)
     partition = -(-num_parameters // scaling.servers)
-    server = server_memory(spec, partition, scaling.least_workers, scaling.least_workers if by_message else 0)
+    server = server_memory(spec, partition, scaling.least_workers, scaling.least_workers if sends_vectors else 0)
     worker = FLOAT32 * num_parameters * 2 * (scaling.pipeline + 1)  # weights and gradient of each batch in hand
     total = scaling.servers * server + scaling.least_workers * worker
     if max(server, worker) > max(nodes) or total > sum(nodes):
@@ -177,7 +178,7 @@ def _check_processors(spec: JobSpec) -> None:
     members: Any = ray.nodes  # Ray's stub is untyped
     nodes = [node["Resources"] for node in members() if node["Alive"]]
     room = sum(int(min(node.get(kind, 0.0) // amount for kind, amount in need.items())) for node in nodes)
-    if room >= scaling.least_workers or (limit_s > 0 and _grows(need, scaling.least_workers, limit_s)):
+    if room >= scaling.least_workers or (limit_s > 0 and _wait_for_room(need, scaling.least_workers, limit_s)):
         return
     needed = " and ".join(f"{scaling.least_workers * amount:g} {kind}s" for kind, amount in need.items())
     available = " and ".join(f"{sum(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in need)
@@ -188,8 +189,8 @@ def _check_processors(spec: JobSpec) -> None:
     )
 
 
-def _grows(need: dict[str, float], workers: int, limit_s: float) -> bool:
-    """Return True if the cluster finds room within the limit. The request itself makes an autoscaler add nodes."""
+def _wait_for_room(need: dict[str, float], workers: int, limit_s: float) -> bool:
+    """Request room for the workers, which makes an autoscaler add nodes. Return False if there is none in time."""
     group = placement_group([need] * workers)
     try:
         return bool(group.wait(limit_s))

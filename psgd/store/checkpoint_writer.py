@@ -41,7 +41,7 @@ class CheckpointWriter:
         self._data_fingerprint = data_fingerprint
         self._identity_hash = identity_hash
         self._checkpoints = Checkpoints(run.storage)
-        self._name = ""  # of the checkpoint in progress
+        self._name = ""  # name of the checkpoint in progress
         self._parts: dict[int, Part] = {}
         self.origin = origin
         self.committed = [origin.manifest.name] if origin else []

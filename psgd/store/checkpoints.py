@@ -50,7 +50,7 @@ class Part:
     partition: int
     updates: int
     epochs: int  # complete epochs
-    settings: Settings  # of the server, when it wrote the part
+    settings: Settings  # settings of the server when it wrote the part
     files: Mapping[str, str]  # name in the checkpoint's directory -> SHA-256
     journal: Mapping[str, str]  # name in the journal's directory -> SHA-256
 
@@ -116,9 +116,8 @@ def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArr
         f"server-{partition}.safetensors": save({name: np.ascontiguousarray(a) for name, a in state.arrays.items()}),
         f"server-{partition}.json": to_json(state.metadata).encode(),
     }
-    segments = {
-        f"{checkpoint}-server-{partition}.npy": _npy(journal)
-    }  # even if empty: a missing segment counts as lost records
+    # A segment is written even if it is empty: a missing one would count as lost records.
+    segments = {f"{checkpoint}-server-{partition}.npy": _npy(journal)}
     folders = {f"checkpoints/{checkpoint}": files, "journal": segments}
     for folder, contents in folders.items():
         for name, data in contents.items():
@@ -299,9 +298,8 @@ class Checkpoints:
         committed = self.committed()
         deleted = committed[:-keep]
         for name in deleted:
-            self._run.delete(
-                f"checkpoints/{name}/COMMITTED"
-            )  # first, so that a half-deleted directory does not count as whole
+            # COMMITTED first, so that a half-deleted directory does not count as whole.
+            self._run.delete(f"checkpoints/{name}/COMMITTED")
         newest = _order(committed[-1]) if committed else ()
         for name in self.names():
             if name in deleted or (name not in committed and _order(name) < newest):

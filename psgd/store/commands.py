@@ -47,7 +47,7 @@ class Command(BaseModel):
     incarnation: int
     """Incarnation that `owner` named when the command was given. It identifies the driver that the command is for."""
     command: CommandKind
-    """CommandKind of the command."""
+    """Kind of the command."""
     settings: list[Annotated[str, Field(max_length=MOST_TEXT)]] = Field(default=[], max_length=100)
     """For `set`, texts FIELD=VALUE. For `scale`, the number of workers. For `stop`, empty."""
 

@@ -1,4 +1,4 @@
-"""Foreign files: taking untrusted entries out of a local folder that any process may write to.
+"""Foreign files: untrusted entries of a local folder that any process may write to, and the way to take them out.
 
 Files are opened relative to the folder's descriptor, and no link is followed. A process that replaces an entry in the
 meantime can therefore not make the driver open another file.
@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
-__all__ = ["MOST_SCANNED", "TakenFile", "take_files", "too_large"]
+__all__ = ["MOST_SCANNED", "TakenFile", "size_fault", "take_files"]
 
 MOST_SCANNED = 1000  # entries of the folder that one call looks at
 
@@ -27,7 +27,7 @@ class TakenFile:
     fault: str  # reason why it was not read, or empty
 
 
-def too_large(most_bytes: int) -> str:
+def size_fault(most_bytes: int) -> str:
     """Return the reason why a large file is not read."""
     return f"it has more than {most_bytes} bytes"
 
@@ -77,7 +77,7 @@ def _read(folder: int, name: str, most_bytes: int) -> TakenFile:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return TakenFile(name, None, "it is not a regular file")
         data = file.read(most_bytes + 1)
-    return TakenFile(name, data, "") if len(data) <= most_bytes else TakenFile(name, None, too_large(most_bytes))
+    return TakenFile(name, data, "") if len(data) <= most_bytes else TakenFile(name, None, size_fault(most_bytes))
 
 
 def _remove(folder: int, name: str, refused: str) -> bool:

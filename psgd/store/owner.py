@@ -11,7 +11,7 @@ from uuid import uuid4
 
 __all__ = ["Owner", "this_machine"]
 
-ENDED_STATES = ("Z", "X")  # of a process, in /proc/PID/stat
+ENDED_STATES = ("Z", "X")  # states of an ended process, in /proc/PID/stat
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Owner:
     """The driver that a run belongs to."""
 
     driver: str  # random id
-    incarnation: int  # of the server that the driver started last; higher than any before
+    incarnation: int  # incarnation of the server that the driver started last; higher than any before
     host: str
     pid: int
     started: float  # time when the driver took over the run, Unix seconds
@@ -28,7 +28,7 @@ class Owner:
 
     @classmethod
     def this_process(cls, incarnation: int) -> Owner:
-        """Return a new driver, which is this process, as the owner."""
+        """Return this process as a new driver, for a run that it takes over."""
         pid = os.getpid()
         return cls(uuid4().hex, incarnation, socket.gethostname(), pid, time.time(), this_machine(), _start_ticks(pid))
 

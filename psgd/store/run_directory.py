@@ -41,7 +41,7 @@ from psgd.store.storage import Storage
 
 __all__ = ["RunDirectory"]
 
-MOST_DOCUMENT = 2**24  # largest size of a JSON file, bytes
+MOST_JSON_BYTES = 2**24  # largest size of a JSON file, bytes
 PACKAGES = ("psgd", "ray", "numpy", "pydantic", "safetensors", "fsspec")
 
 
@@ -161,7 +161,7 @@ class RunDirectory:
                 f"the run in {self.storage.url} was taken over by process {found.pid} on {found.host}; "
                 "this driver stops and commits nothing"
             )
-        if found.incarnation < self._owner.incarnation:  # it could not be written when the server was started
+        if found.incarnation < self._owner.incarnation:  # the write failed when the server was started
             self.storage.write("owner", _json(asdict(self._owner)))
 
     def next_incarnation(self) -> int:
@@ -178,7 +178,7 @@ class RunDirectory:
         return self._owner.incarnation
 
     def tolerate_faults(self, report: Callable[[str], None]) -> None:
-        """Let the run go on from now on if a log file cannot be written. Its lines are written later, if possible.
+        """Let the run continue from now on if a log file cannot be written. Its lines are written later, if possible.
 
         Args:
             report: called with a sentence about the first fault.
@@ -224,7 +224,7 @@ class RunDirectory:
         return self._read_document(name) if self.storage.exists(name) else None
 
     def _read_document(self, name: str) -> dict[str, Any]:
-        return parse_document(name, self.storage.read(name, MOST_DOCUMENT), f"{self.storage.url}/{name}")
+        return parse_document(name, self.storage.read(name, MOST_JSON_BYTES), f"{self.storage.url}/{name}")
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """Return the records of a JSON-lines file of the run. A line that a crash truncated is skipped.

@@ -17,7 +17,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from psgd.errors import StorageError
-from psgd.store.foreign import MOST_SCANNED, TakenFile, take_files, too_large
+from psgd.store.foreign import MOST_SCANNED, TakenFile, size_fault, take_files
 
 __all__ = ["PATIENCE_S", "Storage", "location"]
 
@@ -56,7 +56,7 @@ class Storage:
         return Storage(join(self.url, name), self.patience_s)
 
     def probe(self) -> None:
-        """Write, read and delete a small file, to try whether the storage works.
+        """Write, read and delete a small file, to test that the storage works.
 
         Raises:
             StorageError: it does not work.
@@ -77,12 +77,12 @@ class Storage:
             StorageError: there is no such file, it cannot be read, or it has more than `most_bytes` bytes.
         """
         path = join(self._root, name)
-        size = self._ask(f"read {name!r}", lambda: self._fs.size(path))
+        size = self._call_filesystem(f"read {name!r}", lambda: self._fs.size(path))
         if most_bytes is not None and (size or 0) > most_bytes:
             raise StorageError(
                 f"cannot read {name!r} in {self.url}: it has {size} bytes, expected {most_bytes} at most"
             )
-        data: bytes = self._ask(f"read {name!r}", lambda: self._fs.cat_file(path), size or 0)
+        data: bytes = self._call_filesystem(f"read {name!r}", lambda: self._fs.cat_file(path), size or 0)
         return data
 
     def write(self, name: str, data: bytes) -> None:
@@ -97,14 +97,13 @@ class Storage:
         doing = f"write {name!r}"
         path = join(self._root, name)
         if not isinstance(self._fs, LocalFileSystem):
-            self._ask(doing, lambda: self._put(path, data), len(data))
+            self._call_filesystem(doing, lambda: self._put(path, data), len(data))
             return
         folder, _, file = path.rpartition("/")
         unfinished = join(folder, f".{file}-{uuid4().hex}")
-        self._ask(doing, lambda: self._put_unfinished(unfinished, data), len(data))
-        self._ask(
-            doing, lambda: _rename(unfinished, path)
-        )  # a call of its own: a write that ends after its time limit must not be renamed
+        self._call_filesystem(doing, lambda: self._put_unfinished(unfinished, data), len(data))
+        # A call of its own: a file that was complete only after the time limit must not be renamed.
+        self._call_filesystem(doing, lambda: _rename(unfinished, path))
 
     def take_out(self, folder: str, number: int, most_bytes: int, taken: set[str]) -> list[TakenFile]:
         """Take entries out of a folder that any process may write to.
@@ -130,25 +129,25 @@ class Storage:
             call = partial(take_files, path, refused, number, most_bytes, taken)
         else:
             call = partial(self._take_objects, path, number, most_bytes, taken)
-        return self._ask(f"read {folder!r}", call)
+        return self._call_filesystem(f"read {folder!r}", call)
 
     def append(self, name: str, data: bytes) -> None:
         """Append bytes to a file, which is created if it does not exist."""
         path = join(self._root, name)
-        self._ask(f"write {name!r}", lambda: self._append(path, data), len(data))
+        self._call_filesystem(f"write {name!r}", lambda: self._append(path, data), len(data))
 
     def exists(self, name: str) -> bool:
         """Return True if there is a file or folder of that name."""
-        return bool(self._ask(f"look for {name!r}", lambda: self._fs.exists(join(self._root, name))))
+        return bool(self._call_filesystem(f"look for {name!r}", lambda: self._fs.exists(join(self._root, name))))
 
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of the entries directly in a folder. A folder that does not exist has none."""
-        paths = self._ask(f"list {folder!r}", lambda: self._list(join(self._root, folder)))
+        paths = self._call_filesystem(f"list {folder!r}", lambda: self._list(join(self._root, folder)))
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with its content."""
-        self._ask(f"delete {name!r}", lambda: self._fs.rm(join(self._root, name), recursive=True))
+        self._call_filesystem(f"delete {name!r}", lambda: self._fs.rm(join(self._root, name), recursive=True))
 
     # Calls of the filesystem
 
@@ -178,7 +177,7 @@ class Storage:
         if not self._fs.isfile(path):
             return TakenFile(name, None, "it is not a file")
         data: bytes = self._fs.cat_file(path, end=most_bytes + 1)
-        return TakenFile(name, data, "") if len(data) <= most_bytes else TakenFile(name, None, too_large(most_bytes))
+        return TakenFile(name, data, "") if len(data) <= most_bytes else TakenFile(name, None, size_fault(most_bytes))
 
     def _put(self, path: str, data: bytes) -> None:
         """Write a file in one request of an object store.
@@ -207,7 +206,7 @@ class Storage:
         with self._fs.open(path, "ab") as file:
             file.write(data)
 
-    def _ask(self, doing: str, call: Callable[[], T], size: int = 0) -> T:
+    def _call_filesystem(self, doing: str, call: Callable[[], T], size: int = 0) -> T:
         """Make a call of the filesystem, in a thread of its own. A call that hangs is abandoned with its thread.
 
         Args:

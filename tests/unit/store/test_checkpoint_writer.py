@@ -104,10 +104,8 @@ def test_a_driver_that_loses_the_run_at_a_commit_deletes_nothing(
 
     def commits_late(checkpoints: Checkpoints, manifest: Manifest) -> None:
         RunDirectory(Storage(run.storage.url)).own()
-        assert Checkpoints(run.storage).committed() == [
-            "000000-1",
-            "000001-1",
-        ]  # the other driver may continue from either
+        # The other driver may continue from either.
+        assert Checkpoints(run.storage).committed() == ["000000-1", "000001-1"]
         commit(checkpoints, manifest)
 
     monkeypatch.setattr(Checkpoints, "commit", commits_late)

@@ -315,7 +315,7 @@ def test_a_line_of_another_content_is_damaged(run: RunDirectory, name: str, line
 
 
 def test_a_file_that_is_too_large_is_refused(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psgd.store.run_directory.MOST_DOCUMENT", 100)
+    monkeypatch.setattr("psgd.store.run_directory.MOST_JSON_BYTES", 100)
     run.storage.write("owner", b" " * 101)
     with pytest.raises(StorageError, match=r"'owner' .* it has 101 bytes, expected 100 at most"):
         run.read_json("owner")
@@ -339,10 +339,10 @@ class Flaky(Storage):
 
     down = False
 
-    def _ask(self, doing: str, call: Any, size: int = 0) -> Any:
+    def _call_filesystem(self, doing: str, call: Any, size: int = 0) -> Any:
         if Flaky.down and not doing.startswith(("read", "list", "look")):
             raise StorageError(f"cannot {doing} in {self.url}: OSError: read-only")
-        return super()._ask(doing, call, size)
+        return super()._call_filesystem(doing, call, size)
 
     def folder(self, name: str) -> Storage:
         return Flaky(f"{self.url}/{name}")
