@@ -1,1 +1,1 @@
-"""The core run for real; the only place that imports Ray."""
+"""Runs on a real cluster. Only this package imports Ray."""

@@ -1,4 +1,7 @@
-"""Addresses of a running Ray: those that a driver can connect to, and those it can only wait for."""
+"""Addresses of Ray clusters: parse one, and refuse it if a driver cannot connect to it.
+
+Ray itself waits 20 seconds for a port that is not its head's, and minutes for a port that speaks HTTP.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,31 @@ from psgd.errors import ClusterError
 
 __all__ = ["check_listening", "find_address"]
 
-CONNECT_S = 10.0
-FOUND_BY_RAY = ("auto", "local")
+CONNECT_TIMEOUT_S = 10.0
+NAMES_OF_RAY = ("auto", "local")  # addresses that Ray resolves itself
 
 
 def find_address(given: str | None) -> str | None:
-    """Return the address of the cluster to connect to; None if Ray is to start a local one.
-
-    Ray itself waits 20 s for a port that is not its head's, and minutes for one that speaks HTTP.
+    """Return the address of the cluster to connect to, or None to start a local cluster.
 
     Args:
-        given: HOST:PORT, `auto` or `local`; empty or None: `RAY_ADDRESS`. As for Ray, an empty one is unset.
+        given: HOST:PORT, `auto` or `local`. If it is empty or None, the environment variable `RAY_ADDRESS` is used;
+            an empty variable counts as unset, as in Ray.
 
     Raises:
-        ClusterError: nothing listens there, or something else than Ray's head.
+        ClusterError: the address is malformed, nothing listens there, or the process there is not Ray's head.
     """
     address = given or os.environ.get("RAY_ADDRESS") or "local"
     name = "--address" if given else "RAY_ADDRESS"
-    if address in FOUND_BY_RAY:
+    if address in NAMES_OF_RAY:
         return None if address == "local" else address
     _check_scheme(name, address)
-    host, port = _split(name, address)
+    host, port = _split_address(name, address)
     check_listening(host, port, address)
     if _speaks_http(host, port):
         raise ClusterError(
-            f"{name} {address!r}: an HTTP server answers there, such as Ray's dashboard, and a driver connects to the "
-            "head's own port (6379 by default). To run the driver on the cluster instead: "
+            f"{name} {address!r}: an HTTP server answers there, such as Ray's dashboard. A driver connects to the "
+            "port of Ray's head instead (6379 by default). To run the driver on the cluster: "
             f"psgd submit JOB.yaml --address http://{address}"
         )
     return address
@@ -45,19 +47,19 @@ def find_address(given: str | None) -> str | None:
 def _check_scheme(name: str, address: str) -> None:
     if address.startswith("ray://"):
         raise ClusterError(
-            f"{name} {address!r} is a Ray Client address, which cannot carry a training run. Submit the job instead: "
+            f"{name} {address!r} is a Ray Client address, and Ray Client cannot carry a training run. Submit the job: "
             "psgd submit JOB.yaml --address http://HEAD:8265, or run the driver on the cluster"
         )
     if address.startswith(("http://", "https://")):
         raise ClusterError(
             f"{name} {address!r} is the URL of a dashboard. To run the driver on that cluster: "
-            f"psgd submit JOB.yaml --address {address}. To drive it from here, give HOST:PORT of its head, such as "
-            "10.0.0.1:6379"
+            f"psgd submit JOB.yaml --address {address}. To run the driver on this machine, give HOST:PORT of the "
+            "cluster's head, such as 10.0.0.1:6379"
         )
 
 
-def _split(name: str, address: str) -> tuple[str, int]:
-    """Split HOST:PORT, where an IPv6 host stands in brackets."""
+def _split_address(name: str, address: str) -> tuple[str, int]:
+    """Split HOST:PORT into host and port. An IPv6 host stands in brackets."""
     try:
         parts = urlsplit(f"//{address}")
         host = parts.hostname
@@ -72,20 +74,27 @@ def _split(name: str, address: str) -> tuple[str, int]:
 
 
 def check_listening(host: str, port: int, address: str) -> None:
-    """Refuse an address where nothing listens.
+    """Raise an error unless a process listens at a host and port.
+
+    Args:
+        host: name or IP address of the host.
+        port: TCP port.
+        address: the address as the user gave it, for the error message.
 
     Raises:
-        ClusterError: naming `address`.
+        ClusterError: nothing listens there.
     """
     try:
-        socket.create_connection((host, port), CONNECT_S).close()
+        socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise ClusterError(f"nobody answers at {address}: {error}. Is Ray's head up, and is the port right?") from error
+        raise ClusterError(
+            f"nothing answers at {address}: {error}. Check that Ray's head runs, and that host and port are right"
+        ) from error
 
 
 def _speaks_http(host: str, port: int) -> bool:
-    """Return True if a plain HTTP request is answered; Ray's head answers it with a frame of HTTP/2 and hangs up."""
-    connection = HTTPConnection(host, port, timeout=CONNECT_S)
+    """Return True if a plain HTTP request is answered. Ray's head sends an HTTP/2 frame and closes the connection."""
+    connection = HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
     try:
         connection.request("HEAD", "/")
         connection.getresponse()

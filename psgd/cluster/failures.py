@@ -1,4 +1,4 @@
-"""What Ray's errors mean, as events of ours."""
+"""Translation of Ray's errors into events for the coordinator, and into psgd's own errors."""
 
 from __future__ import annotations
 
@@ -11,27 +11,35 @@ from psgd.core.driver.events import LaneFailed, ServerLost, WorkerFailed, Worker
 from psgd.errors import ClusterLostError
 from psgd_workers.errors import LaneError, WorkerError
 
-__all__ = ["reason_of", "refusals", "server_failure", "worker_failure"]
+__all__ = ["map_ray_errors", "reason_of", "server_failure", "worker_failure"]
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turn what Ray raises in the block, other than for one actor's call, into the loss of the cluster.
+def map_ray_errors() -> Iterator[None]:
+    """Raise `ClusterLostError` for an error of Ray in the block.
+
+    The block itself handles errors that concern a single actor.
 
     Raises:
-        ClusterLostError: with Ray's reason.
+        ClusterLostError: Ray refused a call. The message holds Ray's reason.
     """
     try:
         yield
     except RayError as error:
         raise ClusterLostError(
-            f"the cluster refused a call: {reason_of(error)}. Ray's logs may say more; the same command with --resume "
-            "continues"
+            f"the cluster refused a call: {reason_of(error)}. Ray's logs may say more. The same command with "
+            "--resume continues the run"
         ) from error
 
 
 def worker_failure(worker: str, lease: int | None, error: RayError) -> WorkerLost | WorkerFailed | LaneFailed:
-    """What a failed call to a worker means."""
+    """Return the event that a failed call to a worker stands for.
+
+    Args:
+        worker: name of the worker.
+        lease: id of the lease that the call worked through; None if the call was not for a lease.
+        error: the error that Ray raised.
+    """
     if isinstance(error, RayTaskError):
         cause = error.cause
         if isinstance(cause, LaneError) and lease is not None:
@@ -42,20 +50,23 @@ def worker_failure(worker: str, lease: int | None, error: RayError) -> WorkerLos
 
 
 def server_failure(partition: int, error: RayError) -> ServerLost:
-    """What a failed call to a server means."""
+    """Return the event that a failed call to a partition's server stands for."""
     died = isinstance(error, RayActorError) and not error.actor_init_failed
     return ServerLost(partition, reason_of(error), died)
 
 
 def _never_began(error: RayError) -> bool:
-    """Return True if the actor's constructor raised, or its process could not be given what it runs with."""
+    """Return True if the actor's constructor raised, or if Ray could not set up its runtime environment."""
     if isinstance(error, RayActorError):
         return bool(error.actor_init_failed)
     return isinstance(error, RuntimeEnvSetupError)
 
 
 def reason_of(error: Exception) -> str:
-    """Return the line of an error of Ray's that tells the reason: the last one, but not of its memory monitor's."""
+    """Return the line of Ray's error message that gives the reason.
+
+    This is the last line. For an error of Ray's memory monitor, it is the line that names the node and the memory.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    memory = [line for line in lines if "Memory on the node" in line]  # which node, and how many gigabytes
+    memory = [line for line in lines if "Memory on the node" in line]
     return [type(error).__name__, *lines, *memory][-1]

@@ -1,4 +1,4 @@
-"""Runs as Ray jobs: the driver runs on the cluster, psgd travels as source."""
+"""Runs as Ray jobs: the driver runs on the cluster, to which psgd's source is uploaded."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from psgd.spec import JobSpec
 
 __all__ = ["Jobs"]
 
-RUN = "psgd_run"  # the job's metadata that names its run
-REFUSED = 2  # exit code of `psgd train`
-OUTPUT = ", last available logs"  # in Ray's message about a job that failed; what follows was printed already
+RUN_KEY = "psgd_run"  # key of a job's metadata for the name of its run
+EXIT_REFUSED = 2  # exit code of `psgd train` for a job that it refuses
+LOGS_MARK = ", last available logs"  # in Ray's message about a failed job; the rest was printed already
 
-# Ray looks for a job's command on the PATH that it was started with, which need not have its own interpreter. The
-# shell's parent is a process of that interpreter's, and has mapped Ray's library from the environment they are in.
-DRIVER = r"""
+# Ray looks for a job's command on the PATH that Ray was started with, which may lack Ray's own Python interpreter. The
+# parent of this shell is a process of that interpreter, so the path of Ray's library in its memory map gives the
+# environment that the interpreter lies in.
+DRIVER_SCRIPT = r"""
 library='s|^[^/]*\(/.*\)/lib[0-9]*/\(python[^/]*\)/[^/]*/ray/_raylet\.so$|\1/bin/\2|p'
 python=$(sed -n "$library" "/proc/$PPID/maps" | head -n 1)
 [ -x "$python" ] || python=python
@@ -37,43 +38,44 @@ exec "$python" -m psgd.cli train job.yaml --resume --name "$1"
 
 
 class Jobs:
-    """The Ray jobs of one cluster that are runs.
+    """The Ray jobs of one cluster that are runs of psgd.
 
     Args:
-        address: of the dashboard, such as `http://head:8265`.
+        address: URL of the cluster's dashboard, such as `http://head:8265`.
 
     Raises:
-        ClusterError: nobody answers there.
+        ClusterError: the URL is malformed, or nothing answers there.
     """
 
     def __init__(self, address: str) -> None:
         parts = urlparse(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ClusterError(f"address {address!r}: expected the dashboard's URL, such as http://HEAD:8265")
+            raise ClusterError(f"address {address!r}: expected the URL of Ray's dashboard, such as http://HEAD:8265")
         check_listening(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), address)
-        with _errors(address):
+        with _map_errors(address):
             self._client = JobSubmissionClient(address)
         self._address = address
 
     def submit(self, spec: JobSpec, name: str, modules: Sequence[Path] = ()) -> str:
-        """Start a run's driver on the cluster, continuing the run if there is one of that name.
+        """Start a run's driver on the cluster. If a run of that name exists, the driver continues it.
 
         Args:
-            spec: the job; its paths must be reachable from the cluster.
-            name: of the run.
-            modules: source directories of the user's own that the model needs.
+            spec: the job. The cluster must be able to reach its paths.
+            name: name of the run.
+            modules: source directories of the user that the model needs.
 
         Returns:
-            The job's submission id.
+            The submission id of the Ray job.
 
         Raises:
-            SpecError: a path is relative to this folder, which the cluster does not have.
+            SpecError: a path is relative, and the cluster does not have the folder that it is relative to.
+            ClusterError: the job server refused the job.
         """
         _check_paths(spec)
-        with TemporaryDirectory() as folder, _errors(self._address):
+        with TemporaryDirectory() as folder, _map_errors(self._address):
             tree = spec.model_dump(mode="json", exclude_unset=True)
             (Path(folder) / "job.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-            (Path(folder) / "driver.sh").write_text(DRIVER)
+            (Path(folder) / "driver.sh").write_text(DRIVER_SCRIPT)
             return str(
                 self._client.submit_job(
                     entrypoint=shlex.join(["exec", "sh", "driver.sh", name]),
@@ -83,29 +85,29 @@ class Jobs:
                         "excludes": ["__pycache__"],
                         "env_vars": {SHIPPED: "1"},
                     },
-                    metadata={RUN: name},
+                    metadata={RUN_KEY: name},
                 )
             )
 
     def wait(self, job: str, run: str) -> None:
-        """Pass on the driver's output until it ends.
+        """Print the driver's output on stderr until the driver ends.
 
         Args:
-            job: its submission id.
-            run: the run's name.
+            job: submission id of the Ray job.
+            run: name of the run.
 
         Raises:
             InputError: the driver refused the job.
-            RunError: the run did not succeed, or its job can no longer be followed.
-            KeyboardInterrupt: the run goes on, as is printed.
+            RunError: the run did not succeed, or the connection to the cluster was lost.
+            KeyboardInterrupt: the user pressed Ctrl-C. The run goes on, and a line on stderr says so.
         """
         goes_on = (
-            f"run {run} goes on as job {job}. Follow it with psgd status, end it with psgd stop: "
+            f"run {run} goes on as job {job}. To follow it: psgd status {run} --address {self._address}. To stop it: "
             f"psgd stop {run} --address {self._address}"
         )
         try:
-            with _errors(self._address):
-                asyncio.run(self._tail(job))
+            with _map_errors(self._address):
+                asyncio.run(self._print_output(job))
                 found = self._client.get_job_info(job)
         except KeyboardInterrupt:
             sys.stderr.write(f"psgd: {goes_on}\n")
@@ -114,52 +116,60 @@ class Jobs:
             raise RunError(f"the connection to {self._address} was lost; {goes_on}")
         if found.status == JobStatus.SUCCEEDED:
             return
-        if found.driver_exit_code == REFUSED:
-            raise InputError(f"job {job}: its driver refused the job, for the reason printed above")
-        reason = str(found.message).partition(OUTPUT)[0]
+        if found.driver_exit_code == EXIT_REFUSED:
+            raise InputError(f"job {job}: its driver refused the job for the reason printed above")
+        reason = str(found.message).partition(LOGS_MARK)[0]
         raise RunError(f"job {job} ended {found.status.value}: {reason}")
 
-    async def _tail(self, job: str) -> None:
+    async def _print_output(self, job: str) -> None:
         async for lines in self._client.tail_job_logs(job):
             sys.stderr.write(lines)
 
     def find(self, run: str) -> JobDetails:
-        """The newest job of a run."""
-        with _errors(self._address):
-            jobs = [job for job in self._client.list_jobs() if (job.metadata or {}).get(RUN) == run]
+        """Return the newest Ray job of a run.
+
+        Raises:
+            RunNotFoundError: no job belongs to a run of that name.
+        """
+        with _map_errors(self._address):
+            jobs = [job for job in self._client.list_jobs() if (job.metadata or {}).get(RUN_KEY) == run]
         if not jobs:
-            raise RunNotFoundError(f"no job of {self._address} is a run named {run!r}")
+            raise RunNotFoundError(f"no job of the cluster at {self._address} belongs to a run named {run!r}")
         return max(jobs, key=lambda job: job.start_time or 0)
 
     def status(self, run: str) -> dict[str, str | None]:
-        """Describe the newest job of a run: Ray's status of it, and its driver's newest line of progress."""
+        """Describe the newest job of a run.
+
+        Returns:
+            Ray's `status`, the `job` id, Ray's `message`, and the newest line of `progress` that the driver printed.
+        """
         job = self.find(run)
-        with _errors(self._address):
+        with _map_errors(self._address):
             output = str(self._client.get_job_logs(job.submission_id or ""))
         lines = [line for line in output.splitlines() if line.startswith("epoch ")]
         return {
             "status": job.status.value,
             "job": job.submission_id,
-            "message": str(job.message).partition(OUTPUT)[0],
+            "message": str(job.message).partition(LOGS_MARK)[0],
             "progress": lines[-1] if lines else None,
         }
 
     def logs(self, run: str) -> str:
-        """What the driver of a run printed."""
+        """Return the output of a run's driver."""
         job = self.find(run)
-        with _errors(self._address):
+        with _map_errors(self._address):
             return str(self._client.get_job_logs(job.submission_id or ""))
 
     def stop(self, run: str) -> None:
-        """Ask Ray to stop a run's driver, which saves what it can in the seconds it is given.
+        """Ask Ray to stop a run's driver. Ray gives the driver some seconds, in which it saves the run.
 
         Raises:
-            InputError: it has ended already.
+            InputError: the run has ended already.
         """
         job = self.find(run)
         if job.status.is_terminal():
             raise InputError(f"run {run} is not running: its job {job.submission_id} ended {job.status.value}")
-        with _errors(self._address):
+        with _map_errors(self._address):
             self._client.stop_job(job.submission_id or "")
 
 
@@ -168,14 +178,14 @@ def _check_paths(spec: JobSpec) -> None:
     for field, path in paths.items():
         if path and "://" not in path and not Path(path).expanduser().is_absolute():
             raise SpecError(
-                f"{field}: {path!r} is relative, and a submitted job runs in a folder that Ray makes and deletes; "
-                "give an absolute path or a URL that every node reaches"
+                f"{field}: {path!r} is relative, but a submitted job runs in a folder that Ray creates and deletes. "
+                "Give an absolute path, or a URL that every node can reach"
             )
 
 
 @contextmanager
-def _errors(address: str) -> Iterator[None]:
+def _map_errors(address: str) -> Iterator[None]:
     try:
         yield
     except (RayError, RuntimeError, ValueError, OSError) as error:
-        raise ClusterError(f"the job server at {address} refused: {error}") from error
+        raise ClusterError(f"the job server at {address} refused a request: {error}") from error

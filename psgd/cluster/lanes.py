@@ -1,7 +1,7 @@
-"""The Ray lane, and the choice of a lane.
+"""The Ray lane, and the choice of a lane between a worker and a server.
 
-On the Ray lane a push is an actor call, its receipt the call's return, and the weights come back with it. It works
-wherever Ray does; every message is copied through Ray's object store, so a push and its weights cost milliseconds.
+On the Ray lane a push is an actor call that returns the receipt and the weights. This lane works wherever Ray does, and
+it is the slowest: Ray copies every message through its object store, so a push and its weights take milliseconds.
 """
 
 from __future__ import annotations
@@ -29,48 +29,50 @@ __all__ = ["RayLane", "push_format_of", "route"]
 
 SOCKETS: dict[LaneKind, type[ShmLane | TcpLane]] = {"shm": ShmLane, "tcp": TcpLane}
 
-CONNECT_S = 10.0  # what drops packets instead of refusing them is tried so long
+CONNECT_TIMEOUT_S = 10.0  # time limit: a firewall may drop packets instead of refusing the connection
 
 log = logging.getLogger("psgd.lanes")
 
 
 class RayLane:
-    """A worker's way to a server actor.
+    """A lane between a worker and a server on which every message is a Ray actor call.
 
     Args:
-        server: a `psgd.cluster.server_actor.ServerActor`.
-        segment: the worker's memory.
-        part: the partition's slice of the weights.
+        server: handle of a `psgd.cluster.server_actor.ServerActor`.
+        segment: memory of the worker for gradients and weights.
+        part: slice of the weights that the partition holds.
     """
 
     kind: LaneKind = "ray"
 
     def __init__(self, server: ActorHandle[Any], segment: Segment, part: slice) -> None:
-        self._server: Any = server  # the stubs know no methods of a handle
+        self._server: Any = server  # Ray's type stubs declare no methods of a handle
         self._weights = [slot.weights[part] for slot in segment.slots]
 
     def pull(self, slot: int, timeout_s: float) -> Version:
-        """One call; see `Lane.pull`."""
+        """Pull by one actor call; see `Lane.pull`."""
         reply = _get(self._server.pull.remote(), timeout_s, "the weights")
         self._weights[slot][:] = reply[1]
         return Version(*reply[0])
 
     def version(self, timeout_s: float) -> Version:
-        """One call; see `Lane.version`."""
+        """Ask for the version by one actor call; see `Lane.version`."""
         return Version(*_get(self._server.version.remote(), timeout_s, "the version"))
 
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
-        """One call, submitted here and awaited at the receipt; see `Lane.push`."""
+        """Push by one actor call, which is submitted now and awaited for the receipt; see `Lane.push`."""
         return _RayPending(self._server.push.remote(gradient, wants), self._weights[slot])
 
     def hang_up(self) -> None:
-        """Ray itself ends calls to an actor that is gone."""
+        """Do nothing: Ray itself ends calls to an actor that is gone."""
 
     def close(self) -> None:
-        """Calls need no closing."""
+        """Do nothing: an actor call needs no closing."""
 
 
 class _RayPending:
+    """A push whose actor call has not returned yet."""
+
     def __init__(self, reply: ray.ObjectRef[Any], into: FloatArray) -> None:
         self._reply = reply
         self._into = into
@@ -84,10 +86,13 @@ class _RayPending:
 
 
 def _get(reply: ray.ObjectRef[Any], timeout_s: float, what: str) -> Any:
+    """Return the answer to an actor call; `what` names it in the error."""
     try:
         return ray.get(reply, timeout=timeout_s)
     except GetTimeoutError as error:
-        raise LaneTimeoutError(f"no {what} from the server within {timeout_s} s (see failure.timeout_s)") from error
+        raise LaneTimeoutError(
+            f"the server did not send {what} within {timeout_s} s (see failure.timeout_s)"
+        ) from error
     except RayTaskError as error:
         raise ServerGoneError(f"the server refused the call: {error.cause}") from error
     except RayError as error:
@@ -95,49 +100,49 @@ def _get(reply: ray.ObjectRef[Any], timeout_s: float, what: str) -> Any:
 
 
 def push_format_of(spec: JobSpec, partition: Partition) -> PushFormat:
-    """What the pushes of a job to a partition look like."""
+    """Return the layout of the pushes that a partition of a job accepts."""
     encoding = "" if spec.compression.name == "none" or not partition.num_trainable else spec.compression.name
     size = partition.stop - partition.start
     return PushFormat(size, partition.num_trainable, encoding, spec.worker_options.sends_weights, spec.scaling.servers)
 
 
-def route(spec: JobSpec, worker: str, partition: Partition, find: Callable[[], Any], node: str) -> Route:
-    """A worker's way to a server, by the lane that the job asks for or, with `auto`, the fastest that works.
+def route(spec: JobSpec, worker: str, partition: Partition, find_server: Callable[[], Any], node: str) -> Route:
+    """Return a worker's route to a server, by the lane that the job names. For `auto`, this is the fastest that works.
 
     Args:
         spec: the job.
-        worker: the worker's name.
-        partition: which one.
-        find: its server's actor at present.
+        worker: name of the worker.
+        partition: the partition that the server holds.
+        find_server: returns the handle of the partition's present server.
         node: Ray's id of the worker's node.
     """
     part = slice(partition.start, partition.stop)
     push_format = push_format_of(spec, partition)
 
     def by_ray(segment: Segment) -> Lane:
-        return RayLane(find(), segment, part)
+        return RayLane(find_server(), segment, part)
 
     def by_socket(kind: LaneKind, address: Address) -> Connect:
-        limit_s = min(CONNECT_S, spec.failure.timeout_s)
+        limit_s = min(CONNECT_TIMEOUT_S, spec.failure.timeout_s)
         return lambda segment: SOCKETS[kind](worker, segment, part, push_format, address, limit_s)
 
     def connect(segment: Segment) -> Lane:
         if spec.scaling.lane == "ray":
             return by_ray(segment)
-        address: Address = _get(find().address.remote(), spec.failure.timeout_s, "an address")
+        address: Address = _get(find_server().address.remote(), spec.failure.timeout_s, "an address")
         if spec.scaling.lane != "auto":
             return by_socket(spec.scaling.lane, address)(segment)
         kinds: list[LaneKind] = ["shm", "tcp"] if address.node == node else ["tcp"]
-        return _first([*(by_socket(kind, address) for kind in kinds), by_ray], segment)
+        return _connect_first([*(by_socket(kind, address) for kind in kinds), by_ray], segment)
 
     return Route(part, connect)
 
 
-def _first(ways: list[Connect], segment: Segment) -> Lane:
-    """By the first way that works; the last one must."""
-    for way in ways[:-1]:
+def _connect_first(attempts: list[Connect], segment: Segment) -> Lane:
+    """Return the first lane that can be connected. A failure of the last attempt is raised."""
+    for connect in attempts[:-1]:
         try:
-            return way(segment)
+            return connect(segment)
         except LaneError as error:
-            log.warning("a faster lane does not work here: %s", error)
-    return ways[-1](segment)
+            log.warning("a faster lane does not work on this machine, the next one is tried: %s", error)
+    return attempts[-1](segment)

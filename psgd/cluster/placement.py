@@ -1,7 +1,7 @@
-"""Placement: the node that a server is started on.
+"""Placement: the choice of the node that a server is started on.
 
-Ray's own strategy SPREAD does not do: each node that is asked counts for itself, and servers need no CPU that could run
-out, so that two of them may well land on one node and leave others empty.
+Ray's own strategy SPREAD does not spread servers. Each node counts only the actors that it placed itself, and a server
+needs no CPU, so no node is ever full: two servers may share a node while another node has none.
 """
 
 from __future__ import annotations
@@ -18,25 +18,28 @@ __all__ = ["choose_node", "living_nodes"]
 
 
 def living_nodes() -> list[str]:
-    """Ray's ids of the nodes that are up, as far as it knows."""
-    members: Any = ray.nodes  # its stub is untyped
+    """Return Ray's ids of the nodes that are up, as far as Ray knows."""
+    members: Any = ray.nodes  # Ray's stub is untyped
     return [str(node["NodeID"]) for node in members() if node["Alive"]]
 
 
 def choose_node(nodes: Sequence[str], others: Collection[str], lost: Mapping[str, int]) -> str:
-    """One where the fewest servers were lost, and of those the one that has fewest, a link and a memory of its own.
+    """Return the node on which the fewest servers were lost, and among equals the node with the fewest servers.
+
+    A server that has a node to itself also has the node's network link and memory to itself.
 
     Args:
-        nodes: that are up.
-        others: where the run's other servers are.
-        lost: how many servers were lost on a node; Ray may not know yet that it is gone with them.
+        nodes: Ray's ids of the nodes that are up.
+        others: ids of the nodes of the run's other servers, one entry per server.
+        lost: number of servers lost so far, by node id. Ray may still count a node as up that failed with its server.
 
     Raises:
         ClusterLostError: no node is up.
     """
     if not nodes:
         raise ClusterLostError(
-            "the cluster is gone: Ray knows no node that is up. The same command with --resume continues on another"
+            "the cluster is gone: Ray knows no node that is up. The same command with --resume continues the run on "
+            "another cluster"
         )
     servers = Counter(others)
     return min(nodes, key=lambda node: (lost.get(node, 0), servers[node]))

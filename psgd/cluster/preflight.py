@@ -1,4 +1,4 @@
-"""Preflight: everything that can be refused is refused here, once, before any training process exists."""
+"""Preflight: all checks of a run. Each is made once, former_driver any training process exists."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ __all__ = ["RunPlan", "preflight"]
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """A run that passed every check, with all it starts from.
+    """A run that passed every check, with everything that it starts from.
 
     Attributes:
-        job: the job as given, named; its data is open, and its model was tried on one batch.
-        partitions: of the weights, one for each server.
-        run: the run directory; its storage was probed.
-        spec: the job with the settings that it continues with: those of the checkpoint.
-        checkpoint: the newest that can be continued from; None: the run begins.
-        owner: this driver, once it has taken the run over.
+        job: the job as given, with a name. Its data is open, and its model was tried on one batch.
+        partitions: the slices of the weights, one for each server.
+        run: the run directory, whose storage was tested.
+        spec: the job, with the settings of the checkpoint if there is one.
+        checkpoint: the newest checkpoint that the run can continue from; None for a run that begins.
+        owner: this driver, as the new owner of the run.
     """
 
     job: OpenJob
@@ -60,59 +60,59 @@ def preflight(
     resume: bool,
     interruption: Interruption,
 ) -> Iterator[RunPlan]:
-    """Check the job, the storage, the data, the model and the checkpoint; then connect to Ray and take the run over.
+    """Check the job, the storage, the data, the model and the checkpoint, then connect to Ray and take over the run.
 
     Args:
         spec: the job.
-        name: of the run; None: the job's, else one made of the time.
-        storage: folder or URL of runs; None: the job's.
-        address: of a running cluster; see `find_address`.
+        name: name of the run. None: the job's name, or else a name made of the time.
+        storage: folder or URL that holds the runs. None: the job's storage.
+        address: address of a running cluster; see `find_address`.
         resume: True to continue a run that exists.
         interruption: signals that may end the checks.
 
     Yields:
-        The plan. Ray is connected, and has room for the job, as long as the block lasts.
+        The plan. While the block lasts, Ray is connected and has room for the job.
 
     Raises:
-        InputError: the job cannot be run; nothing was started, and no other driver was disturbed.
+        InputError: the job cannot be run. No training process was started, and no other driver was disturbed.
         ClusterStartError: no local Ray could be started.
     """
     interruption.outlook = "nothing was started"
-    spec = _named(as_spec(spec), name, None if storage is None else location(storage))
-    address = _cluster(address)
+    spec = _with_name(as_spec(spec), name, None if storage is None else location(storage))
+    address = _find_cluster(address)
     run = _open_directory(spec)
-    before = run.owned_by
+    former_driver = run.owned_by
     _check_run(run, spec, resume)
     committed = Checkpoints(run.storage).committed()
-    checkpoint = find_checkpoint(run, spec, lambda fault: _refused(run, fault))
+    checkpoint = find_checkpoint(run, spec, lambda fault: _report_refusal(run, fault))
     job = OpenJob.open(spec)
     partitions = partition_weights(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
-    continued = _continued(job, checkpoint)
+    continued = _with_settings_of(job, checkpoint)
     for warning in replace(job, spec=continued).warnings():
         warn(warning)
     with interruption.critical("Ray is stopped as soon as it has started"), session(spec, address):
         interruption.check()
         check_room(spec, job.layout.num_parameters)
         interruption.check()
-        plan = RunPlan(job, partitions, run, continued, checkpoint, _own(run, before))
-        yield plan if Checkpoints(run.storage).committed() == committed else _caught_up(plan)
+        plan = RunPlan(job, partitions, run, continued, checkpoint, _take_over(run, former_driver))
+        yield plan if Checkpoints(run.storage).committed() == committed else _with_newest_checkpoint(plan)
 
 
-def _named(spec: JobSpec, name: str | None, storage: str | None) -> JobSpec:
+def _with_name(spec: JobSpec, name: str | None, storage: str | None) -> JobSpec:
     tree = spec.model_dump(exclude_unset=True)
     tree["name"] = name or spec.name or f"psgd-{time.strftime('%Y%m%d-%H%M%S')}"
     tree["run"]["storage"] = storage or spec.run.storage
     return parse_spec(tree, "the job")
 
 
-def _cluster(address: str | None) -> str | None:
-    """Return the address to connect to; None: no other than the caller's connection, or a cluster of our own."""
+def _find_cluster(address: str | None) -> str | None:
+    """Return the address to connect to. None: use the connection that the caller has, or start a local cluster."""
     if not ray.is_initialized():
         return find_address(address)
     if address is not None:
         raise ClusterError(
-            f"this process is connected to a Ray cluster already, so that it cannot use address {address!r}: leave the "
-            "address out, or call ray.shutdown() before"
+            f"this process is connected to a Ray cluster already, so it cannot use address {address!r}. Leave the "
+            "address out, or call ray.shutdown() first"
         )
     return None
 
@@ -125,7 +125,7 @@ def _open_directory(spec: JobSpec) -> RunDirectory:
 
 
 def _check_run(run: RunDirectory, spec: JobSpec, resume: bool) -> None:
-    """Refuse to begin a run anew, or to continue it as another job."""
+    """Refuse to start a run that exists already, or to resume it as another job."""
     if not run.exists:
         return
     if not resume:
@@ -135,39 +135,41 @@ def _check_run(run: RunDirectory, spec: JobSpec, resume: bool) -> None:
     run.check_identity(spec)
 
 
-def _continued(job: OpenJob, checkpoint: Checkpoint | None) -> JobSpec:
-    """Return the job with the settings that it continues with; it must be the one that the checkpoint is of."""
+def _with_settings_of(job: OpenJob, checkpoint: Checkpoint | None) -> JobSpec:
+    """Return the job with the settings of the checkpoint, after checking that the checkpoint is of this job."""
     if checkpoint is None:
         return job.spec
     check_checkpoint(checkpoint.manifest, job, str(job.spec.name))
     return with_settings(job.spec, checkpoint.manifest)
 
 
-def _own(run: RunDirectory, before: str | None) -> Owner:
-    """Take the run over: its driver until now deletes nothing more, and commits at most what it is about to.
+def _take_over(run: RunDirectory, former_driver: str | None) -> Owner:
+    """Take over the run. Its former driver deletes nothing more, and commits at most one more checkpoint.
 
     Args:
-        run: the run's directory.
-        before: id of the driver that owned it when it was checked. Another one has checked the run like this one, and
-            came first: Ray takes seconds to start.
+        run: the run directory.
+        former_driver: id of the driver that owned the run when it was checked; None if it had no owner.
+
+    Raises:
+        RunExistsError: another driver took over the run since then, during the seconds that Ray takes to start.
     """
-    if run.owned_by != before:
+    if run.owned_by != former_driver:
         raise RunExistsError(
-            f"another driver took the run in {run.storage.url} while Ray was started here: --resume takes it over, "
-            "another --name starts a new one"
+            f"another driver took over the run in {run.storage.url} while Ray was started here: --resume takes it "
+            "over again, another --name starts a new run"
         )
     return run.own()
 
 
-def _caught_up(plan: RunPlan) -> RunPlan:
-    """Continue from what the driver before this one committed while Ray was started here.
+def _with_newest_checkpoint(plan: RunPlan) -> RunPlan:
+    """Return the plan with the newest checkpoint.
 
-    It may have deleted the checkpoint that was checked.
+    The run's former driver committed a checkpoint while Ray was started here, and may have deleted the one in the plan.
     """
-    checkpoint = find_checkpoint(plan.run, plan.job.spec, lambda fault: _refused(plan.run, fault))
-    return replace(plan, checkpoint=checkpoint, spec=_continued(plan.job, checkpoint))
+    checkpoint = find_checkpoint(plan.run, plan.job.spec, lambda fault: _report_refusal(plan.run, fault))
+    return replace(plan, checkpoint=checkpoint, spec=_with_settings_of(plan.job, checkpoint))
 
 
-def _refused(run: RunDirectory, fault: str) -> None:
+def _report_refusal(run: RunDirectory, fault: str) -> None:
     warn(fault)
     run.event("checkpoint_refused", fault=fault)

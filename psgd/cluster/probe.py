@@ -1,8 +1,8 @@
-"""The probe: whether the two processes of Ray's are there without which Ray ends the driver.
+"""The probe: a check that the raylet of the driver's node and the head of the cluster still run.
 
-Without its node's raylet a driver is ended as soon as Ray looks for an object of the driver's, within some 15 s, and
-without the cluster's head after 60 s: at once, with exit code 1, and nothing written. Their ports are refused before
-that, which leaves the time to write how far the run came.
+Ray ends a driver about 15 seconds after its raylet is gone, and 60 seconds after the head is gone. The driver exits
+with code 1 and cannot write anything more. Before that, the ports of both processes refuse connections. The probe
+notices it, and the driver has time to write how far the run came.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from psgd.errors import ClusterLostError
 
 __all__ = ["ClusterProbe"]
 
-EVERY_S = 0.5
-CONNECT_S = 0.2  # only a refusal counts, and the supervisor waits meanwhile
-HEAD_S = 45.0  # a head that comes back within 60 s is connected to again; writing a result takes the rest
+CHECK_INTERVAL_S = 0.5
+CONNECT_TIMEOUT_S = 0.2  # short: the supervisor waits for it, and only a refused connection counts
+HEAD_GRACE_S = 45.0  # Ray reconnects to a head that returns within 60 s; the last 15 s are for writing the result
 
 Address = tuple[str, int]
 
 
 class ClusterProbe:
-    """Connects to the ports of the driver's raylet and of the head.
+    """A test connection to the ports of the driver's raylet and of the cluster's head.
 
     Args:
         raylet: address of the raylet on the driver's node.
@@ -40,44 +40,47 @@ class ClusterProbe:
         self._next_at = -inf
 
     @classmethod
-    def connected(cls) -> ClusterProbe:
+    def for_connection(cls) -> ClusterProbe:
         """Return the probe of the cluster that this process is connected to."""
-        context: Any = ray.get_runtime_context()  # stubs are untyped
+        context: Any = ray.get_runtime_context()  # Ray's stubs are untyped
         nodes: Any = ray.nodes
-        (mine,) = (node for node in nodes() if node["NodeID"] == context.get_node_id())
+        (my_node,) = (node for node in nodes() if node["NodeID"] == context.get_node_id())
         head = urlsplit(f"//{context.gcs_address}")
-        return cls((mine["NodeManagerAddress"], mine["NodeManagerPort"]), (str(head.hostname), head.port or 0))
+        return cls((my_node["NodeManagerAddress"], my_node["NodeManagerPort"]), (str(head.hostname), head.port or 0))
 
     def check(self, now: float) -> None:
-        """Make sure that the cluster is there, `EVERY_S` at the most.
+        """Raise an error if the cluster is gone. The ports are tried once every `CHECK_INTERVAL_S`.
+
+        Args:
+            now: monotonic time, seconds.
 
         Raises:
-            ClusterLostError: the raylet is gone, or the head for `HEAD_S`.
+            ClusterLostError: the raylet is gone, or the head has been gone for `HEAD_GRACE_S`.
         """
         if now < self._next_at:
             return
-        self._next_at = now + EVERY_S
+        self._next_at = now + CHECK_INTERVAL_S
         if _refuses(self._raylet):
-            raise ClusterLostError(_lost("the raylet of this node", self._raylet))
+            raise ClusterLostError(_loss_message("the raylet of this node", self._raylet))
         if not _refuses(self._head):
             self._head_gone_at = None
         elif self._head_gone_at is None:
             self._head_gone_at = now
-        elif now - self._head_gone_at >= HEAD_S:
-            raise ClusterLostError(_lost("its head", self._head))
+        elif now - self._head_gone_at >= HEAD_GRACE_S:
+            raise ClusterLostError(_loss_message("its head", self._head))
 
 
-def _lost(process: str, address: Address) -> str:
+def _loss_message(process: str, address: Address) -> str:
     return (
-        f"the cluster is gone: {process}, {address[0]}:{address[1]}, has ended. Ray's logs may say why; the same "
-        "command with --resume continues on another"
+        f"the cluster is gone: {process}, {address[0]}:{address[1]}, has ended. Ray's logs may say why. The same "
+        "command with --resume continues the run on another cluster"
     )
 
 
 def _refuses(address: Address) -> bool:
-    """Return True if no process listens there; a process that is busy, or a full table of files, tells nothing."""
+    """Return True if no process listens there. A timeout or another error of the operating system does not count."""
     try:
-        socket.create_connection(address, CONNECT_S).close()
+        socket.create_connection(address, CONNECT_TIMEOUT_S).close()
     except OSError as error:
         return isinstance(error, ConnectionRefusedError)
     return False

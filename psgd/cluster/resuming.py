@@ -1,4 +1,4 @@
-"""Resuming: which checkpoint a run goes on from, and whether it may."""
+"""Resuming: the choice of the checkpoint that a run continues from, and the checks that it may."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ __all__ = ["check_checkpoint", "find_checkpoint", "with_settings"]
 
 
 def find_checkpoint(run: RunDirectory, spec: JobSpec, refused: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that so many servers can go on from.
+    """Return the newest checkpoint that the job's number of servers can continue from.
 
-    One of another number of servers can be cut anew if all of them contain the same batches.
+    A checkpoint of another number of servers can be repartitioned if all its partitions contain the same batches.
 
     Args:
-        run: of this job.
+        run: the run directory.
         spec: the job.
-        refused: told about every newer one, and why it is not used.
+        refused: called for each newer checkpoint that is not used, with the reason.
 
     Returns:
-        None: nothing was ever committed.
+        The checkpoint; None if the run never committed one.
 
     Raises:
-        ResumeError: the checkpoints are of another job, none can be cut, or those that were committed are gone.
-        CheckpointError: all are damaged.
+        ResumeError: the checkpoints are of another job, or none can be repartitioned, or the committed ones are gone.
+        CheckpointError: all checkpoints are damaged.
     """
     servers = spec.scaling.servers
     misfits = list[Manifest]()
 
-    def fits(checkpoint: Checkpoint) -> str | None:
+    def why_unfit(checkpoint: Checkpoint) -> str | None:
         manifest = checkpoint.manifest
         if manifest.spec_hash != spec.identity_hash():
             raise ResumeError(
                 f"checkpoint {manifest.name} in {run.storage.url} is of another job: its model, data, seed or settings "
-                "are not those of the run it lies in. Restore the run's own, or start a new --name"
+                "differ from those of the run that it lies in. Restore the run's own checkpoint, or start a new run "
+                "under another --name"
             )
         if manifest.partitions == servers:
             return None
@@ -51,53 +52,62 @@ def find_checkpoint(run: RunDirectory, spec: JobSpec, refused: Callable[[str], N
         if reason is None:
             return None
         misfits.append(manifest)
-        return f"is of {manifest.partitions} servers and cannot be cut for {servers}, as {reason}"
+        return f"is of {manifest.partitions} servers and cannot be repartitioned for {servers}, because {reason}"
 
-    checkpoint = Checkpoints(run.storage).newest(refused, fits)
+    checkpoint = Checkpoints(run.storage).newest(refused, why_unfit)
     if checkpoint is None and misfits:
         raise ResumeError(
-            f"no checkpoint of {run.storage.url} can be cut for {servers} servers: their partitions do not contain the "
-            f"same batches. Resume with scaling.servers={misfits[0].partitions}, end the run in good order (an epoch's "
-            f"end, or `psgd stop`), and resume with {servers} then"
+            f"no checkpoint of {run.storage.url} can be repartitioned for {servers} servers: in each, the partitions "
+            f"contain different batches. Resume with scaling.servers={misfits[0].partitions}, end the run in good "
+            f"order (by `psgd stop`, or at an epoch's end), and then resume with {servers} servers"
         )
     if checkpoint is None:
-        _check_none_is_gone(run)
+        _check_never_committed(run)
     return checkpoint
 
 
-def _check_none_is_gone(run: RunDirectory) -> None:
-    """Refuse to begin a run anew of which checkpoints were committed: its work would be lost without a word."""
+def _check_never_committed(run: RunDirectory) -> None:
+    """Refuse to begin the run anew if it has committed a checkpoint, because that work would be lost silently."""
     events = run.read_lines("events.jsonl") if run.exists else []
     committed = [event["name"] for event in events if event["event"] == "checkpoint"]
     if committed:
         raise ResumeError(
-            f"{run.storage.url}/events.jsonl says that checkpoint {committed[-1]} was committed, and no checkpoint is "
-            "left whole: restore the folder `checkpoints` from a copy. To begin anew, give another --name, or delete "
-            f"{run.storage.url}"
+            f"{run.storage.url}/events.jsonl says that checkpoint {committed[-1]} was committed, but no checkpoint is "
+            "left whole: restore the folder `checkpoints` from a copy. To start from the beginning, give another "
+            f"--name, or delete {run.storage.url}"
         )
 
 
 def check_checkpoint(manifest: Manifest, job: OpenJob, name: str) -> None:
-    """Refuse what the job cannot go on from.
+    """Refuse a checkpoint whose data or model is not the job's.
+
+    Args:
+        manifest: manifest of the checkpoint.
+        job: the job.
+        name: name of the run, for the error message.
 
     Raises:
-        ResumeError: the data or the model is another.
+        ResumeError: the data or the model differs.
     """
     if manifest.data_fingerprint != job.dataset.fingerprint:
         raise ResumeError(
             f"the data of {name} is not what it was trained on (training part, validation part or class names): its "
-            f"fingerprint is {job.dataset.fingerprint}, and the checkpoint's {manifest.data_fingerprint}. Restore the "
-            "data, or start a new --name"
+            f"fingerprint is {job.dataset.fingerprint}, and that of checkpoint {manifest.name} is "
+            f"{manifest.data_fingerprint}. Restore the data, or start a new run under another --name"
         )
     if manifest.layout != job.layout:
         raise ResumeError(
             f"the model of {name} has other tensors than checkpoint {manifest.name}: restore its code, or start a new "
-            "--name"
+            "run under another --name"
         )
 
 
 def with_settings(spec: JobSpec, manifest: Manifest) -> JobSpec:
-    """The job with the settings that `psgd set` gave it while it ran before; they must go with its scaling."""
+    """Return the job with the settings of a checkpoint, which `psgd set` may have changed.
+
+    Raises:
+        SpecError: the settings do not fit the job's scaling.
+    """
     if manifest.settings == spec.settings:
         return spec
     tree = spec.model_dump(mode="json") | manifest.settings.model_dump(mode="json")

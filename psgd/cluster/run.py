@@ -1,4 +1,4 @@
-"""One run, from the job to its result: check everything, start, supervise, tidy up."""
+"""One run, from the job to its result: check the job, start the run, supervise it, clean up."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from psgd.store.run_directory import RunDirectory
 
 __all__ = ["run_job", "train"]
 
-_ENDED = {"failed": "failed", "unsaved": "is not saved"}
+_ENDINGS = {"failed": "failed", "unsaved": "is not saved"}
 
 
 def train(
@@ -44,25 +44,25 @@ def train(
     resume: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Train a model, and wait for it.
+    """Train a model, and wait until the run has ended.
 
     Args:
         spec: the job, or a mapping with the fields of a job file.
-        name: of the run; default: the job's, else one made of the time.
-        storage: folder or fsspec URL for the run's directory; default: `spec.run.storage`.
-        address: of a running Ray cluster, `HOST:PORT` or `auto`; default: the present connection, `RAY_ADDRESS`, or
-            a local cluster of the job's size, which ends with the run.
-        resume: continue the run of that name from its newest checkpoint; if there is none, start it.
-        progress: whether to show progress on stderr.
+        name: name of the run. Default: the job's name, or else a name made of the time.
+        storage: folder or fsspec URL in which the run's directory is created. Default: `spec.run.storage`.
+        address: address of a running Ray cluster, `HOST:PORT` or `auto`. Default: the present connection, or
+            `RAY_ADDRESS`, or a local cluster of the job's size, which ends with the run.
+        resume: True to continue the run of that name from its newest checkpoint, or to start it if it does not exist.
+        progress: True to show progress on stderr.
 
     Returns:
-        How the run ended: `finished`, or `stopped` by `psgd stop`.
+        The result of the run. Its status is `finished`, or `stopped` after `psgd stop`.
 
     Raises:
-        InputError: something given cannot be used; nothing was started.
-        RunFailedError: the run failed, or could not save what it came to; its `result` says how far it came.
-        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP. A run that had begun was saved, unless the same signal came twice,
-            and `resume=True` goes on from there.
+        InputError: an argument cannot be used. Nothing was started.
+        RunFailedError: the run failed, or could not save its weights. Its `result` says how far the run came.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP. A run that had begun was saved, unless the same signal came twice;
+            `resume=True` continues it.
 
     Example:
         >>> result = psgd.train(psgd.JobSpec(
@@ -77,7 +77,7 @@ def train(
     start = partial(run_job, spec, name=name, storage=storage, address=address, resume=resume, progress=progress)
     result = run_interruptibly(lambda: start(interruption=interruption), interruption)
     if result.status in ("failed", "unsaved"):
-        raise RunFailedError(f"run {result.name} {_ENDED[result.status]}: {result.error}", result)
+        raise RunFailedError(f"run {result.name} {_ENDINGS[result.status]}: {result.error}", result)
     if result.status == "interrupted":
         raise KeyboardInterrupt(f"run {result.name} was interrupted; resume=True continues it")
     return result
@@ -93,7 +93,20 @@ def run_job(
     progress: bool,
     interruption: Interruption,
 ) -> Result:
-    """As `train`, but a failed or interrupted run is a result like any other."""
+    """Train a model like `train`, but return a result for a failed or interrupted run, too.
+
+    Args:
+        spec: see `train`.
+        name: see `train`.
+        storage: see `train`.
+        address: see `train`.
+        resume: see `train`.
+        progress: see `train`.
+        interruption: signals that end the run in good order.
+
+    Raises:
+        InputError: an argument cannot be used. Nothing was started.
+    """
     with preflight(spec, name=name, storage=storage, address=address, resume=resume, interruption=interruption) as plan:
         return _supervise(plan, progress, interruption)
 
@@ -108,12 +121,13 @@ def _supervise(plan: RunPlan, progress: bool, interruption: Interruption) -> Res
         "started",
         incarnation=plan.owner.incarnation,
         resumed=manifest.name if manifest else None,
-        workers=spec.scaling.model_dump()["workers"],  # which may differ from the first description's,
-        pipeline=spec.scaling.pipeline,  # as may these
+        # A resumed run may have another scaling than `resolved.json`.
+        workers=spec.scaling.model_dump()["workers"],
+        pipeline=spec.scaling.pipeline,
         servers=len(plan.partitions),
         left_out=job.shards.left_out,
     )
-    run.bear_faults(warn)  # from here on it is not stopped by its own log
+    run.tolerate_faults(warn)  # from now on a log that cannot be written does not stop the run
     context = RunContext(
         spec,
         job.layout,
@@ -157,7 +171,7 @@ def _train(
     progress: bool,
     interruption: Interruption,
 ) -> tuple[Finish, RunStatus]:
-    """Train. Return how it ended, and the run's last status."""
+    """Train. Return the way in which the training ended, and the last status of the run."""
     with Display(job.spec, stderr_console(quiet=not progress)) as display:
         observer = Observer(run, display, warn, time.monotonic())
         supervisor = Supervisor(
@@ -166,13 +180,14 @@ def _train(
             run,
             checkpoint_writer,
             observer,
-            ClusterProbe.connected().check,
+            ClusterProbe.for_connection().check,
             lambda: interruption.requested,
         )
         try:
             with interruption.critical("the run is saved and ended"):
                 finish = supervisor.train()
-        except (StorageError, CheckpointError, OwnershipError, ClusterLostError) as error:  # no input: it worked before
+        except (StorageError, CheckpointError, OwnershipError, ClusterLostError) as error:
+            # Not an error of input: the same storage and cluster worked when the run began.
             finish = Finish("failed", f"{error}; {coordinator.status(time.monotonic()).checkpoint.text}")
         status = coordinator.status(time.monotonic())
         observer.finish(status)

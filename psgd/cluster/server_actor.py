@@ -1,4 +1,4 @@
-"""A `ParameterServer` as a Ray actor."""
+"""The Ray actor that hosts a `ParameterServer`."""
 
 from __future__ import annotations
 
@@ -36,51 +36,56 @@ log = logging.getLogger("psgd.lanes")
 
 
 class ServerActor:
-    """Hosts one `ParameterServer`; an asyncio actor, so that parked pushes of the Ray lane cost no thread.
+    """A server's process, which hosts one `ParameterServer`.
+
+    It is an asyncio actor, so a push of the Ray lane that waits for its receipt costs no thread.
 
     Args:
-        facts: of the run.
-        number: which partition.
-        incarnation: of this server.
-        origin: `[num_parameters]`, the initial weights of all partitions; or the checkpoint to restore.
+        context: context of the run.
+        number: number of the partition that this server holds.
+        incarnation: incarnation of this server.
+        origin: initial weights of all partitions, float32 `[num_parameters]`, or the checkpoint to restore.
+
+    Raises:
+        StorageError: this machine does not see the driver's storage.
+        CheckpointError: the partition cannot be restored from the checkpoint.
     """
 
     def __init__(self, context: RunContext, number: int, incarnation: int, origin: FloatArray | Checkpoint) -> None:
-        return_large_blocks()  # weights are copied in several threads, for checkpoints and evaluations
+        return_large_blocks()  # several threads copy weights, for checkpoints and evaluations
         self._run = Storage(context.storage, context.spec.failure.timeout_s)
         self._check_storage(context.driver)
         self._context = context
         self._partition = partition = context.partitions[number]
         self._published = published = _shared_vector(context.spec, partition.stop - partition.start)
         if isinstance(origin, Checkpoint):
-            state = origin.cut(partition, len(context.partitions))
+            state = origin.state_for(partition, len(context.partitions))
             now = time.monotonic()
             server = ParameterServer.restore(context.spec, context.grid, state, incarnation, now, published)
-            if server.settings != context.spec.settings:  # they were changed after this part was saved
+            if server.settings != context.spec.settings:  # `psgd set` changed them after this part was saved
                 server.change(context.spec.settings, now)
         else:
             part = origin[partition.start : partition.stop]
             server = ParameterServer(context.spec, partition, part, context.grid, Version(incarnation, 0), published)
         self._host = ServerHost(server)
-        self._unwritten = np.zeros(
-            0, server.journal.type
-        )  # of the journal, taken for a checkpoint that could not be written
-        self._writing: asyncio.Task[Part] | None = None  # a part of a checkpoint
+        # Records that were taken from the journal for a checkpoint which could not be written.
+        self._unwritten = np.zeros(0, server.journal.type)
+        self._writing: asyncio.Task[Part] | None = None  # writes this server's part of a checkpoint
         self._timeout_s = context.spec.failure.timeout_s
         self._listener: Listener | None = None
 
     def _check_storage(self, driver: str) -> None:
-        """The storage must be the driver's own, not a folder of that name on another machine."""
+        """Refuse storage that is not the driver's own, such as a folder of the same name on another machine."""
         owner = RunDirectory(self._run).read_owner()
         if owner is None or owner.driver != driver:
             raise StorageError(
-                f"the server's machine does not see the driver's files in {self._run.url}: "
-                "run.storage must be a folder or URL that every machine shares"
+                f"the server's machine does not see the driver's files in {self._run.url}. "
+                "Set run.storage to a folder or URL that every machine shares"
             )
 
     async def address(self) -> Address:
-        """Where this server listens; from the first call on, it does."""
-        my_address: Any = ray.util.get_node_ip_address  # its stub is untyped
+        """Return the address at which this server listens. The first call makes it listen."""
+        my_address: Any = ray.util.get_node_ip_address  # Ray's stub is untyped
         host = str(my_address())
         if self._listener is None:
             self._listener = self._listen(host)
@@ -98,66 +103,91 @@ class ServerActor:
             if spec.scaling.lane != "shm":
                 listener.listen_tcp(host, spec.scaling.ports)
         except ListenError as error:
-            if spec.scaling.lane != "auto" or spec.scaling.ports:  # else another lane may do
+            if spec.scaling.lane != "auto" or spec.scaling.ports:  # else workers use another lane
                 listener.close()
                 raise
-            log.warning("this server listens on no network: %s", error)
+            log.warning("this server does not listen on the network, so workers use another lane: %s", error)
         return listener
 
     async def pull(self) -> tuple[Version, FloatArray]:
-        """The published weights."""
+        """Return the version of the published weights, and a copy of them, float32 `[partition size]`."""
         weights = np.empty(self._partition.stop - self._partition.start, np.float32)
         return self._host.pull(weights), weights
 
     async def version(self) -> Version:
-        """Of the published weights."""
+        """Return the version of the published weights."""
         return self._host.server.version
 
     async def push(self, gradient: Gradient, wants_weights: bool) -> tuple[Receipt, FloatArray | None]:
-        """Returns when the receipt is due."""
-        due: Future[tuple[Receipt, FloatArray | None]] = Future()
+        """Apply or refuse a gradient, and return when the receipt is due.
+
+        Returns:
+            The receipt, and a copy of the published weights if the worker wants them.
+        """
+        answer: Future[tuple[Receipt, FloatArray | None]] = Future()
 
         def reply(receipt: Receipt) -> None:
-            if due.set_running_or_notify_cancel():  # else the call was cancelled
-                # A copy, as the reply is serialised later, when a step may be under way.
-                due.set_result((receipt, self._host.server.published.copy() if wants_weights else None))
+            if answer.set_running_or_notify_cancel():  # else the call was cancelled
+                # A copy, because Ray serializes the reply later, when a step may be changing the weights.
+                answer.set_result((receipt, self._host.server.published.copy() if wants_weights else None))
 
         self._host.push(gradient, reply)
-        return await asyncio.wrap_future(due)
+        return await asyncio.wrap_future(answer)
 
     async def join(self, worker: str) -> None:
-        """The worker gets a lease."""
+        """Make rounds wait for a worker, which gets a lease next."""
         self._host.join(worker)
 
     async def leave(self, worker: str) -> None:
-        """The worker has no lease any more."""
+        """Make rounds wait for a worker no longer, because it is idle, gone or dead."""
         self._host.leave(worker)
 
     async def change(self, settings: Settings) -> Version:
-        """Go on by other settings, from the version that is returned."""
+        """Change the settings. Return the version from which the new settings hold."""
         return self._host.change(settings)
 
     async def skip(self, batch: BatchId, examples: int) -> None:
-        """Do without a batch."""
+        """Count a batch as settled without its gradient.
+
+        Args:
+            batch: the batch.
+            examples: number of examples in the batch.
+        """
         self._host.skip(batch, examples)
 
     async def report(self, wait: bool) -> Report:
-        """At once, or when an epoch completes, or after a moment."""
+        """Return a report: now, or if `wait` is True, when an epoch completes or after a short time at the latest."""
         return await self._host.report(wait)
 
     async def epoch_weights(self, epochs: int | None) -> FloatArray:
-        """The copy made when so many epochs were complete; None: the weights as they are."""
+        """Return a copy of the weights, float32 `[partition size]`.
+
+        Args:
+            epochs: number of complete epochs at which the copy was made. None: the present weights.
+
+        Raises:
+            WeightsNotKeptError: the copy of that moment is not kept any more.
+        """
         return self._host.epoch_weights(epochs)
 
     async def save(self, checkpoint: str) -> Part:
-        """Write this partition's part of a checkpoint, between two rounds, while training goes on.
+        """Write this partition's part of a checkpoint while training goes on.
 
-        One at a time: what was given up because another server died may still be being written.
+        The part holds the state between two rounds. Only one part is written at a time: an earlier one may still be in
+        progress if its checkpoint was given up because another server died.
+
+        Args:
+            checkpoint: name of the checkpoint.
+
+        Raises:
+            StorageError: the part cannot be written, or an earlier one is still in progress after the time limit.
         """
         if self._writing is not None:
             await asyncio.wait([self._writing], timeout=self._timeout_s)
         if self._writing is not None:
-            raise StorageError(f"an earlier checkpoint was still being written after {self._timeout_s} s")
+            raise StorageError(
+                f"an earlier checkpoint was still being written after {self._timeout_s} s (see failure.timeout_s)"
+            )
         self._writing = asyncio.create_task(self._write(checkpoint))
         return await self._writing
 
@@ -173,26 +203,34 @@ class ServerActor:
 
 
 def _shared_vector(spec: JobSpec, size: int) -> PublishedVector | None:
-    """Where workers of this node read the weights; None: they do not, or there is no such memory."""
+    """Return the shared memory in which workers of this node read the weights; None if no worker reads them there."""
     if spec.scaling.lane in ("tcp", "ray") or not has_shared_memory():
         return None
     try:
         return PublishedVector(size)
     except SharedMemoryError as error:
-        log.warning("this server shares no memory: %s", error)
+        log.warning("this server cannot share memory with workers of its node, so they use another lane: %s", error)
         return None
 
 
 def start_server(
     context: RunContext, number: int, incarnation: int, origin: ray.ObjectRef[Any] | Checkpoint, node: str
 ) -> ActorHandle[Any]:
-    """Start a server's process on a node, or elsewhere if that is gone.
+    """Start a server's process. It asks Ray for no CPU, because a server computes only when a worker pushes.
 
-    It asks Ray for no CPU, as it computes only when somebody pushes.
+    Args:
+        context: context of the run.
+        number: number of the partition that the server holds.
+        incarnation: incarnation of the server.
+        origin: reference to the initial weights, or the checkpoint to restore.
+        node: Ray's id of the node to start the server on. If that node is gone, Ray chooses another.
+
+    Returns:
+        The handle of the actor.
     """
     options: dict[str, Any] = {
         "num_cpus": 0,
-        # A byte: who asks for nothing is placed by way of any node, and waits for it if that one is cut off.
+        # One byte: Ray places an actor without any request by way of a random node, and waits if that node is cut off.
         "memory": 1,
         "max_concurrency": 4 * context.spec.scaling.most_workers + 16,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),

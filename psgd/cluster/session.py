@@ -1,4 +1,4 @@
-"""A session with Ray: a local cluster of our own, a cluster that runs already, or the caller's connection."""
+"""A connection to Ray: to a local cluster started for the run, to a running cluster, or the one that the caller has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ray.exceptions import AuthenticationError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 import psgd_workers
-from psgd.cluster.failures import reason_of, refusals
+from psgd.cluster.failures import map_ray_errors, reason_of
 from psgd.cluster.placement import living_nodes
 from psgd.core.server.memory import FLOAT32, server_memory
 from psgd.errors import ClusterError, ClusterStartError
@@ -25,8 +25,8 @@ from psgd_workers.transport.memory import free_memory
 
 __all__ = ["SHIPPED", "check_room", "py_modules", "session"]
 
-SHIPPED = "PSGD_SHIPPED"  # set in a submitted job's environment: its runtime environment carries psgd already
-LIMITS = {
+SHIPPED = "PSGD_SHIPPED"  # environment variable of a submitted job, to which psgd was uploaded already
+RESOURCE_LIMITS = {
     "processes": resource.RLIMIT_NPROC,
     "open files": resource.RLIMIT_NOFILE,
     "bytes of a file": resource.RLIMIT_FSIZE,
@@ -35,7 +35,7 @@ LIMITS = {
 
 
 def py_modules() -> list[str]:
-    """The source directories that a cluster's workers need."""
+    """Return the source directories that the processes on a cluster need."""
     return [str(Path(__file__).parents[1]), str(Path(str(psgd_workers.__file__)).parent)]
 
 
@@ -44,16 +44,16 @@ def session(spec: JobSpec, address: str | None) -> Iterator[None]:
     """Connect to Ray for as long as the block lasts, unless the caller is connected already.
 
     Args:
-        spec: the job, whose size a local cluster is given.
-        address: of a running cluster; None: start a local one.
+        spec: the job. A local cluster is started with the CPUs that the job needs.
+        address: address of a running cluster. None: start a local cluster.
 
     Raises:
-        ClusterError: the cluster cannot be reached, or refuses this driver.
+        ClusterError: the cluster cannot be reached, or it refused this driver.
         ClusterStartError: no local cluster could be started.
-        ClusterLostError: it refused a call in the block.
+        ClusterLostError: the cluster refused a call in the block.
     """
     if ray.is_initialized():
-        with refusals():
+        with map_ray_errors():
             yield
         return
     if address is None:
@@ -61,7 +61,7 @@ def session(spec: JobSpec, address: str | None) -> Iterator[None]:
     else:
         _connect(address)
     try:
-        with refusals():
+        with map_ray_errors():
             yield
     finally:
         ray.shutdown()
@@ -69,9 +69,9 @@ def session(spec: JobSpec, address: str | None) -> Iterator[None]:
 
 def _start(spec: JobSpec) -> None:
     try:
-        ray.init(**_local(spec))
-    except Exception as error:  # Ray raises bare ones, too
-        ray.shutdown()  # ends the processes that did start
+        ray.init(**_local_options(spec))
+    except Exception as error:  # Ray raises bare exceptions, too
+        ray.shutdown()  # end the processes that did start
         reason = reason_of(error).rstrip(".")
         raise ClusterStartError(
             f"Ray did not start on this machine: {reason}. Look for the cause in {_log_directory()}, and at the limits "
@@ -79,8 +79,8 @@ def _start(spec: JobSpec) -> None:
         ) from error
 
 
-def _local(spec: JobSpec) -> dict[str, Any]:
-    # Ray starts as many processes ahead as there are CPUs: with one for each server nobody waits for the last of them.
+def _local_options(spec: JobSpec) -> dict[str, Any]:
+    # Ray starts one process per CPU in advance. One more CPU per server means that no actor waits for its process.
     cpus = spec.scaling.most_workers * spec.scaling.cpus_per_worker + spec.scaling.servers
     return {"address": "local", "num_cpus": cpus, "include_dashboard": False, "logging_level": logging.ERROR}
 
@@ -92,8 +92,8 @@ def _log_directory() -> Path:
 
 
 def _limits() -> str:
-    """Describe this process' resource limits, those of a container included."""
-    limits = {name: resource.getrlimit(number)[0] for name, number in LIMITS.items()}
+    """Describe the resource limits of this process, including those of its container."""
+    limits = {name: resource.getrlimit(number)[0] for name, number in RESOURCE_LIMITS.items()}
     limited = [f"{name} {limit:,}" for name, limit in limits.items() if limit != resource.RLIM_INFINITY]
     if (free := free_memory()) < sys.maxsize:
         limited.append(f"free memory {_gib(free)}")
@@ -113,44 +113,55 @@ def _connect(address: str) -> None:
 
 
 def _connection_hint(address: str) -> str:
-    """Name what may be wrong where something listens: Ray says no more than that it failed to connect."""
+    """Name the likely causes of a failed connection. Ray itself says only that it failed to connect."""
     if address == "auto":
         return "No Ray runs on this machine: start one with `ray start --head`, or give HOST:PORT of another"
     mode = os.environ.get("RAY_AUTH_MODE", "not set")
     return (
-        "Either the port is not that of Ray's head (6379 by default), or this driver's token is not the cluster's: it "
-        "is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, and sent if RAY_AUTH_MODE is token "
-        f"(it is {mode})"
+        "Either the port is not that of Ray's head (6379 by default), or this driver's token is not the cluster's. The "
+        "token is read from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, and sent if RAY_AUTH_MODE is "
+        f"token (it is {mode})"
     )
 
 
 def check_room(spec: JobSpec, num_parameters: int) -> None:
-    """Ask whether the cluster can ever hold the job; wait for it to grow if the spec says so.
+    """Raise an error if the cluster has too few nodes, CPUs, GPUs or bytes of memory for the job.
+
+    If the job sets `failure.start_timeout_s`, wait up to that time until the cluster has grown.
+
+    Args:
+        spec: the job.
+        num_parameters: number of values in the model's weights.
 
     Raises:
-        ClusterError: it cannot.
+        ClusterError: the cluster cannot hold the job.
     """
     if not living_nodes():
-        raise ClusterError("no node of the cluster is up: start one with `ray start`, or wait until Ray knows it")
+        raise ClusterError("no node of the cluster is up: start one with `ray start`, or wait until Ray has noticed it")
     _check_processors(spec)
     _check_memory(spec, num_parameters)
 
 
 def _check_memory(spec: JobSpec, num_parameters: int) -> None:
-    """Refuse weights that no node, or not all nodes together, could hold, before processes are killed for them."""
+    """Refuse weights that are too large for the largest node, or for all nodes together.
+
+    Otherwise the system would kill processes during the run.
+    """
     scaling = spec.scaling
-    members: Any = ray.nodes  # its stub is untyped
+    members: Any = ray.nodes  # Ray's stub is untyped
     nodes = [int(node["Resources"].get("memory", 0)) for node in members() if node["Alive"]]
-    by_message = scaling.lane in ("tcp", "ray") or (scaling.lane == "auto" and len(nodes) > 1)
+    # True if vectors travel through connections, and not only through shared memory.
+    sends_vectors = scaling.lane in ("tcp", "ray") or (scaling.lane == "auto" and len(nodes) > 1)
     partition = -(-num_parameters // scaling.servers)
-    server = server_memory(spec, partition, scaling.least_workers, scaling.least_workers if by_message else 0)
-    worker = FLOAT32 * num_parameters * 2 * (scaling.pipeline + 1)  # weights and a gradient for each batch in hand
+    server = server_memory(spec, partition, scaling.least_workers, scaling.least_workers if sends_vectors else 0)
+    worker = FLOAT32 * num_parameters * 2 * (scaling.pipeline + 1)  # weights and gradient of each batch in hand
     total = scaling.servers * server + scaling.least_workers * worker
     if max(server, worker) > max(nodes) or total > sum(nodes):
         raise ClusterError(
             f"weights of {num_parameters:,} values take {_gib(server)} in each of {scaling.servers} servers and "
-            f"{_gib(worker)} in each of {scaling.least_workers} workers, {_gib(total)} in all; the nodes have "
-            f"{', '.join(map(_gib, nodes))}. Raise scaling.servers, lower workers or pipeline, or add memory"
+            f"{_gib(worker)} in each of {scaling.least_workers} workers, {_gib(total)} in all, but the nodes have "
+            f"{', '.join(map(_gib, nodes))}. Raise scaling.servers, lower scaling.workers or scaling.pipeline, or add "
+            "memory"
         )
 
 
@@ -160,27 +171,28 @@ def _gib(size: int) -> str:
 
 def _check_processors(spec: JobSpec) -> None:
     scaling = spec.scaling
-    patience = spec.failure.start_timeout_s
+    limit_s = spec.failure.start_timeout_s
     need = {"CPU": float(scaling.cpus_per_worker)}
     if scaling.gpus_per_worker:
         need["GPU"] = scaling.gpus_per_worker
-    members: Any = ray.nodes  # its stub is untyped
+    members: Any = ray.nodes  # Ray's stub is untyped
     nodes = [node["Resources"] for node in members() if node["Alive"]]
     room = sum(int(min(node.get(kind, 0.0) // amount for kind, amount in need.items())) for node in nodes)
-    if room >= scaling.least_workers or (patience > 0 and _grows(need, scaling.least_workers, patience)):
+    if room >= scaling.least_workers or (limit_s > 0 and _wait_for_room(need, scaling.least_workers, limit_s)):
         return
-    asked = " and ".join(f"{scaling.least_workers * amount:g} {kind}s" for kind, amount in need.items())
-    there = " and ".join(f"{sum(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in need)
+    needed = " and ".join(f"{scaling.least_workers * amount:g} {kind}s" for kind, amount in need.items())
+    available = " and ".join(f"{sum(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in need)
     raise ClusterError(
-        f"the job needs {asked} ({scaling.least_workers} workers), the cluster has {there}, room for {room} workers. "
-        "Lower scaling.workers or cpus_per_worker, or let it wait for a cluster that grows: failure.start_timeout_s"
+        f"the job needs {needed} ({scaling.least_workers} workers), but the cluster has {available}, which is room for "
+        f"{room} workers. Lower scaling.workers or scaling.cpus_per_worker, or set failure.start_timeout_s to wait "
+        "for a cluster that grows"
     )
 
 
-def _grows(need: dict[str, float], workers: int, patience: float) -> bool:
-    """Whether the cluster finds room in time; asking for it is what makes an autoscaler act."""
+def _wait_for_room(need: dict[str, float], workers: int, limit_s: float) -> bool:
+    """Request room for the workers, which makes an autoscaler add nodes. Return False if there is none in time."""
     group = placement_group([need] * workers)
     try:
-        return bool(group.wait(patience))
+        return bool(group.wait(limit_s))
     finally:
         remove_placement_group(group)

@@ -1,7 +1,8 @@
-"""The supervisor: events in, actions out, around the coordinator, with Ray on the other side.
+"""The supervisor: turns answers of Ray actors into the coordinator's events, and its actions into calls of actors.
 
-Every call to an actor is noted with what its answer, its error and its silence mean; the loop waits for whichever
-comes first. The loop never waits for one thing alone, but for joins, which must be done before the next action.
+Each call is kept with its time limit and with the functions that turn its answer or its failure into an event. The loop
+waits for all calls at once. Only a server's `join` is waited for alone, because it must take effect before the next
+action.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from psgd.cluster.failures import refusals, server_failure, worker_failure
+from psgd.cluster.command_inbox import POLL_S, CommandInbox
+from psgd.cluster.failures import map_ray_errors, server_failure, worker_failure
 from psgd.cluster.placement import choose_node, living_nodes
 from psgd.cluster.server_actor import start_server
 from psgd.cluster.worker_actor import start_worker
@@ -28,7 +30,6 @@ from psgd.core.driver.events import (
     Action,
     AskReport,
     Cancel,
-    Change,
     ChangeServer,
     Commit,
     Evaluate,
@@ -60,18 +61,14 @@ from psgd.core.driver.events import (
 )
 from psgd.core.driver.status import RunStatus
 from psgd.core.driver.weights_gather import EvaluationRequest, WeightsGather
-from psgd.errors import SpecError
 from psgd.spec import Settings
-from psgd.spec.changes import change_settings, change_workers
 from psgd.store.checkpoint_writer import CheckpointWriter
-from psgd.store.commands import MOST_REASON, Command, Refusal
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, FloatArray, Version
 
 __all__ = ["Inputs", "Supervisor"]
 
-COMMANDS_S = 0.5  # between two looks for commands
-RECORDED = (
+RECORDED_EVENTS = (  # written to events.jsonl
     *(WorkerUp, WorkerLost, WorkerFailed, LaneFailed, ServerLost),
     *(SaveFailed, Evaluated, EvaluationLost, Stop, Scale),
 )
@@ -80,35 +77,35 @@ Observer = Callable[[Callable[[float], RunStatus], float], None]
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the actors are started with."""
+    """The data that actors are started with."""
 
     context: RunContext
     dataset: ray.ObjectRef[Any]
-    weights: ray.ObjectRef[Any]  # initial
-    examples: Callable[[BatchId], int]  # in a batch
+    weights: ray.ObjectRef[Any]  # the initial weights
+    examples: Callable[[BatchId], int]  # returns the number of examples in a batch
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call under way."""
+    """A call of an actor that has not returned yet."""
 
-    answered: Callable[[Any], Event | None]
-    failed: Callable[[RayError], Event | None]
-    deadline: float
-    actor: Any  # whose calls are forgotten when it is ended
+    on_answer: Callable[[Any], Event | None]  # turns the answer into an event
+    on_error: Callable[[RayError], Event | None]  # turns an error, or a missing answer, into an event
+    deadline: float  # monotonic time, seconds
+    actor: Any
 
 
 class Supervisor:
-    """Runs one job to its end.
+    """The loop that runs one job to its end.
 
     Args:
-        coordinator: decides.
-        inputs: for the actors.
-        run: the run directory, owned.
-        saves: its checkpoints.
-        observe: called after every event with the time, and a function that makes the status of a time.
-        check_cluster: given the time, raises a `ClusterLostError` if the cluster is gone.
-        interrupted: returns True once the run is to be saved and ended, by a signal.
+        coordinator: decides which actions follow an event.
+        inputs: the data that actors are started with.
+        run: the run directory, owned by this driver.
+        checkpoint_writer: writes the run's checkpoints.
+        observe: called after every event with a function from a time to the run's status, and with the present time.
+        check_cluster: called with the present time, raises a `ClusterLostError` if the cluster is gone.
+        interrupted: returns True once a signal has asked that the run be saved and ended.
     """
 
     def __init__(
@@ -128,31 +125,34 @@ class Supervisor:
         self._observe = observe
         self._check_cluster = check_cluster
         self._interrupted = interrupted
-        self._stopping = False  # because of an interruption
-        self._spec = inputs.context.spec
+        self._stopping = False  # True once an interruption was handled
+        self._inbox = CommandInbox(run, inputs.context.spec)
+        self._limits = inputs.context.spec.failure
         self._servers: dict[int, Any] = {}
-        self._nodes: dict[int, str] = {}  # that servers were started on
-        self._lost_on = Counter[str]()  # how many servers, by node
+        self._nodes: dict[int, str] = {}  # partition -> id of its server's node
+        self._losses_by_node = Counter[str]()  # node id -> number of servers lost there
         self._workers: dict[str, Any] = {}
         self._calls: dict[ray.ObjectRef[Any], _Call] = {}
         self._events: list[Event] = []
         self._weights_gather = WeightsGather(len(inputs.context.partitions))
-        self._commands_at = 0.0
         self._finish: Finish | None = None
-        self._reported = False  # True once a server of the first start has reported
+        self._reported = False  # True once any server has reported
 
     def train(self) -> Finish:
-        """Run the job. Every actor that was started is gone when this returns or raises.
+        """Run the job until it has ended. Every actor is ended when this method returns or raises.
+
+        Returns:
+            The action that ended the run.
 
         Raises:
-            ClusterLostError: the cluster is gone, or refuses a call.
+            ClusterLostError: the cluster is gone, or refused a call.
         """
         try:
-            with refusals():
+            with map_ray_errors():
                 return self._loop()
         finally:
             for actor in [*self._workers.values(), *self._servers.values()]:
-                with suppress(RayError):  # if the cluster is gone, the actor is
+                with suppress(RayError):  # raised if the cluster is gone, and the actor with it
                     ray.kill(actor)
 
     def _loop(self) -> Finish:
@@ -164,14 +164,14 @@ class Supervisor:
 
     def _handle(self, event: Event) -> None:
         now = time.monotonic()
-        self._record(event)  # before what follows from it
+        self._record(event)  # first, so that the log shows causes before effects
         self._reported = self._reported or isinstance(event, Reported)
         for action in self._coordinator.handle(event, now):
             self._act(action)
         self._observe(self._coordinator.status, now)
 
     def _record(self, event: Event) -> None:
-        if isinstance(event, RECORDED):
+        if isinstance(event, RECORDED_EVENTS):
             self._run.event(_snake_case(type(event).__name__), **asdict(event))
 
     # Waiting
@@ -179,7 +179,8 @@ class Supervisor:
     def _next_events(self) -> list[Event]:
         now = time.monotonic()
         self._check_cluster(now)
-        self._poll_commands(now)
+        self._run.beat(now)
+        self._events.extend(self._inbox.poll(now))
         if self._interrupted() and not self._stopping:
             self._stopping = True
             self._events.append(Stop("interrupted"))
@@ -190,12 +191,12 @@ class Supervisor:
         return events or [Tick()]
 
     def _wake_at(self, now: float) -> float:
-        deadlines = [now + COMMANDS_S, *(call.deadline for call in self._calls.values())]
+        deadlines = [now + POLL_S, *(call.deadline for call in self._calls.values())]
         deadlines.append(self._coordinator.next_deadline() or float("inf"))
         return max(now, min(deadlines))
 
     def _collect(self, timeout_s: float) -> None:
-        """Turn answers into events, waiting for the first at most so long."""
+        """Turn answers into events. Wait for the first answer at most `timeout_s`."""
         if not self._calls:
             return
         refs = list(self._calls)
@@ -204,56 +205,24 @@ class Supervisor:
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
         for ref in ready:
             call = self._calls.pop(ref, None)
-            if call is not None:  # else its actor was found dead a moment ago
-                self._note(self._answer(call, ref))
+            if call is not None:  # else the failure of an earlier call ended its actor
+                self._add_event(self._answer(call, ref))
 
     def _answer(self, call: _Call, ref: ray.ObjectRef[Any]) -> Event | None:
         try:
-            return call.answered(ray.get(ref))
+            return call.on_answer(ray.get(ref))
         except RayError as error:
-            return call.failed(error)
+            return call.on_error(error)
 
     def _expire(self, now: float) -> None:
         for ref in [ref for ref, call in self._calls.items() if now >= call.deadline]:
             call = self._calls.pop(ref, None)
-            if call is not None:  # else its actor was given up for another call a moment ago
-                self._note(call.failed(GetTimeoutError("no answer in time (see failure.timeout_s)")))
+            if call is not None:  # else the failure of an earlier call ended its actor
+                self._add_event(call.on_error(GetTimeoutError("no answer in time (see failure.timeout_s)")))
 
-    def _note(self, event: Event | None) -> None:
+    def _add_event(self, event: Event | None) -> None:
         if event is not None:
             self._events.append(event)
-
-    def _poll_commands(self, now: float) -> None:
-        if now < self._commands_at:
-            return
-        self._commands_at = now + COMMANDS_S
-        self._run.beat(now)
-        for command in self._run.take_commands():
-            self._obey(command)
-
-    def _obey(self, command: Command | Refusal) -> None:
-        """Follow a command or refuse it, and record which. A command never ends the run that it is for."""
-        if isinstance(command, Refusal):
-            self._run.event("command", **asdict(command), accepted=False)
-            return
-        try:
-            self._events.append(self._understood(command))
-        except Exception as error:  # noqa: BLE001 - its settings are anybody's text
-            kind = "" if isinstance(error, SpecError) else f"{type(error).__name__}: "
-            self._run.event("command", **command.model_dump(), accepted=False, reason=f"{kind}{error}"[:MOST_REASON])
-        else:
-            self._run.event("command", **command.model_dump(), accepted=True)
-
-    def _understood(self, command: Command) -> Stop | Change | Scale:
-        match command.command:
-            case "stop":
-                return Stop("stopped")
-            case "scale":
-                workers = change_workers(self._spec, *command.settings[:1] or [""]).scaling.most_workers
-                return Scale(workers)
-            case "set":
-                self._spec = change_settings(self._spec, command.settings)
-                return Change(self._spec.settings)
 
     # Acting
 
@@ -264,7 +233,7 @@ class Supervisor:
             case Join() | Leave() | Skip() | ChangeServer():
                 self._tell_servers(action)
             case AskReport(partition, asked, wait):
-                self._call_server(
+                self._track_server_call(
                     partition, self._servers[partition].report.remote(wait), lambda report: Reported(report, asked)
                 )
             case Save(checkpoint):
@@ -289,41 +258,43 @@ class Supervisor:
                 self._workers[name] = start_worker(inputs.context, name, inputs.dataset, servers)
                 self._run.event("worker_started", worker=name)
                 ready = self._workers[name].ready.remote()
-                self._call_worker(name, ready, lambda up: WorkerUp(name, *up), lease=None)
+                self._track_worker_call(name, ready, lambda up: WorkerUp(name, *up), lease=None)
             case StopWorker(name, cause):
                 self._run.event("worker_stopped", worker=name, cause=cause)
-                if name in self._workers:  # else it was found dead a moment ago
+                if name in self._workers:  # else its death was noticed a moment ago
                     self._end(self._workers.pop(name))
 
     def _start_server(self, partition: int) -> None:
-        """The first of a partition, or the next: of the newest checkpoint, known to every worker before it can work."""
+        """Start the first server of a partition, or restore a lost one from the newest checkpoint.
+
+        Workers are told of a restored server before they get another lease.
+        """
         restarted = partition in self._servers
         if restarted:
             self._end(self._servers[partition])
-            for asked in self._weights_gather.lost(
-                partition
-            ):  # also who asked it when it was dead, but not yet replaced
-                self._note(EvaluationLost(asked.worker, asked.epochs))
-            self._lost_on[self._nodes.pop(partition)] += 1
-            self._checkpoint_writer.find_origin()
+            # This includes requests that were sent while the server was dead, but not replaced yet.
+            for request in self._weights_gather.lost(partition):
+                self._add_event(EvaluationLost(request.worker, request.epochs))
+            self._losses_by_node[self._nodes.pop(partition)] += 1
+            self._checkpoint_writer.refresh_origin()
         incarnation = self._run.next_incarnation() if restarted else self._run.incarnation
         origin = self._checkpoint_writer.origin
-        node = self._nodes[partition] = choose_node(living_nodes(), self._nodes.values(), self._lost_on)
+        node = self._nodes[partition] = choose_node(living_nodes(), self._nodes.values(), self._losses_by_node)
         context = self._inputs.context
-        if origin:  # to the settings of now; who begins anew goes by those of the start, as its journal does
-            context = replace(context, spec=self._spec)
+        if origin:  # continue with the present settings; without a checkpoint, the journal begins with the first ones
+            context = replace(context, spec=self._inbox.spec)
         state = origin or self._inputs.weights
         server = self._servers[partition] = start_server(context, partition, incarnation, state, node)
         checkpoint = origin.manifest.name if origin else None
         self._run.event("server_started", partition=partition, incarnation=incarnation, checkpoint=checkpoint)
         if restarted:
             for name, worker in self._workers.items():
-                # A lease that waits for the old server would do so until its time limit, and what follows it as well.
-                for told in (worker.hang_up.remote(partition), worker.reroute.remote(partition, server)):
-                    self._call_worker(name, told, lambda _: None, lease=None)
+                # Without `hang_up`, a lease that waits for the old server would last until its time limit.
+                for ref in (worker.hang_up.remote(partition), worker.reroute.remote(partition, server)):
+                    self._track_worker_call(name, ref, lambda _: None, lease=None)
 
     def _end(self, actor: Any) -> None:
-        """End an actor's process and hear no more of it."""
+        """End an actor's process and ignore the calls that it has not answered."""
         self._calls = {ref: call for ref, call in self._calls.items() if call.actor is not actor}
         ray.kill(actor)
 
@@ -331,61 +302,69 @@ class Supervisor:
         for partition, server in self._servers.items():
             match action:
                 case Join(worker):
-                    self._await_server(partition, server.join.remote(worker))
+                    self._wait_for_server(partition, server.join.remote(worker))
                 case Leave(worker):
-                    self._call_server(partition, server.leave.remote(worker), lambda _: None)
+                    self._track_server_call(partition, server.leave.remote(worker), lambda _: None)
                 case Skip(batch):
                     examples = self._inputs.examples(batch)
-                    self._call_server(partition, server.skip.remote(batch, examples), lambda _: None)
+                    self._track_server_call(partition, server.skip.remote(batch, examples), lambda _: None)
                 case ChangeServer(number, settings) if number == partition:
-                    changed = partial(self._changed, partition, settings)
-                    self._call_server(partition, server.change.remote(settings), changed)
+                    on_answer = partial(self._record_change, partition, settings)
+                    self._track_server_call(partition, server.change.remote(settings), on_answer)
 
-    def _await_server(self, partition: int, ref: ray.ObjectRef[Any]) -> None:
+    def _wait_for_server(self, partition: int, ref: ray.ObjectRef[Any]) -> None:
         try:
-            ray.get(ref, timeout=self._spec.failure.timeout_s)
+            ray.get(ref, timeout=self._limits.timeout_s)
         except RayError as error:
-            self._note(self._server_error(partition, self._servers[partition], error))
+            self._add_event(self._server_error(partition, self._servers[partition], error))
 
-    def _changed(self, partition: int, settings: Settings, version: Version) -> None:
+    def _record_change(self, partition: int, settings: Settings, version: Version) -> None:
         self._run.event("changed", partition=partition, version=version, settings=settings.model_dump(mode="json"))
 
     def _tell_worker(self, action: Grant | Cancel | Evaluate) -> None:
         if action.worker not in self._workers:
-            return  # it was lost a moment ago, and the coordinator will hear of it
+            return  # the worker was lost a moment ago, and an event for the coordinator is under way
         worker = self._workers[action.worker]
         match action:
             case Grant(name, lease):
                 ref = worker.work.remote(lease)
-                self._call_worker(name, ref, lambda end: LeaseClosed(name, lease.id, end.residual_norm), lease.id)
+                self._track_worker_call(name, ref, lambda end: LeaseClosed(name, lease.id, end.residual_norm), lease.id)
             case Evaluate(name, epochs):
-                asked = self._weights_gather.begin(name, epochs)
+                request = self._weights_gather.begin(name, epochs)
                 for partition, server in self._servers.items():
-                    gathered = partial(self._evaluate, asked, partition)
-                    refused = partial(self._give_up, asked)
-                    self._call_server(partition, server.epoch_weights.remote(epochs), gathered, refused)
+                    on_answer = partial(self._add_part, request, partition)
+                    on_refusal = partial(self._drop_request, request)
+                    self._track_server_call(partition, server.epoch_weights.remote(epochs), on_answer, on_refusal)
             case Cancel(name, newest):
-                self._call_worker(name, worker.cancel.remote(newest), lambda _: None, lease=None)
+                self._track_worker_call(name, worker.cancel.remote(newest), lambda _: None, lease=None)
 
-    def _evaluate(self, asked: EvaluationRequest, partition: int, part: FloatArray) -> None:
-        """Let a worker evaluate once every partition's weights are there."""
-        parts = self._weights_gather.add(asked, partition, part)
-        worker = asked.worker
-        epochs = asked.epochs
+    def _add_part(self, request: EvaluationRequest, partition: int, part: FloatArray) -> None:
+        """Add a partition's weights to a request. Start the evaluation once all weights have arrived."""
+        parts = self._weights_gather.add(request, partition, part)
+        worker = request.worker
+        epochs = request.epochs
         if parts is not None and worker in self._workers:
             ref = self._workers[worker].evaluate.remote(*parts)
-            self._call_worker(worker, ref, lambda result: Evaluated(worker, epochs, result), lease=None)
+            self._track_worker_call(worker, ref, lambda result: Evaluated(worker, epochs, result), lease=None)
 
-    def _give_up(self, asked: EvaluationRequest) -> Event | None:
-        """A server has no such weights any more."""
-        return EvaluationLost(asked.worker, asked.epochs) if self._weights_gather.give_up(asked) else None
+    def _drop_request(self, request: EvaluationRequest) -> Event | None:
+        """Give up an evaluation, because a server does not keep those weights any more."""
+        return EvaluationLost(request.worker, request.epochs) if self._weights_gather.give_up(request) else None
 
-    def _call_worker(
-        self, name: str, ref: ray.ObjectRef[Any], answered: Callable[[Any], Event | None], lease: int | None
+    def _track_worker_call(
+        self, name: str, ref: ray.ObjectRef[Any], on_answer: Callable[[Any], Event | None], lease: int | None
     ) -> None:
-        # How long a worker may be silent is the coordinator's to judge: it hears of its pushes from the servers.
-        failed = partial(self._worker_error, name, lease)
-        self._calls[ref] = _Call(answered, failed, float("inf"), self._workers[name])
+        """Remember a call to a worker until it returns or fails.
+
+        Args:
+            name: name of the worker.
+            ref: the call.
+            on_answer: turns the answer into an event.
+            lease: id of the lease that the call works through; None for other calls.
+        """
+        # No time limit: the coordinator decides how long a worker may be silent, as servers report the worker's pushes.
+        on_error = partial(self._worker_error, name, lease)
+        self._calls[ref] = _Call(on_answer, on_error, float("inf"), self._workers[name])
 
     def _worker_error(self, name: str, lease: int | None, error: RayError) -> Event | None:
         event = worker_failure(name, lease, error)
@@ -393,27 +372,33 @@ class Supervisor:
             self._end(self._workers.pop(name))
         return event
 
-    def _call_server(
+    def _track_server_call(
         self,
         partition: int,
         ref: ray.ObjectRef[Any],
-        answered: Callable[[Any], Event | None],
-        refused: Callable[[], Event | None] | None = None,
+        on_answer: Callable[[Any], Event | None],
+        on_refusal: Callable[[], Event | None] | None = None,
     ) -> None:
-        """Call a server; an answer that is an error means that it is lost, unless `refused` says what it means."""
-        limits = self._spec.failure
+        """Remember a call to a server until it returns, fails or expires.
+
+        Args:
+            partition: partition of the server.
+            ref: the call.
+            on_answer: turns the answer into an event.
+            on_refusal: called if the server's method raised. None: such an error counts as the loss of the server.
+        """
         server = self._servers[partition]
-        patience = limits.timeout_s + (0 if self._reported else limits.start_timeout_s)
-        failed = partial(self._server_error, partition, server, refused=refused)
-        self._calls[ref] = _Call(answered, failed, time.monotonic() + patience, server)
+        limit_s = self._limits.timeout_s + (0 if self._reported else self._limits.start_timeout_s)
+        on_error = partial(self._server_error, partition, server, on_refusal=on_refusal)
+        self._calls[ref] = _Call(on_answer, on_error, time.monotonic() + limit_s, server)
 
     def _server_error(
-        self, partition: int, server: Any, error: RayError, refused: Callable[[], Event | None] | None = None
+        self, partition: int, server: Any, error: RayError, on_refusal: Callable[[], Event | None] | None = None
     ) -> Event | None:
-        if isinstance(error, RayTaskError) and refused is not None:
-            return refused()
+        if isinstance(error, RayTaskError) and on_refusal is not None:
+            return on_refusal()
         if self._servers.get(partition) is not server:
-            return None  # it has a successor already
+            return None  # the server was replaced already
         self._calls = {ref: call for ref, call in self._calls.items() if call.actor is not server}
         return server_failure(partition, error)
 
@@ -423,10 +408,10 @@ class Supervisor:
         name = self._checkpoint_writer.begin(number)
         for partition, server in self._servers.items():
             ref = server.save.remote(name)
-            self._call_server(partition, ref, partial(self._checkpoint_writer.take, number))
-            failed = partial(self._save_failed, partition, server, number)
-            # How long writing may take is the storage's to say; that the server lives is seen by its reports.
-            self._calls[ref] = replace(self._calls[ref], failed=failed, deadline=float("inf"))
+            self._track_server_call(partition, ref, partial(self._checkpoint_writer.add_part, number))
+            on_error = partial(self._save_failed, partition, server, number)
+            # No time limit: the storage has its own, and the server's reports show that it lives.
+            self._calls[ref] = replace(self._calls[ref], on_error=on_error, deadline=float("inf"))
 
     def _save_failed(self, partition: int, server: Any, number: int, error: RayError) -> Event | None:
         cause = error.cause if isinstance(error, RayTaskError) else None

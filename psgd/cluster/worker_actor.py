@@ -25,13 +25,15 @@ __all__ = ["WorkerActor", "start_worker"]
 
 
 class WorkerActor:
-    """Hosts one `Worker`. Leases and evaluations run one after the other; `cancel` and `hang_up` run beside them.
+    """A worker's process, which hosts one `Worker`.
+
+    Leases and evaluations run one after the other; `cancel` and `hang_up` run beside them, in a thread of their own.
 
     Args:
-        context: the run's context.
+        context: context of the run.
         name: name of the worker.
-        dataset: read-only views of the node's copy in the object store.
-        servers: server actors by partition.
+        dataset: the data set, as read-only views of the node's copy in the object store.
+        servers: handles of the server actors, by partition.
     """
 
     def __init__(self, context: RunContext, name: str, dataset: Dataset, servers: Sequence[ActorHandle[Any]]) -> None:
@@ -46,42 +48,56 @@ class WorkerActor:
         self._worker = build_worker(context.spec, name, dataset, context.layout, routes)
 
     def ready(self) -> tuple[str, tuple[LaneKind, ...]]:
-        """Return `host:pid` and the lanes to the servers; no lanes if a server cannot be reached at present."""
-        with suppress(LaneError):  # the server may be restarting; the first lease connects again
+        """Return `host:pid` and the lanes to the servers, or no lanes if a server cannot be reached at present."""
+        with suppress(LaneError):  # a server may be restarting; the first lease connects again
             self._worker.connect()
         return f"{socket.gethostname()}:{os.getpid()}", self._worker.lane_kinds
 
     def work(self, lease: Lease) -> LeaseEnd:
-        """Work through a lease."""
+        """Work through a lease. Return how it ended."""
         return self._worker.work(lease, lambda: lease.id <= self._cancelled)
 
     def reroute(self, partition: int, server: ActorHandle[Any]) -> None:
-        """Connect to a partition's new server from the next lease on."""
+        """Replace the server of a partition. The next lease connects to it."""
         self._servers[partition] = server
         self._worker.disconnect()
 
     @ray.method(concurrency_group="control")
     def hang_up(self, partition: int) -> None:
-        """End a lease that waits for a partition's server, which is gone."""
+        """Close the lane to a partition's server, which is gone, so that a lease that waits for the server ends."""
         self._worker.hang_up(partition)
 
     def evaluate(self, *parts: FloatArray) -> Evaluation:
-        """Evaluate the weights, given as one part per partition, on the validation examples."""
+        """Evaluate weights on the validation examples.
+
+        Args:
+            parts: the weights, float32 `[partition size]` for each partition, in order.
+        """
         assert self._validation is not None
         return self._worker.evaluate(np.concatenate(parts), self._validation)
 
     @ray.method(concurrency_group="control")
     def cancel(self, lease: int) -> None:
-        """End leases up to this one after the batch in hand."""
+        """End all leases up to the id `lease`, each after the batch in hand."""
         self._cancelled = max(self._cancelled, lease)
 
 
 def start_worker(
     context: RunContext, name: str, dataset: ray.ObjectRef[Any], servers: Sequence[ActorHandle[Any]]
 ) -> ActorHandle[Any]:
-    """Start a worker's process. Ray gives it one BLAS thread per CPU of the worker."""
+    """Start a worker's process. Ray gives it one BLAS thread per CPU of the worker.
+
+    Args:
+        context: context of the run.
+        name: name of the worker.
+        dataset: reference to the data set in the object store.
+        servers: handles of the server actors, by partition.
+
+    Returns:
+        The handle of the actor.
+    """
     scaling = context.spec.scaling
-    remote: Any = ray.remote  # its stubs do not know concurrency groups
+    remote: Any = ray.remote  # Ray's stubs declare no concurrency groups
     actor = remote(concurrency_groups={"control": 1})(WorkerActor)
     options = {"num_cpus": scaling.cpus_per_worker, "num_gpus": scaling.gpus_per_worker}
     handle: ActorHandle[Any] = actor.options(**options).remote(context, name, dataset, servers)

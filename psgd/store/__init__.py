@@ -1,1 +1,1 @@
-"""What a run leaves on disk or in an object store: its directory, events, checkpoints and storage."""
+"""Files of a run, on disk or in an object store: its directory, its events, its checkpoints."""

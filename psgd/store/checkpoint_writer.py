@@ -1,4 +1,4 @@
-"""Saves: a run's checkpoints, as its driver commits them and a lost server's successor goes on from them."""
+"""The writer of a run's checkpoints: the driver commits them, and restored servers start from them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ __all__ = ["CheckpointWriter"]
 
 
 class CheckpointWriter:
-    """One checkpoint at a time: begun, its parts taken, committed.
+    """The driver's side of a checkpoint: begin it, collect the parts that servers wrote, commit it.
+
+    There is one checkpoint in progress at a time.
 
     Args:
-        run: the run directory, owned.
-        facts: of the run.
-        data_fingerprint: of the data set.
-        identity_hash: of the job as it was given.
-        origin: the checkpoint that the run was resumed from; None: it begins.
+        run: the run directory, owned by this driver.
+        context: context of the run.
+        data_fingerprint: fingerprint of the data set.
+        identity_hash: identity hash of the job as it was given.
+        origin: the checkpoint that the run was resumed from; None for a run that begins.
 
     Attributes:
-        committed: names of the checkpoints that this run's state descends from, as far as this process knows.
-        origin: what servers are started from; None: the initial weights.
+        committed: names of the checkpoints that the run's present state descends from, as far as this process knows.
+        origin: the checkpoint that servers are started from; None for the initial weights.
     """
 
     def __init__(
@@ -39,38 +41,48 @@ class CheckpointWriter:
         self._data_fingerprint = data_fingerprint
         self._identity_hash = identity_hash
         self._checkpoints = Checkpoints(run.storage)
-        self._name = ""  # of the one under way
+        self._name = ""  # name of the checkpoint in progress
         self._parts: dict[int, Part] = {}
         self.origin = origin
         self.committed = [origin.manifest.name] if origin else []
 
-    def find_origin(self) -> None:
-        """From now on servers are started from the newest checkpoint that is whole."""
-        self.origin = self._checkpoints.newest(self._refused, self._misfit) or self.origin
+    def refresh_origin(self) -> None:
+        """Set `origin` to the newest whole checkpoint of this run."""
+        self.origin = self._checkpoints.newest(self._record_refusal, self._why_unfit) or self.origin
 
-    def _misfit(self, checkpoint: Checkpoint) -> str | None:
-        """A newer one than the run was resumed from is of a branch that was given up."""
-        return None if checkpoint.manifest.name in self.committed else "is none that this run goes on from"
+    def _why_unfit(self, checkpoint: Checkpoint) -> str | None:
+        """Return the reason why a checkpoint cannot be the origin; None if it can.
 
-    def _refused(self, fault: str) -> None:
+        A checkpoint that is newer than the one which the run was resumed from belongs to a history that was given up.
+        """
+        return None if checkpoint.manifest.name in self.committed else "is not part of this run's history"
+
+    def _record_refusal(self, fault: str) -> None:
         self._run.event("checkpoint_refused", fault=fault)
 
     def begin(self, number: int) -> str:
-        """The name of a new one, whose parts the servers are to write."""
+        """Begin a checkpoint. Return its name, under which the servers write their parts."""
         self._parts = {}
         self._name = f"{number:06d}-{self._run.incarnation}"
         return self._name
 
-    def take(self, number: int, part: Part) -> Saved:
-        """A part of it is written."""
+    def add_part(self, number: int, part: Part) -> Saved:
+        """Add a part that a server has written to checkpoint `number`."""
         self._parts[part.partition] = part
         return Saved(part.partition, number, part.updates, part.epochs)
 
     def commit(self, commit: Commit, requeued: int) -> Committed | SaveFailed:
-        """All its parts are written.
+        """Commit the checkpoint, all parts of which are written, and delete old checkpoints.
+
+        Args:
+            commit: the action to perform.
+            requeued: number of batches that were leased again so far.
+
+        Returns:
+            The event for the coordinator.
 
         Raises:
-            OwnershipError: another driver has taken the run.
+            OwnershipError: another driver has taken over the run.
         """
         manifest = self._manifest(commit, requeued)
         try:
@@ -84,9 +96,9 @@ class CheckpointWriter:
         return Committed(commit.checkpoint)
 
     def _prune(self) -> list[str]:
-        """What cannot be deleted now is deleted later: the checkpoint stands."""
+        """Delete old checkpoints, and return their names. After a fault of the storage, the next call tries again."""
         try:
-            self._run.check_owner()  # whoever has taken the run since may go on from what would be deleted
+            self._run.check_owner()  # a new owner may be about to continue from a checkpoint that would be deleted
             return self._checkpoints.prune(self._context.spec.checkpoint.keep)
         except StorageError as error:
             self._run.event("not_deleted", fault=str(error))
@@ -104,7 +116,7 @@ class CheckpointWriter:
             epochs=commit.epochs,
             seed=spec.seed,
             spec_hash=self._identity_hash,
-            settings=next(iter(parts)).settings,  # the saved ones: newer ones may be on their way
+            settings=next(iter(parts)).settings,  # as saved: `psgd set` may have changed the run's settings since
             data_fingerprint=self._data_fingerprint,
             names=layout.names,
             shapes=layout.shapes,

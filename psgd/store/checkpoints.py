@@ -1,11 +1,13 @@
-"""Checkpoints: a directory each, never renamed, whole if and only if its COMMITTED is there and its checksums hold.
+"""Checkpoints. Each is a directory of its own, which is never renamed.
 
-    checkpoints/000007-2/        the seventh, written by incarnation 2
+A checkpoint is whole if and only if its file COMMITTED exists and the checksums in it hold.
+
+    checkpoints/000007-2/        checkpoint 7, written by incarnation 2
       server-0.safetensors       weights, optimizer state and applied sets of partition 0
-      server-0.json              its versions and counts
-      COMMITTED                  the Manifest, written last, by the driver alone
+      server-0.json              versions and counts of partition 0
+      COMMITTED                  the Manifest, which the driver writes last
 
-Servers write their parts themselves; only names and checksums travel.
+Servers write their parts themselves, and send only names and checksums to the driver.
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ NAME = re.compile(r"\d+-\d+")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one server wrote."""
+    """The part of a checkpoint that one server wrote."""
 
     partition: int
     updates: int
-    epochs: int
-    settings: Settings  # by which the server went on
+    epochs: int  # complete epochs
+    settings: Settings  # settings of the server when it wrote the part
     files: Mapping[str, str]  # name in the checkpoint's directory -> SHA-256
     journal: Mapping[str, str]  # name in the journal's directory -> SHA-256
 
@@ -57,21 +59,21 @@ class Manifest(Spec):
     """The content of COMMITTED."""
 
     format: Literal[1]
-    """Of this file and of the parts."""
+    """Format of this file and of the parts."""
     name: str
-    """The directory's name."""
+    """Name of the checkpoint's directory."""
     incarnation: int
-    """Of the servers that wrote it."""
+    """Incarnation of the newest server when the checkpoint was written."""
     updates: int
-    """Steps in the weights, of the partition that is least far."""
+    """Steps contained in the weights, of the partition with the fewest."""
     epochs: int
-    """Complete epochs, likewise."""
+    """Complete epochs, of the partition with the fewest."""
     seed: int
-    """Of the job."""
+    """Seed of the job."""
     spec_hash: str
     """`JobSpec.identity_hash()`."""
     settings: Settings
-    """As they were, `psgd set` included."""
+    """Settings of the servers, including the changes by `psgd set`."""
     data_fingerprint: str
     """`Dataset.fingerprint`."""
     names: tuple[str, ...]
@@ -81,13 +83,13 @@ class Manifest(Spec):
     num_trainable: int
     """`Layout.num_trainable`."""
     partitions: int
-    """How many parts."""
+    """Number of partitions, which is the number of parts."""
     requeued: int
-    """Batches leased again so far."""
+    """Number of batches that were leased again so far."""
     files: dict[str, str]
-    """Every file of the directory and its SHA-256, this one left out."""
+    """SHA-256 of every file in the directory, by name, except COMMITTED."""
     journal: dict[str, str]
-    """Journal segments written with it, likewise."""
+    """SHA-256 of every journal segment that was written with the checkpoint, by name."""
 
     @property
     def layout(self) -> Layout:
@@ -95,23 +97,27 @@ class Manifest(Spec):
 
 
 def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArray[np.void]) -> Part:
-    """Write one server's part of a checkpoint, and its journal since the last one.
+    """Write one server's part of a checkpoint, and its journal since the last checkpoint.
 
     Args:
-        run: the run directory.
-        checkpoint: the directory's name.
-        state: of the server.
-        journal: records of `psgd.core.server.journal.RECORD`.
+        run: the folder of the run.
+        checkpoint: name of the checkpoint.
+        state: state of the server.
+        journal: records of type `psgd.core.server.journal.RECORD`.
+
+    Returns:
+        The names and checksums of the files.
 
     Raises:
-        StorageError: something could not be written.
+        StorageError: a file could not be written.
     """
     partition = state.metadata["partition"][0]
     files = {
         f"server-{partition}.safetensors": save({name: np.ascontiguousarray(a) for name, a in state.arrays.items()}),
         f"server-{partition}.json": to_json(state.metadata).encode(),
     }
-    segments = {f"{checkpoint}-server-{partition}.npy": _npy(journal)}  # even if empty: a gap would be a loss
+    # A segment is written even if it is empty: a missing one would count as lost records.
+    segments = {f"{checkpoint}-server-{partition}.npy": _npy(journal)}
     folders = {f"checkpoints/{checkpoint}": files, "journal": segments}
     for folder, contents in folders.items():
         for name, data in contents.items():
@@ -135,10 +141,10 @@ class Checkpoint:
     manifest: Manifest
 
     def state(self, partition: int) -> ServerState:
-        """What one server needs to go on.
+        """Return the state that the server of a partition saved.
 
         Raises:
-            CheckpointError: the part is not what a server wrote.
+            CheckpointError: the part does not hold what a server writes.
         """
         folder = self.run.folder(f"checkpoints/{self.manifest.name}")
         path = f"server-{partition}.json"
@@ -150,27 +156,36 @@ class Checkpoint:
         return ServerState(arrays, metadata)
 
     def states(self) -> list[ServerState]:
-        """What every server wrote."""
+        """Return the states of all partitions, by number."""
         return [self.state(number) for number in range(self.manifest.partitions)]
 
-    def cut(self, partition: Partition, servers: int) -> ServerState:
-        """What one of so many servers needs to go on; the checkpoint may be of another number.
+    def state_for(self, partition: Partition, servers: int) -> ServerState:
+        """Return the state of one partition, repartitioned if the checkpoint has another number of partitions.
+
+        Args:
+            partition: the partition, as one of `servers`.
+            servers: number of servers of the run that continues.
 
         Raises:
-            CheckpointError: a part is not what a server wrote, or the parts do not agree.
+            CheckpointError: a part does not hold what a server writes, or the parts do not agree.
         """
         if servers == self.manifest.partitions:
             return self.state(partition.number)
         states = self.states()
         if reason := disagreement(states):
-            raise CheckpointError(f"checkpoint {self.manifest.name} cannot be cut for {servers} servers: {reason}")
+            raise CheckpointError(
+                f"checkpoint {self.manifest.name} cannot be repartitioned for {servers} servers: {reason}"
+            )
         return repartition(states, partition)
 
     def weights(self, averaged: bool = False) -> FloatArray:
-        """The flat weights of all partitions; or, of what is trained, their moving average.
+        """Return the weights of all partitions, float32 `[num_parameters]`.
+
+        Args:
+            averaged: return the moving average of the trainable weights instead.
 
         Raises:
-            CheckpointError: the job keeps no average.
+            CheckpointError: a part is damaged, or the job keeps no average.
         """
         states = sorted(self.states(), key=lambda state: int(state.metadata["partition"][1]))
         if averaged:
@@ -187,55 +202,55 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        run: the run directory.
+        run: the folder of the run.
     """
 
     def __init__(self, run: Storage) -> None:
         self._run = run
 
     def names(self) -> list[str]:
-        """Oldest first, committed or not."""
+        """Return the names of all checkpoints, committed or not, oldest first."""
         return sorted((name for name in self._run.names("checkpoints") if NAME.fullmatch(name)), key=_order)
 
     def committed(self) -> list[str]:
-        """Oldest first; one whose COMMITTED is cut short was never committed."""
-        return [name for name in self.names() if _is_whole(self._committed_text(name))]
+        """Return the names of the committed checkpoints, oldest first. A truncated COMMITTED does not count."""
+        return [name for name in self.names() if _is_complete(self._committed_text(name))]
 
     def _committed_text(self, name: str) -> bytes:
-        """What COMMITTED says; nothing, if it is not there."""
+        """Return the content of COMMITTED, which is empty if there is no such file."""
         path = f"checkpoints/{name}/COMMITTED"
         return self._run.read(path) if self._run.exists(path) else b""
 
     def next_number(self) -> int:
-        """One more than any directory has, whole or not."""
+        """Return the number after the highest of all checkpoints, whole or not."""
         return max((int(name.partition("-")[0]) for name in self.names()), default=0) + 1
 
     def commit(self, manifest: Manifest) -> None:
-        """Make a checkpoint whole."""
+        """Commit a checkpoint, all parts of which are written."""
         self._run.write(f"checkpoints/{manifest.name}/COMMITTED", manifest.model_dump_json(indent=2).encode())
 
     def newest(
-        self, refused: Callable[[str], None], fits: Callable[[Checkpoint], str | None] | None = None
+        self, refused: Callable[[str], None], why_unfit: Callable[[Checkpoint], str | None] | None = None
     ) -> Checkpoint | None:
-        """The newest checkpoint that is whole, and of use.
+        """Return the newest checkpoint that is whole and can be used.
 
         Args:
-            refused: told about every newer one that was committed, and is damaged or of no use.
-            fits: tells why one that is whole is of no use; None: it is. Default: each is.
+            refused: called with a sentence for each newer checkpoint that is damaged or cannot be used.
+            why_unfit: returns the reason why a whole checkpoint cannot be used, or None if it can. Default: all can.
 
         Returns:
-            None: no whole one is of use.
+            The checkpoint; None if no whole checkpoint can be used.
 
         Raises:
-            CheckpointError: there are committed ones, and all are damaged.
+            CheckpointError: there are committed checkpoints, but all are damaged.
         """
         faults = []
         whole = False
         for name in reversed(self.names()):
             try:
-                if (text := self._committed_text(name)) and not _is_whole(text):
+                if (text := self._committed_text(name)) and not _is_complete(text):
                     refused(f"checkpoint {name} was not committed: its COMMITTED is cut short")
-                if not _is_whole(text):
+                if not _is_complete(text):
                     continue
                 checkpoint = self.open(name)
             except (CheckpointError, StorageError) as error:
@@ -243,7 +258,7 @@ class Checkpoints:
                 refused(f"{error}; the one before it is tried")
                 continue
             whole = True
-            if (reason := fits(checkpoint) if fits else None) is None:
+            if (reason := why_unfit(checkpoint) if why_unfit else None) is None:
                 return checkpoint
             refused(f"checkpoint {name} {reason}; the one before it is tried")
         if faults and not whole:
@@ -251,10 +266,10 @@ class Checkpoints:
         return None
 
     def open(self, name: str) -> Checkpoint:
-        """A checkpoint, after checking it.
+        """Return a checkpoint after checking every file.
 
         Raises:
-            CheckpointError: it is not committed, of another format, or a checksum fails.
+            CheckpointError: the checkpoint is not committed, has another format, or a checksum fails.
         """
         folder = self._run.folder(f"checkpoints/{name}")
         manifest = self.manifest(name)
@@ -264,41 +279,42 @@ class Checkpoints:
         return Checkpoint(self._run, manifest)
 
     def manifest(self, name: str) -> Manifest:
-        """What was committed; whether the files still are that is not checked.
+        """Return the manifest of a checkpoint. The files themselves are not checked.
 
         Raises:
-            CheckpointError: nothing was, or it is of another format.
+            CheckpointError: the checkpoint is not committed, or has another format.
         """
         text = self._committed_text(name)
-        if not _is_whole(text):
+        if not _is_complete(text):
             raise CheckpointError(f"checkpoint {name} in {self._run.url} was never committed")
         return _parse_manifest(name, text)
 
     def prune(self, keep: int) -> list[str]:
-        """Delete all but the newest `keep` committed ones, and what older ones a crash left unfinished.
+        """Delete committed checkpoints except the newest `keep`, and older ones that a crash left unfinished.
 
         Returns:
-            The names of the committed ones that were deleted.
+            The names of the committed checkpoints that were deleted.
         """
         committed = self.committed()
-        doomed = committed[:-keep]
-        for name in doomed:
-            self._run.delete(f"checkpoints/{name}/COMMITTED")  # first: half a directory must not look whole
+        deleted = committed[:-keep]
+        for name in deleted:
+            # COMMITTED first, so that a half-deleted directory does not count as whole.
+            self._run.delete(f"checkpoints/{name}/COMMITTED")
         newest = _order(committed[-1]) if committed else ()
         for name in self.names():
-            if name in doomed or (name not in committed and _order(name) < newest):
+            if name in deleted or (name not in committed and _order(name) < newest):
                 self._run.delete(f"checkpoints/{name}")
-        return doomed
+        return deleted
 
 
 def _order(name: str) -> tuple[int, ...]:
     return tuple(map(int, name.split("-")))
 
 
-def _is_whole(text: bytes) -> bool:
-    """Whether a COMMITTED was written to its end: where files appear byte by byte, a crash may leave half of it."""
+def _is_complete(text: bytes) -> bool:
+    """Return True if a COMMITTED was written to its end. On some storage a crash may leave half of the file."""
     if not text.startswith(b"{"):
-        return bool(text)  # it is no manifest, and never was
+        return bool(text)  # not the beginning of a manifest: a damaged file, not a truncated one
     try:
         parse_json(text, "COMMITTED")
     except DamagedFileError:
@@ -320,18 +336,18 @@ def _parse_manifest(name: str, text: bytes) -> Manifest:
 
 
 def load_weights(path: str | PathLike[str], averaged: bool = False) -> dict[str, FloatArray]:
-    """Return the named weights that a run saved last.
+    """Return the weights that a run saved last, by tensor name.
 
     Args:
-        path: a run's directory, or one checkpoint's directory inside it: a string, a `Path` or an fsspec URL.
-        averaged: return the moving average that `optimizer.ema` asks for instead of the weights themselves.
+        path: directory of a run, or of one checkpoint inside it, as a string, a `Path` or an fsspec URL.
+        averaged: True to return the moving average that `optimizer.ema` asks for instead of the weights themselves.
 
     Returns:
-        Tensor name -> float32 array, buffers included.
+        A float32 array for each tensor name, including buffers.
 
     Raises:
         StorageError: `path` is neither a path nor a URL that can be opened.
-        CheckpointError: there is no whole checkpoint, or no average in it.
+        CheckpointError: there is no whole checkpoint, or it contains no average.
 
     Example:
         >>> weights = psgd.load_weights("runs/digits")

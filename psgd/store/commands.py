@@ -1,7 +1,8 @@
-"""Commands for a run that trains: files that `psgd stop`, `set` and `scale` leave in its directory's `commands/`.
+"""Commands for a run that trains: files that `psgd stop`, `set` and `scale` write into `commands/` of its directory.
 
-Whatever lies there is data from outside. The driver takes it out a few entries at a time, reads regular files of a
-bounded size alone, and refuses with a reason what is no command for it. See `Storage.take_out`.
+The entries of this folder are not trusted, because any process may write there. The driver takes out a few entries at a
+time, reads only regular files of bounded size, and refuses with a reason every entry that is no command for it. See
+`Storage.take_out`.
 """
 
 from __future__ import annotations
@@ -16,58 +17,74 @@ from psgd.errors import DamagedFileError, SpecError
 from psgd.jsontext import parse_json
 from psgd.store.foreign import TakenFile
 
-__all__ = ["MOST_BYTES", "MOST_REASON", "MOST_TAKEN", "Command", "Kind", "Refusal", "make_command", "read_command"]
+__all__ = [
+    "MOST_BYTES",
+    "MOST_REASON",
+    "MOST_TAKEN",
+    "Command",
+    "CommandKind",
+    "Refusal",
+    "make_command",
+    "read_command",
+]
 
-MOST_BYTES = 64 * 1024  # of a command's file
-MOST_TAKEN = 16  # commands, at a time
+MOST_BYTES = 64 * 1024  # size of a command's file
+MOST_TAKEN = 16  # commands that the driver takes at a time
 MOST_TEXT = 4096  # characters of a setting
-MOST_REASON = 500  # characters
+MOST_REASON = 500  # characters of the reason for a refusal
 
 
-Kind = Literal["stop", "set", "scale"]
+CommandKind = Literal["stop", "set", "scale"]
 
 
 class Command(BaseModel):
-    """One command."""
+    """A command for the driver of a run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     id: str = Field(max_length=100)
-    """Name of its file, without `.json`."""
+    """Name of the command's file, without `.json`."""
     incarnation: int
-    """Incarnation of the driver that it is meant for, as `owner` said when the command was given."""
-    command: Kind
-    """What to do."""
+    """Incarnation that `owner` named when the command was given. It identifies the driver that the command is for."""
+    command: CommandKind
+    """Kind of the command."""
     settings: list[Annotated[str, Field(max_length=MOST_TEXT)]] = Field(default=[], max_length=100)
-    """`set`: FIELD=VALUE each. `scale`: the number of workers."""
+    """For `set`, texts FIELD=VALUE. For `scale`, the number of workers. For `stop`, empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """An entry of `commands/` that is no command for this driver."""
 
-    id: str
+    id: str  # name of the entry, without `.json`
     reason: str
 
 
-def make_command(identifier: str, incarnation: int, kind: Kind, settings: Sequence[str]) -> Command:
-    """Return a command for the driver of an incarnation.
+def make_command(identifier: str, incarnation: int, kind: CommandKind, settings: Sequence[str]) -> Command:
+    """Return a command.
+
+    Args:
+        identifier: id of the command.
+        incarnation: incarnation that identifies the driver which the command is for.
+        kind: kind of the command.
+        settings: texts FIELD=VALUE, or the number of workers.
 
     Raises:
-        SpecError: the settings are too long, or too many.
+        SpecError: a setting is too long, or there are too many.
     """
     try:
         return Command(id=identifier, incarnation=incarnation, command=kind, settings=[*settings])
     except ValidationError as error:
-        raise SpecError(f"psgd {kind}: {_faults(error)}") from error
+        raise SpecError(f"psgd {kind}: {_describe(error)}") from error
 
 
 def read_command(file: TakenFile, first_incarnation: int) -> Command | Refusal:
-    """Return the command that a file holds, or why it is none.
+    """Return the command that a file holds, or a refusal with the reason.
 
     Args:
-        file: taken out of `commands/`.
-        first_incarnation: with which the driver began; a command for an earlier one was meant for another driver.
+        file: the file, taken out of `commands/`.
+        first_incarnation: incarnation with which this driver began. A command for an earlier incarnation was meant for
+            another driver.
     """
     name = file.name.removesuffix(".json")[:100]
     if file.data is None:
@@ -75,18 +92,18 @@ def read_command(file: TakenFile, first_incarnation: int) -> Command | Refusal:
     try:
         command = Command.model_validate(parse_json(file.data, f"commands/{file.name:.100}"))
     except DamagedFileError as error:
-        return Refusal(name, f"it is no JSON: {error.__cause__}"[:MOST_REASON])
+        return Refusal(name, f"it is not JSON: {error.__cause__}"[:MOST_REASON])
     except ValidationError as error:
-        return Refusal(name, f"it is no command: {_faults(error)}"[:MOST_REASON])
+        return Refusal(name, f"it is not a command: {_describe(error)}"[:MOST_REASON])
     if command.incarnation < first_incarnation:
         return Refusal(
             name,
             f"it was meant for incarnation {command.incarnation}, of an earlier driver; this driver began with "
-            f"{first_incarnation}",
+            f"incarnation {first_incarnation}",
         )
     return command
 
 
-def _faults(error: ValidationError) -> str:
+def _describe(error: ValidationError) -> str:
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults[:5])

@@ -1,6 +1,7 @@
-"""Foreign files: entries that others put into a local folder of ours, taken out without trusting any of them.
+"""Foreign files: untrusted entries of a local folder that any process may write to, and the way to take them out.
 
-Everything goes through descriptors and follows no link, so that an entry that is replaced meanwhile opens nothing else.
+Files are opened relative to the folder's descriptor, and no link is followed. A process that replaces an entry in the
+meantime can therefore not make the driver open another file.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
-__all__ = ["MOST_SCANNED", "TakenFile", "take_files", "too_large"]
+__all__ = ["MOST_SCANNED", "TakenFile", "size_fault", "take_files"]
 
-MOST_SCANNED = 1000  # entries of the folder that are looked at, in one call
+MOST_SCANNED = 1000  # entries of the folder that one call looks at
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,12 @@ class TakenFile:
     """An entry that was taken out of a folder."""
 
     name: str
-    data: bytes | None  # content of a regular file; None: it was not read
-    fault: str  # why it was not read
+    data: bytes | None  # content of the file; None if it was not read
+    fault: str  # reason why it was not read, or empty
 
 
-def too_large(most_bytes: int) -> str:
-    """Return why a file is not read."""
+def size_fault(most_bytes: int) -> str:
+    """Return the reason why a large file is not read."""
     return f"it has more than {most_bytes} bytes"
 
 
@@ -37,12 +38,15 @@ def take_files(folder: str, refused: str, number: int, most_bytes: int, taken: s
     Args:
         folder: path of the folder.
         refused: path of the folder for entries that are no regular files.
-        number: entries to take, at most.
-        most_bytes: size of a file that is read, at most.
-        taken: names that were taken before, but could not be deleted; kept up to date.
+        number: largest number of entries to take.
+        most_bytes: largest size of a file that is read.
+        taken: names of entries that were taken before, but could not be deleted. This call updates the set.
+
+    Returns:
+        The entries, sorted by name.
 
     Raises:
-        OSError: the folder is none, is a link to one, or cannot be read.
+        OSError: the path is not a folder, is a link to a folder, or cannot be read.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -65,19 +69,19 @@ def take_files(folder: str, refused: str, number: int, most_bytes: int, taken: s
 def _read(folder: int, name: str, most_bytes: int) -> TakenFile:
     try:
         if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-            return TakenFile(name, None, "it is no regular file")
+            return TakenFile(name, None, "it is not a regular file")
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     except OSError as error:
         return TakenFile(name, None, f"it cannot be read: {error.strerror}")
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return TakenFile(name, None, "it is no regular file")
+            return TakenFile(name, None, "it is not a regular file")
         data = file.read(most_bytes + 1)
-    return TakenFile(name, data, "") if len(data) <= most_bytes else TakenFile(name, None, too_large(most_bytes))
+    return TakenFile(name, data, "") if len(data) <= most_bytes else TakenFile(name, None, size_fault(most_bytes))
 
 
 def _remove(folder: int, name: str, refused: str) -> bool:
-    """Delete a regular file, or move anything else aside. Return False if that is not possible now."""
+    """Delete a regular file, or move any other entry into the folder `refused`. Return False if that fails."""
     try:
         if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
             os.unlink(name, dir_fd=folder)

@@ -1,4 +1,4 @@
-"""The owner of a run: the driver that may commit, and how others find out that its process is gone."""
+"""The owner of a run: the driver that may commit. Other processes can look up whether it still exists."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from uuid import uuid4
 
 __all__ = ["Owner", "this_machine"]
 
-GONE = ("Z", "X")  # states of a process that has ended, in /proc/PID/stat
+ENDED_STATES = ("Z", "X")  # states of an ended process, in /proc/PID/stat
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
     """The driver that a run belongs to."""
 
-    driver: str  # random
-    incarnation: int  # of the server it started last: one more than any before
+    driver: str  # random id
+    incarnation: int  # incarnation of the server that the driver started last; higher than any before
     host: str
     pid: int
-    started: float  # Unix time, seconds
-    machine: str  # `this_machine()`, where `pid` has a meaning
-    process_start: int | None  # clock ticks from boot to the process's start; None: the system does not tell
+    started: float  # time when the driver took over the run, Unix seconds
+    machine: str  # `this_machine()` of the driver: only there `pid` has a meaning
+    process_start: int | None  # start of the process, clock ticks since boot; None if the system does not say
 
     @classmethod
     def this_process(cls, incarnation: int) -> Owner:
-        """Return a new owner: the driver in this process."""
+        """Return this process as a new driver, for a run that it takes over."""
         pid = os.getpid()
-        return cls(uuid4().hex, incarnation, socket.gethostname(), pid, time.time(), this_machine(), _start(pid))
+        return cls(uuid4().hex, incarnation, socket.gethostname(), pid, time.time(), this_machine(), _start_ticks(pid))
 
     @property
     def is_here(self) -> bool:
-        """Return True if the driver was started on this machine, so that its process can be looked for."""
+        """True if the driver was started on this machine, so that its process can be looked up."""
         return self.machine == this_machine()
 
     @property
     def is_alive(self) -> bool:
-        """Return True if the driver's process still exists; `is_here` must hold."""
+        """True if the driver's process still exists. Only valid where `is_here` is True."""
         if Path("/proc/self/stat").exists():
-            return _start(self.pid) == self.process_start is not None
+            return _start_ticks(self.pid) == self.process_start is not None
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -52,20 +52,20 @@ class Owner:
 
 
 def this_machine() -> str:
-    """Return a name for what process ids belong to: the host, its boot and the namespace of process ids."""
+    """Return a name for the scope of process ids: the host, its boot and its namespace of process ids."""
     boot = _read("/proc/sys/kernel/random/boot_id")
     namespace = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {boot} {namespace.readlink() if namespace.exists() else ''}".strip()
 
 
-def _start(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot; None if there is no such process."""
+def _start_ticks(pid: int) -> int | None:
+    """Return the start time of a process in clock ticks since boot; None if there is no such process."""
     state, *fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split() or ["X"]
-    return None if state in GONE else int(fields[18])  # field 22 of the line, of which 2 stand before the state
+    return None if state in ENDED_STATES else int(fields[18])  # field 22 of the line; `fields` begins with field 4
 
 
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:  # there is no such file, or no such process any more
+    except OSError:  # no such file, or no such process
         return ""

@@ -1,7 +1,7 @@
-"""The JSON files of a run, checked as they are read: `owner`, `result.json`, `events.jsonl`, `metrics.jsonl`, ...
+"""Parsing and checking of a run's JSON files: `owner`, `result.json`, `events.jsonl`, `metrics.jsonl` and others.
 
-A file that is empty, cut short or of another content is one typed error that names it. Of the files to which lines are
-added, a line that a crash cut short is left out.
+A file that is empty, truncated or has other content raises one typed error that names the file. In a JSON-lines file, a
+line that a crash truncated is skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from psgd.store.owner import Owner
 
 __all__ = ["parse_document", "parse_lines"]
 
-Time = Annotated[float, Field(ge=0, le=253_402_300_799)]  # Unix time, seconds; up to the year 9999
+Time = Annotated[float, Field(ge=0, le=253_402_300_799)]  # Unix seconds, up to the year 9999
 CheckpointName = Annotated[str, Field(pattern=r"^\d+-\d+$", max_length=40)]
 
 
@@ -28,7 +28,7 @@ class _Heartbeat(BaseModel):
 
 
 class _Event(BaseModel):
-    """A line of `events.jsonl`; which further fields it has depends on `event`."""
+    """A line of `events.jsonl`. Its further fields depend on `event`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -42,12 +42,12 @@ class _Event(BaseModel):
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
-        needed = {
+        required = {
             "started": ("incarnation", "resumed"),
             "server_started": ("incarnation", "partition", "checkpoint"),
             "checkpoint": ("name",),
         }.get(self.event, ())
-        if missing := [name for name in needed if name not in self.model_fields_set]:
+        if missing := [name for name in required if name not in self.model_fields_set]:
             raise ValueError(f"event {self.event!r} lacks {', '.join(missing)}")
         return self
 
@@ -70,29 +70,29 @@ OBJECT = TypeAdapter(dict[str, Any])
 
 
 def parse_document(name: str, text: bytes, source: str) -> dict[str, Any]:
-    """Parse a JSON file of a run.
+    """Parse and check a JSON file of a run.
 
     Args:
         name: name of the file in the run's directory.
         text: content of the file.
-        source: path or URL of the file, for the error.
+        source: path or URL of the file, for the error message.
 
     Raises:
-        DamagedFileError: the content is not what psgd writes there.
+        DamagedFileError: the content is not what psgd writes into this file.
     """
     return _checked(DOCUMENTS.get(name, OBJECT), parse_json(text, source), source)
 
 
 def parse_lines(name: str, text: bytes, source: str) -> list[dict[str, Any]]:
-    """Parse a JSON-lines file of a run; a line that a crash cut short is left out.
+    """Parse and check a JSON-lines file of a run. A line that is not JSON, because a crash truncated it, is skipped.
 
     Args:
         name: name of the file in the run's directory.
         text: content of the file.
-        source: path or URL of the file, for the error.
+        source: path or URL of the file, for the error message.
 
     Raises:
-        DamagedFileError: a line is JSON, but not what psgd writes there.
+        DamagedFileError: a line is JSON, but not what psgd writes into this file.
     """
     model = LINES.get(name, OBJECT)
     records = []

@@ -1,11 +1,17 @@
-"""The run directory: everything a run leaves behind, under fixed names.
+"""The run directory: the files of a run, under fixed names.
 
-spec.yaml          the job as it was given      resolved.json   ... with every default
-env.json           versions of what ran it      owner           the driver that may commit
-metrics.jsonl      numbers over time            events.jsonl    what happened, and why
-checkpoints/       see psgd.store.checkpoints         journal/        one record per push
-commands/          what `psgd stop` asked for   refused/        entries of commands/ that are no files
-heartbeat          a sign of life without log   result.json     how it ended
+spec.yaml        the job as it was given
+resolved.json    the job with every default
+env.json         versions of Python and of the packages that ran it
+owner            the driver that may commit
+events.jsonl     events of the run, with their causes
+metrics.jsonl    metrics over time
+heartbeat        the driver's newest sign of life while it logs nothing
+result.json      how the run ended
+checkpoints/     see `psgd.store.checkpoints`
+journal/         one record per push
+commands/        commands of `psgd stop`, `set` and `scale` that the driver has not taken yet
+refused/         entries of commands/ that were not regular files
 """
 
 from __future__ import annotations
@@ -26,40 +32,44 @@ from psgd.jsontext import to_json
 from psgd.result import Result
 from psgd.spec import JobSpec
 from psgd.spec.reader import parse_spec
-from psgd.store.commands import MOST_BYTES, MOST_TAKEN, Command, Kind, Refusal, make_command, read_command
-from psgd.store.event_log import RETRY_S, Log
-from psgd.store.liveness import HEARTBEAT_S, Liveness, judge
+from psgd.store.commands import MOST_BYTES, MOST_TAKEN, Command, CommandKind, Refusal, make_command, read_command
+from psgd.store.event_log import RETRY_S, EventLog
+from psgd.store.liveness import HEARTBEAT_S, Liveness, judge_liveness
 from psgd.store.owner import Owner
 from psgd.store.records import parse_document, parse_lines
 from psgd.store.storage import Storage
 
 __all__ = ["RunDirectory"]
 
-MOST_DOCUMENT = 2**24  # bytes of a JSON file
+MOST_JSON_BYTES = 2**24  # largest size of a JSON file, bytes
 PACKAGES = ("psgd", "ray", "numpy", "pydantic", "safetensors", "fsspec")
 
 
 class RunDirectory:
-    """One run's directory.
+    """The directory of one run.
 
     Args:
-        storage: the folder; it need not exist.
+        storage: the folder, which need not exist.
+
+    Attributes:
+        storage: the folder.
+        is_ours: False once this driver has seen that another driver took over the run.
     """
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._owner: Owner | None = None
-        self.is_ours = True  # as far as we know
-        self._log = Log(storage)
+        self.is_ours = True
+        self._log = EventLog(storage)
         self._first_incarnation = 0
-        self._signed_at = float("-inf")  # when the newest line was added
-        self._commands_at = float("-inf")  # when commands are looked for again
-        self._commands_fault = ""  # why they could not be looked for
-        self._taken: set[str] = set()  # commands that may still be in the directory
+        self._last_sign_at = float("-inf")  # monotonic time of the newest sign of life
+        self._retry_commands_at = float("-inf")  # monotonic time; after a fault, commands/ is not read before it
+        self._commands_fault = ""  # the last fault of reading commands/, or empty
+        self._taken: set[str] = set()  # files of commands/ that were taken, but could not be deleted
 
     @property
     def incarnation(self) -> int:
-        """Of the server that was started last."""
+        """Incarnation of the server that was started last."""
         assert self._owner is not None
         return self._owner.incarnation
 
@@ -68,9 +78,9 @@ class RunDirectory:
         return self.storage.exists("resolved.json")
 
     def begin(self, spec: JobSpec) -> None:
-        """Describe the run; a resumed one keeps its first description, but for the path to its data."""
+        """Write the files that describe the run. A resumed run keeps them, except for the path to its data."""
         if self.exists:
-            self._note_path(spec)
+            self._update_data_path(spec)
             return
         tree = spec.model_dump(mode="json", exclude_unset=True)
         packages = {name: version(name) for name in PACKAGES}
@@ -79,42 +89,42 @@ class RunDirectory:
         self.storage.write("env.json", _json(env))
         self.storage.write("resolved.json", _json(spec.model_dump(mode="json")))
 
-    def _note_path(self, spec: JobSpec) -> None:
-        """Note the present path to the data, for `psgd replay`."""
+    def _update_data_path(self, spec: JobSpec) -> None:
+        """Update the path to the data, for `psgd replay`."""
         before = self._read_document("resolved.json")
         now = before | {"data": spec.model_dump(mode="json")["data"]}
         if now != before:
             self.storage.write("resolved.json", _json(now))
 
     def check_identity(self, spec: JobSpec) -> None:
-        """Refuse to resume a run as another job.
+        """Refuse to resume the run as another job.
 
         Raises:
-            ResumeError: naming the fields that differ.
+            ResumeError: the jobs differ. The message names the fields.
         """
         before = self.read_spec().identity()
         changed = sorted(_differences("", before, spec.identity()))
         if changed:
             raise ResumeError(
-                f"{self.storage.url} is a run of another job; these fields may not change on resuming: "
+                f"{self.storage.url} is a run of another job. These fields must not change when a run is resumed: "
                 f"{'; '.join(changed)}. Give the new job another --name"
             )
 
     def read_spec(self) -> JobSpec:
-        """Return the job as `resolved.json` has it.
+        """Return the job that `resolved.json` describes.
 
         Raises:
-            RunNotFoundError: there is no run here.
-            DamagedFileError: the file is no JSON object.
-            SpecError: it is no job that this psgd knows.
+            RunNotFoundError: there is no run in this directory.
+            DamagedFileError: the file is not a JSON object.
+            SpecError: the object is not a job that this version of psgd knows.
         """
         return parse_spec(self.read_json("resolved.json") or {}, f"{self.storage.url}/resolved.json")
 
     def read_owner(self) -> Owner | None:
-        """Return the driver that the run belongs to; None if it never had one.
+        """Return the driver that owns the run; None if no driver has owned it yet.
 
         Raises:
-            DamagedFileError: the file does not tell.
+            DamagedFileError: the file is not what psgd writes there.
         """
         if not self.storage.exists("owner"):
             return None
@@ -123,12 +133,12 @@ class RunDirectory:
 
     @property
     def owned_by(self) -> str | None:
-        """Id of the driver that took the run over last; None if none did yet."""
+        """Id of the driver that owns the run; None if no driver has owned it yet."""
         owner = self.read_owner()
         return None if owner is None else owner.driver
 
     def own(self) -> Owner:
-        """Take the run over: whoever owned it before stops at its next commit."""
+        """Take over the run. A driver that owned it before stops at its next commit."""
         before = self.read_owner()
         self._owner = Owner.this_process(before.incarnation + 1 if before else 1)
         self._first_incarnation = self._owner.incarnation
@@ -136,10 +146,10 @@ class RunDirectory:
         return self._owner
 
     def check_owner(self) -> None:
-        """Make sure that no other driver took the run over.
+        """Raise an error unless this driver still owns the run.
 
         Raises:
-            OwnershipError: one did.
+            OwnershipError: another driver took over the run.
             StorageError: `owner` cannot be read.
         """
         found = self.read_owner()
@@ -151,100 +161,105 @@ class RunDirectory:
                 f"the run in {self.storage.url} was taken over by process {found.pid} on {found.host}; "
                 "this driver stops and commits nothing"
             )
-        if found.incarnation < self._owner.incarnation:  # it could not be written when it was taken
+        if found.incarnation < self._owner.incarnation:  # the write failed when the server was started
             self.storage.write("owner", _json(asdict(self._owner)))
 
     def next_incarnation(self) -> int:
-        """For one more server of this driver's: one more than any before.
+        """Return a new incarnation, for a server that this driver restores. It is higher than any before.
 
-        It is noted before anything is committed, if it cannot be noted now.
+        If it cannot be written to `owner` now, it is written before the next commit.
 
         Raises:
-            OwnershipError: another driver took the run over.
+            OwnershipError: another driver took over the run.
         """
         assert self._owner is not None
         self._owner = replace(self._owner, incarnation=self._owner.incarnation + 1)
         self._log.attempt(self.check_owner, last=True)
         return self._owner.incarnation
 
-    def bear_faults(self, tell: Callable[[str], None]) -> None:
-        """From now on storage that fails does not stop the run: what it lacks is written later, if it can be.
+    def tolerate_faults(self, report: Callable[[str], None]) -> None:
+        """Let the run continue from now on if a log file cannot be written. Its lines are written later, if possible.
 
         Args:
-            tell: is given the first fault.
+            report: called with a sentence about the first fault.
         """
-        self._log.bear_faults(tell)
+        self._log.tolerate_faults(report)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Add a line to `events.jsonl`."""
+        """Append a line to `events.jsonl`."""
         self._add("events.jsonl", {"event": kind, **fields})
 
     def metrics(self, values: dict[str, float | None]) -> None:
-        """Add a line to `metrics.jsonl`."""
+        """Append a line to `metrics.jsonl`."""
         self._add("metrics.jsonl", values)
 
     def _add(self, file: str, values: dict[str, Any]) -> None:
-        self._signed_at = time.monotonic()
+        self._last_sign_at = time.monotonic()
         self._log.add(file, (to_json({"time": time.time(), **values}) + "\n").encode())
 
     def beat(self, now: float) -> None:
-        """Give a sign of life, if the log gave none of late.
+        """Write `heartbeat` if there was no other sign of life for `HEARTBEAT_S`.
 
         Args:
             now: monotonic time, seconds.
         """
-        if now - self._signed_at >= HEARTBEAT_S:
-            self._signed_at = now
+        if now - self._last_sign_at >= HEARTBEAT_S:
+            self._last_sign_at = now
             beat = _json({"time": time.time()})
             self._log.attempt(lambda: self._log.storage.write("heartbeat", beat))
 
     def finish(self, result: Result) -> None:
-        """Write `result.json`, and what could not be written before."""
+        """Write `result.json`, and all lines that could not be written before."""
         self._log.close()
         self._log.attempt(lambda: self._log.storage.write("result.json", _json(result.to_dict())), last=True)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Return a JSON file of the run; None if it is not there (yet).
+        """Return the content of a JSON file of the run; None if there is no such file.
 
         Raises:
-            RunNotFoundError: there is no run here.
-            DamagedFileError: the file is not what psgd writes there.
+            RunNotFoundError: there is no run in this directory.
+            DamagedFileError: the content is not what psgd writes into this file.
         """
         self.check_exists()
         return self._read_document(name) if self.storage.exists(name) else None
 
     def _read_document(self, name: str) -> dict[str, Any]:
-        return parse_document(name, self.storage.read(name, MOST_DOCUMENT), f"{self.storage.url}/{name}")
+        return parse_document(name, self.storage.read(name, MOST_JSON_BYTES), f"{self.storage.url}/{name}")
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """Return the records of a JSON-lines file of the run; a line that a crash cut short is left out.
+        """Return the records of a JSON-lines file of the run. A line that a crash truncated is skipped.
 
         Raises:
-            RunNotFoundError: there is no run here.
-            DamagedFileError: a line is not what psgd writes there.
+            RunNotFoundError: there is no run in this directory.
+            DamagedFileError: a line is not what psgd writes into this file.
         """
         self.check_exists()
         text = self.storage.read(name) if self.storage.exists(name) else b""
         return parse_lines(name, text, f"{self.storage.url}/{name}")
 
     def check_exists(self) -> None:
+        """Raise an error unless there is a run in this directory.
+
+        Raises:
+            RunNotFoundError: there is none.
+        """
         if not self.exists:
             raise RunNotFoundError(
                 f"there is no run in {self.storage.url}: give the name and the --storage that it was trained with"
             )
 
     def liveness(self) -> Liveness:
-        """Return whether the run's driver runs, has ended, or was lost.
+        """Return the state of the run's driver: running, ended or lost.
 
         Raises:
-            RunNotFoundError: there is no run here.
+            RunNotFoundError: there is no run in this directory.
             DamagedFileError: a file of the run is damaged.
         """
         marks = [line for line in self.read_lines("events.jsonl") if line["event"] in ("started", "finished")]
         ended = bool(marks) and marks[-1]["event"] == "finished" and self.read_json("result.json") is not None
         newest = [line for name in ("events.jsonl", "metrics.jsonl") for line in self.read_lines(name)[-1:]]
         signs = [line["time"] for line in [*newest, self.read_json("heartbeat")] if line]
-        return judge(self.read_owner(), ended, signs, self.read_spec().failure.timeout_s, time.time())
+        return judge_liveness(self.read_owner(), ended, signs, self.read_spec().failure.timeout_s, time.time())
 
     @property
     def resume_command(self) -> str:
@@ -253,20 +268,27 @@ class RunDirectory:
         job = "JOB.yaml" if "://" in folder else f"{self.storage.url}/spec.yaml"
         return shlex.join(["psgd", "train", job, "--name", name, "--storage", folder, "--resume"])
 
-    def command(self, kind: Kind, settings: Sequence[str] = ()) -> str:
-        """Ask the run's driver for something; its answer in `events.jsonl` names the id that is returned.
+    def command(self, kind: CommandKind, settings: Sequence[str] = ()) -> str:
+        """Give a command to the run's driver, which will answer with an event in `events.jsonl`.
+
+        Args:
+            kind: kind of the command.
+            settings: texts FIELD=VALUE for `set`, the number of workers for `scale`.
+
+        Returns:
+            The id of the command, which the driver's answer names.
 
         Raises:
-            RunNotFoundError: there is no run here.
-            RunNotRunningError: no driver runs that could obey.
-            SpecError: the settings are too long, or too many.
+            RunNotFoundError: there is no run in this directory.
+            RunNotRunningError: no driver runs that could follow the command.
+            SpecError: a setting is too long, or there are too many.
         """
         liveness = self.liveness()
         owner = self.read_owner()
         if liveness.status != "running" or owner is None:
             state = "has ended" if liveness.status == "ended" else f"was lost: {liveness.reason}"
             raise RunNotRunningError(
-                f"psgd {kind} is for a run that trains, and the run in {self.storage.url} {state}. To continue it: "
+                f"psgd {kind} is for a run that trains, but the run in {self.storage.url} {state}. To continue it: "
                 f"{self.resume_command}"
             )
         identifier = f"{time.time_ns()}-{uuid4().hex[:8]}"
@@ -275,19 +297,21 @@ class RunDirectory:
         return identifier
 
     def take_commands(self) -> list[Command | Refusal]:
-        """Return the commands that came since the last call, oldest first, and take them out of the directory.
+        """Take the new commands out of the directory. Return them, oldest first.
 
-        What is no command for this driver is returned as a refusal. A folder that cannot be read is told once.
+        An entry that is no command for this driver is returned as a refusal. If the folder cannot be read, one refusal
+        says so, and the next attempt is made after `RETRY_S`.
         """
         now = time.monotonic()
-        if now < self._commands_at or self._log.rests:
+        if now < self._retry_commands_at or self._log.is_paused:
             return []
         try:
             files = self._log.storage.take_out("commands", MOST_TAKEN, MOST_BYTES, self._taken)
         except StorageError as error:
-            self._commands_at = now + RETRY_S
-            known, self._commands_fault = self._commands_fault, str(error)
-            return [] if known == str(error) else [Refusal("commands", f"the folder cannot be read: {error}")]
+            self._retry_commands_at = now + RETRY_S
+            is_known = self._commands_fault == str(error)
+            self._commands_fault = str(error)
+            return [] if is_known else [Refusal("commands", f"the folder cannot be read: {error}")]
         self._commands_fault = ""
         return [read_command(file, self._first_incarnation) for file in files]
 
@@ -297,6 +321,7 @@ def _json(value: Any) -> bytes:
 
 
 def _differences(path: str, before: Any, now: Any) -> list[str]:
+    """Describe each value that differs between two JSON values, with its path."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = before.keys() | now.keys()
         return [

@@ -1,4 +1,4 @@
-"""A folder anywhere fsspec reaches, with errors that name it, and a limit to every wait."""
+"""Storage: a folder on any filesystem of fsspec. Every call has a time limit, and errors name the folder."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from functools import partial
 from pathlib import Path
 from posixpath import join
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from psgd.errors import StorageError
-from psgd.store.foreign import MOST_SCANNED, TakenFile, take_files, too_large
+from psgd.store.foreign import MOST_SCANNED, TakenFile, size_fault, take_files
 
 __all__ = ["PATIENCE_S", "Storage", "location"]
 
 PATIENCE_S = 60.0
-SLOWEST = 1e6  # bytes per second: a file may take so much longer
+SLOWEST = 1e6  # bytes per second; the time limit of a call grows with the size of the file at this rate
 
-SCHEME = re.compile(r"\w{2,}:/(?!/)")  # one letter would be a drive
+SCHEME = re.compile(r"\w{2,}:/(?!/)")  # two letters or more: one letter is a drive of Windows
 
 T = TypeVar("T")
 
 
 class Storage:
-    """A folder.
+    """A folder on a disk or in an object store.
 
     Args:
-        url: local path (a string or a `Path`), or a URL such as `s3://bucket/runs`, whose fsspec filesystem must be
+        url: local path (a string or a `Path`), or a URL such as `s3://bucket/runs`. The URL's fsspec filesystem must be
             installed.
-        patience_s: seconds that the filesystem may take to answer, a second more for each MB of a file. Higher: slow
-            storage is put up with. Lower: storage that hangs is found out sooner.
+        patience_s: time limit of a call of the filesystem in seconds, plus one second for each MB of a file. Higher
+            values tolerate slow storage; lower values notice storage that hangs sooner.
 
     Raises:
-        StorageError: the URL is neither a string nor a path, or no filesystem is installed for it.
+        StorageError: `url` is neither a string nor a path, or no filesystem is installed for it.
     """
 
     def __init__(self, url: str | os.PathLike[str], patience_s: float = PATIENCE_S) -> None:
@@ -52,63 +52,70 @@ class Storage:
             raise StorageError(f"cannot open storage {url!r}: {error}") from error
 
     def folder(self, name: str) -> Storage:
-        """The folder of that name inside this one; it need not exist."""
+        """Return a folder inside this one, which need not exist."""
         return Storage(join(self.url, name), self.patience_s)
 
     def probe(self) -> None:
-        """Write, read and delete a small file.
+        """Write, read and delete a small file, to test that the storage works.
 
         Raises:
-            StorageError: that does not work.
+            StorageError: it does not work.
         """
         name = f".probe-{uuid4().hex}"
         text = b"psgd"
         self.write(name, text)
         if self.read(name) != text:
-            raise StorageError(f"storage {self.url} returned something else than what was written")
+            raise StorageError(
+                f"storage {self.url} does not return the bytes that were written to it; choose another storage"
+            )
         self.delete(name)
 
     def read(self, name: str, most_bytes: int | None = None) -> bytes:
-        """Return a file's content.
+        """Return the content of a file.
 
         Raises:
             StorageError: there is no such file, it cannot be read, or it has more than `most_bytes` bytes.
         """
         path = join(self._root, name)
-        size = self._ask(f"read {name!r}", lambda: self._fs.size(path))
+        size = self._call_filesystem(f"read {name!r}", lambda: self._fs.size(path))
         if most_bytes is not None and (size or 0) > most_bytes:
             raise StorageError(
                 f"cannot read {name!r} in {self.url}: it has {size} bytes, expected {most_bytes} at most"
             )
-        data: bytes = self._ask(f"read {name!r}", lambda: self._fs.cat_file(path), size or 0)
+        data: bytes = self._call_filesystem(f"read {name!r}", lambda: self._fs.cat_file(path), size or 0)
         return data
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a whole file, and the folders it lies in; a reader finds the old one or all of the new one.
+        """Write a whole file, and create the folders that it lies in.
 
-        That holds on a disk and on an object store. On other filesystems a reader may find the new one cut short.
+        On a disk and in an object store, a reader finds either the old file or the complete new one. On other
+        filesystems, a reader may find a truncated file.
+
+        Raises:
+            StorageError: the file could not be written.
         """
         doing = f"write {name!r}"
         path = join(self._root, name)
         if not isinstance(self._fs, LocalFileSystem):
-            self._ask(doing, lambda: self._put(path, data), len(data))
+            self._call_filesystem(doing, lambda: self._put(path, data), len(data))
             return
         folder, _, file = path.rpartition("/")
         unfinished = join(folder, f".{file}-{uuid4().hex}")
-        self._ask(doing, lambda: self._put_unfinished(unfinished, data), len(data))
-        self._ask(doing, lambda: _rename(unfinished, path))  # not if writing took too long, and ends some time later
+        self._call_filesystem(doing, lambda: self._put_unfinished(unfinished, data), len(data))
+        # A call of its own: a file that was complete only after the time limit must not be renamed.
+        self._call_filesystem(doing, lambda: _rename(unfinished, path))
 
     def take_out(self, folder: str, number: int, most_bytes: int, taken: set[str]) -> list[TakenFile]:
-        """Take entries out of a folder that anybody may write to.
+        """Take entries out of a folder that any process may write to.
 
-        Regular files are read, unless they are too large, and deleted. Links, folders and pipes are not opened, but
-        moved into `refused/`. Names that begin with a dot are left alone, as those files are being written.
+        Regular files are read, unless they are too large, and deleted. Links, folders and pipes are moved into
+        `refused/` and never opened. Files whose name begins with a dot are left alone: they are still being written.
 
         Args:
-            folder: the folder, which need not exist.
-            number: entries to take, at most.
-            most_bytes: size of a file that is read, at most.
-            taken: names that were taken before, but could not be deleted; kept up to date.
+            folder: name of the folder, which need not exist.
+            number: largest number of entries to take.
+            most_bytes: largest size of a file that is read.
+            taken: names of entries that were taken before, but could not be deleted. This call updates the set.
 
         Returns:
             The entries, sorted by name.
@@ -122,27 +129,27 @@ class Storage:
             call = partial(take_files, path, refused, number, most_bytes, taken)
         else:
             call = partial(self._take_objects, path, number, most_bytes, taken)
-        return self._ask(f"read {folder!r}", call)
+        return self._call_filesystem(f"read {folder!r}", call)
 
     def append(self, name: str, data: bytes) -> None:
-        """Add to a file's end; it is created if need be."""
+        """Append bytes to a file, which is created if it does not exist."""
         path = join(self._root, name)
-        self._ask(f"write {name!r}", lambda: self._append(path, data), len(data))
+        self._call_filesystem(f"write {name!r}", lambda: self._append(path, data), len(data))
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file or folder of that name."""
-        return bool(self._ask(f"look for {name!r}", lambda: self._fs.exists(join(self._root, name))))
+        """Return True if there is a file or folder of that name."""
+        return bool(self._call_filesystem(f"look for {name!r}", lambda: self._fs.exists(join(self._root, name))))
 
     def names(self, folder: str) -> list[str]:
-        """What lies directly in a folder, sorted; nothing if the folder does not exist."""
-        paths = self._ask(f"list {folder!r}", lambda: self._list(join(self._root, folder)))
+        """Return the sorted names of the entries directly in a folder. A folder that does not exist has none."""
+        paths = self._call_filesystem(f"list {folder!r}", lambda: self._list(join(self._root, folder)))
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def delete(self, name: str) -> None:
-        """Delete a file, or a folder with all that it holds."""
-        self._ask(f"delete {name!r}", lambda: self._fs.rm(join(self._root, name), recursive=True))
+        """Delete a file, or a folder with its content."""
+        self._call_filesystem(f"delete {name!r}", lambda: self._fs.rm(join(self._root, name), recursive=True))
 
-    # In the filesystem
+    # Calls of the filesystem
 
     def _list(self, path: str) -> list[str]:
         self._fs.invalidate_cache()
@@ -152,7 +159,7 @@ class Storage:
             return []
 
     def _take_objects(self, path: str, number: int, most_bytes: int, taken: set[str]) -> list[TakenFile]:
-        """As `take_out`, where there are neither links nor pipes."""
+        """Take entries out of a folder in an object store, which has neither links nor pipes; see `take_out`."""
         found: list[TakenFile] = []
         for entry in sorted(self._list(path))[:MOST_SCANNED]:
             name = entry.rstrip("/").rpartition("/")[2]
@@ -168,17 +175,21 @@ class Storage:
 
     def _read_object(self, path: str, name: str, most_bytes: int) -> TakenFile:
         if not self._fs.isfile(path):
-            return TakenFile(name, None, "it is no file")
+            return TakenFile(name, None, "it is not a file")
         data: bytes = self._fs.cat_file(path, end=most_bytes + 1)
-        return TakenFile(name, data, "") if len(data) <= most_bytes else TakenFile(name, None, too_large(most_bytes))
+        return TakenFile(name, data, "") if len(data) <= most_bytes else TakenFile(name, None, size_fault(most_bytes))
 
     def _put(self, path: str, data: bytes) -> None:
-        """In one request, where there are requests: closing a file after a fault would leave half of it."""
+        """Write a file in one request of an object store.
+
+        An open file would not do: closing it after a fault would leave half of its content there.
+        """
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         self._fs.pipe_file(path, data)
         _check_size(self._fs.size(path), data)
 
     def _put_unfinished(self, path: str, data: bytes) -> None:
+        """Write a file under a temporary name, and make sure that it is on the disk."""
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         try:
             with self._fs.open(path, "wb") as file:
@@ -195,59 +206,58 @@ class Storage:
         with self._fs.open(path, "ab") as file:
             file.write(data)
 
-    def _ask(self, doing: str, call: Callable[[], T], size: int = 0) -> T:
-        """Every call of a filesystem is made here, in a thread of its own: one that hangs is left behind.
+    def _call_filesystem(self, doing: str, call: Callable[[], T], size: int = 0) -> T:
+        """Make a call of the filesystem, in a thread of its own. A call that hangs is abandoned with its thread.
+
+        Args:
+            doing: verb and file name, for the error message.
+            call: the call.
+            size: number of bytes that are read or written.
 
         Raises:
-            StorageError: it failed, whatever filesystems raise; or took longer than `patience_s` and its size allow.
+            StorageError: the call raised any exception, or took longer than `patience_s` and `size` allow.
         """
         answer: Future[T] = Future()
 
         def run() -> None:
             try:
                 answer.set_result(call())
-            except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
+            except Exception as error:  # noqa: BLE001 - raised again in the thread that waits
                 answer.set_exception(error)
 
         limit_s = self.patience_s + size / SLOWEST
         try:
-            Thread(target=run, name="psgd-storage", daemon=True).start()  # which fails at a limit on processes
+            Thread(target=run, name="psgd-storage", daemon=True).start()  # raises at a limit on processes
             return answer.result(limit_s)
         except Exception as error:
-            reason = (
-                f"{type(error).__name__}: {error}" if _failed(error, answer) else f"no answer within {limit_s:.1f} s"
-            )
+            timed_out = isinstance(error, TimeoutError) and not answer.done()
+            reason = f"no answer within {limit_s:.1f} s" if timed_out else f"{type(error).__name__}: {error}"
             raise StorageError(f"cannot {doing} in {self.url}: {reason}") from error
 
 
 def location(url: str | os.PathLike[str]) -> str:
-    """Return a folder's path or URL as text.
+    """Return the path or URL of a folder as text.
 
     Raises:
-        StorageError: it is neither, or a URL that a `Path` has changed.
+        StorageError: `url` is neither a string nor a path, or it is a URL that `Path` has changed.
     """
     text = url if isinstance(url, str) else os.fspath(url) if isinstance(url, os.PathLike) else None
     if not isinstance(text, str):
         raise StorageError(f"a folder is a path or a URL such as s3://bucket/runs, not {url!r:.80}")
     if text is not url and (scheme := SCHEME.match(text)):
         raise StorageError(
-            f"{text!r} is a URL without one of its slashes: give {scheme[0]}/... as a string, not a Path"
+            f"{text!r} is a URL without one of its slashes: give {scheme[0]}/... as a string, not as a Path"
         )
     return text
 
 
-def _failed(error: Exception, answer: Future[Any]) -> bool:
-    """Return False if no answer came in time, which is no error of the filesystem."""
-    return answer.done() or not isinstance(error, TimeoutError)
-
-
 def _check_size(size: int | None, data: bytes) -> None:
     if size is not None and size != len(data):
-        raise OSError(f"of {len(data)} bytes that were written, {size} are there")
+        raise OSError(f"{len(data)} bytes were written, but the file has {size}")
 
 
 def _rename(before: str, after: str) -> None:
-    """It stands after a power failure, too."""
+    """Rename a file so that the new name survives a power failure."""
     Path(before).replace(after)
     folder = os.open(Path(after).parent, os.O_RDONLY)
     try:

@@ -33,4 +33,4 @@ def test_what_ray_takes_is_subtracted_turn_by_turn() -> None:
 
 
 def test_ray_alone_is_started_as_psgd_starts_it() -> None:
-    assert session._local(JobSpec.model_validate(job(1.0))) == OPTIONS
+    assert session._local_options(JobSpec.model_validate(job(1.0))) == OPTIONS

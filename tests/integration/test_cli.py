@@ -202,7 +202,7 @@ CSV = ("--set", "data={format: csv, path: table.csv, label: right, batch_size: 2
         (("--set", "data={format: npz, path: nowhere.npz}"), "nowhere.npz"),
         (CSV, "line 3, column 'wide'"),
         (("--address", "ray://127.0.0.1:10001"), "psgd submit JOB.yaml --address http://HEAD:8265"),
-        (("--address", "127.0.0.1:1"), "nobody answers at 127.0.0.1:1"),
+        (("--address", "127.0.0.1:1"), "nothing answers at 127.0.0.1:1"),
         (("--storage", "table.csv/runs"), "cannot write"),
     ],
     ids=["no data", "nan in the data", "ray client", "nobody there", "unwritable storage"],

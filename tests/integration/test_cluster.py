@@ -141,7 +141,7 @@ def test_a_driver_here_ships_its_source_and_leaves_no_actor(
 
 def test_a_job_that_does_not_fit_is_refused_after_its_patience(cluster: Cluster, command: CommandLine) -> None:
     large = (*TRAIN, "--address", cluster.address, "--set", "scaling.workers=64")
-    message = "the job needs 64 CPUs (64 workers), the cluster has 4 CPUs"
+    message = "the job needs 64 CPUs (64 workers), but the cluster has 4 CPUs"
     refused = command.run(*large)
     assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
     began = time.monotonic()
@@ -223,7 +223,7 @@ def test_a_users_model_travels_and_the_run_is_continued_and_stopped(cluster: Clu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--storage", "/kept", "--address", "http://127.0.0.1:1"), "nobody answers at http://127.0.0.1:1"),
+        (("--storage", "/kept", "--address", "http://127.0.0.1:1"), "nothing answers at http://127.0.0.1:1"),
         (("--storage", "/kept", "--address", "127.0.0.1:8265"), "expected the dashboard's URL"),
         (("--storage", "kept"), "'kept' is relative"),
         (("--storage", "/kept", "--set", "data={format: csv, path: table.csv}"), "data.path: 'table.csv' is relative"),

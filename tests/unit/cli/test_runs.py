@@ -73,7 +73,7 @@ def test_a_command_for_a_run_that_has_ended_is_refused_with_exit_2(
     finish(run)
     code, out, err = psgd(*command)
     assert (code, out) == (2, "")
-    assert f"psgd {command[0]} is for a run that trains, and the run in {run.storage.url} has ended" in err
+    assert f"psgd {command[0]} is for a run that trains, but the run in {run.storage.url} has ended" in err
     assert "--resume" in err
     assert run.take_commands() == []
 
@@ -85,7 +85,7 @@ def test_a_command_for_a_run_that_was_lost_is_refused_with_exit_2(
     monkeypatch.setattr(Owner, "is_alive", False)
     code, out, err = psgd(*command)
     assert (code, out) == (2, "")
-    assert "was lost: process" in err
+    assert "was lost: its driver, process" in err
 
 
 def test_status_of_a_run_whose_driver_is_gone_is_lost(
@@ -96,7 +96,7 @@ def test_status_of_a_run_whose_driver_is_gone_is_lost(
     code, out, _ = psgd("status", "iris")
     told = json.loads(out)
     assert (code, told["status"]) == (0, "lost")
-    assert told["reason"].endswith("its driver, is gone")
+    assert told["reason"].endswith(" is gone")
     assert 0 <= told["last_sign_s"] < 60
     assert told["resume"] == (
         f"psgd train {run.storage.url}/spec.yaml --name iris --storage {Path('runs').absolute()} --resume"

@@ -10,15 +10,19 @@ import pytest
 from psgd.cluster.address import find_address
 from psgd.errors import ClusterError
 
-SETTINGS_FRAME = b"\0\0\x18\4\0\0\0\0\0\0\4\0@\0\0\0\5\0@\0\0"  # with which Ray's head greets every connection
+SETTINGS_FRAME = b"\0\0\x18\4\0\0\0\0\0\0\4\0@\0\0\0\5\0@\0\0"  # sent by Ray's head on every connection
 
 
 @contextmanager
 def answering(greeting: bytes, answer: bytes, family: socket.AddressFamily = socket.AF_INET) -> Iterator[int]:
-    """A server on a free port. Its second connection is greeted, and answered once it has sent something."""
+    """Listen on a free port. The second connection gets a greeting, and an answer to the first bytes that it sends.
+
+    Yields:
+        The port.
+    """
 
     def serve() -> None:
-        listener.accept()[0].close()  # whether anything listens at all
+        listener.accept()[0].close()  # the check that anything listens
         with listener.accept()[0] as connection:
             connection.settimeout(10)
             connection.sendall(greeting)
@@ -102,5 +106,5 @@ def test_other_addresses_are_refused_by_their_name(
 def test_where_nothing_listens_nothing_is_waited_for() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(ClusterError, match=f"nobody answers at 127.0.0.1:{port}"):
+    with pytest.raises(ClusterError, match=f"nothing answers at 127.0.0.1:{port}"):
         find_address(f"127.0.0.1:{port}")

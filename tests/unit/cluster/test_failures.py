@@ -20,7 +20,7 @@ from psgd_workers.errors import ServerGoneError, WorkerError
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "model.py", line 3\nKeyError: no such layer\n'
 MEMORY = "Memory on the node (IP: 10.0.0.7, ID: 49aa) was 22.56GB used / 23.54GB limit (0.958)"
-OUT_OF_MEMORY = (  # as the memory monitor of Ray 2.60 writes it, its lists left out
+OUT_OF_MEMORY = (  # message of the memory monitor of Ray 2.60, without its lists
     f"1 worker(s) were killed due to the node running low on memory. {MEMORY}\n"
     "OOM kill reason: Memory usage 24223500288B exceeded threshold of 24012256256B (95.0% of 25276059648B limit)\n"
     "To see more information about memory usage on this node, use `ray logs raylet.out -ip 10.0.0.7`\n"
@@ -29,13 +29,13 @@ OUT_OF_MEMORY = (  # as the memory monitor of Ray 2.60 writes it, its lists left
 
 
 def raised(cause: Exception) -> RayTaskError:
-    """What a call gives that raised in the actor."""
-    error: Any = RayTaskError  # its stub is untyped
+    """Return the error of a call that raised in the actor."""
+    error: Any = RayTaskError  # Ray's stub is untyped
     return error("work", TRACEBACK, cause)  # type: ignore[no-any-return]
 
 
 def system_error() -> RayError:
-    error: Any = RaySystemError  # likewise
+    error: Any = RaySystemError  # Ray's stub is untyped
     return error(OSError("full"))  # type: ignore[no-any-return]
 
 
@@ -95,7 +95,7 @@ def test_what_a_failed_call_to_a_server_means(error: RayError, expected: ServerL
 
 
 def out_of_memory() -> RayError:
-    error: Any = OutOfMemoryError  # likewise
+    error: Any = OutOfMemoryError  # Ray's stub is untyped
     return error(OUT_OF_MEMORY)  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""Runs as Ray jobs, with a job server that tests write."""
+"""Runs as Ray jobs, with a fake job server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
 from psgd.cluster import jobs as module
-from psgd.cluster.jobs import DRIVER, Jobs
+from psgd.cluster.jobs import DRIVER_SCRIPT, Jobs
 from psgd.errors import InputError, RunError, SpecError
 from psgd.spec import JobSpec
 from tests.support.jobs import job
@@ -25,21 +25,21 @@ REFUSAL = (
 
 
 class JobServer:
-    """Stands for Ray's client of its job server.
+    """A fake of Ray's client of the job server.
 
     Attributes:
-        submitted: the arguments of each job.
-        kept: the files of the newest job's folder, by name.
-        ends: what is told of a job.
-        output: what it prints.
-        interrupts: whether Ctrl-C is pressed while it prints.
+        submitted: arguments of each submitted job.
+        uploaded: content of the files in the newest job's folder, by name.
+        details: fields of `JobDetails` for every job.
+        output: output of every job.
+        interrupts: True if the user presses Ctrl-C while the output is printed.
         stopped: ids of the jobs that were asked to stop.
     """
 
     def __init__(self) -> None:
         self.submitted: list[dict[str, Any]] = []
-        self.kept: dict[str, str] = {}
-        self.ends: dict[str, Any] = {"status": JobStatus.SUCCEEDED, "message": "Job finished successfully."}
+        self.uploaded: dict[str, str] = {}
+        self.details: dict[str, Any] = {"status": JobStatus.SUCCEEDED, "message": "Job finished successfully."}
         self.output = ""
         self.interrupts = False
         self.stopped: list[str] = []
@@ -47,12 +47,16 @@ class JobServer:
     def submit_job(self, **arguments: Any) -> str:
         self.submitted.append(arguments)
         folder = Path(arguments["runtime_env"]["working_dir"])
-        self.kept = {file.name: file.read_text() for file in folder.iterdir()}
+        self.uploaded = {file.name: file.read_text() for file in folder.iterdir()}
         return "raysubmit_1"
 
     def get_job_info(self, identifier: str) -> JobDetails:
         return JobDetails(
-            type=JobType.SUBMISSION, entrypoint="", submission_id=identifier, metadata={"psgd_run": "run"}, **self.ends
+            type=JobType.SUBMISSION,
+            entrypoint="",
+            submission_id=identifier,
+            metadata={"psgd_run": "run"},
+            **self.details,
         )
 
     def list_jobs(self) -> list[JobDetails]:
@@ -90,7 +94,7 @@ def test_a_job_travels_with_its_source(server: JobServer) -> None:
     modules = [Path(folder) for folder in sent["runtime_env"]["py_modules"]]
     assert [folder.name for folder in modules] == ["psgd", "psgd_workers", "ours"]
     assert all(folder.is_absolute() for folder in modules)
-    assert server.kept.keys() == {"job.yaml", "driver.sh"}
+    assert server.uploaded.keys() == {"job.yaml", "driver.sh"}
 
 
 @pytest.mark.parametrize(
@@ -117,13 +121,13 @@ def test_paths_that_the_cluster_may_have_are_submitted(server: JobServer, path: 
 
 
 def test_the_driver_is_run_by_the_interpreter_that_ray_is_installed_in(tmp_path: Path) -> None:
-    """As Ray's job server does, this process has mapped Ray's library, and runs a command by a shell."""
-    (tmp_path / "driver.sh").write_text(DRIVER)
-    nothing = tmp_path / "bin"
-    nothing.mkdir()
+    """Like Ray's job server, this process has loaded Ray's library and runs a command by a shell."""
+    (tmp_path / "driver.sh").write_text(DRIVER_SCRIPT)
+    tools = tmp_path / "bin"
+    tools.mkdir()
     for tool in ("sed", "head", "sh"):
-        (nothing / tool).symlink_to(str(shutil.which(tool)))
-    environment = {**os.environ, "PATH": str(nothing)}
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    environment = {**os.environ, "PATH": str(tools)}
     ran = subprocess.run(
         ["/bin/sh", "-c", "exec sh driver.sh run"],
         cwd=tmp_path,
@@ -145,7 +149,7 @@ def test_output_is_passed_on_until_the_run_has_succeeded(server: JobServer, caps
 
 def test_a_refusal_is_printed_once(server: JobServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.output = "psgd: no data\n"
-    server.ends = {"status": JobStatus.FAILED, "message": REFUSAL, "driver_exit_code": 2}
+    server.details = {"status": JobStatus.FAILED, "message": REFUSAL, "driver_exit_code": 2}
     with pytest.raises(InputError, match="its driver refused the job") as refused:
         Jobs(ADDRESS).wait("raysubmit_1", "run")
     assert (capsys.readouterr().err + str(refused.value)).count("no data") == 1
@@ -161,7 +165,7 @@ def test_a_refusal_is_printed_once(server: JobServer, capsys: pytest.CaptureFixt
     ],
 )
 def test_a_run_that_did_not_succeed_says_why(server: JobServer, status: JobStatus, message: str, expected: str) -> None:
-    server.ends = {"status": status, "message": message, "driver_exit_code": 3}
+    server.details = {"status": status, "message": message, "driver_exit_code": 3}
     with pytest.raises(RunError, match=expected):
         Jobs(ADDRESS).wait("raysubmit_1", "run")
 
@@ -186,7 +190,7 @@ def test_the_status_of_a_run_shows_its_newest_epoch_and_loss(
     server: JobServer, output: str, progress: str | None
 ) -> None:
     server.output = output
-    server.ends = {"status": JobStatus.FAILED, "message": REFUSAL}
+    server.details = {"status": JobStatus.FAILED, "message": REFUSAL}
     told = Jobs(ADDRESS).status("run")
     assert told == {
         "status": "FAILED",
@@ -200,6 +204,6 @@ def test_only_a_run_that_has_not_ended_is_asked_to_stop(server: JobServer) -> No
     with pytest.raises(InputError, match="run run is not running: its job raysubmit_1 ended SUCCEEDED"):
         Jobs(ADDRESS).stop("run")
     assert server.stopped == []
-    server.ends = {"status": JobStatus.RUNNING, "message": ""}
+    server.details = {"status": JobStatus.RUNNING, "message": ""}
     Jobs(ADDRESS).stop("run")
     assert server.stopped == ["raysubmit_1"]

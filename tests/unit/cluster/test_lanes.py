@@ -13,7 +13,7 @@ from psgd_workers.transport.memory import Segment
 
 
 def raised(cause: Exception) -> RayTaskError:
-    make: Any = RayTaskError  # its constructor is untyped
+    make: Any = RayTaskError  # Ray's stub is untyped
     error: RayTaskError = make("push", "a traceback", cause)
     return error
 
@@ -21,7 +21,7 @@ def raised(cause: Exception) -> RayTaskError:
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (GetTimeoutError("late"), LaneTimeoutError, r"no the version from the server within 3\.0 s"),
+        (GetTimeoutError("late"), LaneTimeoutError, r"the server did not send the version within 3\.0 s"),
         (RayActorError("0a", "killed"), ServerGoneError, "the server did not answer: .*killed"),
         (raised(PushRefusedError("no such batch")), ServerGoneError, "the server refused the call: no such batch"),
         (raised(RunError("it failed")), ServerGoneError, "the server refused the call: it failed"),

@@ -17,7 +17,7 @@ def test_servers_are_spread_as_evenly_as_nodes_allow() -> None:
 @pytest.mark.parametrize(
     ("others", "expected"),
     [([], "b"), (["b"], "c"), (["b", "c"], "b")],
-    ids=["nobody else", "a free one", "rather a shared one than the lost one"],
+    ids=["no other server", "a free one", "rather a shared one than the lost one"],
 )
 def test_a_server_is_not_restored_where_it_was_lost(others: list[str], expected: str) -> None:
     assert choose_node(["a", "b", "c"], others, {"a": 1}) == expected

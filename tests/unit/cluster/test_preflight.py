@@ -36,13 +36,13 @@ METHODS = (
 
 @pytest.fixture
 def meanwhile() -> list[Callable[[], object]]:
-    """What is done while Ray starts."""
+    """Return a list for functions that are called while Ray starts."""
     return []
 
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch, meanwhile: list[Callable[[], object]]) -> None:
-    """A cluster with room for every job."""
+    """Replace Ray by a cluster with room for every job."""
 
     @contextmanager
     def session(spec: JobSpec, address: str | None) -> Iterator[None]:
@@ -63,7 +63,7 @@ def plan(folder: Path, spec: JobSpec | None = None, **options: Any) -> RunPlan:
 
 
 def counted(patch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count the calls of every check."""
+    """Return a counter of the calls of every check, by name."""
     calls = Counter[str]()
 
     def count(owner: Any, name: str) -> None:
@@ -122,7 +122,7 @@ def test_of_two_drivers_that_start_together_the_second_is_refused(
         record(run_directory(tmp_path), digits())
     other = run_directory(tmp_path)
     meanwhile.append(other.own)
-    with pytest.raises(RunExistsError, match=r"another driver took the run in .* while Ray was started here"):
+    with pytest.raises(RunExistsError, match=r"another driver took over the run in .* while Ray was started here"):
         plan(tmp_path, resume=resume)
     other.check_owner()
 
@@ -130,7 +130,7 @@ def test_of_two_drivers_that_start_together_the_second_is_refused(
 def test_what_the_driver_before_commits_while_ray_starts_is_continued_from(
     tmp_path: Path, meanwhile: list[Callable[[], object]]
 ) -> None:
-    """It has deleted by then what was the newest checkpoint when the run was checked."""
+    """The former driver also deletes the checkpoint that was the newest when the run was checked."""
     record(run_directory(tmp_path), digits())
     checkpoints = Checkpoints(run_directory(tmp_path).storage)
     (*_, newest) = checkpoints.committed()
@@ -152,5 +152,5 @@ def test_an_address_is_refused_where_ray_is_connected_already(tmp_path: Path, mo
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     with pytest.raises(ClusterError, match=r"connected to a Ray cluster already.*'10\.0\.0\.1:6379'"):
         plan(tmp_path, address="10.0.0.1:6379")
-    monkeypatch.setenv("RAY_ADDRESS", "nonsense")  # which a connection makes meaningless
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")  # not read, because Ray is connected
     assert plan(tmp_path).checkpoint is None

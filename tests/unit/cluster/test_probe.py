@@ -14,13 +14,13 @@ Address = tuple[str, int]
 
 @contextmanager
 def listening(port: int = 0) -> Iterator[Address]:
-    """A process of Ray's, which lets connections wait."""
+    """Listen like a process of Ray, but accept no connection. Yield the address."""
     with socket.create_server(("127.0.0.1", port), backlog=100) as server:
         yield server.getsockname()[:2]
 
 
 def closed() -> Address:
-    """An address where nothing listens."""
+    """Return an address where nothing listens."""
     with listening() as address:
         return address
 

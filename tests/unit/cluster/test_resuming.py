@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def commit(run: RunDirectory, job: OpenJob, name: str, versions: tuple[int, ...], **context: Any) -> None:
-    """A checkpoint of as many servers as versions are given, which did nothing."""
+    """Commit a checkpoint of servers that made no push, one for each of the versions."""
     parts = []
     partitions = partition_weights(job.layout.num_parameters, job.layout.num_trainable, len(versions))
     for partition, updates in zip(partitions, versions, strict=True):
@@ -92,7 +92,7 @@ def test_servers_in_step_can_be_cut_anew(run: RunDirectory, job: OpenJob, server
     found = find_checkpoint(run, spec(servers), refused=fail)
     assert found is not None
     for partition in partition_weights(job.layout.num_parameters, job.layout.num_trainable, servers):
-        part = found.cut(partition, servers)
+        part = found.state_for(partition, servers)
         assert part.metadata["partition"] == list(partition)
         np.testing.assert_array_equal(part.arrays["weights"], job.weights[partition.start : partition.stop])
 
@@ -105,17 +105,19 @@ def test_the_newest_that_can_be_cut_is_used_and_this_is_told(run: RunDirectory, 
     assert found is not None
     assert found.manifest.name == "000001-1"
     assert told == [
-        "checkpoint 000002-1 is of 2 servers and cannot be cut for 3, as partitions 0 and 1 made 8 and 9 updates; "
-        "the one before it is tried"
+        "checkpoint 000002-1 is of 2 servers and cannot be repartitioned for 3, because partitions 0 and 1 made 8 and "
+        "9 updates; the one before it is tried"
     ]
-    same = find_checkpoint(run, spec(2), refused=fail)  # as many servers as it has
+    same = find_checkpoint(run, spec(2), refused=fail)  # as many servers as the newest checkpoint has
     assert same is not None
     assert same.manifest.name == "000002-1"
 
 
 def test_if_none_can_be_cut_the_way_out_is_told(run: RunDirectory, job: OpenJob) -> None:
     commit(run, job, "000001-1", (8, 9))
-    with pytest.raises(ResumeError, match=r"can be cut for 3 servers.*Resume with scaling\.servers=2, end the run"):
+    with pytest.raises(
+        ResumeError, match=r"can be repartitioned for 3 servers.*Resume with scaling\.servers=2, end the run"
+    ):
         find_checkpoint(run, spec(3), refused=lambda _: None)
 
 

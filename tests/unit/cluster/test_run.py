@@ -16,7 +16,7 @@ from tests.support.recorded_run import digits, record, run_directory
 
 
 def resume(folder: Path, spec: JobSpec) -> Any:
-    """Go on with the run `run`; what this refuses is refused before Ray is started."""
+    """Resume the run `run`. The tests expect a refusal before Ray is started."""
     return train(spec, name="run", storage=str(folder), resume=True, progress=False)
 
 
@@ -48,7 +48,7 @@ def test_a_folder_may_be_a_path(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_training_that_has_not_begun_with_a_keyboard_interrupt(tmp_path: Path) -> None:
-    """In the main thread of a script, and its own handlers are back afterwards."""
+    """The script calls `train` in its main thread, and its own signal handlers are restored afterwards."""
     script = f"""
 import os, signal, threading
 import psgd, psgd.cluster.run as run

@@ -49,21 +49,26 @@ def test_a_save_that_failed_leaves_its_journal_to_the_next(tmp_path: Path) -> No
 
 
 class SlowStorage:
-    """Parts of checkpoints are written once they may be."""
+    """A replacement for `write_part` that waits for permission.
+
+    Attributes:
+        begun: names of the checkpoints whose part was to be written.
+        permitted: set when parts may be written.
+    """
 
     def __init__(self) -> None:
         self.begun: list[str] = []
-        self.may = threading.Event()
+        self.permitted = threading.Event()
 
     def write_part(self, run: Storage, checkpoint: str, *arguments: Any) -> Part:
         self.begun.append(checkpoint)
-        assert self.may.wait(10)
+        assert self.permitted.wait(10)
         return write_part(run, checkpoint, *arguments)
 
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> SlowStorage:
-    """Replace the storage that server actors write to."""
+    """Make server actors write their parts through a `SlowStorage`."""
     storage = SlowStorage()
     monkeypatch.setattr("psgd.cluster.server_actor.write_part", storage.write_part)
     return storage
@@ -85,17 +90,17 @@ def test_a_checkpoint_waits_for_the_one_that_is_being_written(tmp_path: Path, sl
         server = only_server(tmp_path, timeout_s=10)
         first = asyncio.create_task(server.save("000001-1"))
         await asyncio.sleep(0)
-        await server.join("worker-0")  # it is in no checkpoint yet
+        await server.join("worker-0")  # recorded in the journal after the first checkpoint
         second = asyncio.create_task(server.save("000002-1"))
         await asyncio.sleep(0)
-        assert (await server.report(wait=False)).version.updates == 0  # it answers meanwhile
-        slow.may.set()
+        assert (await server.report(wait=False)).version.updates == 0  # the server answers while the part is written
+        slow.permitted.set()
         await asyncio.gather(first, second)
 
     asyncio.run(saves())
     assert slow.begun == ["000001-1", "000002-1"]
     segments = [np.load(path)["worker"].tolist() for path in sorted((tmp_path / "run" / "journal").iterdir())]
-    assert [worker for segment in segments for worker in segment] == [b"worker-0"]  # once
+    assert [worker for segment in segments for worker in segment] == [b"worker-0"]  # recorded once
 
 
 def test_a_checkpoint_does_not_wait_for_ever(tmp_path: Path, slow: SlowStorage) -> None:
@@ -105,7 +110,7 @@ def test_a_checkpoint_does_not_wait_for_ever(tmp_path: Path, slow: SlowStorage) 
         await asyncio.sleep(0)
         with pytest.raises(StorageError, match=r"still being written after 0\.2 s"):
             await server.save("000002-1")
-        slow.may.set()
+        slow.permitted.set()
         await first
 
     asyncio.run(saves())

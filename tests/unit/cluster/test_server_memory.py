@@ -87,7 +87,7 @@ CASES = (
 @pytest.fixture(scope="module")
 def measured() -> Iterator[Callable[[JobSpec], int]]:
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("this system does not tell a process its largest memory since a moment: Linux does")
+        pytest.skip("this system cannot measure the peak memory of a process from a given moment on; Linux can")
     command = [sys.executable, "-m", "tests.support.measured_server"]
     server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdin
@@ -155,7 +155,7 @@ def test_a_job_is_refused_whose_server_would_not_fit_with_a_vector_for_each_work
 
 
 def names(union: Any, field: str) -> set[str]:
-    """Every value that tells the members of a union apart."""
+    """Return the values of the field that tells the members of a union apart."""
     members = [get_args(member)[0] if get_args(member) else member for member in get_args(get_args(union)[0])]
     return {get_args(member.model_fields[field].annotation)[0] for member in members}
 

@@ -17,14 +17,14 @@ from tests.support.jobs import job
 
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """How often Ray was shut down."""
+    """Return a list with one entry for each shutdown of Ray."""
     calls: list[str] = []
     monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
     return calls
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Let Ray not start, or not connect."""
+    """Make `ray.init` raise an error."""
 
     def init(**_: Any) -> None:
         raise error

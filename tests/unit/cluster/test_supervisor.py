@@ -1,4 +1,4 @@
-"""The supervisor without Ray: actors that write down how they are called, and answers that tests give."""
+"""The supervisor without Ray: fake actors record the calls, and the tests provide the answers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DONE = Finish("finished")
 
 
 class Call:
-    """Of a method of an actor; its answer comes when `Cluster` is told to give one."""
+    """A call of an actor's method, which returns if the test has given `Cluster` an answer for it."""
 
     def __init__(self, actor: Actor, method: str) -> None:
         self.actor = actor
@@ -53,7 +53,7 @@ class Call:
 
 
 class Actor:
-    """Stands for a handle: whatever is called is written down."""
+    """A fake actor handle, all methods of which can be called."""
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster = cluster
@@ -64,25 +64,25 @@ class Actor:
 
 
 class Cluster:
-    """Stands for Ray.
+    """A fake of Ray.
 
     Attributes:
-        killed: names, in order.
-        nodes: that servers were started on, in order.
-        may_be_silent: whether calls may be waited for that are never answered.
-        gone: what a wait and a kill raise; None: nothing.
+        killed: names of the killed actors, in order.
+        nodes: ids of the nodes that servers were started on, in order.
+        may_be_silent: True if the supervisor may wait for calls that are never answered.
+        gone: error that `wait` and `kill` raise; None while the cluster is there.
     """
 
     def __init__(self) -> None:
         self.killed: list[str] = []
         self.nodes: list[str] = []
         self.may_be_silent = False
-        self.gone: RayError | None = None  # what every call raises from now on
+        self.gone: RayError | None = None
         self._answers: dict[tuple[str, str], Any] = {}
         self._due: dict[Call, Any] = {}
 
     def answers(self, actor: str, method: str, answer: Any) -> None:
-        """To calls from now on; an exception is raised."""
+        """Set the answer to a method's calls from now on. An exception is raised instead of returned."""
         self._answers[actor, method] = answer
 
     def called(self, call: Call) -> Call:
@@ -120,7 +120,7 @@ class Cluster:
 
 
 class Script:
-    """Stands for the coordinator: what each event leads to."""
+    """A fake coordinator with a fixed list of expected events and the actions that follow each."""
 
     def __init__(self, *steps: tuple[type[Event], list[Action]]) -> None:
         self._steps = iter(steps)
@@ -135,7 +135,7 @@ class Script:
         return actions
 
     def next_deadline(self) -> None:
-        """Never."""
+        """Return no deadline."""
 
     def status(self, now: float) -> RunStatus:
         raise AssertionError("nothing here looks at the run")
@@ -178,7 +178,7 @@ UP = ("host:1", ())
 def test_an_evaluation_that_asks_a_dead_server_before_its_loss_is_known_is_lost_with_it(
     tmp_path: Path, cluster: Cluster
 ) -> None:
-    """The other server's report comes together with the news, and is handled before them."""
+    """The other server's report arrives together with the news of the loss, and is handled first."""
     cluster.answers("worker-0", "ready", UP)
     cluster.answers("server-0-1", "report", "report")
     cluster.answers("server-0-1", "epoch_weights", np.zeros(3))
@@ -220,7 +220,7 @@ def test_a_server_is_not_restored_on_any_node_that_lost_one_lately(tmp_path: Pat
 
 
 def test_answers_of_one_actor_that_expire_at_once_mean_one_loss(tmp_path: Path, cluster: Cluster) -> None:
-    """The first of them makes the supervisor forget every call to that actor."""
+    """After the first expired call, the supervisor ignores all calls of that actor."""
     cluster.may_be_silent = True
     ask: list[Action] = [AskReport(0, 1, wait=False), AskReport(0, 2, wait=True)]
     script = Script((Started, [StartServer(0), *ask]), (ServerLost, [DONE]))
@@ -231,7 +231,7 @@ def test_answers_of_one_actor_that_expire_at_once_mean_one_loss(tmp_path: Path, 
 
 
 def test_a_worker_is_stopped_whose_death_was_found_a_moment_before(tmp_path: Path, cluster: Cluster) -> None:
-    """The coordinator gives it up for a report that comes together with the news of its death."""
+    """The coordinator stops the worker for a report that arrives together with the news of the worker's death."""
     cluster.answers("server-0-1", "report", "report")
     cluster.answers("worker-0", "ready", RayActorError())
     script = Script(

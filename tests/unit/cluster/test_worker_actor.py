@@ -1,4 +1,4 @@
-"""A worker's actor without Ray: a call's answer is a function that `ray.get` calls."""
+"""The worker's actor without Ray: a call returns a function, and the fake `ray.get` calls it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,23 @@ LEASE = Lease(3, (BatchRange(0, 0, 5),))
 
 
 class Server:
-    """Stands for a server's actor."""
+    """A fake server actor that hosts a real `ParameterServer`.
+
+    Attributes:
+        after_push: called after each push.
+    """
 
     def __init__(self, opened: OpenJob, partition: int) -> None:
         found = partition_weights(opened.layout.num_parameters, opened.layout.num_trainable, SERVERS)[partition]
         part = opened.weights[found.start : found.stop]
         self.server = ParameterServer(opened.spec, found, part, opened.shards.grid, Version(1, 0))
-        self.then: Callable[[], None] = lambda: None  # called after each push
+        self.after_push: Callable[[], None] = lambda: None
         self.pull = SimpleNamespace(remote=lambda: lambda: (self.server.version, self.server.weights))
         self.push = SimpleNamespace(remote=lambda gradient, wants: lambda: self._push(gradient))
 
     def _push(self, gradient: Gradient) -> tuple[Receipt, FloatArray]:
         (receipt,) = self.server.push(gradient, now=1.0)
-        self.then()
+        self.after_push()
         return receipt, self.server.weights
 
     @property
@@ -55,7 +59,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> OpenJob:
 
 
 def start(opened: OpenJob, servers: list[Any], spec: JobSpec | None = None) -> Any:
-    """Any: Ray's types for methods of a concurrency group are those of a handle."""
+    """Return a worker's actor, typed `Any`: in Ray's types, a method of a concurrency group is a handle."""
     partitions = partition_weights(opened.layout.num_parameters, opened.layout.num_trainable, SERVERS)
     context = RunContext(spec or opened.spec, opened.layout, opened.shards.grid, partitions, "driver", "nowhere")
     return WorkerActor(context, "worker-0", opened.dataset, servers)
@@ -79,7 +83,7 @@ def test_a_lease_is_worked_through_and_every_server_gets_its_slice(opened: OpenJ
 def test_a_cancelled_lease_ends_after_the_batch_in_hand(opened: OpenJob, cancelled: int, pushed: int) -> None:
     servers = [Server(opened, partition) for partition in range(SERVERS)]
     actor = start(opened, servers)
-    servers[-1].then = lambda: actor.cancel(cancelled) if servers[-1].updates == 2 else None
+    servers[-1].after_push = lambda: actor.cancel(cancelled) if servers[-1].updates == 2 else None
     assert actor.work(LEASE) == LeaseEnd(LEASE.id, stopped=pushed < 5)
     assert [server.updates for server in servers] == [pushed, pushed]
 
@@ -94,7 +98,8 @@ def test_an_older_cancellation_takes_nothing_back(opened: OpenJob) -> None:
 
 
 def test_a_partition_whose_server_was_replaced_is_worked_for_there(opened: OpenJob) -> None:
-    old, new = ([Server(opened, partition) for partition in range(SERVERS)] for _ in range(2))
+    old = [Server(opened, partition) for partition in range(SERVERS)]
+    new = [Server(opened, partition) for partition in range(SERVERS)]
     actor = start(opened, list(old))
     actor.work(LEASE)
     actor.reroute(1, new[1])

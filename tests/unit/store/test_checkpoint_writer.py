@@ -27,7 +27,7 @@ PARTITIONS = partition_weights(len(START), len(START), SERVERS)
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    """A run of ours."""
+    """Return the directory of a run that this process owns."""
     run = RunDirectory(Storage(str(tmp_path / "run")))
     run.begin(SPEC)
     run.own()
@@ -40,7 +40,7 @@ def checkpoint_writer(run: RunDirectory, resumed: str | None = None) -> Checkpoi
 
 
 def write(run: RunDirectory, name: str, updates: int) -> list[Part]:
-    """Write the parts that the servers of a run would write."""
+    """Write the parts of all servers."""
     servers = [
         ParameterServer(SPEC, part, START[part.start : part.stop], GRID, Version(1, updates + part.number))
         for part in PARTITIONS
@@ -48,29 +48,29 @@ def write(run: RunDirectory, name: str, updates: int) -> list[Part]:
     return [write_part(run.storage, name, server.state(), np.zeros(0, RECORD)) for server in servers]
 
 
-def save(run: RunDirectory, kept: CheckpointWriter, number: int, updates: int) -> Committed | SaveFailed:
-    """A whole checkpoint."""
-    name = kept.begin(number)
+def save(run: RunDirectory, writer: CheckpointWriter, number: int, updates: int) -> Committed | SaveFailed:
+    """Write and commit a checkpoint."""
+    name = writer.begin(number)
     for part in write(run, name, updates):
-        assert kept.take(number, part) == Saved(part.partition, number, updates + part.partition, 0)
-    return kept.commit(Commit(number, updates, 0), requeued=3)
+        assert writer.add_part(number, part) == Saved(part.partition, number, updates + part.partition, 0)
+    return writer.commit(Commit(number, updates, 0), requeued=3)
 
 
-def origin(kept: CheckpointWriter) -> str | None:
+def origin(writer: CheckpointWriter) -> str | None:
     """Return the checkpoint that a server started now would be restored from."""
-    kept.find_origin()
-    return kept.origin.manifest.name if kept.origin else None
+    writer.refresh_origin()
+    return writer.origin.manifest.name if writer.origin else None
 
 
-def told(run: RunDirectory, kind: str) -> list[str]:
+def recorded(run: RunDirectory, kind: str) -> list[str]:
     lines = run.read_lines("events.jsonl") if run.storage.exists("events.jsonl") else []
     return [str(line.get("fault", line.get("name"))) for line in lines if line["event"] == kind]
 
 
 def test_what_is_committed_is_what_its_parts_and_the_run_say(run: RunDirectory) -> None:
-    kept = checkpoint_writer(run)
-    assert save(run, kept, 7, updates=20) == Committed(7)
-    assert kept.committed == told(run, "checkpoint") == ["000007-1"]
+    writer = checkpoint_writer(run)
+    assert save(run, writer, 7, updates=20) == Committed(7)
+    assert writer.committed == recorded(run, "checkpoint") == ["000007-1"]
     manifest = Checkpoints(run.storage).manifest("000007-1")
     assert (manifest.updates, manifest.requeued, manifest.partitions) == (20, 3, SERVERS)
     assert (manifest.spec_hash, manifest.data_fingerprint, manifest.layout) == ("job", "data", LAYOUT)
@@ -78,68 +78,69 @@ def test_what_is_committed_is_what_its_parts_and_the_run_say(run: RunDirectory) 
 
 
 def test_as_many_are_kept_as_the_job_says(run: RunDirectory) -> None:
-    kept = checkpoint_writer(run)
+    writer = checkpoint_writer(run)
     for number in range(4):
-        save(run, kept, number, updates=10 * number)
+        save(run, writer, number, updates=10 * number)
     assert Checkpoints(run.storage).committed() == ["000002-1", "000003-1"]
-    assert kept.committed == [f"00000{number}-1" for number in range(4)]
+    assert writer.committed == [f"00000{number}-1" for number in range(4)]
 
 
 def test_a_driver_that_lost_the_run_commits_nothing(run: RunDirectory) -> None:
-    kept = checkpoint_writer(run)
+    writer = checkpoint_writer(run)
     other = RunDirectory(Storage(run.storage.url))
     other.own()
     with pytest.raises(OwnershipError, match="taken over"):
-        save(run, kept, 0, updates=10)
-    assert Checkpoints(run.storage).committed() == kept.committed == []
+        save(run, writer, 0, updates=10)
+    assert Checkpoints(run.storage).committed() == writer.committed == []
 
 
 def test_a_driver_that_loses_the_run_at_a_commit_deletes_nothing(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = checkpoint_writer(run)
+    writer = checkpoint_writer(run)
     commit = Checkpoints.commit
     for number in range(2):
-        save(run, kept, number, updates=10 * number)
+        save(run, writer, number, updates=10 * number)
 
     def commits_late(checkpoints: Checkpoints, manifest: Manifest) -> None:
         RunDirectory(Storage(run.storage.url)).own()
-        assert Checkpoints(run.storage).committed() == ["000000-1", "000001-1"]  # either may be gone on from
+        # The other driver may continue from either.
+        assert Checkpoints(run.storage).committed() == ["000000-1", "000001-1"]
         commit(checkpoints, manifest)
 
     monkeypatch.setattr(Checkpoints, "commit", commits_late)
     with pytest.raises(OwnershipError):
-        save(run, kept, 2, updates=20)
+        save(run, writer, 2, updates=20)
     assert Checkpoints(run.storage).committed() == ["000000-1", "000001-1", "000002-1"]
 
 
 def test_a_commit_that_storage_refuses_is_told_and_the_next_one_made(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = checkpoint_writer(run)
+    writer = checkpoint_writer(run)
 
     def full(*_: object) -> None:
         raise StorageError("the disk is full")
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "commit", full)
-        assert save(run, kept, 0, updates=10) == SaveFailed(0, "the disk is full")
-    assert kept.committed == []
+        assert save(run, writer, 0, updates=10) == SaveFailed(0, "the disk is full")
+    assert writer.committed == []
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "prune", full)
-        assert save(run, kept, 1, updates=10) == Committed(1)
-    assert (kept.committed, told(run, "not_deleted")) == (["000001-1"], ["the disk is full"])
+        assert save(run, writer, 1, updates=10) == Committed(1)
+    assert (writer.committed, recorded(run, "not_deleted")) == (["000001-1"], ["the disk is full"])
 
 
 def test_a_lost_servers_successor_goes_on_from_the_newest_that_is_whole(run: RunDirectory) -> None:
-    kept = checkpoint_writer(run)
-    assert origin(kept) is None  # the initial weights
+    writer = checkpoint_writer(run)
+    assert origin(writer) is None  # the initial weights
     for number in range(2):
-        save(run, kept, number, updates=10 * number)
-    assert origin(kept) == "000001-1"
+        save(run, writer, number, updates=10 * number)
+    assert origin(writer) == "000001-1"
     run.storage.delete("checkpoints/000001-1/server-0.safetensors")
-    assert origin(kept) == "000000-1"
-    assert "000001-1" in told(run, "checkpoint_refused")[0]
+    assert origin(writer) == "000000-1"
+    assert "000001-1" in recorded(run, "checkpoint_refused")[0]
 
 
 def test_a_newer_one_of_a_branch_that_was_given_up_is_passed_over(run: RunDirectory) -> None:
@@ -149,6 +150,6 @@ def test_a_newer_one_of_a_branch_that_was_given_up_is_passed_over(run: RunDirect
     resumed = checkpoint_writer(run, resumed="000000-1")
     assert resumed.committed == ["000000-1"]
     assert origin(resumed) == "000000-1"
-    assert told(run, "checkpoint_refused") == [
-        "checkpoint 000001-1 is none that this run goes on from; the one before it is tried"
+    assert recorded(run, "checkpoint_refused") == [
+        "checkpoint 000001-1 is not part of this run's history; the one before it is tried"
     ]

@@ -28,12 +28,12 @@ NO_RECORDS = np.zeros(0, RECORD)
 
 @pytest.fixture(params=["local", "memory"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """A run directory on a disk and in an object store."""
+    """Return the folder of a run: on a disk, then in an object store."""
     return Storage(str(tmp_path / "run") if request.param == "local" else f"memory://{uuid4().hex}/run")
 
 
 def state(partition: int, updates: int = 40) -> ServerState:
-    """A server's state; partition 1 holds the first slice, so that numbers and order differ."""
+    """Return a server's state. Partition 1 holds the first slice, so that numbers and order differ."""
     start, stop = (CUT, len(FLAT)) if partition == 0 else (0, CUT)
     arrays = {
         "weights": FLAT[start:stop],
@@ -71,7 +71,7 @@ def manifest(name: str, parts: list[Part]) -> Manifest:
 
 
 def save(run: Storage, name: str) -> Manifest:
-    """Write a whole checkpoint of two partitions."""
+    """Write and commit a checkpoint of two partitions."""
     whole = manifest(name, [write_part(run, name, state(partition), NO_RECORDS) for partition in (0, 1)])
     Checkpoints(run).commit(whole)
     return whole

@@ -41,7 +41,7 @@ def test_a_command_is_read_as_it_was_made() -> None:
 def test_what_is_no_command_is_refused_with_the_field(change: dict[str, Any], reason: str) -> None:
     refusal = read(to_json(GIVEN | change).encode())
     assert isinstance(refusal, Refusal)
-    assert refusal.reason.startswith("it is no command: ")
+    assert refusal.reason.startswith("it is not a command: ")
     assert reason in refusal.reason
 
 
@@ -58,7 +58,7 @@ def test_what_is_no_json_is_refused_briefly(data: bytes) -> None:
 
 
 def test_what_was_not_read_is_refused_for_that_reason() -> None:
-    assert read(None, "it is no regular file", "pipe") == Refusal("pipe", "it is no regular file")
+    assert read(None, "it is not a regular file", "pipe") == Refusal("pipe", "it is not a regular file")
     refusal = read(None, "no", "x" * 255)
     assert refusal == Refusal("x" * 100, "no")
 

@@ -1,4 +1,4 @@
-"""A process that writes checkpoints is killed at any byte, and what is committed stays right."""
+"""Kills of a process that writes checkpoints, at random moments: committed checkpoints stay whole."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ NUMBER = struct.Struct("<I")
 
 
 def numbered(partition: int, number: int) -> ServerState:
-    """All of it tells which checkpoint it is of."""
+    """Return a state in which every value is the number of its checkpoint."""
     made = state(partition, updates=number)
     arrays = {name: np.full_like(array, number) for name, array in made.arrays.items()}
     return ServerState(arrays, made.metadata)
 
 
 def write(run: Storage, number: int, committed: int) -> None:
-    """Write a checkpoint, and tell that it is committed."""
+    """Write and commit a checkpoint, and then write its number to the pipe `committed`."""
     name = f"{number:06d}-1"
     parts = [write_part(run, name, numbered(partition, number), NO_RECORDS) for partition in (0, 1)]
     Checkpoints(run).commit(manifest(name, parts))
@@ -39,18 +39,21 @@ def write(run: Storage, number: int, committed: int) -> None:
 
 
 def write_for_ever(run: Storage, committed: int) -> None:
-    """As fast as possible."""
+    """Write checkpoints as fast as possible."""
     for number in count(Checkpoints(run).next_number()):
         write(run, number, committed)
 
 
 def kill_a_writer(run: Storage, after_s: float, commits: bool) -> int:
-    """Fork one, kill it; returns the number of the newest checkpoint it told of, 0 if it told of none.
+    """Fork a process that writes checkpoints, and kill it.
 
     Args:
-        run: what it writes to.
-        after_s: how long it writes.
-        commits: that time begins when it has told of one.
+        run: the folder to write to.
+        after_s: time from the start to the kill, seconds.
+        commits: True to count the time from the first committed checkpoint instead.
+
+    Returns:
+        The number of the newest checkpoint that the process reported as committed; 0 if it reported none.
     """
     told, tell = os.pipe()
     child = os.fork()
@@ -58,7 +61,7 @@ def kill_a_writer(run: Storage, after_s: float, commits: bool) -> int:
         try:
             write_for_ever(run, tell)
         finally:
-            os._exit(1)  # neither pytest nor anything else of the parent's goes on here
+            os._exit(1)  # the child must not return into pytest
     os.close(tell)
     first = os.read(told, NUMBER.size) if commits else b""
     time.sleep(after_s)
@@ -73,7 +76,7 @@ def kill_a_writer(run: Storage, after_s: float, commits: bool) -> int:
 def test_whatever_moment_a_writer_is_killed_at_the_newest_checkpoint_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # that is for power failures, and takes time
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # slow, and needed only for power failures
     run = Storage(str(tmp_path / "run"))
     random = np.random.default_rng(7)
     newest = 1
@@ -82,7 +85,7 @@ def test_whatever_moment_a_writer_is_killed_at_the_newest_checkpoint_is_whole(
     took_s = time.monotonic() - began
     written = unfinished = 0
     for kill in range(KILLS):
-        first = Checkpoints(run).next_number()  # which an unfinished one before it sets apart from the newest
+        first = Checkpoints(run).next_number()  # higher than newest + 1 if an unfinished one lies between
         told = kill_a_writer(run, random.uniform(0, 2 * took_s), commits=kill % 4 == 3)
         written += told > newest
         newest = max(newest, told)
@@ -90,7 +93,8 @@ def test_whatever_moment_a_writer_is_killed_at_the_newest_checkpoint_is_whole(
         unfinished += len(Checkpoints(run).names()) - len(Checkpoints(run).committed())
         assert checkpoint is not None
         number = checkpoint.manifest.updates
-        assert newest <= number <= max(newest, told + 1 if told else first)  # its last commit may not have been told
+        # The process may have been killed before it reported its last commit.
+        assert newest <= number <= max(newest, told + 1 if told else first)
         newest = number
         for part in checkpoint.states():
             assert all((array == np.full_like(array, number)).all() for array in part.arrays.values())

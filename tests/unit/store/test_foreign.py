@@ -11,12 +11,12 @@ from psgd.store import foreign
 from psgd.store.foreign import TakenFile, take_files
 from psgd.store.storage import Storage
 
-MOST = 100  # bytes of a file
+MOST = 100  # largest size of a file, bytes
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder that anybody may write to."""
+    """Return a folder that any process may write to."""
     (tmp_path / "box").mkdir()
     return tmp_path / "box"
 
@@ -64,7 +64,7 @@ def test_what_is_no_regular_file_is_moved_aside_unopened(folder: Path, tmp_path:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "socket"))
     assert {(file.name, file.data, file.fault) for file in take(folder)} == {
-        (name, None, "it is no regular file")
+        (name, None, "it is not a regular file")
         for name in ("directory", "dangling", "device", "link", "linked-directory", "pipe", "socket")
     }
     assert list(folder.iterdir()) == []
@@ -124,7 +124,7 @@ def test_of_an_object_store_files_are_taken_likewise() -> None:
         ("1", b"x" * MOST, ""),
         ("2", b"x", ""),
         ("3", None, "it has more than 100 bytes"),
-        ("folder", None, "it is no file"),
+        ("folder", None, "it is not a file"),
     ]
     assert storage.take_out("box", 10, MOST, taken) == []
     assert storage.names("box") == [".part", "folder"]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from psgd.store.liveness import HEARTBEAT_S, Liveness, judge
+from psgd.store.liveness import HEARTBEAT_S, Liveness, judge_liveness
 from psgd.store.owner import Owner
 
 TIMEOUT_S = 20.0
@@ -15,7 +15,7 @@ GONE = replace(HERE, process_start=-1)
 
 
 def judged(owner: Owner | None, ended: bool = False, signs: tuple[float, ...] = (), now: float = 1000.0) -> Liveness:
-    return judge(owner, ended, [*signs], TIMEOUT_S, now)
+    return judge_liveness(owner, ended, [*signs], TIMEOUT_S, now)
 
 
 def test_a_run_that_says_that_it_ended_has_ended() -> None:
@@ -26,7 +26,7 @@ def test_here_the_process_decides_however_long_it_was_silent() -> None:
     assert judged(HERE, now=1e9) == Liveness("running", "", 1000.0)
     lost = judged(GONE, signs=(1005.0, 1003.0), now=1006.0)
     assert (lost.status, lost.last_sign) == ("lost", 1005.0)
-    assert lost.reason == f"process {GONE.pid} on {GONE.host}, its driver, is gone"
+    assert lost.reason == f"its driver, process {GONE.pid} on {GONE.host}, is gone"
 
 
 @pytest.mark.parametrize(("silent_s", "status"), [(0.0, "running"), (LIMIT_S, "running"), (LIMIT_S + 1, "lost")])

@@ -44,7 +44,7 @@ def job(**sections: Any) -> JobSpec:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    """A run that has begun."""
+    """Return the directory of a run that has begun."""
     run = RunDirectory(Storage(str(tmp_path / "run")))
     run.begin(job())
     return run
@@ -94,7 +94,7 @@ def test_each_owner_counts_one_more_and_the_one_before_is_told_who_has_it(run: R
     with pytest.raises(OwnershipError, match=f"taken over by process {second.pid} on {second.host}"):
         run.check_owner()
     with pytest.raises(OwnershipError):
-        RunDirectory(run.storage).check_owner()  # it never owned it
+        RunDirectory(run.storage).check_owner()  # this object never owned the run
 
 
 def test_events_and_metrics_are_lines_in_order(run: RunDirectory) -> None:
@@ -131,11 +131,11 @@ def test_a_run_that_is_not_there_is_refused(tmp_path: Path, ask: str) -> None:
 
 def test_commands_are_taken_once_and_in_order(run: RunDirectory) -> None:
     run.own()
-    asked = [run.command("stop"), run.command("scale", ["4"])]
+    ids = [run.command("stop"), run.command("scale", ["4"])]
     taken = run.take_commands()
     assert [(command.id, command.command) for command in taken if isinstance(command, Command)] == [
-        (asked[0], "stop"),
-        (asked[1], "scale"),
+        (ids[0], "stop"),
+        (ids[1], "scale"),
     ]
     assert run.take_commands() == []
     assert run.storage.names("commands") == []
@@ -143,13 +143,13 @@ def test_commands_are_taken_once_and_in_order(run: RunDirectory) -> None:
 
 def test_a_command_for_an_earlier_driver_is_refused_by_the_next(run: RunDirectory) -> None:
     run.own()
-    asked = run.command("stop")
+    identifier = run.command("stop")
     later = RunDirectory(run.storage)
     later.own()
     (refusal,) = later.take_commands()
-    assert refusal == Refusal(asked, ANY)
+    assert refusal == Refusal(identifier, ANY)
     assert isinstance(refusal, Refusal)
-    assert "meant for incarnation 1, of an earlier driver; this driver began with 2" in refusal.reason
+    assert "meant for incarnation 1, of an earlier driver; this driver began with incarnation 2" in refusal.reason
 
 
 def test_a_command_is_for_every_server_that_the_same_driver_starts(run: RunDirectory) -> None:
@@ -176,7 +176,9 @@ def test_a_command_for_a_run_whose_driver_is_gone_is_refused(
     run.own()
     start(run)
     monkeypatch.setattr(Owner, "is_alive", False)
-    with pytest.raises(RunNotRunningError, match=rf"psgd set is for .* was lost: process {os.getpid()} on .* is gone"):
+    with pytest.raises(
+        RunNotRunningError, match=rf"psgd set is for .* was lost: its driver, process {os.getpid()} on .* is gone"
+    ):
         run.command("set", ["optimizer.lr=1"])
 
 
@@ -201,7 +203,7 @@ def test_a_folder_of_commands_that_cannot_be_read_is_left_alone_for_a_while(
     assert isinstance(refusal, Refusal)
     assert "Permission denied" in refusal.reason
     assert run.take_commands() == []
-    run.event("noticed")  # which does not wait for the commands
+    run.event("noticed")  # logging does not wait for the folder
     assert run.read_lines("events.jsonl")[-1]["event"] == "noticed"
 
 
@@ -313,7 +315,7 @@ def test_a_line_of_another_content_is_damaged(run: RunDirectory, name: str, line
 
 
 def test_a_file_that_is_too_large_is_refused(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psgd.store.run_directory.MOST_DOCUMENT", 100)
+    monkeypatch.setattr("psgd.store.run_directory.MOST_JSON_BYTES", 100)
     run.storage.write("owner", b" " * 101)
     with pytest.raises(StorageError, match=r"'owner' .* it has 101 bytes, expected 100 at most"):
         run.read_json("owner")
@@ -333,14 +335,14 @@ def test_a_run_without_a_readable_job_is_resumed_as_none(run: RunDirectory, text
 
 
 class Flaky(Storage):
-    """Takes nothing while it is down."""
+    """Storage that refuses every write while `down` is True."""
 
     down = False
 
-    def _ask(self, doing: str, call: Any, size: int = 0) -> Any:
+    def _call_filesystem(self, doing: str, call: Any, size: int = 0) -> Any:
         if Flaky.down and not doing.startswith(("read", "list", "look")):
             raise StorageError(f"cannot {doing} in {self.url}: OSError: read-only")
-        return super()._ask(doing, call, size)
+        return super()._call_filesystem(doing, call, size)
 
     def folder(self, name: str) -> Storage:
         return Flaky(f"{self.url}/{name}")
@@ -348,7 +350,7 @@ class Flaky(Storage):
 
 @pytest.fixture
 def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
-    """A run that has begun, on storage that can be turned off."""
+    """Return the directory of a run that has begun, on storage that can be made to fail."""
     monkeypatch.setattr(Flaky, "down", False)
     monkeypatch.setattr("psgd.store.event_log.Storage", Flaky)
     monkeypatch.setattr("psgd.store.event_log.RETRY_S", 0.0)
@@ -369,7 +371,7 @@ def test_at_the_start_storage_that_fails_refuses_the_run(flaky: RunDirectory) ->
 def test_while_training_what_cannot_be_written_waits_and_is_told_once(flaky: RunDirectory) -> None:
     told: list[str] = []
     start(flaky)
-    flaky.bear_faults(told.append)
+    flaky.tolerate_faults(told.append)
     Flaky.down = True
     for number in range(3):
         flaky.event("lost", number=number)
@@ -387,7 +389,7 @@ def test_while_training_what_cannot_be_written_waits_and_is_told_once(flaky: Run
 
 def test_storage_that_failed_a_moment_ago_is_left_alone(flaky: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psgd.store.event_log.RETRY_S", 1e9)
-    flaky.bear_faults(lambda fault: None)
+    flaky.tolerate_faults(lambda fault: None)
     Flaky.down = True
     flaky.event("lost")
     Flaky.down = False
@@ -395,20 +397,20 @@ def test_storage_that_failed_a_moment_ago_is_left_alone(flaky: RunDirectory, mon
     assert flaky.read_lines("events.jsonl") == []
     counts = LedgerCounts(batches=5, applied=5, duplicates=0, requeued=2, discarded=0)
     result = Result("unsaved", "run", flaky.storage.url, 1, 5, 150, 0.5, {}, counts, {}, 1.0, None, "read-only")
-    flaky.finish(result)  # there is no later
+    flaky.finish(result)  # the last attempt is made in any case
     assert [event["event"] for event in flaky.read_lines("events.jsonl")] == ["lost", "later"]
     assert flaky.read_json("result.json") == result.to_dict()
 
 
 def test_a_result_that_cannot_be_written_raises_nothing(flaky: RunDirectory) -> None:
-    flaky.bear_faults(lambda fault: None)
+    flaky.tolerate_faults(lambda fault: None)
     Flaky.down = True
     counts = LedgerCounts(batches=0, applied=0, duplicates=0, requeued=0, discarded=0)
     flaky.finish(Result("unsaved", "run", flaky.storage.url, 0, 0, 0, 0.0, {}, counts, {}, None, None, "read-only"))
 
 
 def test_an_incarnation_that_could_not_be_noted_is_noted_before_a_commit(flaky: RunDirectory) -> None:
-    flaky.bear_faults(lambda fault: None)
+    flaky.tolerate_faults(lambda fault: None)
     Flaky.down = True
     assert flaky.next_incarnation() == 2
     assert json.loads(flaky.storage.read("owner"))["incarnation"] == 1

@@ -13,7 +13,7 @@ from psgd.store.storage import Storage
 
 @pytest.fixture(params=["local", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """An empty folder that is not there yet, on a disk and where fsspec leads."""
+    """Return a folder that does not exist yet: on a disk, then in an object store."""
     return Storage(str(tmp_path / "runs") if request.param == "local" else f"memory://{uuid4().hex}/runs")
 
 
@@ -22,7 +22,7 @@ def test_what_is_written_is_read_and_folders_come_by_themselves(storage: Storage
     assert storage.read("a/b/file") == b"\x00one"
     storage.write("a/b/file", b"2")
     assert storage.read("a/b/file") == b"2"
-    assert storage.names("a/b") == ["file"]  # and nothing unfinished beside it
+    assert storage.names("a/b") == ["file"]  # and no temporary file beside it
 
 
 def test_appending_creates_a_file_and_adds_to_it(storage: Storage) -> None:

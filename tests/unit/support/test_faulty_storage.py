@@ -75,7 +75,7 @@ def test_storage_that_truncates_is_found_out_before_anything_is_committed(faulty
     run = faulty.storage()
     save(run, "000001-1")
     faulty.halves = lambda path: path.endswith(file)
-    with pytest.raises(StorageError, match=r"of \d+ bytes that were written, \d+ are there"):
+    with pytest.raises(StorageError, match=r"\d+ bytes were written, but the file has \d+"):
         save(run, "000002-1")
     told: list[str] = []
     newest = Checkpoints(run).newest(refused=told.append)
@@ -139,7 +139,7 @@ def test_storage_of_which_nothing_can_be_read_is_told(faulty: Faulty) -> None:
 def test_a_probe_finds_storage_that_truncates_or_stalls(faulty: Faulty) -> None:
     run = faulty.storage(patience_s=0.2)
     faulty.halves = lambda path: True
-    with pytest.raises(StorageError, match="of 4 bytes that were written, 2 are there"):
+    with pytest.raises(StorageError, match="4 bytes were written, but the file has 2"):
         run.probe()
     faulty.halves = lambda path: False
     faulty.stalls = lambda path: True

@@ -1,4 +1,4 @@
-"""Commands as the supervisor takes them: whatever lies in `commands/`, the run goes on."""
+"""Commands for a supervisor that trains: no entry of `commands/` ends the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from psgd.cluster import supervisor
+from psgd.cluster import command_inbox
 from psgd.cluster.supervisor import Supervisor
 from psgd.core.driver.events import Action, Change, Event, Finish, Scale, Started, Stop, Tick
 from psgd.jsontext import to_json
@@ -22,10 +22,10 @@ STOPPED = Finish("stopped")
 
 
 class Coordinator:
-    """Ends the run when it is to stop.
+    """A coordinator that only ends the run when it gets a `Stop`.
 
     Attributes:
-        events: what it was told, in order.
+        events: the events that it got, in order, except ticks and the start.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Coordinator:
         """Return no deadline."""
 
     def status(self, now: float) -> Any:
-        """Return nothing: no test here looks at it."""
+        """Return nothing: no test in this module looks at the status."""
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def spec() -> JobSpec:
 
 @pytest.fixture
 def run(tmp_path: Path, spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
-    """A run that this process drives."""
-    monkeypatch.setattr(supervisor, "COMMANDS_S", 0.0)
+    """Return the directory of a run that this process owns."""
+    monkeypatch.setattr(command_inbox, "POLL_S", 0.0)
     run = RunDirectory(Storage(str(tmp_path / "run")))
     run.own()
     run.begin(spec)
@@ -60,27 +60,29 @@ def run(tmp_path: Path, spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> RunDi
 
 
 def drive(run: RunDirectory, spec: JobSpec, interrupted: bool = False) -> list[Event]:
-    """Run a supervisor until it is told to stop; returns what its coordinator was told."""
+    """Run a supervisor until its run is stopped. Return the events that its coordinator got."""
     coordinator: Any = Coordinator()
     inputs: Any = SimpleNamespace(context=SimpleNamespace(spec=spec, partitions=()))
-    saves: Any = None
-    driver = Supervisor(coordinator, inputs, run, saves, lambda *_: None, lambda _: None, lambda: interrupted)
+    checkpoint_writer: Any = None
+    driver = Supervisor(
+        coordinator, inputs, run, checkpoint_writer, lambda *_: None, lambda _: None, lambda: interrupted
+    )
     assert driver.train() == STOPPED
     events: list[Event] = coordinator.events
     return events
 
 
 def answers(run: RunDirectory) -> list[dict[str, Any]]:
-    """What the driver answered, in order."""
+    """Return the driver's answers to commands, in order."""
     return [line for line in run.read_lines("events.jsonl") if line["event"] == "command"]
 
 
 def test_commands_are_followed_in_order_and_recorded(run: RunDirectory, spec: JobSpec) -> None:
-    asked = [run.command("set", ["optimizer.lr=0.5"]), run.command("scale", ["3"]), run.command("stop")]
+    ids = [run.command("set", ["optimizer.lr=0.5"]), run.command("scale", ["3"]), run.command("stop")]
     change, scale, stop = drive(run, spec)
     assert isinstance(change, Change)
     assert (change.settings.optimizer.lr, scale, stop) == (0.5, Scale(3), Stop("stopped"))
-    assert [(answer["id"], answer["accepted"]) for answer in answers(run)] == [(name, True) for name in asked]
+    assert [(answer["id"], answer["accepted"]) for answer in answers(run)] == [(name, True) for name in ids]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_a_number_of_workers_that_makes_no_sense_is_refused_and_the_run_goes_on(
     run.command("stop")
     events = drive(run, spec)
     assert events[-1] == Stop("stopped")
-    assert answers(run)[0]["accepted"] == (workers == ["1", "2"])  # what follows the number is not looked at
+    assert answers(run)[0]["accepted"] == (workers == ["1", "2"])  # arguments after the number are ignored
 
 
 def test_whatever_lies_in_the_folder_is_refused_with_a_reason_and_the_run_goes_on(
@@ -150,7 +152,7 @@ def test_a_fault_in_understanding_a_command_does_not_end_the_run(
     def fail(*arguments: object) -> None:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr(supervisor, "change_settings", fail)
+    monkeypatch.setattr(command_inbox, "change_settings", fail)
     run.command("set", ["optimizer.lr=1"])
     run.command("stop")
     assert drive(run, spec) == [Stop("stopped")]
