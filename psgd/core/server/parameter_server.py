@@ -31,23 +31,19 @@ from psgd.core.server.observer import ServerObserver
 from psgd.core.server.optimizers import build_optimizer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.published import PrivateVector, Published
+from psgd.core.server.push_check import PushCheck
 from psgd.core.server.report import Mark, Report
 from psgd.core.server.schedules import build_schedule
 from psgd.core.server.state import ServerState
 from psgd.core.server.tally import Tally
-from psgd.errors import PushRefusedError, WeightsNotKeptError
+from psgd.errors import WeightsNotKeptError
 from psgd.spec import JobSpec, Settings
-from psgd_workers.errors import EncodingError
 from psgd_workers.gradients.compression import decode
 from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
 
 __all__ = ["ParameterServer"]
 
 KEPT_EPOCHS = 2  # the two newest ends, of which one may be under evaluation
-LONGEST_S = 1e9  # that a worker may say it computed
-SLOTS = 1 << 8  # below this are a slot's number and the next two, as the journal keeps them
-INCARNATIONS = 1 << 32
-COUNTS = 1 << 64
 
 
 class _Parked(NamedTuple):
@@ -90,7 +86,6 @@ class ParameterServer:
         self.settings = spec.settings
         self._observer = observer or ServerObserver()
         self._size = size
-        self._reads_weights = spec.correction.reads_weights
         self._correction = build_correction(spec, trainable)
         self._board = published or PrivateVector(size)
         self._board.begin()
@@ -102,6 +97,7 @@ class ParameterServer:
         self._has_buffers = trainable < size
         self._clipped = np.empty(size, np.float32)
         self._decoded = np.empty(size, np.float32)
+        self._push_check = PushCheck(spec, partition, grid)
         self._optimizer = build_optimizer(spec.optimizer, trainable)
         decay = spec.optimizer.ema
         self._average = None if decay is None else Average(decay, self._trained)
@@ -115,8 +111,7 @@ class ParameterServer:
         self._epoch_weights: dict[int, FloatArray] = {}
         self._kept = 0  # the newest epoch's end that weights were kept of, or could have been
         self._counted = 0  # examples applied and skipped: what the schedule goes by
-        self._partitions = spec.scaling.servers
-        self.journal = Journal(self._partitions)
+        self.journal = Journal(spec.scaling.servers)
         self._set(spec.settings)
         self._observer.started(self)
 
@@ -248,49 +243,9 @@ class ParameterServer:
         """Refuse a push that no worker of this run sends. A host calls this before `push`.
 
         Raises:
-            PushRefusedError: the batch does not exist; a number or a vector is not one that a worker computes; or a
-                vector that the job asks for is missing. The state is as before.
+            PushRefusedError: the push does not fit this partition. The state is as before.
         """
-        self._check_batch(gradient)
-        self._check_name(gradient)
-        # Inf and nan are an answer of the norm's; a time must fit the journal.
-        if gradient.norm < 0 or not 0 <= gradient.compute_s < LONGEST_S:
-            raise PushRefusedError(f"a push with norm {gradient.norm}, computed in {gradient.compute_s} s")
-        size = self._size
-        trainable = self.partition.num_trainable
-        if isinstance(gradient.values, Encoded):
-            _check_encoded(gradient.values, self._decoded[:trainable])
-            if trainable < size:
-                _check_vector("buffers", gradient.buffers, size - trainable)
-        else:
-            _check_vector("values", gradient.values, size)
-        if self._reads_weights:
-            _check_vector("weights_read", gradient.weights_read, size)
-
-    def _check_batch(self, gradient: Gradient) -> None:
-        (epoch, shard, index) = gradient.batch
-        per_shard = self._grid.batches_per_shard
-        # A partition that was restored may be an epoch behind the others.
-        exists = epoch <= self._settled.epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
-        if not exists or min(gradient.batch) < 0 or not 0 < gradient.examples <= self._grid.num_examples:
-            raise PushRefusedError(
-                f"a push of {gradient.batch} with {gradient.examples} examples: epochs up to {self.epochs + 1} are of "
-                f"{per_shard} batches by shard, {self._grid.num_examples} examples in all"
-            )
-
-    def _check_name(self, gradient: Gradient) -> None:
-        """Refuse a push that the journal could not tell from others, or whose versions it could not keep."""
-        _, slot, number, *_, carries = gradient
-        if not (0 <= slot < SLOTS and 0 < number < COUNTS and 0 <= carries < number):
-            raise PushRefusedError(
-                f"a push with number {number} of slot {slot}, which carries on {carries}: numbers count from 1"
-            )
-        versions = (gradient.read, *gradient.others)
-        known = all(0 <= incarnation < INCARNATIONS and 0 <= updates < COUNTS for incarnation, updates in versions)
-        if len(versions) != self._partitions or not known:
-            raise PushRefusedError(
-                f"a push computed from {versions}, expected the versions of {self._partitions} partitions"
-            )
+        self._push_check.check(gradient, self._settled.epochs, self._decoded)
 
     # DECODE, CORRECT, AGGREGATE
 
@@ -525,16 +480,3 @@ class ParameterServer:
         server.journal.fork(now, origin, server.version)
         server._observer.restored(server, state)
         return server
-
-
-def _check_encoded(encoded: Encoded, scratch: FloatArray) -> None:
-    try:
-        decode(encoded, scratch)
-    except EncodingError as error:
-        raise PushRefusedError(str(error)) from error
-
-
-def _check_vector(name: str, vector: object, length: int) -> None:
-    if not (isinstance(vector, np.ndarray) and vector.shape == (length,) and vector.dtype == np.float32):
-        given = f"{vector.dtype} {vector.shape}" if isinstance(vector, np.ndarray) else type(vector).__name__
-        raise PushRefusedError(f"a push whose {name} are {given}, not float32 ({length},)")
