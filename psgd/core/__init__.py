@@ -1,1 +1,1 @@
-"""The algorithm: pure. No Ray, no clock, no disk, no sockets, no threads."""
+"""The algorithm, as pure code: it uses no Ray, clock, disk, socket or thread. `driver` imports `server`."""

@@ -1,4 +1,4 @@
-"""The facts of a run, which its actors are started with."""
+"""RunContext: the values that every actor of a run is started with."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["RunContext"]
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What every actor of a run is told."""
+    """Values that stay the same for a whole run of one driver and are sent to all its servers and workers."""
 
     spec: JobSpec
-    layout: Layout
-    grid: EpochGrid
-    partitions: tuple[Partition, ...]
-    driver: str  # id of the run's owner
+    layout: Layout  # slices and shapes of the tensors in the flat weights
+    grid: EpochGrid  # batches by shard, and number of examples in an epoch
+    partitions: tuple[Partition, ...]  # one for each server
+    driver: str  # id of the driver that owns the run
     storage: str  # URL of the run directory

@@ -1,1 +1,1 @@
-"""One partition of the weights, and the way of a push through it, hook by hook."""
+"""One server: its partition of the weights, and every part that a push passes on its way into them."""

@@ -15,12 +15,13 @@ Bitmap = NDArray[np.bool_]
 
 
 class AppliedSet:
-    """A number of complete epochs, and bitmaps over positions for each open one.
+    """The number of complete epochs, and a bitmap over positions for each open one.
 
-    A batch is *settled* once it is contained or skipped; an epoch is complete when all its batches are.
+    A batch is *settled* once it is contained or skipped. An epoch is *open* once one of its batches is settled, and
+    complete once all its batches, and those of all earlier epochs, are.
 
     Args:
-        grid: number of batches by shard.
+        grid: batches by shard, and number of examples in an epoch.
         epochs: number of complete epochs: every batch of the earlier ones is settled.
         settled: epoch -> bitmap of its settled batches, for each open epoch; copied.
         skipped: epoch -> bitmap of its skipped batches; an epoch without an entry has none; copied.
@@ -76,10 +77,10 @@ class AppliedSet:
 
     @property
     def between_epochs(self) -> bool:
-        """Return True if no epoch is partly settled."""
+        """Return True if no epoch is open."""
         return not self._settled
 
     def __len__(self) -> int:
         """Return the number of settled batches over all epochs."""
-        open_ones = self._grid.num_batches * len(self._missing) - sum(self._missing.values())
-        return self.epochs * self._grid.num_batches + open_ones
+        in_open_epochs = self._grid.num_batches * len(self._missing) - sum(self._missing.values())
+        return self.epochs * self._grid.num_batches + in_open_epochs

@@ -22,8 +22,9 @@ class Average:
     Attributes:
         values: `[size]` float32, the average.
 
-    Same rule as TensorFlow's with `num_updates`:
-    https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+    References:
+        The same rule as TensorFlow's with `num_updates`:
+        https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
     """
 
     def __init__(self, decay: float, weights: FloatArray) -> None:
@@ -31,7 +32,7 @@ class Average:
         self._blocks = in_blocks(len(weights))
         self.values = weights.copy()
 
-    def take(self, weights: FloatArray, steps: int) -> None:
+    def update(self, weights: FloatArray, steps: int) -> None:
         """Update the average with the weights `[size]` after `steps` optimizer steps."""
         decay = min(self._decay, (1 + steps) / (10 + steps))
         for part, scratch, _ in self._blocks:

@@ -1,7 +1,8 @@
-"""Consistency: which gradients are admitted, when they become a step, and who waits for that.
+"""Consistency modes: which gradients are admitted, when they become a step, and which workers wait for that step.
 
-A *round* is what one step is made of. The server collects gradients into it; the mode says when it closes. A worker
-waits by not being given its receipt, so a mode decides everything about waiting by saying whose receipts are held back.
+A *round* is the set of gradients that become one step. The server collects gradients into the open round, and the mode
+decides when it closes. A worker waits as long as it has no receipt for its push; a mode therefore makes workers wait
+only by holding back receipts.
 """
 
 from __future__ import annotations
@@ -34,43 +35,48 @@ __all__ = ["Consistency", "Round", "build_consistency"]
 
 @dataclass(slots=True)
 class Round:
-    """What a mode decides from."""
+    """The open round of a server, from which a mode decides."""
 
-    collected: int = 0  # gradients since the last step
-    heard: set[str] = field(default_factory=set)  # workers whose push belongs to the open round, whatever became of it
-    live: dict[str, int] = field(default_factory=dict)  # workers that hold a lease -> clock: pushes heard
-    outstanding: bool = False  # some batch of the epoch is in no state yet
+    collected: int = 0  # gradients that are in no step yet
+    pushed: set[str] = field(default_factory=set)  # workers with a push that belongs to the round, of any outcome
+    live: dict[str, int] = field(default_factory=dict)  # workers that hold a lease -> clock: number of their pushes
+    outstanding: bool = False  # True while an epoch has begun and some of its batches are not settled
 
 
 class Consistency(Protocol):
-    """One mode."""
+    """Port: one consistency mode of one server. Except `aggregator`, no method changes anything."""
 
     def aggregator(self, size: int, trainable: int) -> Aggregator:
-        """What collects a round, for a slice of `size` values of which `trainable` are no buffers."""
+        """Build the aggregator that collects the rounds of this mode.
+
+        Args:
+            size: number of values of the partition.
+            trainable: number of them before the first buffer.
+        """
 
     def admits(self, staleness: int) -> bool:
-        """Whether a gradient that was read in this server's history may enter the round."""
+        """Return True if a gradient of this staleness may enter the round."""
 
     def weight(self, staleness: int) -> float:
-        """How much a gradient of that staleness counts; 1 is plain."""
+        """Return the weight of a gradient of this staleness in the mean; 1 is the full weight."""
 
     def belongs(self, outcome: Outcome) -> bool:
-        """Whether a push with that outcome belongs to the open round, so that its worker is heard in it."""
+        """Return True if a push with this outcome belongs to the open round, so that its worker has taken part."""
 
     def closes(self, round_: Round) -> bool:
-        """Whether what is collected becomes a step now. Asked after every push, leave and change."""
+        """Return True if the collected gradients become a step now. Called after every push, leave and skip."""
 
     def waiting(self, round_: Round) -> Callable[[str], bool]:
-        """Whether a worker's receipt is held back for now, by its name."""
+        """Return a function that returns True for the name of a worker whose receipt is held back."""
 
     def batches_per_update(self, workers: int) -> int:
-        """Batches that one step takes, as far as that is known beforehand."""
+        """Return the number of batches in one step, or a lower bound if it varies."""
 
     def in_lockstep(self, workers: int) -> bool:
-        """Whether a step takes one batch of each worker: leases can then be striped, so that rounds never vary."""
+        """Return True if a step takes one batch of each worker. Leases are then striped, so that rounds never vary."""
 
 
-def _nobody(worker: str) -> bool:
+def _no_worker(worker: str) -> bool:
     return False
 
 
@@ -78,78 +84,82 @@ class Async:
     """w ← w - η·g on every push (Downpour SGD; Dean et al., 2012)."""
 
     def aggregator(self, size: int, trainable: int) -> Aggregator:
-        """One gradient at a time."""
+        """Build an aggregator for rounds of one gradient."""
         return OneGradient(size, trainable)
 
     def admits(self, staleness: int) -> bool:
-        """Any staleness."""
+        """Return True: any staleness is admitted."""
         return True
 
     def weight(self, staleness: int) -> float:
-        """All alike."""
+        """Return 1: every gradient has the full weight."""
         return 1.0
 
     def belongs(self, outcome: Outcome) -> bool:
-        """There is no round to belong to."""
+        """Return False: no worker takes part in a round that is still open."""
         return False
 
     def closes(self, round_: Round) -> bool:
-        """At once."""
+        """Return True as soon as there is a gradient."""
         return round_.collected > 0
 
     def waiting(self, round_: Round) -> Callable[[str], bool]:
-        """Nobody's."""
-        return _nobody
+        """Hold back no receipt."""
+        return _no_worker
 
     def batches_per_update(self, workers: int) -> int:
-        """One."""
+        """Return 1."""
         return 1
 
     def in_lockstep(self, workers: int) -> bool:
-        """It does not."""
+        """Return False: a step takes the batch of any worker."""
         return False
 
 
 class Ssp(Async):
-    """Stale synchronous parallel (Ho et al., 2013): a worker starts its c-th batch only if every live one did c - s.
+    """Stale synchronous parallel (Ho et al., 2013).
+
+    A worker that has pushed c batches starts the next one only once every live worker has pushed at least c - s.
 
     Args:
-        s: how many batches a worker may be ahead of the slowest.
+        s: number of batches that a worker may be ahead of the slowest one. Higher → less waiting, more staleness.
     """
 
     def __init__(self, s: int) -> None:
         self._s = s
 
     def waiting(self, round_: Round) -> Callable[[str], bool]:
-        """Theirs who are more than `s` ahead, as long as somebody has a batch left to push."""
+        """Hold back workers that are more than `s` batches ahead of the slowest one, unless the epoch is complete."""
         if not round_.outstanding or not round_.live:
-            return _nobody
+            return _no_worker
         limit = min(round_.live.values()) + self._s
         return lambda worker: round_.live.get(worker, 0) > limit
 
 
 class Ringmaster(Async):
-    """Refuses gradients of staleness `r` and more; the worker restarts from the present weights (Maranjyan, 2025).
+    """Ringmaster ASGD (Maranjyan, 2025): one step on every gradient whose staleness is below `r`.
+
+    A worker whose gradient is refused starts again from the present weights.
 
     Args:
-        r: the staleness that is too much.
+        r: smallest staleness that is refused. Lower → fewer stale steps, more computations wasted.
     """
 
     def __init__(self, r: int) -> None:
         self._r = r
 
     def admits(self, staleness: int) -> bool:
-        """Less than `r`."""
+        """Return True if the staleness is below `r`."""
         return staleness < self._r
 
 
 class Collecting(Async):
-    """One step on the mean of a number of gradients; nobody waits.
+    """One step on the mean of a fixed number of gradients of any workers; no worker waits.
 
     Args:
-        size: live workers -> how many gradients are a step.
-        weight: staleness -> how much a gradient counts.
-        fresh: whether only gradients of the present version are admitted.
+        size: function from the number of live workers to the number of gradients in a step.
+        weight: function from a gradient's staleness to its weight in the mean.
+        fresh: True to admit only gradients that were computed from the present version.
     """
 
     def __init__(
@@ -160,77 +170,82 @@ class Collecting(Async):
         self._fresh = fresh
 
     def aggregator(self, size: int, trainable: int) -> Aggregator:
-        """A running mean: one vector, however many gradients."""
+        """Build a running mean, which needs one vector for any number of gradients."""
         return RunningMean(size, trainable)
 
     def admits(self, staleness: int) -> bool:
-        """Any staleness, or none at all."""
+        """Return True for any staleness, or only for 0 if the mode takes fresh gradients only."""
         return staleness == 0 or not self._fresh
 
     def weight(self, staleness: int) -> float:
-        """As given."""
+        """Return the weight that the mode gives to this staleness."""
         return self._weight(staleness)
 
     def closes(self, round_: Round) -> bool:
-        """When there are enough, or nobody has a batch left to push."""
+        """Return True if enough gradients are collected, or the epoch is complete and some are left."""
         enough = round_.collected >= self._size(len(round_.live))
         return round_.collected > 0 and (enough or not round_.outstanding)
 
     def batches_per_update(self, workers: int) -> int:
-        """As many as are collected."""
+        """Return the number of gradients in a step."""
         return self._size(workers)
 
 
 class LockStep(Async):
-    """One step on the mean of the first gradients of the present version; who gave one waits for the step.
+    """One step on the mean of the first gradients of the present version; their workers wait for the step.
 
-    w ← w - η · Σ nᵢgᵢ / Σ nᵢ over the round, in BatchId order (Chen et al., 2016; Dutta et al., 2018).
+    w ← w - η · Σ nᵢgᵢ / Σ nᵢ over the round, in BatchId order (Chen et al., 2016; Dutta et al., 2018), where nᵢ is the
+    number of examples of gradient gᵢ.
 
     Args:
-        size: live workers -> how many gradients are a step. None: one of each (bulk synchronous).
+        size: function from the number of live workers to the number of gradients in a step. None: one of each worker
+            (bulk synchronous).
     """
 
     def __init__(self, size: Callable[[int], int] | None = None) -> None:
         self._size = size
 
     def aggregator(self, size: int, trainable: int) -> Aggregator:
-        """The gradients themselves, to be summed in BatchId order."""
+        """Build an aggregator that keeps the gradients of a round and sums them in BatchId order."""
         return RoundMean(size, trainable)
 
     def admits(self, staleness: int) -> bool:
-        """Only what was computed from the weights that the step starts from."""
+        """Return True only for a gradient of the weights that the step starts from."""
         return staleness == 0
 
     def belongs(self, outcome: Outcome) -> bool:
-        """Everything; but who came too late for the round before is sent on, where others do not wait for it."""
+        """Return True, except for a push that came too late for a round of limited size.
+
+        The worker of such a push gets its receipt at once, and its next gradient may still enter the open round.
+        """
         return self._size is None or outcome not in (Outcome.REQUEUED, Outcome.DISCARDED)
 
     def closes(self, round_: Round) -> bool:
-        """When there are enough, or every live worker was heard, or nobody has a batch left to push."""
+        """Return True if enough gradients are collected, every live worker has pushed, or the epoch is complete."""
         enough = self._size is not None and round_.collected >= max(1, self._size(len(round_.live)))
-        return bool(round_.heard) and (enough or round_.live.keys() <= round_.heard or not round_.outstanding)
+        return bool(round_.pushed) and (enough or round_.live.keys() <= round_.pushed or not round_.outstanding)
 
     def waiting(self, round_: Round) -> Callable[[str], bool]:
-        """Theirs who were heard in the open round."""
-        return round_.heard.__contains__
+        """Hold back the workers that have pushed into the open round."""
+        return round_.pushed.__contains__
 
     def batches_per_update(self, workers: int) -> int:
-        """As many as make a step."""
+        """Return the number of gradients in a step; without a limit, the number of workers."""
         return workers if self._size is None else max(1, self._size(workers))
 
     def in_lockstep(self, workers: int) -> bool:
-        """If it waits for all of them."""
+        """Return True if a step waits for all workers."""
         return self.batches_per_update(workers) >= workers
 
 
 class Malenia(Collecting):
-    """One step on the mean of the workers' means, all of the present version (Tyurin and Richtárik, 2023).
+    """Malenia SGD (Tyurin and Richtárik, 2023): one step on the mean of the workers' means of the present version.
 
-    Closes when every live worker has Bᵢ ≥ 1 gradients in it and (1/n) Σ 1/Bᵢ ≤ n/S over those: who has left will bring
-    no more, and must not hold the round up.
+    A round closes once every one of the n live workers has Bᵢ ≥ 1 gradients in it and (1/n) Σ 1/Bᵢ ≤ n/S. Workers that
+    left are not in this sum: their Bᵢ cannot grow any more, and would keep the round open.
 
     Args:
-        s: S.
+        s: S of the formula. Higher → more gradients in a step.
     """
 
     def __init__(self, s: int) -> None:
@@ -239,12 +254,12 @@ class Malenia(Collecting):
         self._means: TableMean | None = None
 
     def aggregator(self, size: int, trainable: int) -> Aggregator:
-        """A sum for each worker."""
+        """Build an aggregator that keeps a sum for each worker."""
         self._means = TableMean(size, trainable)
         return self._means
 
     def closes(self, round_: Round) -> bool:
-        """See above; or when nobody has a batch left to push."""
+        """Return True if the condition above holds, or the epoch is complete and gradients are left."""
         assert self._means is not None
         if not round_.collected or not round_.outstanding:
             return round_.collected > 0
@@ -254,18 +269,18 @@ class Malenia(Collecting):
 
 
 class Ringleader(Async):
-    """A table of each worker's gradients, and n steps on each table (Maranjyan and Richtárik, 2026)."""
+    """Ringleader ASGD (Maranjyan and Richtárik, 2026): n steps on each table of all n workers' mean gradients."""
 
     def __init__(self) -> None:
         self._tables: RingleaderTables | None = None
 
     def aggregator(self, size: int, trainable: int) -> Aggregator:
-        """Two tables."""
+        """Build the two tables."""
         self._tables = RingleaderTables(size, trainable)
         return self._tables
 
     def closes(self, round_: Round) -> bool:
-        """When the tables owe a step, or nobody has a batch left to push."""
+        """Return True if a step on the table is due, or the epoch is complete and gradients are left."""
         assert self._tables is not None
         return self._tables.owes_step() or (round_.collected > 0 and not round_.outstanding)
 
@@ -275,7 +290,7 @@ def _buffered_weight(staleness: int) -> float:
 
 
 def build_consistency(spec: ConsistencySpec) -> Consistency:
-    """The mode that a job asks for."""
+    """Build the consistency mode of a job."""
     return _BUILDERS[type(spec)](spec)
 
 

@@ -1,7 +1,7 @@
-"""Corrections: what staleness does to a gradient. τ is the staleness, n the job's workers, w the weights now.
+"""Corrections for stale gradients. In the formulas, τ is the staleness, n the job's workers and w the present weights.
 
-A correction may change the rate of a gradient (`factor`), its values (`correct`), and the weights that workers are
-shown (`published`). What is kept by worker does not outlive a restart: its workers are new to the server.
+A correction may change the rate of a gradient (`factor`), its values (`correct`), and the weights that workers pull
+(`publish`). Statistics of single workers are not saved: to a restored server all workers are new.
 """
 
 from __future__ import annotations
@@ -31,112 +31,137 @@ __all__ = ["Correction", "build_correction"]
 
 
 class Correction(Protocol):
-    """One correction, for the trained values `[size]` of one partition."""
+    """Port: one correction, for the trained values `[size]` of one partition."""
 
-    rate: float  # η of the optimizer, before its schedule; the server sets it when it changes
-    elementwise: bool  # whether `correct` changes values
-    shifts: bool  # whether `published` differs from the weights
+    rate: float  # η of the optimizer before its schedule; set by the server whenever the settings change
+    elementwise: bool  # True if `correct` changes values
+    shifts: bool  # True if workers pull other weights than the optimizer updates
 
     def factor(self, gradient: Gradient, staleness: int) -> float:
-        """What the rate of the gradient is multiplied by; called once for each gradient that enters a round."""
+        """Return the factor of the gradient's rate. Called once for each gradient that enters a round."""
 
     def correct(
         self, worker: str, values: FloatArray, weights: FloatArray, weights_read: FloatArray | None
     ) -> FloatArray:
-        """The gradient to step on, given `values`, which are left as they are; it may be memory of the correction's."""
+        """Return the corrected gradient. Called once for each gradient that enters a round.
+
+        Args:
+            worker: name of the worker that computed the gradient.
+            values: `[size]`, the gradient after clipping; not modified.
+            weights: `[size]`, the present weights.
+            weights_read: `[size]`, the weights that the gradient was computed from; None unless the job's correction
+                asks workers to send them.
+
+        Returns:
+            `[size]`, possibly in memory of the correction that the next call overwrites.
+        """
 
     def watch(self) -> Watch | None:
-        """What is to be shown the direction of the step that now begins, if anything; called once for each step."""
+        """Return a function to be called with the direction of the step that begins now, or None.
 
-    def published(self, weights: FloatArray, rate: float, out: FloatArray) -> None:
-        """Write what workers are shown."""
+        Called once for each step.
+        """
+
+    def publish(self, weights: FloatArray, rate: float, out: FloatArray) -> None:
+        """Write the weights that workers pull into `out`.
+
+        Args:
+            weights: `[size]`, the weights after a step.
+            rate: η of that step, by the schedule.
+            out: `[size]`, overwritten.
+        """
 
     def leave(self, worker: str) -> None:
-        """The worker is idle, gone or dead."""
+        """Forget the statistics of a worker that is idle, gone or dead."""
 
     def vectors(self, workers: int) -> Vectors:
-        """Return how many vectors the correction keeps with so many workers."""
+        """Return the number of vectors that the correction keeps.
+
+        Args:
+            workers: number of workers that push.
+        """
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Arrays, and plain JSON values, to go on from."""
+        """Return the saved statistics as (arrays by name, JSON values by name), copied."""
 
     def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
-        """Take over what `state()` gave."""
+        """Restore the statistics from what `state()` returned, copied."""
 
 
 class Plain:
-    """No correction; the others change what they must."""
+    """No correction. Base of the others, which override some of its methods."""
 
     rate = 0.0
     elementwise = False
     shifts = False
 
     def factor(self, gradient: Gradient, staleness: int) -> float:
-        """1."""
+        """Return 1."""
         return 1.0
 
     def correct(
         self, worker: str, values: FloatArray, weights: FloatArray, weights_read: FloatArray | None
     ) -> FloatArray:
-        """The values themselves."""
+        """Return the values as given."""
         return values
 
     def watch(self) -> Watch | None:
-        """Nothing is learned from a direction."""
+        """Return None: the direction of a step is not needed."""
         return None
 
-    def published(self, weights: FloatArray, rate: float, out: FloatArray) -> None:
-        """The weights themselves."""
+    def publish(self, weights: FloatArray, rate: float, out: FloatArray) -> None:
+        """Copy the weights."""
         out[:] = weights
 
     def leave(self, worker: str) -> None:
-        """Nothing of it is remembered."""
+        """No-op: there are no statistics of single workers."""
 
     def vectors(self, workers: int) -> Vectors:
-        """None."""
+        """Count no vector."""
         return Vectors(0)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Nothing."""
+        """Return nothing."""
         return {}, {}
 
     def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
-        """Nothing to take over."""
+        """No-op: the state is empty."""
 
 
 class StalenessLr(Plain):
-    """η / max(1, τ) (Zhang et al., 2016)."""
+    """Rate η / max(1, τ) (Zhang et al., 2016)."""
 
     def factor(self, gradient: Gradient, staleness: int) -> float:
-        """See above."""
+        """Return 1 / max(1, τ)."""
         return 1 / max(1, staleness)
 
 
 class DelayAdaptive(Plain):
-    """η · n / max(n, τ): gradients no staler than there are workers are left alone (Mishchenko et al., 2022).
+    """Rate η · n / max(n, τ) (Mishchenko et al., 2022): only gradients with τ > n get a lower rate.
 
     Args:
-        workers: n.
+        workers: number of workers, n.
     """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
     def factor(self, gradient: Gradient, staleness: int) -> float:
-        """See above."""
+        """Return n / max(n, τ)."""
         return self._workers / max(self._workers, staleness)
 
 
 class DcAsgd(Plain):
-    """g + λ·g⊙g⊙(w - w_read) (Zheng et al., 2017).
+    """Delay-compensated ASGD (Zheng et al., 2017): g + λ·g⊙g⊙(w - w_read).
 
-    The outer product of the gradient with itself stands for the Hessian, of which only the diagonal is kept.
-    `adaptive`: λ = λ₀ / √(m + 1e-7), where m is the running mean of g⊙g with decay 0.95.
+    This is a Taylor expansion of the gradient around w_read. The diagonal of the outer product of the gradient with
+    itself, g⊙g, approximates the Hessian. If `adaptive`, λ = λ₀ / √(m + 1e-7), where m is the running mean of g⊙g
+    with decay 0.95.
 
     Args:
-        size: length of the slice.
-        strength: λ, or λ₀.
-        adaptive: which of the two.
+        size: number of trained values.
+        strength: λ; λ₀ if `adaptive`. Higher → stronger correction.
+        adaptive: True to divide λ₀ by the root of the running mean.
     """
 
     elementwise = True
@@ -152,8 +177,8 @@ class DcAsgd(Plain):
     def correct(
         self, worker: str, values: FloatArray, weights: FloatArray, weights_read: FloatArray | None
     ) -> FloatArray:
-        """See above."""
-        assert weights_read is not None, "the worker sends what it read when a correction asks for it"
+        """Return g + λ·g⊙g⊙(w - w_read)."""
+        assert weights_read is not None, "the worker sends the weights that it read when the correction asks for them"
         out = self._corrected
         scratch = self._scratch
         np.multiply(values, values, out=out)
@@ -170,27 +195,28 @@ class DcAsgd(Plain):
         return out
 
     def vectors(self, workers: int) -> Vectors:
-        """Two to compute in, and the running mean of the squares if there is one."""
+        """Count two scratch vectors and, if adaptive, the running mean, which a state contains."""
         return Vectors(2) if self._squares is None else Vectors(3, 1)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """The running mean of the squares, if there is one."""
+        """Return `squares` `[size]`, the running mean, if adaptive."""
         return ({} if self._squares is None else {"squares": self._squares.copy()}), {}
 
     def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
-        """Go on with that mean."""
+        """Restore the running mean."""
         if self._squares is not None and "squares" in arrays:
             self._squares[:] = arrays["squares"]
 
 
 class GapAware(Plain):
-    """g / (1 + |w - w_read| / C), C = η·(√m + 1e-8) (Barkai et al., 2020).
+    """Gap-aware ASGD (Barkai et al., 2020): g / (1 + |w - w_read| / C), with C = η·(√m + 1e-8).
 
-    m is the running mean, with decay 0.999 and corrected for its start at 0, of the squared update direction: C is how
-    far a usual step at the highest rate takes a weight. This buys robustness to high rates, not speed.
+    m is the running mean of the squared update direction, with decay 0.999 and corrected for its start at 0. C is thus
+    the usual change of a weight in one step at the rate η. The correction makes high rates stable; it does not make
+    training faster.
 
     Args:
-        size: length of the slice.
+        size: number of trained values.
     """
 
     elementwise = True
@@ -206,28 +232,28 @@ class GapAware(Plain):
     def correct(
         self, worker: str, values: FloatArray, weights: FloatArray, weights_read: FloatArray | None
     ) -> FloatArray:
-        """See above; before the first step there is no gap and no C."""
-        assert weights_read is not None, "the worker sends what it read when a correction asks for it"
+        """Return g / (1 + |w - w_read| / C); g before the first step, when there is no C."""
+        assert weights_read is not None, "the worker sends the weights that it read when the correction asks for them"
         if not self._steps:
             return values
         out = self._corrected
-        usual = self._scratch
-        np.divide(self._squares, 1 - self.DECAY**self._steps, out=usual)
-        np.sqrt(usual, out=usual)
-        usual += self.EPS
-        usual *= self.rate
+        usual_change = self._scratch
+        np.divide(self._squares, 1 - self.DECAY**self._steps, out=usual_change)
+        np.sqrt(usual_change, out=usual_change)
+        usual_change += self.EPS
+        usual_change *= self.rate
         np.subtract(weights, weights_read, out=out)
         np.abs(out, out=out)
-        out /= usual
+        out /= usual_change
         out += 1
         return np.divide(values, out, out=out)
 
     def watch(self) -> Watch | None:
-        """What lets the direction's square enter the running mean."""
+        """Return the function that adds the square of the direction to the running mean."""
         self._steps += 1
-        return self._average
+        return self._add_square
 
-    def _average(self, part: slice, direction: FloatArray) -> None:
+    def _add_square(self, part: slice, direction: FloatArray) -> None:
         squares = self._squares[part]
         scratch = self._scratch[: len(direction)]
         np.multiply(direction, direction, out=scratch)
@@ -236,28 +262,30 @@ class GapAware(Plain):
         squares += scratch
 
     def vectors(self, workers: int) -> Vectors:
-        """Two to compute in, and the running mean."""
+        """Count two scratch vectors and the running mean, which a state contains."""
         return Vectors(3, 1)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """The running mean, and of how many steps it is."""
+        """Return `squares` `[size]`, the running mean, and its number of `steps`."""
         return {"squares": self._squares.copy()}, {"steps": self._steps}
 
     def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
-        """Go on with that mean."""
+        """Restore the running mean."""
         if metadata:
             self._squares[:] = arrays["squares"]
             self._steps = int(metadata["steps"])
 
 
 class Dana(Plain):
-    """vᵢ ← μ·vᵢ + g; w ← w - η·vᵢ; workers are shown w - η·μ·Σⱼ vⱼ (Hakimi et al., 2019).
+    """DANA (Hakimi et al., 2019): a momentum for each worker, and a look-ahead along the sum of all of them.
 
-    A worker that leaves takes its vᵢ out of the sum; should it come back, it begins at 0.
+    For a gradient g of worker i: vᵢ ← μ·vᵢ + g, then w ← w - η·vᵢ. Workers pull w - η·μ·Σⱼ vⱼ.
+
+    The vᵢ of a worker that leaves is removed from the sum. If the worker joins again, its vᵢ starts at 0.
 
     Args:
-        size: length of the slice.
-        momentum: μ.
+        size: number of trained values.
+        momentum: μ, the share of a velocity that is kept at each gradient of its worker.
     """
 
     elementwise = True
@@ -273,7 +301,7 @@ class Dana(Plain):
     def correct(
         self, worker: str, values: FloatArray, weights: FloatArray, weights_read: FloatArray | None
     ) -> FloatArray:
-        """The worker's velocity."""
+        """Add the gradient to the velocity of its worker and return that velocity."""
         velocity = self._velocities.get(worker)
         if velocity is None:
             velocity = self._velocities[worker] = np.zeros(self._size, np.float32)
@@ -283,52 +311,57 @@ class Dana(Plain):
         self._sum += velocity
         return velocity
 
-    def published(self, weights: FloatArray, rate: float, out: FloatArray) -> None:
-        """Where the momenta will have taken the weights."""
+    def publish(self, weights: FloatArray, rate: float, out: FloatArray) -> None:
+        """Write w - η·μ·Σⱼ vⱼ: the weights after the momentum part of every worker's next step."""
         np.multiply(self._sum, rate * self._momentum, out=self._scratch)
         np.subtract(weights, self._scratch, out=out)
 
     def leave(self, worker: str) -> None:
-        """Take its velocity out; the sum is formed anew, so that no rounding stays behind."""
+        """Remove the velocity of a worker. The sum is computed anew, so that no rounding error of it remains."""
         if self._velocities.pop(worker, None) is not None:
             self._sum[:] = 0
             for velocity in self._velocities.values():
                 self._sum += velocity
 
     def vectors(self, workers: int) -> Vectors:
-        """A velocity for each worker, their sum, and one to compute in."""
+        """Count a velocity for each worker, their sum, and a scratch vector."""
         return Vectors(workers + 2)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Nothing: the workers of a restored server are new to it."""
+        """Return nothing: to a restored server all workers are new."""
         return {}, {}
 
 
 class Rescaled(Plain):
-    """ηᵢ = η · tᵢ / mean t, where tᵢ is worker i's mean compute time (Mahran et al., 2026).
+    """Rate η · tᵢ / mean t, where tᵢ is the mean computing time of worker i (Mahran et al., 2026).
 
-    A worker that computes twice as fast pushes twice as often, and each of its gradients counts half.
+    A worker that computes twice as fast pushes twice as often, and each of its gradients gets half the rate.
     """
 
     def __init__(self) -> None:
-        self._totals: dict[str, tuple[float, int]] = {}
+        self._totals: dict[str, tuple[float, int]] = {}  # worker -> sum of its computing times, seconds; their number
 
     def factor(self, gradient: Gradient, staleness: int) -> float:
-        """See above, this gradient included."""
+        """Return tᵢ / mean t, with this gradient's time included."""
         seconds, number = self._totals.get(gradient.worker, (0.0, 0))
-        # In float32, as the journal keeps it, so that a replay computes the same factor.
+        # The journal has this time as float32. A replay has to compute the same factor.
         self._totals[gradient.worker] = seconds + float(np.float32(gradient.compute_s)), number + 1
         means = {worker: total / count for worker, (total, count) in self._totals.items()}
-        usual = sum(means.values()) / len(means)
-        return means[gradient.worker] / usual if usual > 0 else 1.0
+        mean = sum(means.values()) / len(means)
+        return means[gradient.worker] / mean if mean > 0 else 1.0
 
     def leave(self, worker: str) -> None:
-        """Forget its times."""
+        """Forget the times of a worker."""
         self._totals.pop(worker, None)
 
 
 def build_correction(spec: JobSpec, size: int) -> Correction:
-    """The correction that a job asks for, for a slice of `size` trained values."""
+    """Build the correction of a job.
+
+    Args:
+        spec: the job to train.
+        size: number of trained values of the partition.
+    """
     correction = _BUILDERS[type(spec.correction)](spec.correction, spec, size)
     correction.rate = spec.optimizer.lr
     return correction

@@ -1,7 +1,7 @@
-"""The journal: one fixed-size record per push, join, leave, change, skip and fork, in the server's order.
+"""The journal: one record of fixed size per push, join, leave, change, skip and fork, in the order of the server.
 
-A push is recorded with its name (worker, slot, number) and with every partition's version that it was computed from, so
-that a replay computes the same gradient again.
+The record of a push has its name (worker, slot, number) and the version of every partition that the gradient was
+computed from, so that a replay can compute the same gradient again.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from psgd_workers.messages import BatchId, Gradient, Outcome, Version
 
 __all__ = ["RECORD", "Journal", "RecordKind", "plain", "record_type"]
 
-RECORD = np.dtype(  # of the only server of a run
+RECORD = np.dtype(  # one record of a run with a single partition
     [
-        ("kind", "u1"),  # of Kind
-        ("outcome", "u1"),  # index into Outcome; of a push
+        ("kind", "u1"),  # a RecordKind
+        ("outcome", "u1"),  # of a push: number in OUTCOMES
         ("worker", "S16"),
-        ("slot", "u1"),  # of the worker's pipeline; so are the next two, as `Gradient` has them
+        ("slot", "u1"),  # slot, number and carries name a push, as in `Gradient`
         ("number", "<u8"),
         ("carries", "<u8"),
-        ("now", "<f8"),  # the server's clock, seconds
+        ("now", "<f8"),  # time of the server's clock, seconds
         ("epoch", "<u4"),
         ("shard", "<u4"),
         ("index", "<u4"),
         ("examples", "<u4"),
-        ("read_incarnation", "<u4"),
+        ("read_incarnation", "<u4"),  # the version that the gradient was computed from
         ("read_updates", "<u8"),
-        ("incarnation", "<u4"),  # the server's version after the record
+        ("incarnation", "<u4"),  # the server's version after what is recorded
         ("updates", "<u8"),
         ("loss", "<f4"),
         ("compute_s", "<f4"),
@@ -43,94 +43,94 @@ RECORD = np.dtype(  # of the only server of a run
 )
 
 VERSION = np.dtype([("incarnation", "<u4"), ("updates", "<u8")])
-LAYOUT = "<BB16sBQQdIIIIIQIQff"  # of RECORD: a Struct writes much faster than NumPy
+STRUCT_FORMAT = "<BB16sBQQdIIIIIQIQff"  # RECORD as a Struct, which writes a record much faster than NumPy
 OUTCOMES = {outcome: number for number, outcome in enumerate(Outcome)}
-NAMES = RECORD.names or ()
-LOSS = NAMES.index("loss")  # of the values of a record
+FIELDS = RECORD.names or ()
+LOSS_INDEX = FIELDS.index("loss")
 NO_BATCH = BatchId(0, 0, 0)
 NO_VERSION = Version(0, 0)
 
 
 def record_type(partitions: int) -> np.dtype[np.void]:
-    """Return the type of a server's records: RECORD and, with several partitions, the versions read of the others.
+    """Return the dtype of a server's records: RECORD and, if there are other partitions, their versions read.
 
     Args:
-        partitions: of the run.
+        partitions: number of partitions of the run.
     """
     return RECORD if partitions == 1 else np.dtype([*RECORD.descr, ("others", VERSION, (partitions - 1,))])
 
 
 def plain(records: NDArray[np.void]) -> NDArray[np.void]:
-    """Return the fields of RECORD alone, whatever the number of partitions.
+    """Return records with the fields of RECORD only, which every run has, whatever its number of partitions.
 
     Args:
-        records: of any array type.
+        records: `[number of records]`, of any `record_type`.
 
     Raises:
-        ValueError: they are no records of a journal.
+        ValueError: the array does not hold records of a journal.
     """
     names = records.dtype.names or ()
-    if names[: len(NAMES)] != NAMES:
-        raise ValueError(f"records of {records.dtype}, expected the fields of {RECORD}")
+    if names[: len(FIELDS)] != FIELDS:
+        raise ValueError(f"the array has type {records.dtype}; expected the fields of {RECORD}")
     out = np.empty(len(records), RECORD)
-    for name in NAMES:
+    for name in FIELDS:
         out[name] = records[name]
     return out
 
 
 class RecordKind(IntEnum):
-    """What a record tells of."""
+    """The kind of event that a record describes."""
 
-    FORK = 0  # a new incarnation; `read_*` is the version it forked from
+    FORK = 0  # a server started as a new incarnation; `read_*` is the version that it continues from
     JOIN = 1
     LEAVE = 2
     PUSH = 3
-    CHANGE = 4  # `index` is the number of the settings, among those of the journal
-    SKIP = 5  # a batch that the partition does without
+    CHANGE = 4  # the settings changed; `index` is the number of the new ones in `Journal.settings`
+    SKIP = 5  # a batch was settled without its gradient
 
 
 class Journal:
-    """Records since the last `take()`, in memory that doubles as it fills.
+    """Records since the last `take()`.
 
     Args:
-        partitions: of the run.
+        partitions: number of partitions of the run.
 
     Attributes:
-        type: of the records.
-        settings: what each change was to, in order, since the run began: those before a fork are carried over.
+        type: dtype of the records.
+        settings: the settings of every change since the run began, in order; a restored server has the earlier ones.
     """
 
     def __init__(self, partitions: int = 1) -> None:
         self.type = record_type(partitions)
         self.settings: list[Settings] = []
-        self._layout = Struct(LAYOUT + "IQ" * (partitions - 1))
-        assert self._layout.size == self.type.itemsize
+        self._struct = Struct(STRUCT_FORMAT + "IQ" * (partitions - 1))
+        assert self._struct.size == self.type.itemsize
         self._no_versions = (0, 0) * (partitions - 1)
-        self._records = bytearray(256 * self.type.itemsize)
+        self._records = bytearray(256 * self.type.itemsize)  # doubled whenever it is full
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
     def fork(self, now: float, origin: Version, version: Version) -> None:
-        """A server started or was restored."""
-        self._note(RecordKind.FORK, now, version, read=origin)
+        """Record that the server was restored from version `origin` as `version`."""
+        self._record(RecordKind.FORK, now, version, read=origin)
 
     def member(self, kind: RecordKind, now: float, worker: str, version: Version) -> None:
-        """A worker joined or left."""
-        self._note(kind, now, version, worker=worker.encode())
+        """Record that a worker joined or left."""
+        self._record(kind, now, version, worker=worker.encode())
 
     def change(self, now: float, settings: Settings, version: Version) -> None:
-        """The server goes on by other settings."""
-        self._note(RecordKind.CHANGE, now, version, batch=BatchId(0, 0, len(self.settings)))
+        """Record that the server continues with other settings, and keep them."""
+        self._record(RecordKind.CHANGE, now, version, batch=BatchId(0, 0, len(self.settings)))
         self.settings.append(settings)
 
     def skip(self, now: float, batch: BatchId, examples: int, version: Version) -> None:
-        """The partition does without a batch."""
-        self._note(RecordKind.SKIP, now, version, batch=batch, examples=examples)
+        """Record that a batch was settled without its gradient."""
+        self._record(RecordKind.SKIP, now, version, batch=batch, examples=examples)
 
     def push(self, now: float, gradient: Gradient, outcome: Outcome, version: Version) -> None:
-        """A gradient arrived; `outcome` and `version` are those after it."""
+        """Record a push with its outcome, and the version of the server after it."""
         worker, slot, number, batch, examples, read, _, loss, _, compute_s, _, _, others, carries = gradient
         code = OUTCOMES[outcome]
         name = worker.encode()
@@ -154,7 +154,7 @@ class Journal:
             )
         )
 
-    def _note(
+    def _record(
         self,
         kind: RecordKind,
         now: float,
@@ -164,23 +164,24 @@ class Journal:
         examples: int = 0,
         read: Version = NO_VERSION,
     ) -> None:
-        """Record something else than a push."""
-        told = *batch, examples, *read, *version, 0.0, 0.0
-        self._append((kind, 0, worker, 0, 0, 0, now, *told, *self._no_versions))
+        """Append a record of any kind but a push."""
+        fields = (*batch, examples, *read, *version, 0.0, 0.0)
+        self._append((kind, 0, worker, 0, 0, 0, now, *fields, *self._no_versions))
 
     def take(self) -> NDArray[np.void]:
-        """The records since the last call."""
+        """Return the records since the last call, and drop them here."""
         records = np.frombuffer(self._records, self.type, self._length).copy()
         self._length = 0
         return records
 
     def _append(self, record: tuple[Any, ...]) -> None:
-        offset = self._length * self._layout.size
+        offset = self._length * self._struct.size
         if offset == len(self._records):
             self._records = self._records + bytes(len(self._records))
         try:
-            self._layout.pack_into(self._records, offset, *record)
-        except OverflowError:  # a loss too large for four bytes: a diverged one is infinite there
-            loss = record[LOSS]
-            self._layout.pack_into(self._records, offset, *record[:LOSS], copysign(inf, loss), *record[LOSS + 1 :])
+            self._struct.pack_into(self._records, offset, *record)
+        except OverflowError:  # the loss of a diverging run is too large for float32: it is recorded as infinite
+            infinite = copysign(inf, record[LOSS_INDEX])
+            record = (*record[:LOSS_INDEX], infinite, *record[LOSS_INDEX + 1 :])
+            self._struct.pack_into(self._records, offset, *record)
         self._length += 1

@@ -1,4 +1,4 @@
-"""How much memory a server needs, from the job alone: each part of a server states how many vectors it keeps."""
+"""Estimate of a server's memory from the job alone: every part of a server states the number of vectors it keeps."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ from psgd.spec import JobSpec
 
 __all__ = ["FLOAT32", "server_memory"]
 
-EVALUATED = KEPT_EPOCHS + 1  # copies of weights: those of the newest epochs' ends, and one on its way to a worker
-SAVING = 3  # copies of a state while it is saved: its arrays, their bytes, and the file's content
+WEIGHT_COPIES = KEPT_EPOCHS + 1  # copies of the weights: at the newest epochs' ends, and one on its way to a worker
+STATE_COPIES = 3  # copies of a state while it is saved: its arrays, their bytes, and the content of the file
 FLOAT32 = 4  # bytes of a value
 
 
 def server_memory(spec: JobSpec, size: int, workers: int, connected: int = 0) -> int:
-    """Estimate the bytes that a server holds at most: while it saves, with weights of past epochs to evaluate.
+    """Estimate the peak memory of a server in bytes: while it saves, with kept weights of past epochs.
 
     Args:
-        spec: the job.
-        size: values of the server's partition.
-        workers: how many workers push.
-        connected: of these, how many reach the server by a lane whose messages carry the vectors.
+        spec: the job to train.
+        size: number of values of the server's partition.
+        workers: number of workers that push.
+        connected: number of them whose lane (tcp or ray) copies the vectors into messages.
     """
     parts = _parts(spec, workers)
     messages = 2 if spec.correction.reads_weights else 1  # vectors of one push
     vectors = (
         sum(part.held for part in parts)
-        + SAVING * sum(part.saved for part in parts)
-        + EVALUATED
+        + STATE_COPIES * sum(part.saved for part in parts)
+        + WEIGHT_COPIES
         + connected * (spec.scaling.pipeline + 1) * messages
     )
     return FLOAT32 * size * vectors
 
 
 def _parts(spec: JobSpec, workers: int) -> list[Vectors]:
-    """Everything that lives as long as the server. Parts that are built for an empty slice take no memory."""
+    """Return the vectors of each part that lives as long as the server."""
     optimizer = spec.optimizer
+    # Parts of size 0 take no memory; they are built only to be asked.
     correction = build_correction(spec, 0)
     aggregator = build_consistency(spec.consistency).aggregator(0, 0)
     elementwise = correction.elementwise or optimizer.clip_value is not None
-    copies = workers if aggregator.keeps else 1  # of gradients that are changed before they enter a round
+    copies = workers if aggregator.keeps else 1  # number of decoded or corrected gradients at the same time
     return [
         Vectors(1, 1),  # the weights
-        Vectors(1 if correction.shifts else 0),  # other weights that workers are shown
+        Vectors(1 if correction.shifts else 0),  # shifted weights that workers pull
         Vectors(1, 1) if optimizer.ema is not None else Vectors(0),
         Vectors(copies if elementwise else 0),
         Vectors(0) if spec.compression.name == "none" else Vectors(copies + 1 if aggregator.keeps else 1),

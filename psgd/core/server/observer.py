@@ -1,4 +1,4 @@
-"""ServerObserver: is told what happens to one server's state, at the moment it happens."""
+"""ServerObserver: is notified of every change of one server's state, at the moment of the change."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ __all__ = ["ServerObserver"]
 
 
 class ServerObserver:
-    """Looks and changes nothing. This one ignores everything; subclasses pick what they need."""
+    """An observer that ignores all notifications. Subclasses override some; none may modify what it is given."""
 
     def started(self, server: ParameterServer) -> None:
-        """The server is there, with its first weights; if it is restored, `restored` follows."""
+        """Handle a new server with its initial weights. If it is restored, `restored` follows."""
 
     def pushed(self, gradient: Gradient) -> None:
-        """A push came. It may be refused."""
+        """Handle a push before the server decides whether to refuse it."""
 
     def collected(self, gradient: Gradient) -> None:
-        """A gradient is about to go into the open round."""
+        """Handle a gradient that the server is about to add to the open round."""
 
     def skipped(self, batch: BatchId) -> None:
-        """The partition does without this batch from now on."""
+        """Handle a batch that the server has settled without its gradient."""
 
     def stepped(self, server: ParameterServer) -> None:
-        """A step was made."""
+        """Handle a step that the server has just made."""
 
     def saved(self, server: ParameterServer, state: ServerState) -> None:
-        """The state was copied."""
+        """Handle a state that was copied from the server."""
 
     def restored(self, server: ParameterServer, state: ServerState) -> None:
-        """The server is made of this state, as a new incarnation."""
+        """Handle a server that was restored from this state as a new incarnation."""

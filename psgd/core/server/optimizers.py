@@ -1,9 +1,9 @@
-"""Update rules on a flat slice of the weights: each says the direction u of the step w ← w - η·u, made in place.
+"""Optimizers on a flat slice of the weights: each rule computes the direction u of the step w ← w - η·u, in place.
 
-The rate η is the caller's: it follows a schedule, and the consistency mode may scale it.
+The caller gives the rate η, because it follows a schedule and the consistency mode may scale it.
 
-A step goes block by block and finishes one block before it looks at the next. What one operation leaves to the next
-stays in the cache, and a step takes as long as reading and writing each array once.
+A step works on one block of values after the other. The results between two operations on a block stay in the cache, so
+that a step takes only as long as reading and writing each array once.
 """
 
 from __future__ import annotations
@@ -39,36 +39,37 @@ __all__ = [
     "in_blocks",
 ]
 
-BLOCK = 32_768  # values, 128 kB of each array. Lower: fits a smaller cache. Higher: fewer calls of NumPy, 0.5 µs each
+BLOCK = 32_768  # values, 128 kB of each array. Lower → fits a smaller cache. Higher → fewer NumPy calls, 0.5 µs each
 
-Watch = Callable[[slice, FloatArray], None]  # is shown a block's part of the vector and its direction, only to be read
+Watch = Callable[[slice, FloatArray], None]  # called with a block's part of the vector and its direction, read-only
 
 
 class Block(NamedTuple):
-    """A part of a vector, and memory of its length to work in, which all blocks share."""
+    """A part of a vector, and two scratch arrays of its length. All blocks use the same scratch memory."""
 
     part: slice
     scratch: FloatArray
     spare: FloatArray
 
 
-Rule = Callable[[Block, FloatArray], FloatArray]  # a block's gradient -> its direction: the gradient, state, or scratch
+# Computes a block's direction from its gradient. It returns the gradient itself, a part of the state, or the scratch.
+Rule = Callable[[Block, FloatArray], FloatArray]
 
 
 def in_blocks(size: int) -> list[Block]:
-    """The blocks of a vector of `size` values, in order; the last may be shorter."""
+    """Return the blocks of a vector of `size` values, in order. The last one may be shorter."""
     scratch, spare = np.empty((2, min(size, BLOCK)), np.float32)
     parts = [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
     return [Block(part, scratch[: part.stop - part.start], spare[: part.stop - part.start]) for part in parts]
 
 
 class Optimizer(ABC):
-    """Steps by gradients, and can be saved and restored.
+    """Base of the update rules: applies weight decay and the rate, block by block.
 
     Args:
-        size: length of the slice.
-        weight_decay: λ in g ← g + λ·w, before the rule.
-        decoupled: decay by u ← u + λ·w instead, after the rule.
+        size: number of trained values.
+        weight_decay: λ of g ← g + λ·w, which is computed before the rule. Higher → smaller weights.
+        decoupled: True to decay by u ← u + λ·w after the rule instead.
     """
 
     def __init__(self, size: int, weight_decay: float = 0.0, decoupled: bool = False) -> None:
@@ -79,20 +80,21 @@ class Optimizer(ABC):
         self._decays_after = weight_decay > 0 and decoupled
 
     def step(self, weights: FloatArray, gradient: FloatArray, rate: float, watch: Watch | None = None) -> None:
-        """w ← w - η·u, in place.
+        """Update the weights in place: w ← w - η·u.
 
         Args:
-            weights: `[size]`.
-            gradient: `[size]`, left as it is: it may be shared, read-only memory.
-            rate: η.
-            watch: is shown each block's u, before the block's weights change.
+            weights: `[size]`, overwritten.
+            gradient: `[size]`, not modified: it may be shared, read-only memory.
+            rate: η of this step.
+            watch: function to be called with each block's u before the weights of the block change; None: no calls.
         """
         rule = self._begin()
         several = len(self._blocks) > 1
         self._rate[()] = rate
         for block in self._blocks:
             part, scratch, spare = block
-            w, g = (weights[part], gradient[part]) if several else (weights, gradient)  # small ones feel the slicing
+            w = weights[part] if several else weights  # for a small vector, slicing takes a noticeable part of the time
+            g = gradient[part] if several else gradient
             if self._decays_before:
                 g = np.add(np.multiply(w, self._decay, out=spare), g, out=spare)
             u = rule(block, g)
@@ -104,18 +106,18 @@ class Optimizer(ABC):
 
     @abstractmethod
     def _begin(self) -> Rule:
-        """Do what is done once in a step, and give the rule for its blocks."""
+        """Update the state that changes once per step, and return the rule for its blocks."""
 
     @abstractmethod
     def vectors(self) -> Vectors:
-        """Return how many vectors the rule keeps."""
+        """Return the number of vectors that the rule keeps."""
 
     @abstractmethod
     def state(self) -> dict[str, NDArray[Any]]:
-        """The arrays that, loaded, make the next step the same. The optimizer goes on writing to them."""
+        """Return the arrays of the state by name. They are not copies: the next step modifies them."""
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Take over the arrays of `state()`, copied."""
+        """Restore the state from the arrays that `state()` returned, copied."""
         for name, array in self.state().items():
             np.copyto(array, state[name])
 
@@ -123,68 +125,71 @@ class Optimizer(ABC):
 class Sgd(Optimizer):
     """Stochastic gradient descent, equal to `torch.optim.SGD`.
 
-    g ← g + λ·w;  v ← μ·v + (1 - dampening)·g, the first v being g itself;  u = v, or g + μ·v with nesterov.
+    g ← g + λ·w;  v ← μ·v + (1 - dampening)·g;  u = v, or u = g + μ·v with `nesterov`. The first v is g itself.
 
     Args:
-        spec: the hyperparameters.
-        size: length of the slice.
+        spec: hyperparameters.
+        size: number of trained values.
     """
 
     def __init__(self, spec: SgdOptimizer, size: int) -> None:
         super().__init__(size, spec.weight_decay)
         self._spec = spec
         self._momentum = _scalar(spec.momentum)
-        self._share = _scalar(1 - spec.dampening)
+        self._gradient_factor = _scalar(1 - spec.dampening)
         self._velocity = np.empty(size if spec.momentum else 0, np.float32)
-        self._moving = False  # whether there is a velocity yet
+        self._has_velocity = False  # True after the first step with momentum
 
     def _begin(self) -> Rule:
         if not self._spec.momentum:
-            return _plain
-        moving, self._moving = self._moving, True
-        return self._accelerate if moving else self._start
+            return _gradient_itself
+        rule = self._update_velocity if self._has_velocity else self._start_velocity
+        self._has_velocity = True
+        return rule
 
-    def _start(self, block: Block, gradient: FloatArray) -> FloatArray:
+    def _start_velocity(self, block: Block, gradient: FloatArray) -> FloatArray:
         velocity = self._velocity[block.part]
         velocity[:] = gradient
-        return self._ahead(velocity, gradient, block.scratch)
+        return self._direction(velocity, gradient, block.scratch)
 
-    def _accelerate(self, block: Block, gradient: FloatArray) -> FloatArray:
+    def _update_velocity(self, block: Block, gradient: FloatArray) -> FloatArray:
         velocity = self._velocity[block.part]
         velocity *= self._momentum
-        velocity += np.multiply(gradient, self._share, out=block.scratch) if self._spec.dampening else gradient
-        return self._ahead(velocity, gradient, block.scratch)
+        velocity += (
+            np.multiply(gradient, self._gradient_factor, out=block.scratch) if self._spec.dampening else gradient
+        )
+        return self._direction(velocity, gradient, block.scratch)
 
-    def _ahead(self, velocity: FloatArray, gradient: FloatArray, scratch: FloatArray) -> FloatArray:
+    def _direction(self, velocity: FloatArray, gradient: FloatArray, scratch: FloatArray) -> FloatArray:
         if not self._spec.nesterov:
             return velocity
         return np.add(gradient, np.multiply(velocity, self._momentum, out=scratch), out=scratch)
 
     def vectors(self) -> Vectors:
-        """The velocity, with momentum."""
+        """Count the velocity, if there is momentum."""
         kept = 1 if self._spec.momentum else 0
         return Vectors(kept, kept)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """`velocity` `[size]`, once there is one."""
-        return {"velocity": self._velocity} if self._moving else {}
+        """Return `velocity` `[size]`: v, after the first step with momentum."""
+        return {"velocity": self._velocity} if self._has_velocity else {}
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Take over the arrays of `state()`, copied."""
-        self._moving = self._spec.momentum > 0 and "velocity" in state
+        """Restore the velocity, or that there is none yet."""
+        self._has_velocity = self._spec.momentum > 0 and "velocity" in state
         super().load(state)
 
 
 class Adagrad(Optimizer):
-    """Adagrad (Duchi et al., 2011), as Downpour SGD's servers run it (Dean et al., 2012).
+    """Adagrad (Duchi et al., 2011), as on the servers of Downpour SGD (Dean et al., 2012).
 
     g ← g + λ·w;  s ← s + g²;  u = g / √(s + ε).
 
-    ε is inside the root, as in Keras; `torch.optim.Adagrad` has g / (√s + ε).
+    ε is inside the root, as in Keras; `torch.optim.Adagrad` computes g / (√s + ε).
 
     Args:
-        spec: the hyperparameters.
-        size: length of the slice.
+        spec: hyperparameters.
+        size: number of trained values.
     """
 
     def __init__(self, spec: AdagradOptimizer, size: int) -> None:
@@ -204,23 +209,24 @@ class Adagrad(Optimizer):
         return np.divide(gradient, u, out=u)
 
     def vectors(self) -> Vectors:
-        """The accumulator."""
+        """Count the accumulator."""
         return Vectors(1, 1)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """`accumulator` `[size]`: s."""
+        """Return `accumulator` `[size]`: s."""
         return {"accumulator": self._accumulator}
 
 
 class Adam(Optimizer):
     """Adam and AdamW, equal to `torch.optim.Adam` and `torch.optim.AdamW`.
 
-    m ← β₁·m + (1 - β₁)·g;  v ← β₂·v + (1 - β₂)·g²;  u = (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε), at the t-th step.
-    Adam decays the gradient, g ← g + λ·w, before all that; AdamW the weights, u ← u + λ·w, after it.
+    m ← β₁·m + (1 - β₁)·g;  v ← β₂·v + (1 - β₂)·g²;  u = (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε) at step t.
+
+    Weight decay: Adam begins with g ← g + λ·w; AdamW ends with u ← u + λ·w.
 
     Args:
-        spec: the hyperparameters.
-        size: length of the slice.
+        spec: hyperparameters.
+        size: number of trained values.
 
     References:
         Kingma & Ba, 2015: Adam. Loshchilov & Hutter, 2019: Decoupled weight decay regularization.
@@ -235,7 +241,8 @@ class Adam(Optimizer):
         self._steps = np.zeros(1, np.int64)
         self._mean = np.zeros(size, np.float32)
         self._square = np.zeros(size, np.float32)
-        self._mean_weight, self._root_weight = _scalar(1), _scalar(1)  # of what was averaged so far
+        self._mean_weight = _scalar(1)  # 1 - β₁ᵗ
+        self._root_weight = _scalar(1)  # √(1 - β₂ᵗ)
 
     def _begin(self) -> Rule:
         self._steps += 1
@@ -246,8 +253,8 @@ class Adam(Optimizer):
         return self._normalize
 
     def _normalize(self, block: Block, gradient: FloatArray) -> FloatArray:
-        """The bias-corrected mean over the root of the bias-corrected square."""
-        (mean, square) = self._average(block, gradient)
+        """Return the bias-corrected mean, divided by the root of the bias-corrected mean square."""
+        mean, square = self._update_means(block, gradient)
         u = block.scratch
         np.sqrt(square, out=u)
         u /= self._root_weight
@@ -256,7 +263,7 @@ class Adam(Optimizer):
         u /= self._mean_weight
         return u
 
-    def _average(self, block: Block, gradient: FloatArray) -> tuple[FloatArray, FloatArray]:
+    def _update_means(self, block: Block, gradient: FloatArray) -> tuple[FloatArray, FloatArray]:
         mean = self._mean[block.part]
         square = self._square[block.part]
         scratch = block.scratch
@@ -269,24 +276,24 @@ class Adam(Optimizer):
         return mean, square
 
     def vectors(self) -> Vectors:
-        """Both means."""
+        """Count both means."""
         return Vectors(2, 2)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """`mean` and `square` `[size]`: m and v; `steps` `[1]`, int64: t."""
+        """Return `mean` and `square` `[size]`: m and v; and `steps` `[1]`, int64: t."""
         return {"mean": self._mean, "square": self._square, "steps": self._steps}
 
 
 class DelayedNesterov(Optimizer):
-    """Delayed Nesterov: the momentum moves on every N-th push only, by the mean of the last N gradients.
+    """Delayed Nesterov: every step moves by a share of its gradient; the momentum is updated on every N-th step only.
 
-    u = g / N;  on each N-th push also m ← β·m + ḡ and u ← u + β·m.
+    u = g / N. On every N-th step also m ← β·m + ḡ and u ← u + β·m, where ḡ is the mean of the last N gradients.
 
-    With N = 1 it is `Sgd` with nesterov.
+    With N = 1 it equals `Sgd` with `nesterov`.
 
     Args:
-        spec: the hyperparameters.
-        size: length of the slice.
+        spec: hyperparameters.
+        size: number of trained values.
 
     References:
         Liu et al., 2024: Asynchronous Local-SGD training for language modeling (algorithm 3, with c = 0).
@@ -297,24 +304,24 @@ class DelayedNesterov(Optimizer):
         self._spec = spec
         self._momentum = _scalar(spec.momentum)
         self._every = _scalar(spec.every)
-        self._pushes = np.zeros(1, np.int64)
+        self._pushes = np.zeros(1, np.int64)  # steps since the momentum was updated
         self._sum = np.zeros(size, np.float32)
         self._velocity = np.zeros(size, np.float32)
 
     def _begin(self) -> Rule:
         self._pushes += 1
         if self._pushes[0] < self._spec.every:
-            return self._share
+            return self._step_by_share
         self._pushes[:] = 0
-        return self._accelerate
+        return self._step_with_momentum
 
-    def _share(self, block: Block, gradient: FloatArray) -> FloatArray:
+    def _step_by_share(self, block: Block, gradient: FloatArray) -> FloatArray:
         total = self._sum[block.part]
         total += gradient
         return np.divide(gradient, self._every, out=block.scratch)
 
-    def _accelerate(self, block: Block, gradient: FloatArray) -> FloatArray:
-        u = self._share(block, gradient)
+    def _step_with_momentum(self, block: Block, gradient: FloatArray) -> FloatArray:
+        u = self._step_by_share(block, gradient)
         total = self._sum[block.part]
         velocity = self._velocity[block.part]
         total /= self._every
@@ -325,25 +332,28 @@ class DelayedNesterov(Optimizer):
         return u
 
     def vectors(self) -> Vectors:
-        """The velocity and the sum."""
+        """Count the velocity and the sum."""
         return Vectors(2, 2)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """`velocity` and `sum` `[size]`: m and Σg since it moved; `pushes` `[1]`, int64: how many those are."""
+        """Return `velocity` `[size]`: m; `sum` `[size]` and `pushes` `[1]`, int64: sum and number of gradients since.
+
+        Both start again at 0 whenever m is updated.
+        """
         return {"velocity": self._velocity, "sum": self._sum, "pushes": self._pushes}
 
 
-def _plain(_: Block, gradient: FloatArray) -> FloatArray:
+def _gradient_itself(_: Block, gradient: FloatArray) -> FloatArray:
     return gradient
 
 
 def _scalar(value: float) -> FloatArray:
-    """`[]`, float32: NumPy multiplies by one in half the time that a Python float takes it to read."""
+    """Return a float32 array of shape `[]`: NumPy needs half the time to multiply by it as by a Python float."""
     return np.array(value, np.float32)
 
 
 def build_optimizer(spec: OptimizerSpec, size: int) -> Optimizer:
-    """The optimizer that a job asks for, for a slice of `size` values."""
+    """Build the optimizer of a job for `size` trained values."""
     match spec:
         case SgdOptimizer():
             return Sgd(spec, size)

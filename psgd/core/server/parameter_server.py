@@ -1,15 +1,16 @@
-"""ParameterServer: one partition of the weights and everything that decides what happens to it.
+"""ParameterServer: one partition of the weights, and the way of every push into it.
 
 A push goes through six hooks:
 
-    ADMIT      is the batch new, finite, and read in this server's history? does the mode take it?
-    DECODE     values as sent -> float32
-    CORRECT    what the whole gradient's norm asks (clipping), and what staleness does
-    AGGREGATE  into the round; when it closes, the round's mean
-    STEP       the optimizer, in place
-    REPLY      the weights workers are shown, and the receipts now due
+    ADMIT      refuse a duplicate, a gradient that is not finite, one computed from weights that were rolled back, and
+               one that the consistency mode does not admit
+    DECODE     turn the values as they were sent into float32
+    CORRECT    clip, and apply the correction for staleness
+    AGGREGATE  add the gradient to the open round; once the round closes, compute its mean
+    STEP       let the optimizer update the weights in place
+    REPLY      publish the weights that workers pull, and return the receipts that are due
 
-The host calls one method at a time and delivers the receipts each returns.
+The host calls one method at a time and delivers the receipts that each call returns.
 """
 
 from __future__ import annotations
@@ -31,45 +32,47 @@ from psgd.core.server.observer import ServerObserver
 from psgd.core.server.optimizers import build_optimizer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.published import PrivateVector, Published
+from psgd.core.server.push_check import PushCheck
 from psgd.core.server.report import Mark, Report
 from psgd.core.server.schedules import build_schedule
 from psgd.core.server.state import ServerState
 from psgd.core.server.tally import Tally
-from psgd.errors import PushRefusedError, WeightsNotKeptError
+from psgd.errors import WeightsNotKeptError
 from psgd.spec import JobSpec, Settings
-from psgd_workers.errors import EncodingError
 from psgd_workers.gradients.compression import decode
 from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
 
 __all__ = ["ParameterServer"]
 
-KEPT_EPOCHS = 2  # the two newest ends, of which one may be under evaluation
-LONGEST_S = 1e9  # that a worker may say it computed
-SLOTS = 1 << 8  # below this are a slot's number and the next two, as the journal keeps them
-INCARNATIONS = 1 << 32
-COUNTS = 1 << 64
+KEPT_EPOCHS = 2  # epochs whose final weights are kept: the newest, and the one before, which may be under evaluation
 
 
 class _Parked(NamedTuple):
-    """A push whose receipt is not yet given."""
+    """A push whose receipt is held back."""
 
     worker: str
     batch: BatchId
-    outcome: Outcome
-    updates: int  # of the server when it came: a later version has it applied
+    outcome: Outcome  # when the push arrived, before any step
+    updates: int  # number of updates when the push arrived; once there are more, a buffered gradient is applied
 
 
 class ParameterServer:
-    """One partition of the weights.
+    """One partition of the weights, with the optimizer, the applied set and the journal that belong to it.
 
     Args:
-        spec: the job.
-        partition: which slice of the weights `weights` is.
-        weights: `[partition size]` float32; copied.
-        grid: the shape of an epoch.
-        version: where versions start.
-        published: where to keep the weights that workers are shown; None: in memory of its own.
-        observer: is told what happens to the state.
+        spec: the job to train.
+        partition: slice of the weights that this server holds.
+        weights: `[partition size]` float32, initial values; copied.
+        grid: batches by shard, and number of examples in an epoch.
+        version: version of the initial weights.
+        published: vector from which workers pull; None: private memory of this server.
+        observer: object that is notified of every change of the state; None: no notifications.
+
+    Attributes:
+        partition: slice of the weights that this server holds.
+        version: version of the weights now.
+        settings: the settings in force; `change` replaces them.
+        journal: records of what happened since they were last taken.
     """
 
     def __init__(
@@ -90,70 +93,74 @@ class ParameterServer:
         self.settings = spec.settings
         self._observer = observer or ServerObserver()
         self._size = size
-        self._reads_weights = spec.correction.reads_weights
         self._correction = build_correction(spec, trainable)
-        self._board = published or PrivateVector(size)
-        self._board.begin()
-        np.copyto(self._board.values, weights)
-        self._board.end(version)
-        # What workers are shown is the weights themselves, unless a correction shows them others.
-        self._weights = self._board.values.copy() if self._correction.shifts else self._board.values
+        self._published = published or PrivateVector(size)
+        self._published.begin()
+        np.copyto(self._published.values, weights)
+        self._published.end(version)
+        # Workers pull the weights themselves, in the same memory, unless the correction publishes shifted ones.
+        self._weights = self._published.values.copy() if self._correction.shifts else self._published.values
         self._trained = self._weights[:trainable]
         self._has_buffers = trainable < size
         self._clipped = np.empty(size, np.float32)
         self._decoded = np.empty(size, np.float32)
+        self._push_check = PushCheck(spec, partition, grid)
         self._optimizer = build_optimizer(spec.optimizer, trainable)
         decay = spec.optimizer.ema
         self._average = None if decay is None else Average(decay, self._trained)
         self._grid = grid
         self._settled = AppliedSet(grid)
-        self._history = [(version.incarnation, version.updates)]  # (incarnation, updates it forked at), oldest first
+        # (incarnation, number of updates at which it began), oldest first
+        self._history = [(version.incarnation, version.updates)]
         self._round = Round()
-        self._refused = -1  # the newest epoch of which a batch was refused: one that has begun, if it is not complete
+        self._refused_epoch = -1  # newest epoch with a refused batch: that epoch has begun, even if nothing was applied
         self._parked: list[_Parked] = []
         self._tally = Tally()
-        self._epoch_weights: dict[int, FloatArray] = {}
-        self._kept = 0  # the newest epoch's end that weights were kept of, or could have been
-        self._counted = 0  # examples applied and skipped: what the schedule goes by
-        self._partitions = spec.scaling.servers
-        self.journal = Journal(self._partitions)
-        self._set(spec.settings)
+        self._epoch_weights: dict[int, FloatArray] = {}  # number of complete epochs -> weights at that moment
+        self._kept_epoch = 0  # number of complete epochs up to which weights were kept, or cannot be kept any more
+        self._counted_examples = 0  # applied or skipped; the schedule's rate depends on it
+        self.journal = Journal(spec.scaling.servers)
+        self._use_settings(spec.settings)
         self._observer.started(self)
 
-    def _set(self, settings: Settings) -> None:
+    def _use_settings(self, settings: Settings) -> None:
         self.settings = settings
         self._mode = build_consistency(settings.consistency)
-        self._late = Outcome.DISCARDED if settings.consistency.discards_late else Outcome.REQUEUED
+        self._late_outcome = Outcome.DISCARDED if settings.consistency.discards_late else Outcome.REQUEUED
         self._aggregator = self._mode.aggregator(self._size, self.partition.num_trainable)
         optimizer = settings.optimizer
         self._max_norm = optimizer.max_grad_norm
         self._clip_value = optimizer.clip_value
         self._correction.rate = optimizer.lr
-        self._untouched = self._max_norm is None and self._clip_value is None and not self._correction.elementwise
+        self._corrects = self._max_norm is not None or self._clip_value is not None or self._correction.elementwise
         self._schedule = build_schedule(optimizer.schedule, optimizer.lr, self._grid.num_examples)
 
     @property
     def published(self) -> FloatArray:
-        """The weights that workers are shown; they change with the next step."""
-        return self._board.values
+        """The weights that workers pull, `[partition size]`; the next step changes them in place."""
+        return self._published.values
 
     @property
     def epochs(self) -> int:
-        """Complete epochs: every batch of those before this one is in the state, or skipped."""
+        """Number of complete epochs: every batch of the earlier ones is contained or skipped."""
         return self._settled.epochs
 
     @property
     def samples(self) -> int:
-        """Examples applied."""
+        """Number of examples applied."""
         return self._tally.samples
 
     @property
     def can_save(self) -> bool:
-        """Whether `state()` would hold everything: an open round of a mode in lock-step is in no state."""
+        """Return True if `state()` would be complete: no state contains the open round of a mode in lock-step."""
         return not (self._aggregator.keeps and len(self._aggregator))
 
     def join(self, worker: str, now: float) -> tuple[Receipt, ...]:
-        """A worker got a lease: rounds wait for it from now on. It enters at the slowest one's clock."""
+        """Wait for a worker from now on, because it got a lease. Its clock starts at that of the slowest worker.
+
+        Returns:
+            No receipts: a worker that joins cannot close a round.
+        """
         live = self._round.live
         live.setdefault(worker, min(live.values(), default=0))
         self._tally.joined(worker, now)
@@ -161,28 +168,40 @@ class ParameterServer:
         return ()
 
     def leave(self, worker: str, now: float) -> tuple[Receipt, ...]:
-        """A worker is idle, gone or dead: rounds no longer wait for it. What it pushed stays."""
+        """Stop waiting for a worker that is idle, gone or dead. The gradients that it pushed stay in the open round.
+
+        Returns:
+            The receipts that are due now, as the open round may have waited for this worker only.
+        """
         self._round.live.pop(worker, None)
         self._correction.leave(worker)
         self._tally.left(worker)
         self._close_if_due(now)
         self.journal.member(RecordKind.LEAVE, now, worker, self.version)
-        return self._due()
+        return self._release_receipts()
 
     def change(self, settings: Settings, now: float) -> tuple[Receipt, ...]:
-        """Go on by other settings: what is collected becomes a step first, and everybody is let go."""
+        """Continue with other settings. The gradients of the open round become a step first.
+
+        Returns:
+            The receipts of all workers that do not have to wait under the new settings.
+        """
         while self._round.collected:
             self._close(now)
-        self._round.heard.clear()
-        self._set(settings)
+        self._round.pushed.clear()
+        self._use_settings(settings)
         self.journal.change(now, settings, self.version)
-        return self._due()
+        return self._release_receipts()
 
     def push(self, gradient: Gradient, now: float) -> tuple[Receipt, ...]:
         """Take one gradient through the six hooks.
 
+        Args:
+            gradient: a push that `check` did not refuse.
+            now: time of the server's clock, seconds.
+
         Returns:
-            Every receipt that is due now: this worker's, those of workers that waited for it, or none.
+            Every receipt that is due now: the one of this push, those of workers that waited for it, or none.
         """
         updates = self.version.updates
         round_ = self._round
@@ -193,34 +212,44 @@ class ParameterServer:
             self._collect(gradient)
         else:
             self._tally.refused(gradient, outcome)
-            self._refused = max(self._refused, gradient.batch.epoch)
+            self._refused_epoch = max(self._refused_epoch, gradient.batch.epoch)
             if outcome is Outcome.DISCARDED:
-                self._settled.add(gradient.batch, skip=True)
-                self._counted += gradient.examples
-                self._observer.skipped(gradient.batch)
+                self._skip(gradient.batch, gradient.examples)
         if gradient.worker in round_.live:
             round_.live[gradient.worker] += 1
         if self._mode.belongs(outcome):
-            round_.heard.add(gradient.worker)
-        taken = outcome
+            round_.pushed.add(gradient.worker)
+        outcome_on_arrival = outcome
         self._close_if_due(now)
         if outcome is Outcome.BUFFERED and self.version.updates > updates:
             outcome = Outcome.APPLIED
         self.journal.push(now, gradient, outcome, self.version)
         if not self._parked and not self._mode.waiting(round_)(gradient.worker):  # the usual case
             return (Receipt(gradient.worker, gradient.batch, outcome, self.version),)
-        self._parked.append(_Parked(gradient.worker, gradient.batch, taken, updates))
-        return self._due()
+        self._parked.append(_Parked(gradient.worker, gradient.batch, outcome_on_arrival, updates))
+        return self._release_receipts()
 
     def skip(self, batch: BatchId, examples: int, now: float) -> tuple[Receipt, ...]:
-        """Do without a batch, which is settled from now on as if it had been discarded; nothing, if it is settled."""
+        """Settle a batch without its gradient, as if it had been discarded. No-op if the batch is settled already.
+
+        Args:
+            batch: the batch to skip.
+            examples: number of its examples.
+            now: time of the server's clock, seconds.
+
+        Returns:
+            The receipts that are due now, as the open round may have waited for this batch only.
+        """
         if batch not in self._settled:
-            self._settled.add(batch, skip=True)
-            self._counted += examples
-            self._observer.skipped(batch)
+            self._skip(batch, examples)
             self.journal.skip(now, batch, examples, self.version)
             self._close_if_due(now)
-        return self._due()
+        return self._release_receipts()
+
+    def _skip(self, batch: BatchId, examples: int) -> None:
+        self._settled.add(batch, skip=True)
+        self._counted_examples += examples
+        self._observer.skipped(batch)
 
     # ADMIT
 
@@ -232,11 +261,11 @@ class ParameterServer:
         if not self._in_history(gradient.read):
             return Outcome.REQUEUED
         if not self._mode.admits(self.version.updates - gradient.read.updates):
-            return self._late
+            return self._late_outcome
         return Outcome.BUFFERED
 
     def _in_history(self, read: Version) -> bool:
-        """Whether the weights of that version are ancestors of these."""
+        """Return True if the weights of version `read` became the present ones; False if they were rolled back."""
         end = self.version.updates
         for incarnation, fork in reversed(self._history):
             if read.incarnation == incarnation:
@@ -248,49 +277,9 @@ class ParameterServer:
         """Refuse a push that no worker of this run sends. A host calls this before `push`.
 
         Raises:
-            PushRefusedError: the batch does not exist; a number or a vector is not one that a worker computes; or a
-                vector that the job asks for is missing. The state is as before.
+            PushRefusedError: the push does not fit this partition. The state is as before.
         """
-        self._check_batch(gradient)
-        self._check_name(gradient)
-        # Inf and nan are an answer of the norm's; a time must fit the journal.
-        if gradient.norm < 0 or not 0 <= gradient.compute_s < LONGEST_S:
-            raise PushRefusedError(f"a push with norm {gradient.norm}, computed in {gradient.compute_s} s")
-        size = self._size
-        trainable = self.partition.num_trainable
-        if isinstance(gradient.values, Encoded):
-            _check_encoded(gradient.values, self._decoded[:trainable])
-            if trainable < size:
-                _check_vector("buffers", gradient.buffers, size - trainable)
-        else:
-            _check_vector("values", gradient.values, size)
-        if self._reads_weights:
-            _check_vector("weights_read", gradient.weights_read, size)
-
-    def _check_batch(self, gradient: Gradient) -> None:
-        (epoch, shard, index) = gradient.batch
-        per_shard = self._grid.batches_per_shard
-        # A partition that was restored may be an epoch behind the others.
-        exists = epoch <= self._settled.epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
-        if not exists or min(gradient.batch) < 0 or not 0 < gradient.examples <= self._grid.num_examples:
-            raise PushRefusedError(
-                f"a push of {gradient.batch} with {gradient.examples} examples: epochs up to {self.epochs + 1} are of "
-                f"{per_shard} batches by shard, {self._grid.num_examples} examples in all"
-            )
-
-    def _check_name(self, gradient: Gradient) -> None:
-        """Refuse a push that the journal could not tell from others, or whose versions it could not keep."""
-        _, slot, number, *_, carries = gradient
-        if not (0 <= slot < SLOTS and 0 < number < COUNTS and 0 <= carries < number):
-            raise PushRefusedError(
-                f"a push with number {number} of slot {slot}, which carries on {carries}: numbers count from 1"
-            )
-        versions = (gradient.read, *gradient.others)
-        known = all(0 <= incarnation < INCARNATIONS and 0 <= updates < COUNTS for incarnation, updates in versions)
-        if len(versions) != self._partitions or not known:
-            raise PushRefusedError(
-                f"a push computed from {versions}, expected the versions of {self._partitions} partitions"
-            )
+        self._push_check.check(gradient, self._settled.epochs, self._decoded)
 
     # DECODE, CORRECT, AGGREGATE
 
@@ -300,8 +289,8 @@ class ParameterServer:
         weight = self._mode.weight(staleness) * self._correction.factor(gradient, staleness)
         values = self._decode(gradient)
         scale = 1.0
-        if not self._untouched:
-            values, scale = self._correct(gradient, values, self._clip(gradient))
+        if self._corrects:
+            values, scale = self._correct(gradient, values, self._clip_factor(gradient))
         self._settled.add(gradient.batch)
         member = StepMember(gradient.read.updates, gradient.examples)
         self._aggregator.add(Contribution(gradient.worker, gradient.batch, member, values, scale, weight))
@@ -317,20 +306,31 @@ class ParameterServer:
         out[trainable:] = 0 if gradient.buffers is None else gradient.buffers
         return out
 
-    def _clip(self, gradient: Gradient) -> float:
+    def _clip_factor(self, gradient: Gradient) -> float:
+        """Return the factor that shortens the whole gradient to `max_grad_norm`; 1 if it is no longer than that."""
         if self._max_norm is None:
             return 1.0
         return min(1.0, self._max_norm / (gradient.norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
 
     def _correct(self, gradient: Gradient, values: FloatArray, scale: float) -> tuple[FloatArray, float]:
-        """What the whole gradient is multiplied by stays a factor, unless its values change one by one."""
+        """Apply `clip_value` and the correction to the values of a push.
+
+        Args:
+            gradient: the push.
+            values: `[partition size]`, its decoded values, not modified.
+            scale: factor of the trained values that is still to be applied.
+
+        Returns:
+            Values, and the factor that remains. The factor is 1 if the values were changed element by element, because
+            that needs the scaled values; otherwise values and factor are returned as given, which saves a pass.
+        """
         if self._clip_value is None and not self._correction.elementwise:
             return values, scale
         trainable = self.partition.num_trainable
         limit = self._clip_value
         out = np.empty_like(self._clipped) if self._aggregator.keeps else self._clipped
         np.multiply(values, scale, out=out)
-        out[trainable:] = values[trainable:]  # buffers are no gradients
+        out[trainable:] = values[trainable:]  # buffers hold changes, not gradients: they are not clipped
         if limit is not None:
             np.clip(out[:trainable], -limit, limit, out=out[:trainable])
         read = None if gradient.weights_read is None else gradient.weights_read[:trainable]
@@ -340,27 +340,30 @@ class ParameterServer:
     # STEP, REPLY
 
     def _close_if_due(self, now: float) -> None:
-        self._round.outstanding = not self._settled.between_epochs or self._refused >= self._settled.epochs
-        self._aggregator.follow(self._round.live.keys())
-        while self._mode.closes(self._round):  # an epoch's end may make two steps of what is left
+        """Close the open round if the mode says so, and keep the weights if an epoch is complete now."""
+        self._round.outstanding = not self._settled.between_epochs or self._refused_epoch >= self._settled.epochs
+        self._aggregator.set_live(self._round.live.keys())
+        while self._mode.closes(self._round):  # at an epoch's end, the remaining gradients may need two steps
             self._close(now)
-            self._aggregator.follow(self._round.live.keys())
-        if self._kept < self._settled.epochs:
+            self._aggregator.set_live(self._round.live.keys())
+        if self._kept_epoch < self._settled.epochs:
             self._keep_epoch_weights()
         if self._round.outstanding:
             return
-        live = self._round.live  # everybody is let go at an epoch's end: nobody is ahead at the next one's start
+        live = self._round.live  # at an epoch's end all receipts are released, so all workers get the same clock
         self._round.live = dict.fromkeys(live, max(live.values(), default=0))
 
     def _close(self, now: float) -> None:
-        self._round.heard.clear()
+        """Close the open round: make a step of its gradients, if there are any."""
+        self._round.pushed.clear()
         if not self._round.collected:
             return
         step = self._aggregator.close()
-        self._board.begin()
+        version = Version(self.version.incarnation, self.version.updates + 1)
+        self._published.begin()
         self._step(step)
-        self._board.end(version := Version(self.version.incarnation, self.version.updates + 1))
-        self._counted += self._tally.stepped(step.members, version.updates, now)
+        self._published.end(version)
+        self._counted_examples += self._tally.stepped(step.members, version.updates, now)
         self._round.collected = len(self._aggregator)
         self.version = version
         self._observer.stepped(self)
@@ -368,72 +371,75 @@ class ParameterServer:
     def _step(self, step: Step) -> None:
         trainable = self.partition.num_trainable
         gradient = step.gradient
-        rate = self._schedule.rate(self._counted)
+        rate = self._schedule.rate(self._counted_examples)
         trained = gradient[:trainable] if self._has_buffers else gradient
         self._optimizer.step(self._trained, trained, rate * step.weight, self._correction.watch())
         if self._average is not None:
-            self._average.take(self._trained, self.version.updates + 1)
+            self._average.update(self._trained, self.version.updates + 1)
         if self._has_buffers:
             self._weights[trainable:] -= gradient[trainable:]
         if self._correction.shifts:
-            self._correction.published(self._trained, rate, self.published[:trainable])
+            self._correction.publish(self._trained, rate, self.published[:trainable])
             self.published[trainable:] = self._weights[trainable:]
 
-    def _due(self) -> tuple[Receipt, ...]:
-        """The receipts that nothing holds back any more."""
+    def _release_receipts(self) -> tuple[Receipt, ...]:
+        """Return the parked receipts of all workers that do not have to wait any longer."""
         if not self._parked:
             return ()
         waits = self._mode.waiting(self._round)
         version = self.version
-        due: list[Receipt] = []
-        held: list[_Parked] = []
+        released: list[Receipt] = []
+        still_parked: list[_Parked] = []
         for push in self._parked:
             if waits(push.worker):
-                held.append(push)
+                still_parked.append(push)
                 continue
             applied = push.outcome is Outcome.BUFFERED and version.updates > push.updates
-            due.append(Receipt(push.worker, push.batch, Outcome.APPLIED if applied else push.outcome, version))
-        self._parked = held
-        return tuple(due)
+            released.append(Receipt(push.worker, push.batch, Outcome.APPLIED if applied else push.outcome, version))
+        self._parked = still_parked
+        return tuple(released)
 
     def _keep_epoch_weights(self) -> None:
-        self._kept = self.epochs
+        self._kept_epoch = self.epochs
         self._tally.forget(self.epochs)
-        self._epoch_weights[self._kept] = self._to_evaluate()
+        self._epoch_weights[self._kept_epoch] = self._weights_to_evaluate()
         for old in sorted(self._epoch_weights)[:-KEPT_EPOCHS]:
             del self._epoch_weights[old]
 
-    def _to_evaluate(self) -> FloatArray:
+    def _weights_to_evaluate(self) -> FloatArray:
         weights = self._weights.copy()
         if self._average is not None:
             weights[: self.partition.num_trainable] = self._average.values
         return weights
 
     def epoch_weights(self, epochs: int | None) -> FloatArray:
-        """Return a copy of what is to be evaluated: the weights, or their average if the job keeps one.
+        """Return a copy of the weights to evaluate, or of their average if the job keeps one.
 
         Args:
-            epochs: number of complete epochs whose end is meant; None: the present moment.
+            epochs: number of complete epochs at the moment of the copy; None: now.
 
         Raises:
             WeightsNotKeptError: the end of that epoch is not one of the two newest.
         """
         if epochs is None:
-            return self._to_evaluate()
+            return self._weights_to_evaluate()
         if epochs not in self._epoch_weights:
             kept = ", ".join(map(str, sorted(self._epoch_weights))) or "none"
-            raise WeightsNotKeptError(f"the weights after {epochs} epochs are not kept; epochs kept: {kept}")
+            raise WeightsNotKeptError(
+                f"the weights after {epochs} epochs are not kept; epochs kept: {kept} (a server keeps those of the "
+                f"{KEPT_EPOCHS} newest epochs that it completed)"
+            )
         return self._epoch_weights[epochs].copy()
 
     @property
     def weights(self) -> FloatArray:
-        """A copy of the weights, whatever workers are shown and whatever is evaluated."""
+        """A copy of the weights that the optimizer updates; workers may pull, and evaluations use, other ones."""
         return self._weights.copy()
 
-    # What others may know
+    # Reports and states
 
     def report(self) -> Report:
-        """What the driver may know and believe."""
+        """Return the version, the applied set and the counters, as the driver needs them."""
         tally = self._tally
         updates = self.version.updates
         pushes = {outcome.value: tally.pushes[outcome] for outcome in Outcome}
@@ -457,16 +463,16 @@ class ParameterServer:
         )
 
     def state(self) -> ServerState:
-        """Everything `restore` needs. Only while `can_save`."""
+        """Return everything that `restore` needs, copied. Call it only if `can_save` is True."""
         assert self.can_save, "a round is open: its gradients are in the applied set, but in no state"
-        collected, collecting = self._aggregator.state()
-        corrected, correcting = self._correction.state()
+        aggregator_arrays, aggregator_metadata = self._aggregator.state()
+        correction_arrays, correction_metadata = self._correction.state()
         parts: dict[str, Mapping[Any, NDArray[Any]]] = {
             "settled": self._settled.settled(),
             "skipped": self._settled.skipped(),
             "optimizer": {name: array.copy() for name, array in self._optimizer.state().items()},
-            "aggregator": collected,
-            "correction": corrected,
+            "aggregator": aggregator_arrays,
+            "correction": correction_arrays,
         }
         arrays = {f"{part}.{name}": array for part, named in parts.items() for name, array in named.items()}
         metadata = {
@@ -474,9 +480,9 @@ class ParameterServer:
             "history": [list(fork) for fork in self._history],
             "partition": list(self.partition),
             "epochs": self._settled.epochs,
-            "counted": self._counted,
-            "aggregator": collecting,
-            "correction": correcting,
+            "counted": self._counted_examples,
+            "aggregator": aggregator_metadata,
+            "correction": correction_metadata,
             "settings": self.settings.model_dump(mode="json"),
             "changes": [settings.model_dump(mode="json") for settings in self.journal.settings],
         } | self._tally.state()
@@ -497,14 +503,24 @@ class ParameterServer:
         published: Published | None = None,
         observer: ServerObserver | None = None,
     ) -> Self:
-        """A new incarnation of the partition that `state` was taken of, its versions counting on from there."""
+        """Build a new incarnation of a server from a state. Its number of updates continues from that of the state.
+
+        Args:
+            spec: the job to train.
+            grid: batches by shard, and number of examples in an epoch.
+            state: state of the partition, from `state()` or from `repartition`.
+            incarnation: number of the new incarnation.
+            now: time of the server's clock, seconds.
+            published: vector from which workers pull; None: private memory of this server.
+            observer: object that is notified of every change of the state; None: no notifications.
+        """
         metadata = state.metadata
         origin = Version(*metadata["version"])
         version = Version(incarnation, origin.updates)
         server = cls(
             spec, Partition(*metadata["partition"]), state.arrays["weights"], grid, version, published, observer
         )
-        server._set(Settings.model_validate(metadata["settings"]))
+        server._use_settings(Settings.model_validate(metadata["settings"]))
         server._history = [tuple(fork) for fork in metadata["history"]] + server._history
         settled, skipped = (
             {int(epoch): bitmap for epoch, bitmap in state.part(name).items()} for name in ("settled", "skipped")
@@ -516,25 +532,12 @@ class ParameterServer:
         server._aggregator.load(state.part("aggregator"), metadata["aggregator"])
         server._correction.load(state.part("correction"), metadata["correction"])
         server._round.collected = len(server._aggregator)
-        server._counted = metadata["counted"]
+        server._counted_examples = metadata["counted"]
         server._tally.load(metadata)
-        server._kept = server.epochs
+        server._kept_epoch = server.epochs
         if server._settled.between_epochs:
             server._keep_epoch_weights()
         server.journal.settings += [Settings.model_validate(settings) for settings in metadata["changes"]]
         server.journal.fork(now, origin, server.version)
         server._observer.restored(server, state)
         return server
-
-
-def _check_encoded(encoded: Encoded, scratch: FloatArray) -> None:
-    try:
-        decode(encoded, scratch)
-    except EncodingError as error:
-        raise PushRefusedError(str(error)) from error
-
-
-def _check_vector(name: str, vector: object, length: int) -> None:
-    if not (isinstance(vector, np.ndarray) and vector.shape == (length,) and vector.dtype == np.float32):
-        given = f"{vector.dtype} {vector.shape}" if isinstance(vector, np.ndarray) else type(vector).__name__
-        raise PushRefusedError(f"a push whose {name} are {given}, not float32 ({length},)")

@@ -1,8 +1,8 @@
 """Re-partitioning: cuts the states of some servers into the states of another number of servers.
 
-This is possible if all partitions contain the same batches, as they do at an epoch's end and after a run was stopped
-in good order. Then a value of the weights can move to another server together with its average, its moments and its
-part of an open sum, and the counters there are the same.
+This is possible if all partitions contain the same batches, as at an epoch's end and after a run was stopped by a
+command. Then a value of the weights can move to another server together with its average, its moments and its part of
+an open sum, because the counters there are the same.
 """
 
 from __future__ import annotations
@@ -19,12 +19,9 @@ from psgd_workers.messages import Outcome
 
 __all__ = ["disagreement", "repartition"]
 
-EQUAL = ("epochs", "samples", "counted", "aggregator", "correction", "settings", "changes")
-SETS = ("settled", "skipped")  # bitmaps of batches
-OF_ALL = (
-    "weights",
-    "aggregator",
-)  # arrays with one value per value of the partition; others have one per trained value
+EQUAL = ("epochs", "samples", "counted", "aggregator", "correction", "settings", "changes")  # metadata
+BITMAPS = ("settled", "skipped")  # arrays over the positions of an epoch
+FULL_LENGTH = ("weights", "aggregator")  # arrays of the partition's length; the rest have one value per trained value
 LASTING = (Outcome.APPLIED.value, Outcome.DISCARDED.value)  # outcomes that change the state
 
 
@@ -45,7 +42,8 @@ def disagreement(states: Sequence[ServerState]) -> str | None:
 def _difference(one: ServerState, other: ServerState) -> str | None:
     if one.metadata["version"][1] != other.metadata["version"][1]:
         return f"made {one.metadata['version'][1]} and {other.metadata['version'][1]} updates"
-    if one.metadata["epochs"] != other.metadata["epochs"] or not all(_same_sets(one, other, name) for name in SETS):
+    same_bitmaps = all(_same_bitmaps(one, other, name) for name in BITMAPS)
+    if one.metadata["epochs"] != other.metadata["epochs"] or not same_bitmaps:
         return "do not contain the same batches"
     for name in EQUAL:
         if one.metadata[name] != other.metadata[name]:
@@ -54,19 +52,20 @@ def _difference(one: ServerState, other: ServerState) -> str | None:
         return "count their pushes differently"
     if one.arrays.keys() != other.arrays.keys():
         return f"differ in what they hold: {', '.join(sorted(one.arrays.keys() ^ other.arrays.keys()))}"
-    counts = [name for name, array in one.arrays.items() if _counts(name, array)]
-    unequal = [name for name in counts if not np.array_equal(one.arrays[name], other.arrays[name])]
+    counters = [name for name, array in one.arrays.items() if _is_counter(name, array)]
+    unequal = [name for name in counters if not np.array_equal(one.arrays[name], other.arrays[name])]
     return f"differ in {', '.join(unequal)}" if unequal else None
 
 
-def _same_sets(one: ServerState, other: ServerState, name: str) -> bool:
+def _same_bitmaps(one: ServerState, other: ServerState, name: str) -> bool:
     """Return True if both states have the same bitmaps; a missing bitmap counts as an empty one."""
-    mine = _sets(one, name)
-    theirs = _sets(other, name)
-    return mine.keys() == theirs.keys() and all(np.array_equal(mine[epoch], theirs[epoch]) for epoch in mine)
+    ours = _bitmaps(one, name)
+    theirs = _bitmaps(other, name)
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[epoch], theirs[epoch]) for epoch in ours)
 
 
-def _sets(state: ServerState, name: str) -> dict[str, NDArray[Any]]:
+def _bitmaps(state: ServerState, name: str) -> dict[str, NDArray[Any]]:
+    """Return epoch -> bitmap, for the bitmaps that are not empty."""
     return {epoch: bitmap for epoch, bitmap in state.part(name).items() if bitmap.any()}
 
 
@@ -74,17 +73,17 @@ def _group(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _counts(name: str, array: NDArray[Any]) -> bool:
+def _is_counter(name: str, array: NDArray[Any]) -> bool:
     """Return True if an array counts something of the whole partition; arrays with a value per weight are float32."""
-    return _group(name) not in SETS and array.dtype != np.float32
+    return _group(name) not in BITMAPS and array.dtype != np.float32
 
 
 def repartition(states: Sequence[ServerState], partition: Partition) -> ServerState:
     """Return the state of a new partition, cut from the states of the old ones.
 
-    Its history is empty: a version of an old partition names no ancestor of all of the new partition's weights. Nothing
-    is lost by that, as no worker outlives its driver. Statistics that differ between partitions are taken from the old
-    partition in which the new one begins.
+    Its history is empty, because no version of an old partition describes all weights of the new one. No gradient is
+    lost by that: workers end with their driver, so no push of an old version can arrive. Statistics that differ between
+    partitions are taken from the old partition in which the new one begins.
 
     Args:
         states: states of all partitions of one checkpoint, without `disagreement`.
@@ -93,19 +92,19 @@ def repartition(states: Sequence[ServerState], partition: Partition) -> ServerSt
     Returns:
         A state whose arrays may be views of the old ones.
     """
-    states = sorted(states, key=lambda state: int(state.metadata["partition"][1]))
-    begins = max((state for state in states if state.metadata["partition"][1] <= partition.start), key=_start)
+    states = sorted(states, key=_start)
+    first = max((state for state in states if _start(state) <= partition.start), key=_start)
     arrays = {}
-    for name, array in begins.arrays.items():
-        copied = _group(name) in SETS or _counts(name, array)
-        arrays[name] = array if copied else _cut(name, states, partition)
+    for name, array in first.arrays.items():
+        uncut = _group(name) in BITMAPS or _is_counter(name, array)
+        arrays[name] = array if uncut else _cut(name, states, partition)
     incarnation = max(state.metadata["version"][0] for state in states)
     metadata: Mapping[str, Any] = {
-        **begins.metadata,
-        "version": [incarnation, begins.metadata["version"][1]],
+        **first.metadata,
+        "version": [incarnation, first.metadata["version"][1]],
         "history": [],
         "partition": list(partition),
-        "bytes": begins.metadata["bytes"] * (partition.stop - partition.start) // len(begins.arrays["weights"]),
+        "bytes": first.metadata["bytes"] * (partition.stop - partition.start) // len(first.arrays["weights"]),
     }
     return ServerState(arrays, metadata)
 
@@ -116,13 +115,13 @@ def _start(state: ServerState) -> int:
 
 
 def _cut(name: str, states: Sequence[ServerState], partition: Partition) -> NDArray[Any]:
-    """Return an array's values from the partition's first value to its last one, or to its last trained one."""
-    stop = partition.stop if _group(name) in OF_ALL else partition.start + partition.num_trainable
+    """Join the parts of an array that belong to the values of the partition, or to its trained values."""
+    stop = partition.stop if _group(name) in FULL_LENGTH else partition.start + partition.num_trainable
     parts = []
     for state in states:
         start = _start(state)
         array = state.arrays[name]
         _, _, end, trainable = state.metadata["partition"]
-        assert len(array) == (end - start if _group(name) in OF_ALL else trainable), (name, array.shape)
+        assert len(array) == (end - start if _group(name) in FULL_LENGTH else trainable), (name, array.shape)
         parts.append(array[max(0, partition.start - start) : max(0, stop - start)])
     return np.concatenate(parts)

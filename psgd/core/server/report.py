@@ -44,12 +44,12 @@ class Report:
     staleness: Mapping[int, int]  # staleness -> number of applied gradients
     losses: Mapping[int, EpochLoss]  # epoch -> loss, for the newest epochs
     samples: int  # examples applied
-    heard: Mapping[str, int]  # live worker -> number of its pushes, of any outcome
+    heard: Mapping[str, int]  # live worker -> its clock: number of its pushes, of any outcome
     parked: frozenset[str]  # workers whose receipt is held back
     bytes_pushed: int  # bytes of the vectors of all pushes
-    first: Mark | None  # at this incarnation's first step
-    last: Mark | None  # at its newest step
-    longest_s: float  # longest computing time of a batch since this server started
+    first: Mark | None  # progress at the first step of this incarnation
+    last: Mark | None  # progress at its newest step
+    longest_s: float  # longest computing time of a batch since this server started, seconds
     rejected: Mapping[BatchId, int]  # batch of an open epoch -> number of its gradients that were not finite
 
     @property

@@ -15,7 +15,7 @@ __all__ = ["Schedule", "build_schedule"]
 class Schedule:
     """η = lr · shape(e) · min(1, (examples + 1) / (warmup · num_examples)), with e = examples / num_examples epochs.
 
-    The + 1 gives the first step a rate above 0.
+    The + 1 keeps the rate of the first step above 0.
 
     Args:
         spec: shape of the schedule and length of its warm-up.

@@ -1,4 +1,4 @@
-"""ServerState: what a checkpoint holds of a server, and a new one is restored from; and how large it may become."""
+"""ServerState: the part of a checkpoint from which one server is restored. Vectors: a measure of memory."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ __all__ = ["ServerState", "Vectors"]
 class Vectors(NamedTuple):
     """A number of float32 vectors, each as long as the partition's slice of the weights."""
 
-    held: int  # in memory, at most
-    saved: int = 0  # of these, the ones that a state contains
+    held: int  # most vectors that are in memory at the same time
+    saved: int = 0  # number of them that a state contains
 
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """A partition's whole state. Arrays are copies.
+    """The whole state of one partition. Arrays are copies.
 
     Attributes:
-        arrays: by name: `weights`, `average`, `settled.EPOCH`, `skipped.EPOCH`, and `optimizer.NAME`,
-            `aggregator.NAME`, `correction.NAME`.
-        facts: plain JSON values.
+        arrays: array by name: `weights`, `average`, `settled.EPOCH`, `skipped.EPOCH`, `optimizer.NAME`,
+            `aggregator.NAME` and `correction.NAME`.
+        metadata: JSON value by name: version, history, partition, settings and counters.
     """
 
     arrays: Mapping[str, NDArray[Any]]
     metadata: Mapping[str, Any]
 
     def part(self, name: str) -> dict[str, NDArray[Any]]:
-        """The arrays whose names begin with `name.`, without that."""
+        """Return the arrays whose names begin with `NAME.`, by the rest of their names."""
         return {key.partition(".")[2]: array for key, array in self.arrays.items() if key.startswith(f"{name}.")}

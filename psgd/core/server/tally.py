@@ -1,4 +1,4 @@
-"""The tally: what a server counts of the pushes it takes and the steps it makes."""
+"""Tally: the counters of a server, over its pushes and steps."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from psgd_workers.messages import BatchId, Gradient, Outcome
 
 __all__ = ["Tally"]
 
-LOSS_EPOCHS = 2  # the open one and the newest complete one
-JITTER_S = 0.01  # a push may take so much longer to arrive than the one before it
+LOSS_EPOCHS = 2  # epochs whose loss is kept: the open one and the newest complete one
+JITTER_S = 0.01  # seconds by which a push may be slower to arrive than the worker's push before it
 
 
 class Tally:
-    """One partition's.
+    """Counters of one partition. Most are saved with its state; the times are those of this process only.
 
     Attributes:
-        pushes: by what became of them at once, and of those in a step.
-        staleness: how many applied gradients were how stale.
-        samples: examples applied.
-        bytes: of the vectors of all pushes.
-        longest_s: that a batch has taken to compute, in this process.
-        first: this process's first step.
-        stepped_at: its newest one.
+        pushes: outcome -> number of pushes: refused ones at once, applied ones once they are in a step.
+        staleness: staleness -> number of applied gradients.
+        samples: number of examples applied.
+        bytes: bytes of the vectors of all pushes.
+        longest_s: longest computing time of a batch in this process, seconds.
+        first: progress at the first step of this process.
+        stepped_at: time of the newest step of this process, seconds.
     """
 
     def __init__(self) -> None:
@@ -38,45 +38,45 @@ class Tally:
         self.longest_s = 0.0
         self.first: Mark | None = None
         self.stepped_at: float | None = None
-        self._losses: dict[int, list[Any]] = {}  # epoch -> what an EpochLoss is made of, added up in place
+        self._losses: dict[int, list[Any]] = {}  # epoch -> [total, examples] of its EpochLoss
         self._rejected = Counter[BatchId]()
-        self._heard_at: dict[str, float] = {}  # when each worker with a lease joined or pushed last
+        self._last_push_at: dict[str, float] = {}  # worker with a lease -> time of its last push, or of its join
 
     def joined(self, worker: str, now: float) -> None:
-        """Note a worker that got a lease."""
-        self._heard_at.setdefault(worker, now)
+        """Start to measure the time between the pushes of a worker that got a lease."""
+        self._last_push_at.setdefault(worker, now)
 
     def left(self, worker: str) -> None:
         """Forget a worker that has no lease any more."""
-        self._heard_at.pop(worker, None)
+        self._last_push_at.pop(worker, None)
 
     def arrived(self, gradient: Gradient, now: float) -> Gradient:
-        """Count a push and bound the time that its worker says it took.
+        """Count the bytes of a push, and limit the computing time that its worker reported.
 
-        A worker computes one batch at a time, so none took longer than the time since the server heard from it last.
-        Of a worker that never joined, or has left, nothing is known.
+        A worker computes one batch at a time, so a batch took at most the time since the last push of its worker. For
+        a worker that has no lease, that time is unknown, and the limit is next to 0.
 
         Returns:
-            The gradient, with what the server's own clock allows.
+            The gradient, with `compute_s` limited to what the server's own clock allows.
         """
         self.bytes += gradient.nbytes
         worker = gradient.worker
-        heard_at = self._heard_at.get(worker)
-        if heard_at is None:
+        last_push_at = self._last_push_at.get(worker)
+        if last_push_at is None:
             allowed_s = JITTER_S
         else:
-            allowed_s = now - heard_at + JITTER_S
-            self._heard_at[worker] = now
+            allowed_s = now - last_push_at + JITTER_S
+            self._last_push_at[worker] = now
         return gradient if gradient.compute_s <= allowed_s else gradient._replace(compute_s=allowed_s)
 
     def refused(self, gradient: Gradient, outcome: Outcome) -> None:
-        """A gradient is in no round."""
+        """Count a push that did not enter a round."""
         self.pushes[outcome] += 1
         if outcome is Outcome.REJECTED:
             self._rejected[gradient.batch] += 1
 
     def collected(self, gradient: Gradient) -> None:
-        """A gradient is in a round."""
+        """Count the loss and the computing time of a gradient that entered a round."""
         self.longest_s = max(self.longest_s, gradient.compute_s)
         epoch = gradient.batch.epoch
         loss = self._losses.get(epoch)
@@ -88,10 +88,19 @@ class Tally:
         loss[1] += gradient.examples
 
     def stepped(self, members: Sequence[StepMember], updates: int, now: float) -> int:
-        """A round became a step, the server's newest; returns the examples in it."""
+        """Count the gradients of a step.
+
+        Args:
+            members: gradients that are in a step for the first time.
+            updates: number of updates after the step.
+            now: time of the server's clock, seconds.
+
+        Returns:
+            Number of examples in these gradients.
+        """
         examples = 0
-        for read, count in members:
-            self.staleness[updates - 1 - read] += 1
+        for updates_read, count in members:
+            self.staleness[updates - 1 - updates_read] += 1
             examples += count
         self.samples += examples
         self.pushes[Outcome.APPLIED] += len(members)
@@ -101,19 +110,19 @@ class Tally:
         return examples
 
     def losses(self) -> dict[int, EpochLoss]:
-        """Of the newest epochs."""
+        """Return epoch -> loss, for the newest epochs."""
         return {epoch: EpochLoss(*loss) for epoch, loss in self._losses.items()}
 
     def rejected(self) -> dict[BatchId, int]:
-        """Return how often a batch's gradient was not finite, by batch."""
+        """Return batch -> number of its gradients that were not finite."""
         return dict(self._rejected)
 
     def forget(self, epochs: int) -> None:
-        """Drop the counts of batches of epochs before `epochs`, which are complete."""
+        """Drop the counts of batches in the first `epochs` epochs, which are complete."""
         self._rejected = Counter({batch: n for batch, n in self._rejected.items() if batch.epoch >= epochs})
 
     def state(self) -> dict[str, Any]:
-        """What `load` needs, in plain JSON values."""
+        """Return the saved counters as JSON values by name."""
         return {
             "samples": self.samples,
             "bytes": self.bytes,
@@ -123,7 +132,7 @@ class Tally:
         }
 
     def load(self, metadata: Mapping[str, Any]) -> None:
-        """Count on from there."""
+        """Restore the counters from what `state()` returned; other names in `metadata` are ignored."""
         self.samples = metadata["samples"]
         self.bytes = metadata["bytes"]
         self.pushes.update({Outcome(name): count for name, count in metadata["pushes"].items()})

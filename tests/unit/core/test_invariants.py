@@ -1,4 +1,4 @@
-"""The equivalences that make this stochastic gradient descent, bit for bit, and the conservation of staleness."""
+"""Equivalences with serial loops of stochastic gradient descent, bit for bit; and the conservation of staleness."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_async_with_one_worker_is_a_serial_loop_with_momentum(training: Training
 
 
 def mean(training: Training, batches: list[BatchId], weights: FloatArray) -> FloatArray:
-    """Σ (nᵢ·N/Σn)·gᵢ / N over the batches in their order: the plain mean, where all are of one size."""
+    """Return Σ (nᵢ·N/Σn)·gᵢ / N over the batches in their order: the plain mean if all batches have one size."""
     examples = [training.examples(batch) for batch in batches]
     total = np.zeros_like(weights)
     for batch, number in zip(batches, examples, strict=True):
@@ -136,7 +136,7 @@ def test_bsp_with_one_worker_is_async_with_one(training: Training) -> None:
     ids=lambda sections: "-".join(str(value) for section in sections.values() for value in section.values()),
 )
 def test_several_partitions_are_one(training: Training, sections: dict[str, Any], servers: int) -> None:
-    """For one order of pushes given to all of them."""
+    """Check that partitions which take their pushes in the same order end with the weights of a single one."""
     one, several = (
         training.host("async", 3, **sections | {"scaling": scaling, "compute_s": uneven}).run()
         for scaling in (sections.get("scaling", {}), {"servers": servers} | sections.get("scaling", {}))
@@ -166,7 +166,7 @@ def test_the_same_run_twice_is_the_same_to_the_bit(training: Training) -> None:
 @settings(max_examples=15)
 @given(workers=st.integers(1, 6), seed=st.integers(0, 2**32))
 def test_staleness_is_conserved(workers: int, seed: int) -> None:
-    """Σ staleness applied + Σ staleness in flight = (n - 1)·updates, at every instant at which all n compute."""
+    """Check Σ staleness applied + Σ staleness in flight = (n - 1)·updates, whenever all n workers compute."""
     sums = staleness_sums(workers, seed)
     assert all(total == (workers - 1) * updates for updates, _, (total,) in sums)
     assert {updates for updates, _, _ in sums} == set(range(1, 101))
@@ -178,9 +178,9 @@ def test_staleness_is_conserved(workers: int, seed: int) -> None:
 def test_staleness_is_conserved_in_every_partition_and_with_batches_computed_ahead(
     workers: int, seed: int, servers: int, pipeline: int
 ) -> None:
-    """Each step adds 1 for each gradient in flight; those are n·(pipeline + 1) once every slot holds weights."""
+    """Check that each step adds 1 for each gradient in flight: n·(pipeline + 1) once every slot holds weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("psgd.core.driver.workers.FIRST_LEASE", 110)  # at whose end the slots would be empty
+        patch.setattr("psgd.core.driver.workers.FIRST_LEASE", 110)  # else the slots would be empty at a lease's end
         sums = staleness_sums(workers, seed, {"servers": servers, "pipeline": pipeline})
     expected = 0
     for updates, stale, totals in sums:
@@ -191,7 +191,7 @@ def test_staleness_is_conserved_in_every_partition_and_with_batches_computed_ahe
 
 
 def staleness_sums(workers: int, seed: int, scaling: dict[str, int] | None = None) -> list[tuple[int, int, list[int]]]:
-    """After each of the first 100 steps: how many, stale gradients in flight, and Σ staleness of each partition."""
+    """Return (updates, stale gradients in flight, Σ staleness of each partition) after each of the first 100 steps."""
     sums: list[tuple[int, int, list[int]]] = []
 
     def look(host: VirtualCluster) -> None:
@@ -209,7 +209,7 @@ def staleness_sums(workers: int, seed: int, scaling: dict[str, int] | None = Non
     def seconds(worker: str, batch: BatchId) -> float:
         return float(np.random.default_rng([seed, int(worker[-1]), *batch]).exponential(0.1))
 
-    grid = EpochGrid((5000,), 5000)  # long leases, as long as an end is far
+    grid = EpochGrid((5000,), 5000)  # leases get short only near the end of an epoch
     weights = np.zeros(3, np.float32)
     InProcess(
         job("async", workers, scaling=scaling or {}), grid, weights, one, compute_s=seconds, observers=[EachStep(look)]

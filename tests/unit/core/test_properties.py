@@ -1,4 +1,4 @@
-"""What every mode owes, over random schedules: workers that differ, die, hang, come late, and are refused."""
+"""Properties of every consistency mode over random schedules: workers differ, die, hang, come late and are refused."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ BATCHES = [GRID.batch(epoch, position) for epoch in range(EPOCHS) for position i
 NUMBER = {batch: number for number, batch in enumerate(BATCHES)}
 HUGE = 10**9
 
-FRESH = ("bsp", "k_sync", "backup", "rennala", "malenia")  # modes that know no staleness
-COLLECTING = ("buffered", "softsync", "rennala", "malenia", "ringleader")  # whose open rounds a checkpoint holds
+FRESH = ("bsp", "k_sync", "backup", "rennala", "malenia")  # modes that admit no stale gradient
+COLLECTING = ("buffered", "softsync", "rennala", "malenia", "ringleader")  # modes whose open rounds are in checkpoints
 MODES = ("async", "ssp", "ringmaster", "buffered", "softsync", "local", "ringleader", *FRESH)
-ON_SEVERAL = ("async", "ssp", "ringmaster", "buffered", "softsync", "local", "bsp")  # servers
-AHEAD = ("async", "ringmaster", "buffered", "softsync", "local")  # with a pipeline
+ON_SEVERAL = ("async", "ssp", "ringmaster", "buffered", "softsync", "local", "bsp")  # modes for several servers
+AHEAD = ("async", "ringmaster", "buffered", "softsync", "local")  # modes for a pipeline
 
 Mode = dict[str, Any]
 
 
 def modes(name: str, workers: int) -> st.SearchStrategy[Mode]:
-    """A mode with any fields that so many workers allow."""
+    """Draw a mode with any fields that this number of workers allows."""
     fields: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "k_sync": {"k": st.integers(1, workers)},
         "backup": {"b": st.integers(0, workers - 1)},
@@ -62,19 +62,19 @@ def modes(name: str, workers: int) -> st.SearchStrategy[Mode]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the workers of a run are like, and what befalls them."""
+    """The speed and the faults of the workers of a run."""
 
     workers: int
     seed: int
     pace: str = "constant"
-    starts: tuple[float, ...] = ()  # seconds, of the first workers
+    starts: tuple[float, ...] = ()  # times to start the first workers, seconds; the others take START_S
     lease_s: float = 2.0
     faults: tuple[Fault, ...] = ()
     rejected: frozenset[int] = frozenset()  # batches whose first gradient is not finite
 
     def compute_s(self, worker: str, batch: BatchId) -> float:
         slot = int(worker.removeprefix("worker-"))
-        if self.pace == "constant":  # ties are broken by the order of starting
+        if self.pace == "constant":  # simultaneous pushes arrive in the order in which the workers started
             return 0.05
         if self.pace == "one slow":
             return 0.5 if slot == 0 else 0.05
@@ -87,18 +87,18 @@ class Schedule:
 
 @st.composite
 def calm(draw: st.DrawFn, most: int = 6) -> Schedule:
-    """All workers there from the start to the end."""
+    """Draw a schedule whose workers are all present from the start to the end."""
     pace = draw(st.sampled_from(["constant", "one slow", "exponential"]))
     return Schedule(draw(st.integers(1, most)), draw(st.integers(0, 2**32)), pace)
 
 
 @st.composite
 def rough(draw: st.DrawFn, most: int = 6) -> Schedule:
-    """Some come late, some die, some hang, some gradients are not finite."""
+    """Draw a schedule in which some workers come late, die or hang, and some gradients are not finite."""
     base = draw(calm(most))
     fault = st.builds(
         Fault,
-        st.integers(0, base.workers).map("worker-{}".format),  # the last one takes the place of the first that dies
+        st.integers(0, base.workers).map("worker-{}".format),  # the last one replaces the first worker that dies
         st.integers(0, 6),
         st.sampled_from(get_args(FaultKind)),
     )
@@ -110,13 +110,13 @@ def rough(draw: st.DrawFn, most: int = 6) -> Schedule:
 
 
 def on_disk(checkpoint: VirtualCheckpoint) -> VirtualCheckpoint:
-    """As it comes back from storage."""
+    """Return the checkpoint with its metadata as JSON gives it back."""
     states = tuple(ServerState(state.arrays, json.loads(json.dumps(state.metadata))) for state in checkpoint.states)
     return checkpoint._replace(states=states)
 
 
 def saved(checkpoint: VirtualCheckpoint) -> Counter[BatchId]:
-    """The batches that it settles."""
+    """Return the batches that are settled in a checkpoint."""
     state = checkpoint.states[0]
     settled = {batch for batch in BATCHES if batch.epoch < state.metadata["epochs"]}
     for epoch, bitmap in state.part("settled").items():
@@ -125,13 +125,13 @@ def saved(checkpoint: VirtualCheckpoint) -> Counter[BatchId]:
 
 
 def buffered(checkpoint: VirtualCheckpoint) -> int:
-    """How many gradients of its open round it holds."""
+    """Return the number of gradients in the open round of a checkpoint."""
     pushes: dict[str, int] = checkpoint.states[0].metadata["pushes"]
     return saved(checkpoint).total() - pushes.get("applied", 0) - pushes.get("discarded", 0)
 
 
 class Calls(ClusterObserver):
-    """Keeps the first server's calls and every journal, and checks the server's accounts at every push."""
+    """An observer that keeps the first server's calls and all journals, and checks that server's counters at a push."""
 
     def __init__(self, mode: str, pushed: int) -> None:
         self.calls: list[tuple[str, Any, float]] = []
@@ -166,7 +166,7 @@ class Calls(ClusterObserver):
 
 
 class Recorded(InProcess):
-    """A run that keeps its journal and its server's calls, and checks the server's accounts at every push."""
+    """A run that keeps its journals and its first server's calls, and checks that server's counters at every push."""
 
     def __init__(self, spec: JobSpec, *arguments: Any, **options: Any) -> None:
         resume = options.get("resume")
@@ -178,12 +178,12 @@ class Recorded(InProcess):
         self._records = kept.records
 
     def records(self, partition: int = 0) -> NDArray[np.void]:
-        """A server's whole journal."""
+        """Return the whole journal of a server."""
         self._records[partition].append(self.servers[partition].journal.take())
         return np.concatenate(self._records[partition])
 
     def batches(self, *outcomes: Outcome, partition: int = 0) -> Counter[BatchId]:
-        """How often a push of each batch had one of these outcomes."""
+        """Return batch -> number of its pushes with one of these outcomes."""
         records = self.records(partition)
         codes = [list(Outcome).index(outcome) for outcome in outcomes]
         chosen = records[(records["kind"] == RecordKind.PUSH) & np.isin(records["outcome"], codes)]
@@ -191,7 +191,7 @@ class Recorded(InProcess):
 
 
 def one_hot(batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
-    """Each batch has a weight of its own: at rate 1 a mean of gradients moves them by 1 in all."""
+    """Write the gradient of a batch: 1 at a weight of its own. At rate 1, a step on a mean moves all weights by 1."""
     out[:] = 0
     out[NUMBER[batch]] = 1
     return 1.0
@@ -205,7 +205,7 @@ def run(
     spec: dict[str, Any] | None = None,
     **options: Any,
 ) -> Recorded:
-    """A run to its end."""
+    """Run a schedule to its end."""
     refused = set(schedule.rejected)
 
     def compute(batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
@@ -238,7 +238,7 @@ def make(mode: Mode, workers: int, lr: float, **sections: Any) -> JobSpec:
 
 
 def assert_exactly_once(host: Recorded, before: Counter[BatchId] | None = None) -> None:
-    """Every batch is in the weights or was discarded, once; and everything that was pushed is accounted for."""
+    """Check that every batch is in the weights or was discarded, once, and that the counters agree with that."""
     report = host.servers[0].report()
     counts = host.status.ledger
     taken = host.batches(Outcome.APPLIED, Outcome.BUFFERED)
@@ -285,7 +285,7 @@ def test_every_mode_survives_a_fault_in_the_middle_of_a_round(name: str, kind: F
 
 
 def assert_exactly_once_everywhere(host: Recorded) -> None:
-    """As above, in every partition by itself: what each discards is its own affair."""
+    """Check the same for every partition by itself, as partitions may discard different batches."""
     assert host.finish == Finish("finished")
     assert host.status.ledger.batches == len(BATCHES)
     for partition, server in host.servers.items():
@@ -318,7 +318,7 @@ def test_every_batch_counts_once_on_every_server_and_computed_ahead(name: str, d
 @settings(max_examples=8)
 @given(data=st.data(), updates=st.integers(1, 20))
 def test_every_mode_comes_to_a_limit_of_steps(name: str, data: st.DataObject, updates: int) -> None:
-    """Batches are leased by what a step takes; no round may wait for more than that allows."""
+    """Check that a run reaches its limit, although the leases near it have only the batches that the steps need."""
     schedule = data.draw(rough())
     host = run(data.draw(modes(name, schedule.workers)), schedule, spec={"run": {"max_updates": updates, "epochs": 2}})
     report = host.servers[0].report()
@@ -412,7 +412,7 @@ def test_steps_on_one_gradient_without_staleness_are_the_same_in_three_modes(sch
         run(mode, schedule, quadratic)
         for mode in ({"mode": "ringmaster", "r": 1}, {"mode": "rennala", "s": 1}, {"mode": "k_sync", "k": 1})
     )
-    if schedule.workers > 1:  # else k_sync is in lock-step, and leased in other pieces
+    if schedule.workers > 1:  # k_sync of one worker is in lock-step, and its leases are other ones
         for host in same:
             assert host.applied == ringmaster.applied
             np.testing.assert_array_equal(host.weights, ringmaster.weights)
@@ -444,7 +444,7 @@ def test_ringleaders_delays_are_at_most_two_rounds(schedule: Schedule) -> None:
 
 
 class Starts(Recorded):
-    """Notes by how much each worker is ahead of the slowest live one when it starts a batch."""
+    """A run that keeps, for each batch started, the number of batches that its worker is ahead of the slowest one."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._pace_s = options.pop("compute_s")
@@ -472,11 +472,11 @@ def test_in_ssp_a_worker_that_leaves_does_not_block_the_rest() -> None:
     slow = Schedule(3, 0, "one slow", faults=(Fault("worker-0", 0, "before"),))
     host = run(mode, slow)
     assert_exactly_once(host)
-    assert host.now < START_S + 0.5 + START_S  # the slow one died at its first push, and nobody waited for another
+    assert host.now < START_S + 0.5 + START_S  # the slow one died at its first push; no worker waited for its successor
 
 
 def serve(mode: Mode, *live: str) -> ParameterServer:
-    """A server that these workers have joined."""
+    """Build a server that these workers have joined."""
     server = ParameterServer(make(mode, 3, 0.1), Partition(0, 0, len(START), len(START)), START, GRID, Version(1, 0))
     for worker in live:
         server.join(worker, 0.0)
@@ -485,7 +485,7 @@ def serve(mode: Mode, *live: str) -> ParameterServer:
 
 @pytest.mark.parametrize("mode", [{"mode": "ssp", "s": 0}, {"mode": "bsp"}], ids=lambda mode: str(mode["mode"]))
 def test_a_refused_push_begins_an_epoch_too(mode: Mode) -> None:
-    """Its batch is outstanding, so its worker waits like any other."""
+    """Check that the worker of a refused push waits like the others, because its batch is outstanding."""
     server = serve(mode, "a", "b")
     assert server.push(push(BATCHES[0], server.version, worker="a", loss=float("nan")), now=1.0) == ()
     receipts = server.push(push(BATCHES[1], server.version, worker="b"), now=2.0)
@@ -507,7 +507,7 @@ def test_in_ssp_nobody_is_ahead_at_an_epochs_start() -> None:
 def test_in_malenia_who_has_left_holds_no_round_up() -> None:
     server = serve({"mode": "malenia", "s": 8}, "a", "b")
     server.push(push(BATCHES[0], server.version, worker="a"), now=1.0)
-    server.leave("a", now=1.0)  # its one gradient alone would keep the mean of 1 / B above 2 / 8 for ever
+    server.leave("a", now=1.0)  # with its one gradient, the mean of 1 / B could never get below 2 / 8
     for batch in BATCHES[1:9]:
         assert server.version.updates == 0
         server.push(push(batch, server.version, worker="b"), now=2.0)

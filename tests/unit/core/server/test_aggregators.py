@@ -39,12 +39,12 @@ def randoms(*seed: int) -> FloatArray:
 def taken(
     number: int, worker: str = "a", *, examples: int = 1, read: int = 0, scale: float = 1.0, weight: float = 1.0
 ) -> Contribution:
-    """The number-th batch's gradient, which is random."""
+    """Return the random gradient of batch `number`."""
     return Contribution(worker, BatchId(0, 0, number), StepMember(read, examples), randoms(number), scale, weight)
 
 
 def scaled(number: int, scale: float) -> Float64:
-    """Its trained values clipped, its buffers as they are."""
+    """Return the gradient of batch `number` with its trained values scaled, and its buffers unchanged."""
     factors: Float64 = np.array([scale] * TRAINABLE + [1.0] * (SIZE - TRAINABLE))
     return randoms(number) * factors
 
@@ -55,7 +55,7 @@ def step_on(aggregator: Aggregator, gradients: Sequence[Contribution]) -> Step:
     return aggregator.close()
 
 
-# All of them
+# All aggregators
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -171,28 +171,28 @@ def test_a_table_is_the_mean_of_the_workers_means(workers: list[str]) -> None:
     assert (step.weight, step.members) == (1.0, [StepMember(n, 1) for n in range(len(workers))])
 
 
-# The ring
+# Ringleader
 
 
 class Paper:
-    """Ringleader as its authors wrote it: (worker, gradient) in, the gradient of a step or nothing out."""
+    """Ringleader as its authors wrote it: a worker and its gradient go in, the table of a step or None comes out."""
 
     def __init__(self, workers: str) -> None:
         self._workers = workers
         self._table = self._fresh_table()
         self._next = self._fresh_table()
-        self._to_update: set[str] = set()  # S; empty: phase 1
+        self._to_update: set[str] = set()  # S in the paper; empty during phase 1
 
     def _fresh_table(self) -> dict[str, list[int]]:
         return {worker: [] for worker in self._workers}
 
     def push(self, worker: str, number: int) -> dict[str, list[int]] | None:
-        """The table that a step is made of now, if one is."""
-        if not self._to_update:  # phase 1: await a gradient of everybody
+        """Add a gradient. Return worker -> numbers of its gradients in the step that is due now, or None."""
+        if not self._to_update:  # phase 1: wait for a gradient of every worker
             self._table[worker].append(number)
             if not all(self._table.values()):
                 return None
-            self._to_update = set(self._workers)  # phase 2: exactly one update for each
+            self._to_update = set(self._workers)  # phase 2: exactly one update for each worker
         elif worker in self._to_update:
             self._table[worker].append(number)
         else:
@@ -206,7 +206,7 @@ class Paper:
 
 
 def mean_of(table: dict[str, list[int]]) -> Float64:
-    """(1/n) Σ Gᵢ / bᵢ"""
+    """Return (1/n) Σ Gᵢ / bᵢ."""
     means = [np.mean([scaled(n, 1) for n in numbers], axis=0) for numbers in table.values()]
     mean: Float64 = np.mean(means, axis=0)
     return mean
@@ -214,7 +214,7 @@ def mean_of(table: dict[str, list[int]]) -> Float64:
 
 @st.composite
 def turns(draw: st.DrawFn) -> tuple[str, list[str]]:
-    """Some workers, and whose push comes next."""
+    """Draw the workers, and the order of their pushes."""
     workers = "abcdef"[: draw(st.integers(1, 6))]
     return workers, draw(st.lists(st.sampled_from(workers), max_size=60))
 
@@ -225,27 +225,28 @@ def test_the_ring_is_the_papers_algorithm(given_turns: tuple[str, list[str]]) ->
     paper = Paper(workers)
     reads = dict.fromkeys(workers, 0)
     version = 0
-    fresh = list[int]()
+    pending = list[int]()
     staleness: list[int] = []
-    ring, pushed_at = RingleaderTables(SIZE, TRAINABLE), dict[int, int]()  # number -> version read
+    ring = RingleaderTables(SIZE, TRAINABLE)
+    read_at = dict[int, int]()  # number of a gradient -> version that it was computed from
     for number, worker in enumerate(pushers):
-        fresh.append(number)
-        pushed_at[number] = reads[worker]
+        pending.append(number)
+        read_at[number] = reads[worker]
         ring.add(taken(number, worker, read=reads[worker]))
         table = paper.push(worker, number)
-        ring.follow(set(workers))
+        ring.set_live(set(workers))
         assert ring.owes_step() == (table is not None)
         if table is not None:
             step = ring.close()
             np.testing.assert_allclose(step.gradient, mean_of(table), rtol=1e-4, atol=1e-5)
             assert step.weight == 1
             held = {n for numbers in table.values() for n in numbers}
-            staleness += [version - pushed_at[n] for n in held]
-            assert step.members == [StepMember(pushed_at[n], 1) for n in fresh if n in held]
-            fresh = [n for n in fresh if n not in held]
+            staleness += [version - read_at[n] for n in held]
+            assert step.members == [StepMember(read_at[n], 1) for n in pending if n in held]
+            pending = [n for n in pending if n not in held]
             version += 1
-        assert len(ring) == len(fresh)
-        ring.follow(set(workers))
+        assert len(ring) == len(pending)
+        ring.set_live(set(workers))
         assert not ring.owes_step()
         reads[worker] = version
     assert max(staleness, default=0) <= 2 * len(workers) - 2
@@ -256,22 +257,23 @@ def test_the_ring_owes_each_worker_one_step_on_each_table() -> None:
     made = ""
     for number, worker in enumerate("abbcaccbabc"):
         ring.add(taken(number, worker))
-        ring.follow(set("abc"))
+        ring.set_live(set("abc"))
         due = ring.owes_step()
         made += "x" if due else "."
         if due:
             ring.close()
-    # c fills the table; a's and b's are owed, and two of c's wait for the next table, which b fills; c's is owed.
+    # c completes the first table, then a and b are owed a step; meanwhile two gradients of c go to the next table. b
+    # completes that one, and c is owed a step.
     assert made == "...xx..x.xx"
 
 
 def test_who_leaves_is_owed_nothing_and_awaited_no_more() -> None:
     ring = RingleaderTables(SIZE, TRAINABLE)
     ring.add(taken(0, "a"))
-    ring.follow({"a", "b"})
+    ring.set_live({"a", "b"})
     assert not ring.owes_step()
-    ring.follow({"a"})
-    assert ring.owes_step()  # b has left, and only a is awaited
+    ring.set_live({"a"})
+    assert ring.owes_step()  # b has left, so that a completes the table
     np.testing.assert_array_equal(ring.close().gradient, randoms(0))
 
 
@@ -279,14 +281,14 @@ def test_the_next_table_is_looked_at_when_the_last_one_owed_leaves() -> None:
     ring = RingleaderTables(SIZE, TRAINABLE)
     for number, worker in enumerate("ab"):
         ring.add(taken(number, worker))
-    ring.follow({"a", "b"})
+    ring.set_live({"a", "b"})
     assert ring.owes_step()
-    ring.close()  # a is owed
+    ring.close()  # a is owed the next step
     ring.add(taken(2, "b"))
-    ring.follow({"a", "b"})
+    ring.set_live({"a", "b"})
     assert not ring.owes_step()
-    ring.follow({"b"})
-    assert ring.owes_step()  # a has left: b's next table is all there is
+    ring.set_live({"b"})
+    assert ring.owes_step()  # a has left: the next table, with b alone, is complete
     step = ring.close()
     np.testing.assert_array_equal(step.gradient, randoms(2))
     assert (len(step.members), len(ring)) == (1, 0)
@@ -296,7 +298,7 @@ def test_at_an_end_the_ring_steps_on_what_no_step_holds() -> None:
     ring = RingleaderTables(SIZE, TRAINABLE)
     for number, worker in enumerate("ab"):
         ring.add(taken(number, worker))
-    ring.follow({"a", "b"})
+    ring.set_live({"a", "b"})
     assert ring.owes_step()
     ring.close()
     ring.add(taken(2, "b"))
@@ -319,7 +321,7 @@ def test_a_round_goes_on_bit_for_bit_in_another_aggregator(kind: Callable[[int, 
     def push(target: Aggregator, number: int, into: list[Step]) -> None:
         weight = 1.0 if isinstance(target, RingleaderTables) else 1 / (1 + number)
         target.add(taken(number, "abbcacc"[number % 7], read=number, weight=weight))
-        target.follow(set("abc"))
+        target.set_live(set("abc"))
         if target.owes_step() if isinstance(target, RingleaderTables) else number % 5 == 4:
             step = target.close()
             into.append(step._replace(gradient=step.gradient.copy()))

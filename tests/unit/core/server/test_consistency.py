@@ -23,9 +23,9 @@ def mode(name: str, **fields: Any) -> Consistency:
     return build_consistency(spec)
 
 
-def state(collected: int = 0, heard: Any = "", live: Any = "", outstanding: bool = True) -> Round:
+def state(collected: int = 0, pushed: Any = "", live: Any = "", outstanding: bool = True) -> Round:
     clocks = live if isinstance(live, dict) else dict.fromkeys(live, 0)
-    return Round(collected, set(heard), clocks, outstanding)
+    return Round(collected, set(pushed), clocks, outstanding)
 
 
 @pytest.mark.parametrize(
@@ -88,29 +88,29 @@ def test_a_worker_stops_at_the_staleness_that_is_refused(fields: dict[str, Any])
 
 
 @pytest.mark.parametrize("name", ["async", "ssp", "ringmaster", "local"])
-@given(collected=st.integers(0, 1), heard=some_workers, live=some_workers, outstanding=st.booleans())
+@given(collected=st.integers(0, 1), pushed=some_workers, live=some_workers, outstanding=st.booleans())
 def test_modes_of_single_gradients_step_on_every_one(
-    name: str, collected: int, heard: frozenset[str], live: frozenset[str], outstanding: bool
+    name: str, collected: int, pushed: frozenset[str], live: frozenset[str], outstanding: bool
 ) -> None:
     fields = {"ssp": {"s": 1}, "ringmaster": {"r": 2}, "local": {"h": 1, "lr": 1}}.get(name, {})
-    assert mode(name, **fields).closes(state(collected, heard, live, outstanding)) == (collected == 1)
+    assert mode(name, **fields).closes(state(collected, pushed, live, outstanding)) == (collected == 1)
 
 
 @given(some_workers, some_workers, st.booleans())
 def test_bsp_rounds_wait_for_the_live_while_work_is_left(
-    heard: frozenset[str], live: frozenset[str], outstanding: bool
+    pushed: frozenset[str], live: frozenset[str], outstanding: bool
 ) -> None:
-    waits_for = [worker for worker in live if worker not in heard]
-    round_ = state(len(heard), heard, live, outstanding)
-    assert mode("bsp").closes(round_) == (bool(heard) and not (waits_for and outstanding))
+    waits_for = [worker for worker in live if worker not in pushed]
+    round_ = state(len(pushed), pushed, live, outstanding)
+    assert mode("bsp").closes(round_) == (bool(pushed) and not (waits_for and outstanding))
 
 
 @given(some_workers, some_workers, st.booleans(), st.integers(1, 5))
 def test_k_sync_rounds_close_with_k_gradients_or_like_bsp(
-    heard: frozenset[str], live: frozenset[str], outstanding: bool, k: int
+    pushed: frozenset[str], live: frozenset[str], outstanding: bool, k: int
 ) -> None:
-    round_ = state(len(heard), heard, live, outstanding)
-    assert mode("k_sync", k=k).closes(round_) == (len(heard) >= k or mode("bsp").closes(round_))
+    round_ = state(len(pushed), pushed, live, outstanding)
+    assert mode("k_sync", k=k).closes(round_) == (len(pushed) >= k or mode("bsp").closes(round_))
 
 
 def test_backup_does_without_b_of_the_live() -> None:

@@ -60,7 +60,7 @@ def randoms(*seed: int) -> FloatArray:
 
 
 def stepped(correction: Correction, direction: FloatArray) -> None:
-    """Let a step be made, in two blocks."""
+    """Show the correction the direction of a step, in two blocks."""
     watch = correction.watch()
     if watch is not None:
         for part in (slice(0, 2), slice(2, SIZE)):
@@ -105,7 +105,7 @@ def test_rescaled_rates_are_in_proportion_to_the_mean_compute_times(pushes: list
 def test_rescaled_gives_workers_equal_weight_whatever_their_pace() -> None:
     rescaled = build({"name": "rescaled"})
     moved = {"fast": 0.0, "slow": 0.0}
-    for worker in ("fast", "slow"):  # both are known
+    for worker in ("fast", "slow"):  # from now on the mean is over both workers
         rescaled.factor(timed(worker, {"fast": 1, "slow": 4}[worker]), 0)
     for worker in ["fast", "fast", "fast", "fast", "slow"] * 3:
         moved[worker] += rescaled.factor(timed(worker, {"fast": 1, "slow": 4}[worker]), 0)
@@ -143,7 +143,7 @@ class Formula:
         self._steps = 0
 
     def corrected(self, values: FloatArray, weights: Float64, read: Float64) -> Float64:
-        """g + λ·g⊙g⊙(w - w_read), or g / (1 + |w - w_read| / C)."""
+        """Return g + λ·g⊙g⊙(w - w_read), or g / (1 + |w - w_read| / C)."""
         g = values.astype(np.float64)
         if self._name == "gap_aware":
             usual = LR * (np.sqrt(self._squares / (1 - 0.999**self._steps)) + 1e-8) if self._steps else np.full(SIZE, 1)
@@ -171,16 +171,16 @@ def test_stale_gradients_are_corrected_by_the_formula(
     formula = Formula(correction)
     history = [START.astype(np.float64)]
     velocity = np.zeros(SIZE)
-    seen = [START.copy()]  # what the server published, by version
+    published = [START.copy()]  # the weights that workers pull, by version
     for number in range(STEPS):
         read = max(0, number - lags[number % len(lags)])
         gradient = push(batch_at(number), Version(1, read), values=randoms(number))
-        target.push(gradient._replace(weights_read=seen[read]), now=1.0)
+        target.push(gradient._replace(weights_read=published[read]), now=1.0)
         corrected = formula.corrected(randoms(number), history[-1], history[read])
         velocity = momentum * velocity + corrected
         formula.stepped(velocity)
         history.append(history[-1] - LR * velocity)
-        seen.append(target.published.copy())
+        published.append(target.published.copy())
         np.testing.assert_allclose(target.published, history[-1], rtol=1e-4, atol=1e-5)
 
 
@@ -250,7 +250,7 @@ def test_clipping_comes_before_the_correction() -> None:
     target = server({"name": "dc_asgd", "strength": 2.0}, optimizer=optimizer)
     values = np.zeros(SIZE, np.float32)
     read = START - np.float32(0.25)
-    values[:2] = 30, 40  # the norm makes 0.6 and 0.8 of them, the values' limit 0.5
+    values[:2] = 30, 40  # the limit of the norm makes them 0.6 and 0.8, the limit of each value then 0.5
     target.push(push(batch_at(0), V0, values=values)._replace(weights_read=read), now=1.0)
     np.testing.assert_allclose((START - target.published)[:3], [0.5 + 2 * 0.25 * 0.25] * 2 + [0], rtol=1e-5)
 
@@ -268,7 +268,7 @@ def test_buffers_are_not_corrected(correction: dict[str, Any]) -> None:
 
 
 def momenta(pushes: Sequence[str], momentum: float) -> tuple[Float64, Float64]:
-    """The weights, and what workers are shown, after a push of each of these; "-a": a leaves."""
+    """Return the weights, and the weights that workers pull, after a push of each worker; "-a" lets a leave."""
     weights = START.astype(np.float64)
     velocities = dict[str, Float64]()
     shown = weights
@@ -313,7 +313,7 @@ def test_once_all_have_left_dana_shows_the_weights_to_the_bit() -> None:
     for worker in "bac":
         dana.leave(worker)
     shown = np.empty_like(START)
-    dana.published(START, LR, shown)
+    dana.publish(START, LR, shown)
     np.testing.assert_array_equal(shown, START)
 
 
@@ -324,7 +324,7 @@ def test_dana_with_one_worker_shows_where_nesterov_looks() -> None:
     for number in range(STEPS):
         gradient = target.published * np.float32(0.5)
         target.push(push(batch_at(number), target.version, values=gradient), now=1.0)
-        velocity = 0.9 * velocity + 0.5 * lookahead  # torch's nesterov: its weights are Dana's look-ahead
+        velocity = 0.9 * velocity + 0.5 * lookahead  # as torch's nesterov, whose weights are Dana's look-ahead
         lookahead = lookahead - LR * (0.5 * lookahead + 0.9 * velocity)
     np.testing.assert_allclose(target.published, lookahead, rtol=1e-4, atol=1e-6)
 
@@ -333,7 +333,7 @@ def test_dana_with_one_worker_shows_where_nesterov_looks() -> None:
 
 
 def drive(target: ParameterServer, numbers: range) -> None:
-    """Push by two workers, each reading two versions back, with the weights of the start."""
+    """Push by two workers, each with gradients that are two versions old, and with the initial weights."""
     for number in numbers:
         read = target.version._replace(updates=max(0, target.version.updates - 2))
         gradient = push(batch_at(number), Version(1, min(read.updates, 5)), worker="ab"[number % 2])
@@ -349,7 +349,7 @@ def test_a_restored_server_goes_on_bit_for_bit(correction: dict[str, Any], done:
     state = undisturbed.state()
     on_disk = type(state)(state.arrays, json.loads(json.dumps(state.metadata)))
     again = ParameterServer.restore(chosen, GRID, on_disk, incarnation=2, now=2.0)
-    for number in range(done, done + 6):  # read before the fork, so that both servers can tell how stale they are
+    for number in range(done, done + 6):  # computed from a version before the fork, which both servers know
         for target in (undisturbed, again):
             gradient = push(batch_at(number), Version(1, min(done, 2)), worker="ab"[number % 2], values=randoms(number))
             target.push(gradient._replace(weights_read=START), now=3.0)

@@ -17,7 +17,7 @@ V0 = Version(1, 0)
 
 
 class Told(ServerObserver):
-    """Keeps what it is told, in order."""
+    """An observer that keeps its notifications in order."""
 
     def __init__(self) -> None:
         self.said: list[tuple[str, Any]] = []
@@ -54,7 +54,7 @@ def test_an_observer_is_told_everything_in_the_order_of_its_happening() -> None:
     server.push(push(at(0), V0), now=1.0)
     server.push(push(at(0), V0), now=1.0)  # a duplicate
     server.skip(at(1), 1, now=1.0)
-    server.skip(at(1), 1, now=1.0)  # known already
+    server.skip(at(1), 1, now=1.0)  # no-op: it is settled
     server.push(push(at(1), V0), now=1.0)
     state = server.state()
     ParameterServer.restore(job(), GRID, state, incarnation=2, now=2.0, observer=told)

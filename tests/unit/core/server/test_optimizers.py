@@ -23,13 +23,13 @@ from psgd.spec import (
 from psgd_workers.messages import FloatArray
 
 SIZE = 33
-OURS_ALONE = {"name", "max_grad_norm", "clip_value", "schedule", "ema"}  # what no optimizer of torch takes
+OURS_ALONE = {"name", "max_grad_norm", "clip_value", "schedule", "ema"}  # fields that torch's optimizers do not have
 SGD = [
     SgdOptimizer(lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, weight_decay=weight_decay)
     for momentum, dampening, nesterov, weight_decay, lr in product(
         (0.0, 0.9), (0.0, 0.3), (False, True), (0.0, 0.01), (0.1, 0.003)
     )
-    if not nesterov or (momentum > 0 and dampening == 0)  # torch and we refuse the others
+    if not nesterov or (momentum > 0 and dampening == 0)  # torch and psgd refuse the others
 ]
 ADAGRAD = [
     AdagradOptimizer(name="adagrad", lr=0.1, initial_accumulator_value=value, weight_decay=weight_decay)
@@ -59,12 +59,12 @@ STATEFUL: list[OptimizerSpec] = [
 
 
 def hyperparameters(spec: OptimizerSpec) -> str:
-    """A test's name."""
+    """Return the id of a test's parameter."""
     return f"{spec.name} {spec.model_dump(exclude=OURS_ALONE)}"
 
 
 def curvature(weights: NDArray[Any], step: int) -> NDArray[Any]:
-    """A gradient that pulls towards 0, with seeded noise; in the precision of `weights`."""
+    """Return a gradient that pulls towards 0, with seeded noise, in the precision of `weights`."""
     noise = np.random.default_rng(step).standard_normal(SIZE, dtype=np.float32)
     gradient: NDArray[Any] = np.linspace(0.1, 2, SIZE, dtype=np.float32) * weights + noise
     return gradient
@@ -81,7 +81,7 @@ def run(optimizer: Optimizer, spec: OptimizerSpec, weights: FloatArray, steps: r
 
 
 def direction(optimizer: Optimizer, weights: FloatArray, gradient: FloatArray) -> FloatArray:
-    """u of the next step, as it is shown."""
+    """Return the u of the next step, as the watch function gets it."""
     shown = np.empty_like(weights)
 
     def watch(part: slice, direction: FloatArray) -> None:
@@ -96,7 +96,7 @@ def ours(spec: OptimizerSpec, steps: int) -> FloatArray:
 
 
 def torch_optimizer(spec: OptimizerSpec, weights: torch.Tensor) -> torch.optim.Optimizer:
-    """The one of the same name, with the same hyperparameters."""
+    """Build torch's optimizer of the same name, with the same hyperparameters."""
     build: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "sgd": torch.optim.SGD,
         "adagrad": torch.optim.Adagrad,
@@ -118,12 +118,12 @@ def torchs(spec: OptimizerSpec, steps: int, dtype: torch.dtype) -> NDArray[Any]:
 
 @pytest.mark.parametrize("spec", [*SGD, *ADAGRAD, *ADAM, *ADAMW], ids=hyperparameters)
 def test_200_steps_are_those_of_torch(spec: OptimizerSpec) -> None:
-    # torch's AdamW rounds 1 - η·λ to float32 and so drifts by 6e-6 from its own float64 result; ours does not.
+    # torch's AdamW rounds 1 - η·λ to float32, which takes it 6e-6 away from its own float64 result; psgd's does not.
     dtype = torch.float64 if isinstance(spec, AdamwOptimizer) else torch.float32
     theirs = torchs(spec, 200, dtype)
     assert np.abs(theirs).max() > 0.1
     error = np.linalg.norm(ours(spec, 200) - theirs)
-    assert error <= 1e-6 * np.linalg.norm(theirs)  # of the whole: single elements feel torch's fused multiply-add
+    assert error <= 1e-6 * np.linalg.norm(theirs)  # torch's fused multiply-add changes single elements by more
 
 
 @pytest.mark.parametrize("spec", ALL, ids=hyperparameters)
@@ -153,7 +153,7 @@ def test_blocks_are_all_values_in_order(size: int, block: int, monkeypatch: pyte
         assert not np.shares_memory(scratch, spare)
 
 
-@pytest.mark.parametrize("block", [1, 8, 11, SIZE - 1])  # 11 leaves no shorter last one
+@pytest.mark.parametrize("block", [1, 8, 11, SIZE - 1])  # SIZE is a multiple of 11: no shorter last block
 @pytest.mark.parametrize("spec", ALL, ids=hyperparameters)
 def test_many_blocks_make_the_step_of_one_to_the_bit(
     spec: OptimizerSpec, block: int, monkeypatch: pytest.MonkeyPatch
@@ -179,7 +179,7 @@ def test_many_blocks_make_the_step_of_one_to_the_bit(
 def test_adagrads_eps_is_inside_the_root() -> None:
     spec = AdagradOptimizer(name="adagrad", lr=0.1, eps=0.75, initial_accumulator_value=0.25)
     optimizer = Adagrad(spec, 2)
-    for squares in (1, 2, 3):  # of [1, 0]
+    for squares in (1, 2, 3):  # sum of the squares of the gradients [1, 0]
         shown = direction(optimizer, np.zeros(2, np.float32), np.array([1, 0], np.float32))
         np.testing.assert_allclose(shown, [1 / np.sqrt(1 + squares), 0], rtol=1e-6)
 
@@ -290,4 +290,4 @@ def test_no_array_is_made_by_a_step(spec: OptimizerSpec, monkeypatch: pytest.Mon
         optimizer.step(weights, gradient, spec.lr)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < block  # bytes: a quarter of a block's
+    assert peak < block  # bytes: a quarter of the size of one block

@@ -75,9 +75,10 @@ def test_many_workers_apply_every_batch_once() -> None:
 
 
 def states(servers: int, num_trainable: int = 80, updates: int = 5, buffered: int = 0) -> tuple[ServerState, ...]:
-    """Of servers that took the same pushes, in one order."""
+    """Return the states of servers that took the same pushes in the same order."""
     partitions = partition_weights(len(START), num_trainable, servers)
-    section = {"mode": "softsync", "s": 1} if buffered else {"mode": "async"}  # a step on as many as there are workers
+    # With s = 1 a step takes as many gradients as there are workers.
+    section = {"mode": "softsync", "s": 1} if buffered else {"mode": "async"}
     made = job(optimizer=OPTIMIZERS["momentum"], scaling={"servers": servers}, consistency=section)
     found = []
     for partition in partitions:
@@ -106,7 +107,7 @@ def test_every_value_moves_with_what_belongs_to_it_buffers_too(before: int, afte
         assert made.arrays.keys() == there.arrays.keys()
         for name, array in there.arrays.items():
             np.testing.assert_array_equal(made.arrays[name], array)
-        differ = {name for name, fact in there.metadata.items() if made.metadata[name] != fact}
+        differ = {name for name, value in there.metadata.items() if made.metadata[name] != value}
         assert differ <= {"history", "bytes"}
         assert made.metadata["history"] == []
 

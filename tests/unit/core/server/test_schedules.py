@@ -20,7 +20,7 @@ SCHEDULES: list[ScheduleSpec] = [
 
 
 def rates(spec: ScheduleSpec, steps: int, num_examples: int = 1) -> list[float]:
-    """The rates after 0, 1, … examples."""
+    """Return the rates after 0, 1, … examples."""
     schedule = build_schedule(spec, LR, num_examples)
     return [schedule.rate(examples) for examples in range(steps)]
 

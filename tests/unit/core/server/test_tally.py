@@ -7,7 +7,7 @@ from psgd.jsontext import parse_json, to_json
 
 
 def test_a_loss_that_is_not_finite_is_saved_as_unknown_and_read_back() -> None:
-    """A checkpoint's JSON has no Infinity; a server must not fail to go on from it."""
+    """Check that a server continues from a checkpoint whose JSON has null in place of an infinite loss."""
     metadata = {"samples": 9, "bytes": 0, "pushes": {}, "staleness": [], "losses": [[0, inf, 4], [1, 2.0, 4]]}
     tally = Tally()
     tally.load(parse_json(to_json(metadata).encode(), "server-0.json"))

@@ -1,0 +1,106 @@
+"""PushCheck: refuses pushes that no worker of the run sends, before the server takes them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psgd.core.server.partitions import Partition
+from psgd.errors import PushRefusedError
+from psgd.spec import JobSpec
+from psgd_workers.errors import EncodingError
+from psgd_workers.gradients.compression import decode
+from psgd_workers.messages import Encoded, EpochGrid, FloatArray, Gradient
+
+__all__ = ["PushCheck"]
+
+LONGEST_S = 1e9  # upper limit of a push's computing time, seconds
+# Upper limits of the integers that a journal's record can hold.
+SLOTS = 1 << 8
+INCARNATIONS = 1 << 32
+COUNTS = 1 << 64
+
+
+class PushCheck:
+    """The checks of a push against the job and the partition that it was sent to.
+
+    Args:
+        spec: the job that the push must belong to.
+        partition: slice of the weights that the push must fit.
+        grid: batches by shard, and number of examples in an epoch.
+    """
+
+    def __init__(self, spec: JobSpec, partition: Partition, grid: EpochGrid) -> None:
+        self._grid = grid
+        self._size = partition.stop - partition.start
+        self._trainable = partition.num_trainable
+        self._reads_weights = spec.correction.reads_weights
+        self._partitions = spec.scaling.servers
+
+    def check(self, gradient: Gradient, epochs: int, scratch: FloatArray) -> None:
+        """Refuse a push that no worker of this run sends.
+
+        Args:
+            gradient: the push.
+            epochs: number of complete epochs of the partition.
+            scratch: `[partition size]` float32, overwritten.
+
+        Raises:
+            PushRefusedError: the batch does not exist; a number or a vector is impossible; or a vector that the job
+                asks for is missing.
+        """
+        self._check_batch(gradient, epochs)
+        self._check_name(gradient)
+        # A norm may be inf or nan: that is how a worker reports a gradient that is not finite. A time may not, as the
+        # journal has to hold it.
+        if gradient.norm < 0 or not 0 <= gradient.compute_s < LONGEST_S:
+            raise PushRefusedError(
+                f"the push has norm {gradient.norm} and computing time {gradient.compute_s} s; expected a norm of 0 or "
+                f"more and a time from 0 to {LONGEST_S:g} s"
+            )
+        if isinstance(gradient.values, Encoded):
+            _check_encoded(gradient.values, scratch[: self._trainable])
+            if self._trainable < self._size:
+                _check_vector("buffers", gradient.buffers, self._size - self._trainable)
+        else:
+            _check_vector("values", gradient.values, self._size)
+        if self._reads_weights:
+            _check_vector("weights_read", gradient.weights_read, self._size)
+
+    def _check_batch(self, gradient: Gradient, epochs: int) -> None:
+        (epoch, shard, index) = gradient.batch
+        per_shard = self._grid.batches_per_shard
+        # A partition that was restored may be an epoch behind the others.
+        exists = epoch <= epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
+        if not exists or min(gradient.batch) < 0 or not 0 < gradient.examples <= self._grid.num_examples:
+            raise PushRefusedError(
+                f"the push names {gradient.batch} with {gradient.examples} examples; expected an epoch up to "
+                f"{epochs + 1}, {per_shard} batches by shard, and 1 to {self._grid.num_examples} examples"
+            )
+
+    def _check_name(self, gradient: Gradient) -> None:
+        """Refuse a push whose name or versions do not fit into the journal's fields."""
+        _, slot, number, *_, carries = gradient
+        if not (0 <= slot < SLOTS and 0 < number < COUNTS and 0 <= carries < number):
+            raise PushRefusedError(
+                f"the push has number {number} of slot {slot} and carries on {carries}; expected a slot from 0 to "
+                f"{SLOTS - 1}, a number of 1 or more, and to carry on an earlier number, or 0"
+            )
+        versions = (gradient.read, *gradient.others)
+        known = all(0 <= incarnation < INCARNATIONS and 0 <= updates < COUNTS for incarnation, updates in versions)
+        if len(versions) != self._partitions or not known:
+            raise PushRefusedError(
+                f"the push was computed from {versions}; expected the versions of {self._partitions} partitions"
+            )
+
+
+def _check_encoded(encoded: Encoded, scratch: FloatArray) -> None:
+    try:
+        decode(encoded, scratch)
+    except EncodingError as error:
+        raise PushRefusedError(str(error)) from error
+
+
+def _check_vector(name: str, vector: object, length: int) -> None:
+    if not (isinstance(vector, np.ndarray) and vector.shape == (length,) and vector.dtype == np.float32):
+        given = f"{vector.dtype} {vector.shape}" if isinstance(vector, np.ndarray) else type(vector).__name__
+        raise PushRefusedError(f"the {name} of the push are {given}; expected float32 ({length},)")
