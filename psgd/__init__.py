@@ -28,7 +28,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `psgd --help` needs neither Ray nor pydantic."""
+    """Import a public name when it is first used, so that `psgd --help` loads neither Ray nor pydantic."""
     if name == "__version__":
         from importlib.metadata import version
 

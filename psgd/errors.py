@@ -1,4 +1,4 @@
-"""Every error psgd raises on purpose, in one tree.
+"""All errors that psgd raises on purpose, in one tree.
 
     PsgdError
     ├── InputError (ValueError)       refused before anything starts; exit code 2
@@ -7,17 +7,17 @@
     │   ├── ModelError                the model cannot be built
     │   ├── MissingExtraError         an optional dependency is not installed
     │   ├── StorageError              the storage cannot be read or written
-    │   │   └── DamagedFileError      ... or a file of a run does not hold what psgd wrote there
-    │   ├── RunExistsError            a run of this name is there already
-    │   ├── RunNotFoundError          no run of this name is there
-    │   ├── RunNotRunningError        no driver runs that could obey a command
-    │   ├── ResumeError               the run there is of another job, or cannot go on as asked
-    │   ├── JournalError              a run's journal is not whole, or not that run's
-    │   └── ClusterError              the cluster cannot be reached, or cannot hold the job
+    │   │   └── DamagedFileError      a file of a run is not as psgd wrote it
+    │   ├── RunExistsError            a run of this name exists already
+    │   ├── RunNotFoundError          no run of this name exists
+    │   ├── RunNotRunningError        the run has no running driver that could obey the command
+    │   ├── ResumeError               the run belongs to another job, or cannot be continued as asked
+    │   ├── JournalError              a journal is incomplete, or belongs to another run
+    │   └── ClusterError              the cluster cannot be reached, or is too small for the job
     ├── CheckpointError (ValueError)  a checkpoint is damaged or incomplete
     └── RunError (RuntimeError)       failed while running; exit code 3
-        ├── WorkerError               the model's own code raised on a worker
-        ├── LaneError                 a lane cannot be used any more; its pushes are in doubt
+        ├── WorkerError               the model's own code raised an exception on a worker
+        ├── LaneError                 a lane cannot be used any more; it is unknown which of its pushes arrived
         │   ├── ServerGoneError       the server cannot be reached, or closed the connection
         │   │   └── LaneTimeoutError  the server did not answer within the time limit
         │   ├── FrameError            a message does not belong to this run, or breaks the protocol
@@ -25,15 +25,15 @@
         │   └── ListenError           a server cannot listen for workers
         ├── EncodingError             a compressed gradient cannot be decoded
         ├── StateUnchangedError       a server refused a call; its state is as before
-        │   ├── PushRefusedError      the push is not one of this partition
-        │   └── WeightsNotKeptError   the weights of that epoch's end are not kept
+        │   ├── PushRefusedError      the push cannot belong to this run and partition
+        │   └── WeightsNotKeptError   the server does not hold the weights of the end of that epoch
         ├── OwnershipError            another driver has taken the run over
         ├── ClusterStartError         Ray did not start on this machine
-        ├── ClusterLostError          the cluster went away from under the run
-        ├── ReplayError               a replay came to something else than the run did
-        └── RunFailedError            the run as a whole; carries its `result`
+        ├── ClusterLostError          the cluster was lost during the run
+        ├── ReplayError               a replay did not give the run's own result
+        └── RunFailedError            the run as a whole failed; holds its `result`
 
-The lower part (input, lanes, workers' own code) lives with the workers, who must not import psgd.
+Errors that workers raise are defined in `psgd_workers.errors`, because workers do not import psgd.
 """
 
 from __future__ import annotations
@@ -105,31 +105,31 @@ class StorageError(InputError):
 
 
 class DamagedFileError(StorageError):
-    """A file of a run does not hold what psgd wrote there."""
+    """A file of a run is not as psgd wrote it: damaged, cut short or replaced."""
 
 
 class RunExistsError(InputError):
-    """A run of this name is there already."""
+    """A run of this name exists already."""
 
 
 class RunNotFoundError(InputError):
-    """No run of this name is there."""
+    """No run of this name exists."""
 
 
 class RunNotRunningError(InputError):
-    """No driver runs that could obey a command."""
+    """The run has no running driver that could obey the command."""
 
 
 class ResumeError(InputError):
-    """The run there is of another job, or cannot go on as asked."""
+    """The run belongs to another job, or cannot be continued as asked."""
 
 
 class JournalError(InputError):
-    """A run's journal is not whole, or not that run's."""
+    """A journal is incomplete, or belongs to another run."""
 
 
 class ClusterError(InputError):
-    """The cluster cannot be reached, or cannot hold the job."""
+    """The cluster cannot be reached, or is too small for the job."""
 
 
 class CheckpointError(PsgdError, ValueError):
@@ -137,35 +137,39 @@ class CheckpointError(PsgdError, ValueError):
 
 
 class StateUnchangedError(RunError):
-    """A server refused a call before it changed anything. Only of these errors may that be concluded."""
+    """A server refused a call before it changed its state. After any other error its state may have changed."""
 
 
 class PushRefusedError(StateUnchangedError):
-    """A push that no worker of this run sends to this partition."""
+    """A server refused a push that no worker of this run could have sent to its partition."""
 
 
 class WeightsNotKeptError(StateUnchangedError):
-    """The weights of that epoch's end are not kept: it is too old, or has not come yet."""
+    """The server does not hold the weights of the end of that epoch: it is too old, or not complete yet."""
 
 
 class OwnershipError(RunError):
-    """Another driver has taken the run over; this one stops without touching it again."""
+    """Another driver has taken the run over; this driver stops and writes nothing more."""
 
 
 class ClusterStartError(RunError):
-    """Ray did not start on this machine, as when it has too little memory or may start no more processes."""
+    """Ray did not start on this machine, for example because memory or a process limit is exhausted."""
 
 
 class ClusterLostError(RunError):
-    """The cluster went away from under the run: no node is up, or Ray answers no calls."""
+    """The cluster was lost during the run: no node is up, or Ray does not answer."""
 
 
 class ReplayError(RunError):
-    """A replay came to something else than the run did."""
+    """A replay did not give the run's own result."""
 
 
 class RunFailedError(RunError):
-    """A run that ended `failed` or `unsaved`; `result` says how far it came."""
+    """A run ended as `failed` or `unsaved`.
+
+    Attributes:
+        result: result of the run up to its end.
+    """
 
     def __init__(self, message: str, result: Result) -> None:
         super().__init__(message)

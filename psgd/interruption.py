@@ -1,11 +1,12 @@
-"""Interruption: SIGINT, SIGTERM and SIGHUP, which end what is under way in good order.
+"""Interruption by SIGINT, SIGTERM or SIGHUP: a command ends at a safe point, with its state saved.
 
 No handler raises an exception. Python runs handlers between any two instructions of the main thread, and an exception
 that is raised inside a fork handler, a destructor or a callback is dropped, perhaps with a lock still taken (CPython
-issue 106238). So the work runs in a thread of its own, in which no handler ever runs, and the main thread does nothing
-but wait for signals and for the work's end. The work looks at its `Interruption` at safe points.
+issue 106238). Therefore the work runs in its own thread, in which Python never runs a handler, and the main thread only
+waits for signals and for the end of the work. The work checks its `Interruption` at safe points.
 
-Ray installs a handler for SIGTERM that exits at once, but only if it is started in the main thread.
+It also keeps Ray from installing its own handler for SIGTERM, which exits at once: Ray does that only if it is started
+in the main thread.
 """
 
 from __future__ import annotations
@@ -24,56 +25,58 @@ from typing import TypeVar
 
 __all__ = ["Abandoned", "Interruption", "run_interruptibly"]
 
-WAKE_S = 0.1
+WAKE_S = 0.1  # seconds between two checks that the signal handlers are still installed
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 T = TypeVar("T")
 
 
 class Abandoned(KeyboardInterrupt):
-    """A signal came, and the work was left where it was."""
+    """A signal arrived, and the main thread did not wait for the end of the work."""
 
 
 class Interruption:
-    """A request to end, as the work sees it.
+    """A request to end the work, which the work checks at safe points.
 
     Attributes:
-        requested: True once a signal has come.
-        outlook: what becomes of the work if a signal comes now, for people; empty: there is nothing to tell.
+        requested: True once a signal has arrived.
+        outlook: clause for the user that says what happens to the work if a signal arrives now, such as "the run is
+            saved"; empty if there is nothing to say.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.outlook = ""
         self._lock = threading.Lock()
-        self._critical = 0  # sections that the work is in
+        self._critical = 0  # number of nested critical sections that the work is in
         self._seen: set[int] = set()
 
     def check(self) -> None:
-        """End the work here, if it is to end.
+        """End the work here if a signal has arrived.
 
         Raises:
-            KeyboardInterrupt: a signal has come.
+            KeyboardInterrupt: a signal has arrived.
         """
         if self.requested:
             raise KeyboardInterrupt(self.message)
 
     @property
     def message(self) -> str:
-        """What a signal is answered with."""
+        """Message that answers a signal."""
         return f"interrupted: {self.outlook}" if self.outlook else "interrupted"
 
     @contextmanager
     def critical(self, outlook: str) -> Iterator[None]:
-        """Mark a section that leaves something behind if it is cut short: a signal waits for its end.
+        """Mark a section that must run to its end, because it would leave files or processes behind.
 
-        The section should look at `requested` or `check` from time to time, and tidy up. Sections may be nested.
+        After a first signal, the main thread waits for the end of the section. The section should check `requested`
+        from time to time, and then clean up and end. Sections may be nested.
 
         Args:
-            outlook: as the attribute, from now on.
+            outlook: new value of the attribute `outlook`.
 
         Raises:
-            KeyboardInterrupt: a signal came before the outermost section began.
+            KeyboardInterrupt: a signal arrived before the outermost section began.
         """
         with self._lock:
             if not self._critical:
@@ -87,13 +90,14 @@ class Interruption:
                 self._critical -= 1
 
     def request(self, number: int) -> bool:
-        """Note a signal.
+        """Record that a signal arrived.
 
         Args:
-            number: the signal.
+            number: number of the signal.
 
         Returns:
-            True if the work is to be waited for: it is in a critical section, and this signal comes for the first time.
+            True if the main thread must wait for the work: the work is in a critical section, and this signal has not
+            arrived before.
         """
         with self._lock:
             again = number in self._seen
@@ -103,46 +107,48 @@ class Interruption:
 
 
 def run_interruptibly(work: Callable[[], T], interruption: Interruption) -> T:
-    """Run `work` in a thread, and wait for it and for signals. Each signal is answered by a line on stderr.
+    """Run `work` in a thread, and wait for its end and for signals. Each signal is answered by a line on stderr.
 
-    Called from another thread than the main one, where no signals arrive, it runs `work` there.
+    If this is not called in the main thread, which alone gets signals, it calls `work` directly.
 
     Args:
-        work: what to do.
-        interruption: what `work` looks at to find out that it is to end.
+        work: function to run.
+        interruption: request to end, which `work` checks.
 
     Returns:
-        What `work` returns.
+        The value that `work` returns.
 
     Raises:
-        Abandoned: a signal came, and the work was left where it was. It ends by itself at its next `check`.
-        BaseException: what `work` raised.
+        Abandoned: a signal arrived while the work was in no critical section, or arrived twice. The thread of the work
+            ends at its next `check`.
+        BaseException: any exception of `work`.
     """
     if threading.current_thread() is not threading.main_thread():
         return work()
-    inbox: SimpleQueue[int | None] = SimpleQueue()  # signals; None: the work has ended
+    inbox: SimpleQueue[int | None] = SimpleQueue()  # numbers of signals; None: the work has ended
     outcome: Future[T] = Future()
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
     thread = threading.Thread(target=copy_context().run, args=(_run, work, outcome, inbox), name="psgd", daemon=True)
     with _handlers(inbox.put) as install:
         thread.start()
-        while (number := _next(inbox, install)) is not None:
+        while (number := _next_signal(inbox, install)) is not None:
             if number == signal.SIGHUP:
-                _let_go(terminals)
+                _redirect_to_devnull(terminals)
             message = interruption.message
             waits = interruption.request(number)
-            _tell(message, waits)
+            _print_answer(message, waits)
             if not waits:
                 raise Abandoned(message)
     return outcome.result()
 
 
-def _next(inbox: SimpleQueue[int | None], install: Callable[[], None]) -> int | None:
-    """Wait for a signal, or for None.
+def _next_signal(inbox: SimpleQueue[int | None], install: Callable[[], None]) -> int | None:
+    """Wait for a signal, or for None, which says that the work has ended.
 
-    Python runs a handler when the main thread executes its next instruction. A signal that comes just before the thread
-    begins to wait does not wake it, so it wakes by itself. Then it installs the handlers anew, because a library may
-    have put its own in their place beneath Python: Ray's core does, and its handler aborts the process 3 s later.
+    Python runs a handler when the main thread executes its next instruction. A signal that arrives just before the
+    thread begins to wait does not wake it, so the wait has a timeout. After each timeout the handlers are installed
+    again, because a library may have replaced them without Python's knowledge: Ray's core does, and its handler aborts
+    the process 3 s later.
     """
     while True:
         try:
@@ -151,15 +157,15 @@ def _next(inbox: SimpleQueue[int | None], install: Callable[[], None]) -> int | 
             install()
 
 
-def _tell(message: str, waits: bool) -> None:
+def _print_answer(message: str, waits: bool) -> None:
     again = ". The same signal again ends it at once" if waits else ""
-    with suppress(OSError):  # there is nobody to read it any more
-        sys.stderr.write(f"psgd: {message}{again}\n")  # in one piece: the work may write at the same moment
+    with suppress(OSError):  # stderr is closed
+        sys.stderr.write(f"psgd: {message}{again}\n")  # in one call: the work may write at the same time
         sys.stderr.flush()
 
 
-def _let_go(terminals: list[int]) -> None:
-    """Write to nowhere instead of terminals that were closed, so that what is printed from now on raises nothing."""
+def _redirect_to_devnull(terminals: list[int]) -> None:
+    """Replace terminals that were closed by the null device, so that printing raises no error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for terminal in terminals:
         os.dup2(nowhere, terminal)
@@ -169,7 +175,7 @@ def _let_go(terminals: list[int]) -> None:
 def _run(work: Callable[[], T], outcome: Future[T], inbox: SimpleQueue[int | None]) -> None:
     try:
         outcome.set_result(work())
-    except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+    except BaseException as error:  # noqa: BLE001 - raised again by run_interruptibly
         outcome.set_exception(error)
     finally:
         inbox.put(None)
@@ -177,10 +183,10 @@ def _run(work: Callable[[], T], outcome: Future[T], inbox: SimpleQueue[int | Non
 
 @contextmanager
 def _handlers(put: Callable[[int], None]) -> Iterator[Callable[[], None]]:
-    """Pass signals on, those left out that were ignored before (as `nohup` does).
+    """Pass signals to `put`, except for signals that were ignored before (as `nohup` does).
 
     Yields:
-        A function that installs the handlers anew.
+        A function that installs the handlers again.
     """
     process = os.getpid()
 
@@ -188,7 +194,7 @@ def _handlers(put: Callable[[int], None]) -> Iterator[Callable[[], None]]:
         del frame
         if os.getpid() == process:
             put(number)
-        else:  # a copy of this process that the work forked: it has no thread that would look
+        else:  # in a process that the work forked: it has no thread that reads the inbox
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -203,4 +209,4 @@ def _handlers(put: Callable[[int], None]) -> Iterator[Callable[[], None]]:
         yield install
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: it was none of Python's
+            signal.signal(number, handler or signal.SIG_DFL)  # None: the handler was not installed by Python

@@ -1,4 +1,4 @@
-"""A job whose data is open and whose model was tried on it: what every way of running it starts from."""
+"""A job whose data is open and whose model has computed a batch: the start of training, simulation and replay."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["OpenJob", "build_shards", "build_worker"]
 
 @dataclass(frozen=True, slots=True)
 class OpenJob:
-    """A job, its data, and the weights it starts from."""
+    """A job, its data and its initial weights."""
 
     spec: JobSpec
     dataset: Dataset
     shards: Shards
     layout: Layout
-    weights: FloatArray  # [num_parameters], initial
+    weights: FloatArray  # [num_parameters], float32, initial
 
     @classmethod
     def open(cls, spec: JobSpec) -> Self:
-        """Open the data, build the model, and try one batch: what fails here would fail on every worker.
+        """Open the data, build the model and try it on one batch, so that a fault is found before workers start.
 
         Raises:
             InputError: the data cannot be used, or the model does not fit it.
@@ -51,23 +51,25 @@ class OpenJob:
         return job
 
     def warnings(self) -> list[str]:
-        """Return one sentence for each thing that is allowed, and may not be wanted, of the job on its data."""
-        found = self.spec.warnings()
+        """Return a sentence for each choice that is allowed but probably a mistake, given the data."""
+        warnings = self.spec.warnings()
         if self.shards.left_out:
-            which = "others each time" if self.spec.data.shuffle else "the same each time, as data.shuffle is false"
-            found.append(
+            which = (
+                "different ones each time" if self.spec.data.shuffle else "the same ones, because data.shuffle is false"
+            )
+            warnings.append(
                 f"data.drop_last leaves {self.shards.left_out} of {len(self.dataset.train)} training examples out of "
                 f"each epoch, {which}"
             )
-        return found
+        return warnings
 
     def worker(self, name: str, routes: Sequence[Route] = ()) -> Worker:
-        """A worker of this job, with a model of its own."""
+        """Return a worker of this job, with its own model."""
         return build_worker(self.spec, name, self.dataset, self.layout, routes)
 
 
 def build_shards(spec: JobSpec, dataset: Dataset) -> Shards:
-    """Which examples make which batch of a job."""
+    """Return the assignment of a job's examples to its batches."""
     data = spec.data
     local = spec.worker_options.local
     steps = local.steps if local else 1
@@ -75,7 +77,7 @@ def build_shards(spec: JobSpec, dataset: Dataset) -> Shards:
 
 
 def build_worker(spec: JobSpec, name: str, dataset: Dataset, layout: Layout, routes: Sequence[Route] = ()) -> Worker:
-    """A worker of a job, with a model of its own."""
+    """Return a worker of a job, with its own model."""
     return Worker(
         name,
         build_model(spec.model, dataset),
@@ -91,14 +93,15 @@ def build_worker(spec: JobSpec, name: str, dataset: Dataset, layout: Layout, rou
 
 
 def _check_memory(model: Model) -> None:
-    """Drawing initial weights that do not fit would have this process killed instead of refused."""
+    """Refuse a model that does not fit in memory: the system would kill this process without a message."""
     if not isinstance(model, Network):
-        return  # only its own code knows how large it is
-    needed, free = 4 * 4 * model.num_parameters, free_memory()  # drawn, packed, and a trial's weights and gradient
+        return  # its size is not known before its weights are drawn
+    needed = 4 * 4 * model.num_parameters  # bytes: weights as drawn and as packed, and the trial's weights and gradient
+    free = free_memory()
     if needed > free:
         raise ModelError(
             f"the model has {model.num_parameters:,} parameters, for which the driver needs {needed / 2**30:.1f} GiB, "
-            f"and {free / 2**30:.1f} GiB are free here: make it smaller, or drive from a larger machine"
+            f"and {free / 2**30:.1f} GiB are free here: make the model smaller, or start on a machine with more memory"
         )
 
 
@@ -111,4 +114,4 @@ def _check_target(spec: JobSpec, dataset: Dataset) -> None:
             f"run.target asks for {target.metric}, but the data has no validation part: set data.validation_fraction"
         )
     if target.metric == "val/accuracy" and dataset.classes is None:
-        raise SpecError("run.target asks for val/accuracy, but the labels are no classes: use val/loss")
+        raise SpecError("run.target asks for val/accuracy, but the labels are numbers, not classes: use val/loss")

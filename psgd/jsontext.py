@@ -1,7 +1,7 @@
-"""JSON, written and read in one way by all of psgd.
+"""JSON as all of psgd writes and reads it.
 
-Written: RFC 8259, which has no Infinity and no NaN; they become null. Read: whatever is no JSON, and what only Python
-takes for JSON, is one typed error that names the file.
+Output is valid by RFC 8259: Infinity and NaN, which JSON does not have, become null. Input that is not valid JSON,
+Infinity and NaN included, raises a `DamagedFileError` that names the file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["parse_json", "to_json"]
 
 
 def to_json(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Return plain values as JSON text; numbers that are not finite become null."""
+    """Return plain values as JSON text. Numbers that are not finite become null."""
     try:
         return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
     except ValueError:
@@ -39,14 +39,14 @@ def parse_json(text: bytes, source: str) -> Any:
     """Parse a JSON document.
 
     Args:
-        text: the document.
-        source: name of its file, for the error.
+        text: document, in UTF-8.
+        source: name of the file, for the error.
 
     Raises:
-        DamagedFileError: the text is empty, cut short, nested too deeply, or no JSON.
+        DamagedFileError: the text is empty, cut short, nested too deeply, or not JSON.
     """
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = "it is empty" if not text.strip() else str(error)
         raise DamagedFileError(
@@ -54,5 +54,5 @@ def parse_json(text: bytes, source: str) -> Any:
         ) from error
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON number")
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")

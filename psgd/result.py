@@ -1,4 +1,4 @@
-"""What a run came to."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -12,42 +12,43 @@ Status = Literal["finished", "stopped", "interrupted", "failed", "unsaved"]
 
 @dataclass(frozen=True, slots=True)
 class LedgerCounts:
-    """What became of the batches, over the whole run, resumptions included."""
+    """Counts of batches and pushes over the whole run, across all resumptions."""
 
-    batches: int  # different batches in the weights, or done without
-    applied: int  # pushes whose gradient is in the weights; `batches`, less `discarded`: else one was counted twice
-    duplicates: int  # pushes refused because their batch was in the weights already
-    requeued: int  # batches leased again
-    discarded: int  # pushes refused for good, their batches done without
+    batches: int  # distinct batches that are in the weights or were discarded
+    applied: int  # pushes whose gradient is in the weights; equals batches - discarded, as no batch is applied twice
+    duplicates: int  # pushes refused because their batch was applied already
+    requeued: int  # batches that were leased again
+    discarded: int  # batches that were given up and are not in the weights
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a run ended.
+    """The result of a run.
 
-    `unsaved`: as far as it was to go, but what it came to could not be written; `error` says what is saved.
+    A status of `unsaved` means that training reached its end, but the last state could not be written; `error` says
+    what is saved.
 
     `metrics` has `train/loss`, `val/loss`, `val/accuracy`, `perf/updates_per_s`, `perf/samples_per_s`,
     `perf/bytes_per_push`, `compression/residual_norm` and `async/staleness_{mean,p50,p95,max}`; a metric that was not
-    measured is None. `train/epoch` and `val/epoch` are the epochs, from 1, that the losses and the accuracy are of; a
-    fraction if the validated weights are those of a run that ended within an epoch. `perf/*_per_s`
-    are rates from the first applied gradient of this process to the last.
+    measured is None. `train/epoch` and `val/epoch` are the epochs, counted from 1, in which the losses and the accuracy
+    were measured; `val/epoch` is a fraction if the run ended within an epoch. `perf/*_per_s` are rates between the
+    first and the last gradient that were applied since this driver started.
     """
 
     status: Status
     name: str
-    path: str  # of the run directory
-    epochs: int  # complete ones
+    path: str  # run directory
+    epochs: int  # complete epochs
     updates: int  # optimizer steps
-    samples: int  # examples applied
-    duration_s: float  # of this process's training, start-up left out
+    samples: int  # examples whose gradients were applied
+    duration_s: float  # seconds of training since this driver started
     metrics: dict[str, float | None]
     ledger: LedgerCounts
-    failures: dict[str, int]  # of this process, by kind: worker_lost, worker_silent, server_lost, preempted, ...
-    goodput: float | None  # batches that came into the weights, over batches computed, of this process
-    checkpoint: str | None  # the newest committed one
+    failures: dict[str, int]  # kind -> number, since this driver started: worker_lost, worker_silent, server_lost, ...
+    goodput: float | None  # share of the computed batches that were applied, since this driver started
+    checkpoint: str | None  # newest committed checkpoint
     error: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, in the order of `psgd train --json`."""
+        """Return the fields as plain values, in the order of `psgd train --json`."""
         return asdict(self)

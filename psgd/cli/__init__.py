@@ -1,6 +1,7 @@
-"""The command line. It parses first, and imports Ray, pydantic and the rest only for a command that needs them.
+"""The `psgd` command. It parses its arguments first, and imports Ray and pydantic only for commands that need them.
 
-Exit codes: 0 finished (or stopped by command), 2 refused spec or input, 3 failed run, 130 interrupted.
+Exit codes: 0 finished, or stopped by `psgd stop`; 2 the job or another input was refused; 3 the run or a check failed;
+130 interrupted by a signal.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main() -> None:
     try:
         run_interruptibly(partial(_run, interruption), interruption)
     except Abandoned:
-        os._exit(INTERRUPTED)  # the command's thread is still at work
+        os._exit(INTERRUPTED)  # at once: the thread of the command still runs
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 

@@ -1,4 +1,4 @@
-"""`python -m psgd.cli`."""
+"""Entry point of `python -m psgd.cli`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands about job files."""
+"""Commands for job files: validate and schema."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["schema", "validate"]
 def validate(job: JobFile, overrides: Overrides = None) -> None:
     """Check a job file, and print the job with all defaults filled in.
 
-    Reads the job file alone: the data is not opened and nothing is started. Exits with 2 if the job is not valid.
+    Only the job file is read: the data is not opened and no process is started. Exits with 2 if the job is not valid.
     """
     import yaml
 

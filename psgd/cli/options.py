@@ -24,15 +24,23 @@ JobFile = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Set a field, such as optimizer.lr=0.1. May be repeated."),
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Set a field of the job, such as optimizer.lr=0.1. May be repeated."
+    ),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.", show_default=False)]
 JobStorage = Annotated[
     str | None,
-    typer.Option(metavar="FOLDER|URL", help="Where to keep run directories. [default: the job's run.storage, or runs]"),
+    typer.Option(
+        metavar="FOLDER|URL",
+        help="Folder in which the run gets its directory. [default: run.storage in the job, or runs]",
+    ),
 ]
-RunStorage = Annotated[str, typer.Option(metavar="FOLDER|URL", help="Where the run's directory is kept.")]
-NameOption = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run. [default: the job's name]")]
+RunStorage = Annotated[str, typer.Option(metavar="FOLDER|URL", help="Folder that holds the run's directory.")]
+NameOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Name of the run. [default: name in the job, or that of the job file]"),
+]
 Dashboard = Annotated[
     str | None,
     typer.Option(

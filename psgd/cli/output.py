@@ -1,4 +1,4 @@
-"""What commands print: JSON on stdout, tables and summaries on stderr."""
+"""Output of the commands: JSON on stdout, tables and summaries on stderr."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["print_checks", "print_json", "print_result", "printable"]
 
 COLOURS = {"failed": "red", "unsaved": "red", "interrupted": "yellow"}
-SHOWN = {
+SUMMARY = {  # title -> metric and format
     "validation accuracy": ("val/accuracy", "{:.4f}"),
     "validation loss": ("val/loss", "{:.4f}"),
     "validated at epoch": ("val/epoch", "{:.4g}"),
@@ -32,18 +32,18 @@ def print_json(value: Any, indent: int | None = None) -> None:
 
 
 def print_result(result: Result) -> None:
-    """Print how a run ended, for people."""
+    """Print a summary of how a run ended, on stderr."""
     from rich.text import Text
 
     from psgd.monitoring.console import stderr_console
 
     console = stderr_console()
     status = Text(result.status, style=f"bold {COLOURS.get(result.status, 'green')}")
-    took = f"{result.epochs} epochs, {result.updates} updates in {result.duration_s:.1f} s"
-    console.print(status, f"{result.name}: {took}", soft_wrap=True)
-    for title, (metric, form) in SHOWN.items():
+    progress = f"{result.epochs} epochs, {result.updates} updates in {result.duration_s:.1f} s"
+    console.print(status, f"{result.name}: {progress}", soft_wrap=True)
+    for title, (metric, template) in SUMMARY.items():
         if (value := result.metrics.get(metric)) is not None:
-            console.print(f"  {title:<20} {form.format(value)}")
+            console.print(f"  {title:<20} {template.format(value)}")
     console.print(f"  {'run directory':<20} {result.path}", soft_wrap=True)
     if result.error:
         console.print(f"  {'error':<20} {result.error}", soft_wrap=True)
@@ -52,7 +52,7 @@ def print_result(result: Result) -> None:
 
 
 def print_checks(checks: Iterable[Check]) -> None:
-    """Print what `psgd verify` found, as a table."""
+    """Print the results of `psgd verify` as a table, on stderr."""
     from rich.table import Table
     from rich.text import Text
 
@@ -66,5 +66,5 @@ def print_checks(checks: Iterable[Check]) -> None:
 
 
 def printable(text: str) -> str:
-    """Return text on one line, without characters that a terminal would act on."""
+    """Return the text with its control characters escaped: on one line, and harmless to the terminal."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -1,4 +1,4 @@
-"""Commands about a run that was started: status, logs, stop, set, scale."""
+"""Commands for a run that was started: status, logs, stop, set, scale."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def open_run(run: str, storage: str) -> RunDirectory:
 def status(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) -> None:
     """Print the state of a run, as JSON.
 
-    A run that has ended: its result. A run that trains: its newest metrics. A run whose driver is gone ("lost"): why,
-    how long ago the driver gave its last sign of life, and the command that continues the run.
+    For a run that trains, its newest metrics; for a run that has ended, its result. A run is "lost" if its driver (the
+    process that directs the run) ended without a result: then the reason, the seconds since the driver's last sign of
+    life, and the command that continues the run.
     """
     if address:
         from psgd.cluster.jobs import Jobs
@@ -54,7 +55,7 @@ def status(run: RunName, storage: RunStorage = "runs", address: Dashboard = None
 
 
 def logs(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) -> None:
-    """Print the events of a run, one a line.
+    """Print the events of a run, one per line.
 
     With --address, print the output of the run's driver on that cluster instead.
     """
@@ -72,8 +73,8 @@ def logs(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) 
 def stop(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) -> None:
     """Ask a run to save its state and end.
 
-    `psgd train --resume` continues it later. Refused, with exit code 2, if the run does not run. With --address, Ray's
-    job manager is asked to stop the driver instead.
+    `psgd train --resume` continues it later. Exits with 2 if the run is not running. With --address, Ray is asked
+    to stop the driver on that cluster.
     """
     if address:
         from psgd.cluster.jobs import Jobs
@@ -81,23 +82,24 @@ def stop(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) 
         Jobs(address).stop(run)
     else:
         open_run(run, storage).command("stop")
-    typer.echo(f"asked {run} to stop; `psgd status` shows when it has")
+    typer.echo(f"asked {run} to stop; `psgd status {run}` shows when it has stopped")
 
 
 def set_(
     run: RunName,
     settings: Annotated[
-        list[str], typer.Argument(metavar="FIELD=VALUE", help="Such as consistency.mode=bsp optimizer.lr=0.1.")
+        list[str],
+        typer.Argument(metavar="FIELD=VALUE", help="New values, such as consistency.mode=bsp optimizer.lr=0.1."),
     ],
     storage: RunStorage = "runs",
 ) -> None:
     """Change settings of a run while it trains.
 
-    The fields that can change are consistency, and the optimizer's lr, schedule, max_grad_norm and clip_value.
-    `psgd logs` shows from which version on the change holds, or why it was refused.
+    Only consistency, and the optimizer's lr, schedule, max_grad_norm and clip_value, can change. `psgd logs` shows
+    after how many steps of the servers the change took effect, or why it was refused.
     """
     open_run(run, storage).command("set", settings)
-    typer.echo(f"asked {run} for {' '.join(settings)}; `psgd logs` shows from which version on, or why not")
+    typer.echo(f"asked {run} to set {' '.join(settings)}; `psgd logs {run}` shows when they took effect, or why not")
 
 
 def scale(
@@ -107,7 +109,7 @@ def scale(
 ) -> None:
     """Change the number of workers of a run while it trains.
 
-    New workers join as soon as the cluster has room. Workers that leave finish the batch in hand first.
+    New workers join as soon as the cluster has room. A worker that leaves finishes its current batch first.
     """
     open_run(run, storage).command("scale", [str(workers)])
-    typer.echo(f"asked {run} for {workers} workers; `psgd logs` shows the workers that come and go, or why not")
+    typer.echo(f"asked {run} to use {workers} workers; `psgd logs {run}` shows them join or leave, or why not")

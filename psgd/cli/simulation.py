@@ -1,4 +1,4 @@
-"""Commands that need no cluster: simulate, verify, replay."""
+"""Commands that run in this process, without Ray: simulate, verify, replay."""
 
 from __future__ import annotations
 
@@ -29,30 +29,38 @@ def simulate(
         str | None,
         typer.Option(
             metavar="NAME:ARGS",
-            help="Virtual seconds that a gradient takes: constant:S, exponential:MEAN, lognormal:MU,SIGMA, "
-            "gamma:SHAPE,SCALE, measured:RUN-DIRECTORY, ... [default: constant:1]",
+            help="Distribution of the virtual seconds that a gradient takes: constant:S, exponential:MEAN, "
+            "lognormal:MU,SIGMA, gamma:SHAPE,SCALE, measured:RUN-DIRECTORY, ... [default: constant:1]",
         ),
     ] = None,
     modes: Annotated[
         str | None,
         typer.Option(
-            metavar="MODE,...", help="Modes to compare, such as async,ringmaster:r=32,bsp. [default: as in the job]"
+            metavar="MODE,...",
+            help="Consistency modes to compare, such as async,ringmaster:r=32,bsp. [default: as in the job]",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="quadratic", help="Use a noisy quadratic instead of the job's own model and data."),
+        typer.Option(metavar="quadratic", help="Minimise a noisy quadratic, without the job's model and data."),
     ] = None,
     size: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Number of parameters of the quadratic. [default: 100]")
+        int | None, typer.Option(min=2, metavar="N", help="Number of weights of the quadratic. [default: 100]")
     ] = None,
     pushes: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Maximum number of gradients of the quadratic. [default: 20000]"),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Number of gradients after which a simulation of the quadratic ends. [default: 20000]",
+        ),
     ] = None,
     link: Annotated[
         float | None,
-        typer.Option(metavar=SECONDS, help="Virtual seconds that one push takes; one pull takes as long. [default: 0]"),
+        typer.Option(
+            metavar=SECONDS,
+            help="Virtual seconds to send a gradient to a server; the weights take as long to come back. [default: 0]",
+        ),
     ] = None,
     crashes: Annotated[
         float | None,
@@ -60,7 +68,10 @@ def simulate(
     ] = None,
     joins: Annotated[
         float | None,
-        typer.Option(metavar=SECONDS, help="Mean virtual seconds until a worker joins. [default: 0, all together]"),
+        typer.Option(
+            metavar=SECONDS,
+            help="Mean virtual seconds until a worker joins, at the start and after a crash. [default: 0]",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Seed of delays, crashes and joins. [default: 0]")
@@ -68,7 +79,8 @@ def simulate(
     until: Annotated[
         str | None,
         typer.Option(
-            metavar="METRIC=VALUE", help="Stop at this value of excess, train/loss, val/loss or val/accuracy."
+            metavar="METRIC=VALUE",
+            help="Stop when val/accuracy, val/loss, train/loss or (of a quadratic) excess reaches this value.",
         ),
     ] = None,
     html: Annotated[
@@ -80,9 +92,9 @@ def simulate(
 ) -> None:
     """Compare modes and numbers of workers on a virtual clock.
 
-    Runs the servers' and the driver's real code on simulated workers, with the job's own model and data or with a
-    quadratic. Shows time and examples to a target, throughput, staleness and each worker's share, before you pay for
-    the workers. Defaults come from the job's `simulate` section.
+    Runs the real code of the servers and of the driver with simulated workers, on the job's own model and data or on a
+    quadratic function. For each mode it shows the time and the examples needed to reach a target, the throughput, the
+    staleness of gradients and each worker's share of the work. Defaults come from the job's `simulate` section.
     """
     from psgd.simulation.command import run
     from psgd.spec.reader import load_spec
@@ -110,9 +122,10 @@ def simulate(
 def verify(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Test psgd's guarantees on a job's own model and data.
 
-    Checks on a few batches, on this machine, in under a minute: the gradient is the slope of the loss, one worker
-    equals a serial loop, several workers equal a step on their mean, partitions agree, and a resumed run ends as if it
-    had not been interrupted. Exits with 3 if a check fails.
+    Checks on a few batches, on this machine, in under a minute, that the gradient is the slope of the loss, that one
+    worker equals a serial loop, that a step of several workers equals a step on the mean of their gradients, that
+    several servers give the same weights as one, and that a resumed run ends as if it had not been interrupted. Exits
+    with 3 if a check fails.
     """
     from psgd.simulation.verify import verify as run_checks
     from psgd.spec.reader import load_spec
@@ -130,7 +143,7 @@ def replay(
     run: RunName,
     storage: RunStorage = "runs",
     until: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Stop when every server has made N updates.")
+        int | None, typer.Option(min=0, metavar="N", help="Stop when every server has taken N steps.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -140,14 +153,14 @@ def replay(
 ) -> None:
     """Recompute a run, and compare the weights bit for bit.
 
-    Reads the run's job, data and journal, computes every gradient again in one process, up to the newest checkpoint,
-    and compares with the weights saved there. Exits with 3 if they differ.
+    Reads the run's job, its data and its journal (the record of all pushes). Computes every gradient again in one
+    process, up to the newest checkpoint, and compares the weights with those saved there. Exits with 3 if they differ.
     """
     from psgd.cli.runs import open_run
 
     directory = open_run(run, storage)
     directory.check_exists()
-    # Before NumPy is imported: other numbers of threads sum in other orders. Ray gave its workers so many.
+    # Set before NumPy is imported, to the number of threads that the workers had: another number adds in another order.
     os.environ.setdefault("OMP_NUM_THREADS", str(directory.read_spec().scaling.cpus_per_worker))
     from psgd.replay.replay import replay as recompute
 

@@ -1,4 +1,4 @@
-"""Commands that train: here, or from a cluster's head."""
+"""Commands that train: with the driver in this process (train), or on the cluster (submit)."""
 
 from __future__ import annotations
 
@@ -27,17 +27,21 @@ def train(
     address: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT", help="A running Ray cluster to train on. [default: RAY_ADDRESS, or a local Ray]"
+            metavar="HOST:PORT",
+            help="Running Ray cluster to train on. [default: RAY_ADDRESS, or a Ray started on this machine]",
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run of that name from its newest checkpoint, or start it.")
+        bool,
+        typer.Option(
+            "--resume", help="Continue the run of this name from its newest checkpoint. Starts the run if it is new."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model and wait until it is done.
 
-    Without --address, Ray is started on this machine for this run alone, in the size that the job asks for. Ctrl-C
+    Without --address, Ray is started on this machine, for this run only and with the CPUs that the job needs. Ctrl-C
     saves the run and ends it; --resume continues it.
 
     Exit codes: 0 finished or stopped, 2 refused before anything started, 3 failed or not saved, 130 interrupted.
@@ -83,17 +87,17 @@ def submit(
             exists=True,
             file_okay=False,
             metavar="FOLDER",
-            help="Source folder of your own that the model imports. May be repeated.",
+            help="Folder with Python code of yours that the model imports. May be repeated.",
         ),
     ] = None,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Show the driver's output until the run ends, or return at once.")
     ] = True,
 ) -> None:
-    """Train a model on a cluster, with the driver on the cluster too.
+    """Train a model on a cluster that runs the driver too.
 
-    The driver runs as a job of Ray's Jobs API, so this machine may be switched off meanwhile. If there is a run of that
-    name, it is continued. Prints the id of Ray's job.
+    The driver, the process that directs the run, becomes a job of Ray's Jobs API: this machine may be switched off
+    afterwards. A run of the same name is continued. Prints the id of Ray's job.
     """
     from psgd.spec.reader import load_spec
 
@@ -102,9 +106,11 @@ def submit(
 
     interruption: Interruption = context.obj
     jobs = Jobs(address)
-    with interruption.critical("it is submitted first"):
+    with interruption.critical("the job is submitted first"):
         identifier = jobs.submit(spec, str(spec.name), py_module or ())
-        interruption.outlook = f"job {identifier} goes on; `psgd stop {spec.name} --address {address}` ends it"
+        interruption.outlook = (
+            f"job {identifier} continues on the cluster; `psgd stop {spec.name} --address {address}` ends it"
+        )
         typer.echo(identifier)
     if interruption.requested:
         typer.echo(f"psgd: {interruption.outlook}", err=True)

@@ -1,1 +1,1 @@
-"""What people look at: the run directory, metrics, progress."""
+"""Output for people: metrics, the progress display, figures and HTML pages."""

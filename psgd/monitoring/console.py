@@ -1,6 +1,6 @@
-"""The terminal, as all of psgd writes to it: a user's text is text, never markup.
+"""The console on stderr, which prints users' text as it is and never as markup.
 
-Names, paths and messages may hold `[/b]`, `:smile:` or anything else; style is given by `rich.text.Text` alone.
+Names, paths and messages may contain `[/b]` or `:smile:`, so styles are given only by `rich.text.Text`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The numbers of a run, under the names that `metrics.jsonl`, the result and the display share."""
+"""Metrics of a run, under the names in `metrics.jsonl` and in the result."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["metrics_row", "run_metrics"]
 
 
 def run_metrics(status: RunStatus) -> dict[str, float | None]:
-    """Return what the run's result reports as `metrics`; None for a value that was not measured (yet).
+    """Return the `metrics` of the run's result. A value is None if it was not measured, or not yet.
 
-    `train/epoch` and `val/epoch` say which epoch, counted from 1, the losses and the accuracy are of: validation runs
-    beside the next epoch's training, so the two differ.
+    `train/epoch` and `val/epoch` are the epochs, counted from 1, in which the losses and the accuracy were measured.
+    They can differ, because the validation of an epoch runs during the next one.
     """
     validation = status.validation
     return {
@@ -29,6 +29,6 @@ def run_metrics(status: RunStatus) -> dict[str, float | None]:
 
 
 def metrics_row(status: RunStatus) -> dict[str, float | None]:
-    """Return a line of `metrics.jsonl`: how far the run is, and its metrics."""
-    position = {"epochs": status.epochs, "updates": status.updates, "workers": status.workers_up}
-    return position | run_metrics(status)
+    """Return a row of `metrics.jsonl`: the progress of the run, and its metrics."""
+    progress = {"epochs": status.epochs, "updates": status.updates, "workers": status.workers_up}
+    return progress | run_metrics(status)

@@ -1,4 +1,4 @@
-"""The observer: what people and `metrics.jsonl` are told while a run goes on, read from one status at a time."""
+"""The observer of a run: passes its status to the display and to `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from psgd.store.run_directory import RunDirectory
 
 __all__ = ["Observer"]
 
-LOOK_S = 0.2  # between two looks at the status: making one costs time that grows with the workers
-METRICS_S = 1.0  # between two lines of metrics.jsonl
+LOOK_S = 0.2  # seconds between two statuses: the time to make one grows with the number of workers
+METRICS_S = 1.0  # seconds between two rows of metrics.jsonl
 
 
 class Observer:
-    """Writes metrics, moves the display and warns of checkpoints that cannot be written.
+    """Writes metrics, updates the display and warns of checkpoints that cannot be written.
 
     Args:
-        run: directory that metrics are written to.
+        run: directory of the run, which gets the metrics.
         display: progress display of the run.
-        caution: prints a warning.
-        now: seconds.
+        caution: function that prints a warning.
+        now: current time, in seconds.
     """
 
     def __init__(self, run: RunDirectory, display: Display, caution: Callable[[str], None], now: float) -> None:
@@ -31,37 +31,37 @@ class Observer:
         self._caution = caution
         self._looked_at = float("-inf")
         self._written_at = now
-        self._warned = False  # True until a checkpoint can be written again
+        self._warned = False  # reset when a checkpoint can be written again
 
     def __call__(self, status: Callable[[float], RunStatus], now: float) -> None:
-        """Look at the run, unless the last look was a moment ago.
+        """Read and show the status of the run, unless that was done less than `LOOK_S` ago.
 
         Args:
-            status: makes the status of a time.
-            now: seconds.
+            status: function that returns the status of the run at a given time.
+            now: current time, in seconds.
         """
         if now - self._looked_at < LOOK_S:
             return
         self._looked_at = now
-        self._look(status(now))
+        self._show(status(now))
 
-    def _look(self, status: RunStatus) -> None:
+    def _show(self, status: RunStatus) -> None:
         self._display.show(status)
-        self._watch_saving(status.checkpoint)
+        self._warn_of_faults(status.checkpoint)
         if status.now - self._written_at >= METRICS_S and status.phase != "starting":
             self._written_at = status.now
             self._run.metrics(metrics_row(status))
 
     def finish(self, status: RunStatus) -> None:
-        """Show and write the end of the run; a run that another driver took over is not written to."""
+        """Show the end of the run, and write it unless another driver has taken the run over."""
         self._display.finish(status)
         if self._run.is_ours:
             self._run.metrics(metrics_row(status))
 
-    def _watch_saving(self, checkpoint: CheckpointStatus) -> None:
-        """Tell once that checkpoints cannot be written, until one can."""
-        goes_on = not checkpoint.last or checkpoint.retries  # else the result tells
-        if checkpoint.fault and goes_on and not self._warned:
-            further = "It is tried again" if checkpoint.last else "Training goes on"
-            self._caution(f"a checkpoint could not be written: {checkpoint.fault}. {further}; {checkpoint.text}")
+    def _warn_of_faults(self, checkpoint: CheckpointStatus) -> None:
+        """Warn that checkpoints cannot be written: once, until one can be written again."""
+        is_final = checkpoint.last and not checkpoint.retries  # then the run's result says it
+        if checkpoint.fault and not is_final and not self._warned:
+            consequence = "It is tried again" if checkpoint.last else "Training goes on"
+            self._caution(f"a checkpoint could not be written: {checkpoint.fault}. {consequence}; {checkpoint.text}")
         self._warned = checkpoint.fault is not None

@@ -1,4 +1,4 @@
-"""How far a run is on its way to the job's limits, and how long the rest will take."""
+"""An estimate of the share of a run that is done, and of the time that the rest will take."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from psgd.spec import RunConfig
 
 __all__ = ["Pace"]
 
-WINDOW_S = 30.0  # longer: steadier estimates, which notice later that workers came or went
-LEAST_S = 2.0  # of training, before which nothing is estimated
+WINDOW_S = 30.0  # seconds; longer: steadier estimates, slower to notice that workers joined or left
+LEAST_S = 2.0  # seconds of training before the first estimate
 
 
 class Pace:
-    """Estimates from the statuses of the last half a minute.
+    """Estimates progress from the statuses of the last `WINDOW_S` seconds.
 
     Args:
-        limits: of the job; the one that is nearest counts. A target may end the run before them.
+        limits: limits of the run. The one that will be reached first counts; a target may end the run even earlier.
     """
 
     def __init__(self, limits: RunConfig) -> None:
         self._limits = limits
-        self._seen = deque[tuple[float, float]]()  # (time, share done)
+        self._seen = deque[tuple[float, float]]()  # (time in seconds, share done), oldest first
 
     def share(self, status: RunStatus) -> float:
         """Return the share of the run that is done, from 0 to 1."""
@@ -37,7 +37,7 @@ class Pace:
         return min(1.0, max(shares))  # a job has at least one limit
 
     def see(self, status: RunStatus) -> None:
-        """Note how far the run is."""
+        """Record the progress of the run."""
         share = self.share(status)
         if status.phase != "training":
             return
@@ -48,7 +48,7 @@ class Pace:
             self._seen.popleft()
 
     def left_s(self) -> float | None:
-        """Return the seconds that the rest will take; None while that cannot be told."""
+        """Return the estimated seconds until the end; None if there is no estimate yet."""
         if not self._seen:
             return None
         began, before = self._seen[0]

@@ -1,4 +1,4 @@
-"""A self-contained HTML page, without scripts and without requests to any network."""
+"""A self-contained HTML page: no scripts, and no requests to a network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Page:
 
     Args:
         title: heading and window title.
-        lead: one sentence on the content of the page.
+        lead: sentence below the heading that says what the page shows.
     """
 
     def __init__(self, title: str, lead: str) -> None:
@@ -64,7 +64,7 @@ class Page:
             if len(row) != len(columns):
                 raise InputError(f"a table of {len(columns)} columns got a row of {len(row)}: {list(row)}")
         numeric = [all(_is_number(row[i]) or row[i] is None for row in rows) for i in range(len(columns))]
-        body = [_row("td", [_shown(value) for value in row], numeric) for row in rows]
+        body = [_row("td", [_cell_text(value) for value in row], numeric) for row in rows]
         table = ["<table><thead>", _row("th", columns, numeric), "</thead><tbody>", *body, "</tbody></table>"]
         self._parts.append('<div class="wide">' + "\n".join(table) + "</div>")
 
@@ -87,20 +87,17 @@ def _element(tag: str, text: str) -> str:
 
 
 def _row(tag: str, cells: Sequence[str], numeric: Sequence[bool]) -> str:
-    marks = [' class="number"' if number else "" for number in numeric]
-    return (
-        "<tr>"
-        + "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
-        + "</tr>"
-    )
+    attributes = [' class="number"' if number else "" for number in numeric]
+    elements = (f"<{tag}{each}>{escape(cell)}</{tag}>" for each, cell in zip(attributes, cells, strict=True))
+    return f"<tr>{''.join(elements)}</tr>"
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _shown(value: object) -> str:
-    """Return a cell's text; floats have four significant digits."""
+def _cell_text(value: object) -> str:
+    """Return the text of a cell. Floats get four significant digits."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:

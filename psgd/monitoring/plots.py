@@ -1,6 +1,6 @@
-"""Figures from plain data, as matplotlib objects without pyplot, so that there is no state but the figure.
+"""Figures from plain data, as matplotlib objects. pyplot is not used, so there is no global state.
 
-All are 800 px wide, in colours that colour-blind readers can tell apart (Okabe and Ito, 2008, without the yellow).
+Figures are 800 px wide, in colours that colour-blind readers can tell apart (Okabe and Ito, 2008, without yellow).
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ except ModuleNotFoundError as error:
 __all__ = ["Curve", "bars", "curves", "histogram", "svg"]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-DASHES = ("-", "--", ":")  # the next style is used when the colours are used up
-INK, MUTED, GRID = "#222222", "#555555", "#e4e4e4"
+DASHES = ("-", "--", ":")  # the next style is used after the last colour
+INK = "#222222"
+MUTED = "#555555"
+GRID = "#e4e4e4"
 
-PX = 1 / 96  # inches
+PX = 1 / 96  # inches per pixel
 WIDTH = 800 * PX
 HEIGHT = 400 * PX
 BAR_HEIGHT = 28 * PX
 LONGEST_LABEL = 40  # characters
-MOST_MARKED = 16  # curves with up to this many points get a dot for each
-MOST_NAMED = 32  # up to this many bars get their name and value
-LEAST_BINS, MOST_BINS = 12, 64  # the axis has room for LEAST_BINS, so that few bins stay narrow
+MOST_MARKED = 16  # a curve of at most this many points shows a dot at each
+MOST_NAMED = 32  # at most this many bars show their names and values
+LEAST_BINS = 12  # the axis has room for this many bins, so that a few bins stay narrow
+MOST_BINS = 64  # a wider range gets wider bins
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +53,9 @@ class Curve:
 
     label: str
     x: ArrayLike  # [points]
-    y: ArrayLike  # [points]; values that are not finite leave a gap
-    low: ArrayLike | None = None  # [points], lower edge of a band around the line; goes with `high`
-    high: ArrayLike | None = None  # [points], upper edge
+    y: ArrayLike  # [points]; a value that is not finite leaves a gap
+    low: ArrayLike | None = None  # [points], lower edge of a band around the line; given together with `high`
+    high: ArrayLike | None = None  # [points], upper edge of the band
 
     def __post_init__(self) -> None:
         given = {name: values for name in ("x", "y", "low", "high") if (values := getattr(self, name)) is not None}
@@ -78,16 +81,16 @@ def curves(
     log_y: bool = False,
     title: str | None = None,
 ) -> Figure:
-    """Draw lines. The legend beside them is in the order of their ends, from the highest to the lowest.
+    """Draw lines, with a legend beside them in the order of the lines' last values, highest first.
 
     Raises:
-        InputError: no point can be drawn, as none is finite or, on a logarithmic axis, above 0.
+        InputError: no point can be drawn, because none is finite and, on a logarithmic axis, above 0.
     """
     figure, axes = _figure(HEIGHT, x_label, y_label, title)
     ends = [_line(axes, number, curve, log_x, log_y) for number, curve in enumerate(series)]
     if not any(isfinite(end) for end, _ in ends):
         above = " and above 0 where its axis is logarithmic" if log_x or log_y else ""
-        raise InputError(f"nothing to plot over {x_label!r}: of {len(series)} curves no point is finite{above}")
+        raise InputError(f"nothing to plot over {x_label!r}: no point of {len(series)} curves is finite{above}")
     if log_x:
         axes.set_xscale("log")
         _plain_numbers(axes.xaxis)
@@ -102,7 +105,7 @@ def curves(
 
 
 def histogram(counts: Mapping[int, int], x_label: str, y_label: str, title: str | None = None) -> Figure:
-    """Draw how often each whole number occurred, and their mean. A wide range gets bins of several numbers.
+    """Draw how often each whole number occurred, and their mean. A bin holds several numbers if their range is wide.
 
     Raises:
         InputError: all counts are 0.
@@ -134,7 +137,7 @@ def bars(values: Mapping[str, float], name_label: str, value_label: str, title: 
         InputError: there is no finite value.
     """
     if not any(isfinite(value) for value in values.values()):
-        raise InputError(f"nothing to plot for {value_label!r}: of {len(values)} values none is finite")
+        raise InputError(f"nothing to plot for {value_label!r}: none of {len(values)} values is finite")
     lengths = [value if isfinite(value) else 0.0 for value in values.values()]
     if len(values) > MOST_NAMED:
         figure, axes = _figure(HEIGHT, f"{name_label}, 1 to {len(values)} in order", value_label, title)
@@ -148,7 +151,7 @@ def bars(values: Mapping[str, float], name_label: str, value_label: str, title: 
     axes.set_yticks(range(len(values)), [_label(name) for name in values])
     axes.invert_yaxis()  # first bar on top
     axes.grid(visible=False, axis="y")
-    axes.margins(x=0.1)  # room for the numbers
+    axes.margins(x=0.1)  # room for the values beside the bars
     return _laid_out(figure)
 
 
@@ -159,7 +162,7 @@ def svg(figure: Figure) -> str:
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = file.getvalue()
     text = text[text.index("<svg") :]  # without the XML declaration, which a page must not contain
-    # Figures on one page would share ids like "axes_1". Ids that are referred to are hashes of their content: kept.
+    # Two figures on a page would share ids such as "axes_1". Only ids that are referred to are kept: they are hashes.
     referred = set(re.findall(r"#([\w-]+)", text))
     return re.sub(r'(<\w+) id="([^"]*)"', lambda found: found[0] if found[2] in referred else found[1], text)
 
@@ -181,7 +184,7 @@ def _figure(height: float, x_label: str, y_label: str, title: str | None) -> tup
 
 
 def _laid_out(figure: Figure) -> Figure:
-    """Lay the figure out once: a layout at each drawing moves positions by rounding, which changes the SVG's ids."""
+    """Lay the figure out once. Another layout at each drawing would round positions anew, and change the SVG's ids."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure
@@ -222,19 +225,19 @@ def _line(axes: Axes, number: int, curve: Curve, log_x: bool, log_y: bool) -> tu
 
 
 def _bin_width(span: int) -> int:
-    """Return the least width of 1, 2, 5, 10, 20, ... with which `MOST_BINS` bins cover `span` numbers."""
+    """Return the smallest width among 1, 2, 5, 10, 20, ... for which `MOST_BINS` bins cover `span` numbers."""
     return next(
         width for power in count() for step in (1, 2, 5) if span <= MOST_BINS * (width := step * int(10**power))
     )
 
 
 def _counted(counts: Mapping[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the numbers that occurred, and how often each did."""
-    came = [(number, times) for number, times in counts.items() if times > 0]
-    numbers, times = np.array(came, np.int64).reshape(-1, 2).T
+    """Return the numbers that occurred, and how often each occurred."""
+    pairs = [(number, times) for number, times in counts.items() if times > 0]
+    numbers, times = np.array(pairs, np.int64).reshape(-1, 2).T
     return numbers, times
 
 
 def _label(text: str, longest: int = LONGEST_LABEL) -> str:
-    """Shorten a text to `longest` characters, and escape dollar signs, which begin a formula."""
+    """Return a text of at most `longest` characters, with dollar signs escaped, which would begin a formula."""
     return (text if len(text) <= longest else text[: longest - 1] + "…").replace("$", r"\$")

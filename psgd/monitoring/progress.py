@@ -1,10 +1,10 @@
-"""The progress display, always on stderr: a line for every epoch, and on a terminal a live line below them.
+"""The progress display on stderr: a line for each epoch, and on a terminal a live line below them.
 
     epoch  2/30  loss 0.2113  val loss 0.1980  val acc 0.9444  1204 updates/s  workers 2/2
     epoch  3/30 ━━━━━━━━━━━━━━━━━━━━  loss 0.1532  0:24 left  1204 updates/s  workers 2/2
 
-The losses and the accuracy in an epoch's line are of that epoch: the line waits for its validation. The live line shows
-the training loss of the open epoch. Numbers that do not fit the width are left out.
+The line of an epoch is printed after its validation, so that its losses and its accuracy belong to that epoch. The live
+line shows the training loss of the epoch that is being trained. Numbers that do not fit the terminal are left out.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from psgd.spec import JobSpec
 __all__ = ["Display"]
 
 GAP = "  "
-BAR = 20  # cells
-LEAST_BAR = 8  # cells: a shorter bar is left out
-NO_LOSS = ["loss -     "]  # of the open epoch, yet: as wide as one, so that nothing jumps
-MOST_NAMED = 3  # processes that the live line says it waits for
-STUCK_S = 2.0  # after which the live line says what the run waits for
+BAR = 20  # length of the bar, in cells of the terminal
+LEAST_BAR = 8  # cells; a shorter bar is left out
+NO_LOSS = ["loss -     "]  # before the first loss of an epoch: as wide as a loss, so that the line does not jump
+MOST_NAMED = 3  # largest number of processes that the live line names as waited for
+STUCK_S = 2.0  # seconds of waiting after which the live line names the processes that the run waits for
 
 
 class Display:
-    """Shows a run's progress.
+    """Shows the progress of a run.
 
     Args:
         spec: the job.
-        console: where to. It gets a live line if it is a terminal that can move its cursor, whatever FORCE_COLOR says.
+        console: console to print to. It gets a live line only if it is a terminal that can move its cursor, whatever
+            FORCE_COLOR says.
     """
 
     def __init__(self, spec: JobSpec, console: Console) -> None:
@@ -46,8 +47,8 @@ class Display:
         self._pace = Pace(spec.run)
         self._console = console
         self._live = Live(console=console, transient=True, auto_refresh=False) if _is_live(console) else None
-        self._told = 0  # newest epoch that has a line
-        self._waiting: tuple[tuple[str, ...], float] = ((), 0.0)  # for what, and since when
+        self._printed = 0  # newest epoch whose line was printed
+        self._waiting: tuple[tuple[str, ...], float] = ((), 0.0)  # (processes waited for, time in seconds since when)
 
     def __enter__(self) -> Self:
         if self._live:
@@ -61,53 +62,53 @@ class Display:
             self._live.stop()
 
     def show(self, status: RunStatus) -> None:
-        """Print the lines of the epochs that are complete and validated, and bring the live line up to date."""
+        """Print the lines of epochs that are complete and validated, and update the live line."""
         self._pace.see(status)
         for epoch in status.recent_epochs:
             if epoch.validating:
                 break
-            self._tell(epoch, status)
+            self._print_line(epoch, status)
         if self._live:
             self._live.update(self._live_line(status), refresh=True)
 
     def finish(self, status: RunStatus) -> None:
-        """Print the lines that are left, validated or not."""
+        """Print the remaining lines, with or without validation."""
         for epoch in status.recent_epochs:
-            self._tell(epoch, status)
+            self._print_line(epoch, status)
 
-    def _tell(self, epoch: EpochStatus, status: RunStatus) -> None:
-        if epoch.epoch <= self._told:  # told before, also if it was done again after a server was restored
+    def _print_line(self, epoch: EpochStatus, status: RunStatus) -> None:
+        if epoch.epoch <= self._printed:  # true also for an epoch that is repeated after a server was restored
             return
-        self._told = epoch.epoch
+        self._printed = epoch.epoch
         needed = _number("loss", epoch.loss)
         if epoch.validation:
             needed += _number("val loss", epoch.validation.loss) + _number("val acc", epoch.validation.accuracy)
         extras = _extras(status) if self._live else [*self._left(), *_extras(status)]
         width = self._console.width if self._live else None
-        line = _fitting([self._title(epoch.epoch), *needed], extras, width)
+        line = _join_fitting([self._title(epoch.epoch), *needed], extras, width)
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _live_line(self, status: RunStatus) -> Text:
-        """Return the live line: title, bar, the needed numbers, and as many of the others as fit."""
+        """Return the live line: the title, the bar, the needed numbers, and the other numbers that fit."""
         width = self._console.width - 1  # a full line makes some terminals wrap
         title, needed, extras, share = self._live_parts(status)
         room = width - cell_len(GAP.join([title, *needed])) - 1
         bar = min(BAR, room) if share is not None and room >= LEAST_BAR else 0
-        numbers = _fitting(needed, extras, width - cell_len(title) - 1 - bar - len(GAP))
+        numbers = _join_fitting(needed, extras, width - cell_len(title) - 1 - bar - len(GAP))
         line = Text.assemble(f"{title} ", *self._bar(share or 0.0, bar))
         line.append(f"{GAP if bar else ' '}{numbers}", style="cyan")
         line.truncate(width, overflow="ellipsis")
         return line
 
     def _bar(self, share: float, cells: int) -> tuple[tuple[str, str], tuple[str, str]]:
-        """Return the done part and the rest with their styles; without colours the rest is blank."""
+        """Return the done and the remaining part of the bar, with styles. Without colours the remainder is blank."""
         done = round(cells * share)
         dash = "━" if self._console.encoding.startswith("utf") else "-"
         coloured = self._console.color_system is not None and not self._console.no_color
         return (dash * done, "bar.complete"), ((dash if coloured else " ") * (cells - done), "bar.back")
 
     def _live_parts(self, status: RunStatus) -> tuple[str, list[str], list[str], float | None]:
-        """Return the title, the numbers that are always shown, those shown where there is room, and the share done."""
+        """Return the title, the needed numbers, the numbers shown if there is room, and the share of the run done."""
         clock = [f"{_duration(status.elapsed_s)} so far"] if status.began is not None else []
         if status.phase != "training":
             return status.phase, _waiting(status), clock, None
@@ -130,14 +131,14 @@ class Display:
 
 
 def _is_live(console: Console) -> bool:
-    """Return True if the console can show a live line: FORCE_COLOR makes no terminal of a file."""
+    """Return True if the console can show a live line. FORCE_COLOR does not turn a file into a terminal."""
     is_tty = getattr(console.file, "isatty", None)
-    able = console.is_interactive and not console.is_dumb_terminal and not console.quiet
-    return able and is_tty is not None and is_tty()
+    can_move = console.is_interactive and not console.is_dumb_terminal and not console.quiet
+    return can_move and is_tty is not None and is_tty()
 
 
 def _extras(status: RunStatus) -> list[str]:
-    """Return numbers of the run as a whole, the most interesting first."""
+    """Return numbers about the whole run, the most interesting first."""
     extras = [] if status.updates_per_s is None else [f"{status.updates_per_s:.0f} updates/s"]
     extras.append(f"workers {status.workers_up}/{status.target_workers}")
     staleness = staleness_summary(status.staleness)
@@ -158,8 +159,8 @@ def _waiting(status: RunStatus) -> list[str]:
     return [f"waiting for {named}"]
 
 
-def _fitting(needed: Sequence[str], extras: Sequence[str], width: int | None) -> str:
-    """Join the needed numbers and as many of the extras, in their order, as fit the width; None: all."""
+def _join_fitting(needed: Sequence[str], extras: Sequence[str], width: int | None) -> str:
+    """Join the needed numbers and, in order, the extras that fit the width, in cells. A width of None fits all."""
     parts = [*needed]
     for extra in extras:
         if width is not None and cell_len(GAP.join([*parts, extra])) > width:

@@ -1,4 +1,4 @@
-"""A job, as plain frozen values: one module per section, composed by `JobSpec`; `reader` and `changes` make them."""
+"""A job as frozen values: one module per section, composed by `JobSpec`. `reader` and `changes` make jobs."""
 
 from psgd.spec.consistency import (
     AsyncConsistency,

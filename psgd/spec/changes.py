@@ -1,4 +1,4 @@
-"""Changes of a job's fields: by settings, while it runs, and of the number of workers. They raise only SpecError."""
+"""Changes to the fields of a job before and while it runs. All functions raise only SpecError."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def override_spec(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
     """Return the job with some of its fields replaced.
 
     Args:
-        spec: the job.
-        overrides: settings `a.b=value`, each value in YAML.
+        spec: job to change.
+        overrides: settings `FIELD=VALUE`, such as `optimizer.lr=0.1`; each value is YAML.
 
     Raises:
         SpecError: a setting cannot be read, or the result is not a valid job.
@@ -35,11 +35,11 @@ def override_spec(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
 
 
 def change_settings(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
-    """Return the job with settings changed that may change while it runs.
+    """Return the job with changed settings. Only settings that can change while the job runs are accepted.
 
     Args:
-        spec: the job as it runs.
-        overrides: settings `a.b=value`, each value in YAML.
+        spec: job as it runs.
+        overrides: settings `FIELD=VALUE`, such as `optimizer.lr=0.1`; each value is YAML.
 
     Raises:
         SpecError: a setting cannot be read or cannot change, or the result is not a valid job.
@@ -51,12 +51,13 @@ def change_settings(spec: JobSpec, overrides: Sequence[str]) -> JobSpec:
     if wrong := [field for field in changed if not CHANGEABLE.fullmatch(field)]:
         raise SpecError(
             f"{', '.join(wrong)} cannot change while the job runs: only consistency, and the optimizer's lr, schedule, "
-            "max_grad_norm and clip_value can. Stop it, and start another under a new --name"
+            "max_grad_norm and clip_value can. Stop the run, and start another one with a new --name"
         )
     if spec.worker_options != after.worker_options:
         raise SpecError(
-            f"consistency cannot change from {_shown(spec)} to {_shown(after)} while the job runs: local steps, and "
-            "ringmaster's stop, are what workers are started with. Start another job under a new --name"
+            f"consistency cannot change from {_mode_text(spec)} to {_mode_text(after)} while the job runs: "
+            "workers are started with their local steps and with ringmaster's stop. Stop the run, and start another "
+            "one with a new --name"
         )
     return after
 
@@ -65,11 +66,11 @@ def change_workers(spec: JobSpec, workers: str) -> JobSpec:
     """Return the job with another number of workers.
 
     Args:
-        spec: the job as it runs.
-        workers: the number, in decimal digits.
+        spec: job as it runs.
+        workers: new number of workers, in decimal digits.
 
     Raises:
-        SpecError: this is not a number, or the job cannot be run by that number of workers.
+        SpecError: `workers` is not a number, or the job cannot run with this number of workers.
     """
     if not WORKERS.fullmatch(workers):
         raise SpecError(f"expected a number of workers, such as 4, not {workers!r:.80}")
@@ -79,7 +80,7 @@ def change_workers(spec: JobSpec, workers: str) -> JobSpec:
 
 
 def _changed(before: JobSpec, after: JobSpec) -> Iterator[str]:
-    """Yield the names of the fields that differ, those of sections as `section.field`."""
+    """Yield the names of the fields that differ. A field of a section is named `section.field`."""
     for section in JobSpec.model_fields:
         old = getattr(before, section)
         new = getattr(after, section)
@@ -91,6 +92,6 @@ def _changed(before: JobSpec, after: JobSpec) -> Iterator[str]:
         yield from (f"{section}.{name}" for name in type(old).model_fields if getattr(old, name) != getattr(new, name))
 
 
-def _shown(spec: JobSpec) -> str:
+def _mode_text(spec: JobSpec) -> str:
     fields = spec.consistency.model_dump(mode="json")
     return "{" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + "}"

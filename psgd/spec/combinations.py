@@ -1,4 +1,4 @@
-"""Combinations of modes, corrections, optimizers, workers and servers that make no sense, with the reason for each."""
+"""Refusals of combinations of modes, corrections, optimizers, workers and servers that make no sense."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ __all__ = ["faults"]
 def faults(
     consistency: ConsistencySpec, correction: CorrectionSpec, optimizer: OptimizerSpec, scaling: ScalingConfig
 ) -> list[str]:
-    """Return a sentence for each fault of this combination: what was given, what was expected, what to do."""
+    """Return a sentence for each fault of a combination, with the values given, the reason and the remedy."""
     found = [
         *_too_few_workers(consistency, scaling.least_workers),
-        *_senseless(consistency, correction),
-        *_unscalable(consistency, scaling),
+        *_useless_correction(consistency, correction),
+        *_conflicts_with_scaling(consistency, scaling),
     ]
     if isinstance(correction, DanaCorrection) and not (isinstance(optimizer, SgdOptimizer) and optimizer.momentum == 0):
         found.append(
-            "correction dana keeps the momentum itself: use optimizer sgd with momentum 0, and set correction.momentum"
+            "correction dana keeps its own momentum: use optimizer sgd with momentum 0, and set correction.momentum"
         )
     return found
 
@@ -45,7 +45,7 @@ def _too_few_workers(consistency: ConsistencySpec, workers: int) -> Iterator[str
         case KSyncConsistency(k=k) if k > workers:
             yield f"consistency.k is {k}, but there are {workers} workers: lower k, or raise scaling.workers"
         case BackupConsistency(b=b) if b >= workers:
-            yield f"consistency.b is {b}, and of {workers} workers none is left: lower b, or raise scaling.workers"
+            yield f"consistency.b is {b}, which leaves none of {workers} workers: lower b, or raise scaling.workers"
         case SoftsyncConsistency(s=s) if s > workers:
             yield (
                 f"consistency.s is {s}, but there are {workers} workers, and a step holds workers // s gradients: "
@@ -53,7 +53,7 @@ def _too_few_workers(consistency: ConsistencySpec, workers: int) -> Iterator[str
             )
 
 
-def _senseless(consistency: ConsistencySpec, correction: CorrectionSpec) -> Iterator[str]:
+def _useless_correction(consistency: ConsistencySpec, correction: CorrectionSpec) -> Iterator[str]:
     if isinstance(correction, NoCorrection):
         return
     name = correction.name
@@ -61,26 +61,26 @@ def _senseless(consistency: ConsistencySpec, correction: CorrectionSpec) -> Iter
     if consistency.traits.fresh_only:
         yield f"correction {name} does nothing in mode {mode}, where no gradient is stale: drop it, or use mode async"
     elif isinstance(consistency, RingleaderConsistency):
-        yield f"correction {name} does not go with mode ringleader, whose tables weigh workers already: drop it"
+        yield f"correction {name} does not fit mode ringleader, which weights all workers equally already: drop it"
     elif isinstance(consistency, LocalConsistency) and (
         correction.reads_weights or isinstance(correction, DanaCorrection)
     ):
-        yield f"correction {name} is made for gradients, and mode local pushes differences: use staleness_lr, or none"
+        yield f"correction {name} is made for gradients, but mode local pushes sums of steps: use staleness_lr, or none"
     elif consistency.traits.mixes_staleness and isinstance(correction, DanaCorrection | RescaledCorrection):
-        yield f"correction {name} needs a step for each gradient, and mode {mode} averages several: use mode async"
+        yield f"correction {name} needs one gradient per step, but mode {mode} averages several: use mode async"
 
 
-def _unscalable(consistency: ConsistencySpec, scaling: ScalingConfig) -> Iterator[str]:
+def _conflicts_with_scaling(consistency: ConsistencySpec, scaling: ScalingConfig) -> Iterator[str]:
     mode = consistency.mode
     traits = consistency.traits
     if scaling.servers > 1 and traits.chooses_gradients:
         yield (
-            f"scaling.servers is {scaling.servers}, and mode {mode} chooses which gradients form a step: each "
-            "partition would choose differently. Set scaling.servers to 1, or use mode async or bsp"
+            f"scaling.servers is {scaling.servers}, but mode {mode} chooses which gradients form a step, and each "
+            "server would choose differently: set scaling.servers to 1, or use mode async or bsp"
         )
     if scaling.pipeline and (traits.chooses_gradients or traits.workers_wait):
         why = "chooses which gradients form a step" if traits.chooses_gradients else "makes workers wait for each other"
         yield (
-            f"scaling.pipeline is {scaling.pipeline}, and mode {mode} {why}, which batches computed ahead would "
-            "defeat: set scaling.pipeline to 0, or use mode async"
+            f"scaling.pipeline is {scaling.pipeline}, but mode {mode} {why}, and a worker that computes batches ahead "
+            "defeats that: set scaling.pipeline to 0, or use mode async"
         )

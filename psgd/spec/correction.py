@@ -25,7 +25,7 @@ class _Correction(Spec):
 
 
 class NoCorrection(_Correction):
-    """No correction: a stale gradient counts like a fresh one."""
+    """No correction: a stale gradient is used like a fresh one."""
 
     name: Literal["none"] = "none"
     """The kind of correction."""
@@ -47,22 +47,24 @@ class DelayAdaptiveCorrection(_Correction):
 
 
 class DcAsgdCorrection(_Correction):
-    """Delay compensation (DC-ASGD): a first-order estimate of the gradient at the present weights."""
+    """Delay compensation (DC-ASGD): a gradient is replaced by a first-order estimate of the gradient at the current
+    weights."""
 
     reads_weights: ClassVar[bool] = True
     name: Literal["dc_asgd"]
     """The kind of correction."""
     variant: Literal["constant", "adaptive"] = "constant"
-    """`constant`: the same strength for every weight. `adaptive`: the strength is divided by the root of the running
-    mean of the squared gradient."""
+    """`constant`: every weight has the same strength. `adaptive`: the strength of a weight is divided by the root of
+    the running mean of its squared gradient."""
     strength: float | None = Field(default=None, ge=0)
-    """λ in g + λ·g⊙g⊙(w - w_read). null: 0.04 for `constant`, 2 for `adaptive`. Higher: more is compensated, and
-    training is less steady."""
+    """λ in g + λ·g⊙g⊙(w - w_read), where g is the gradient, w the current weights, w_read the weights that g was
+    computed from, and ⊙ multiplies element by element. null: 0.04 for `constant`, 2 for `adaptive`. Higher: more
+    compensation, and less steady training."""
 
 
 class GapAwareCorrection(_Correction):
-    """Each value is divided by the distance that its weight has moved since the worker read it, in units of a usual
-    step."""
+    """Each value of a gradient is divided by 1 + d, where d is the distance that its weight has moved since the worker
+    read it, measured in average steps."""
 
     reads_weights: ClassVar[bool] = True
     name: Literal["gap_aware"]
@@ -70,17 +72,19 @@ class GapAwareCorrection(_Correction):
 
 
 class DanaCorrection(_Correction):
-    """The servers keep one momentum per worker, and show each worker an estimate of the weights at the time when its
-    gradient will arrive."""
+    """The servers keep a momentum for each worker. Instead of the current weights, a worker gets a prediction of the
+    weights at the time when its gradient will arrive (DANA)."""
 
     name: Literal["dana"]
     """The kind of correction."""
     momentum: float = Field(gt=0, lt=1)
-    """μ in vᵢ ← μ·vᵢ + g. It replaces the optimizer's momentum."""
+    """μ in vᵢ ← μ·vᵢ + g, where vᵢ is the momentum of worker i and g its gradient. It replaces the optimizer's
+    momentum."""
 
 
 class RescaledCorrection(_Correction):
-    """The learning rate is proportional to the worker's mean compute time: fast and slow workers count alike."""
+    """The learning rate of a gradient is proportional to the mean time that its worker computes on a gradient, so that
+    a fast worker, which sends more gradients, does not count more than a slow one."""
 
     name: Literal["rescaled"]
     """The kind of correction."""

@@ -35,14 +35,14 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 IDENTITY = {"version", "seed", "model", "data", "optimizer", "consistency", "correction", "compression"}
 
 
-def _one(given: Any) -> Any:
-    """Refuse true, which Python takes for 1."""
+def _refuse_boolean(given: Any) -> Any:
+    """Refuse `true`, which equals 1 in Python."""
     if isinstance(given, bool):
         raise ValueError("expected 1")  # noqa: TRY004 (pydantic wants a ValueError)
     return given
 
 
-def _run_name(given: str) -> str:
+def _check_name(given: str) -> str:
     if not re.fullmatch(NAME_PATTERN, given):
         raise ValueError(
             "expected at most 63 letters, digits, dots, underscores and hyphens, beginning with a letter or a digit"
@@ -51,32 +51,32 @@ def _run_name(given: str) -> str:
 
 
 class TargetConfig(Spec):
-    """A value of a metric at which the run ends early."""
+    """A metric and its value at which the run ends early."""
 
     metric: Literal["val/accuracy", "val/loss", "train/loss"]
-    """The metric, measured at the end of each epoch."""
+    """The metric. It is measured at the end of each epoch."""
     value: float
-    """The run ends when an accuracy is at least this value, or a loss at most this value."""
+    """The run ends when the accuracy is at least this value, or the loss is at most this value."""
 
     def reached(self, value: float) -> bool:
         return value >= self.value if self.metric == "val/accuracy" else value <= self.value
 
 
 class RunConfig(Spec):
-    """When the run ends, and where its files are kept. At least one of `epochs`, `max_updates` and `max_time_s` must be
-    given; the run ends at the limit that is reached first."""
+    """When the run ends, and where its files are kept. Give at least one of `epochs`, `max_updates` and `max_time_s`:
+    the run ends at the limit that is reached first."""
 
     epochs: Count | None = None
     """Number of passes over the training data. null: no limit."""
     max_updates: Count | None = None
-    """Number of optimizer steps. null: no limit."""
+    """Number of steps that the servers take. null: no limit."""
     max_time_s: float | None = Field(default=None, gt=0)
-    """Seconds of training, not counting the start. null: no limit."""
+    """Seconds of training, without the time to start. null: no limit."""
     target: TargetConfig | None = Field(default=None, examples=[{"metric": "val/accuracy", "value": 0.97}])
-    """Metric and value at which the run ends early, such as `{metric: val/accuracy, value: 0.97}`. null: none."""
+    """Metric and value at which the run ends early, such as `{metric: val/accuracy, value: 0.97}`. null: no target."""
     storage: str = Field(default="runs", min_length=1)
-    """Folder or fsspec URL, such as `s3://bucket/runs`, in which the run gets a directory of its name. On a cluster
-    every node must reach it."""
+    """Folder or fsspec URL, such as `s3://bucket/runs`, in which the run gets a directory of its own name. On a
+    cluster, every node must be able to read and write there."""
 
     @model_validator(mode="after")
     def _ends(self) -> RunConfig:
@@ -86,68 +86,76 @@ class RunConfig(Spec):
 
 
 class CheckpointConfig(Spec):
-    """How often the weights and the state of the run are saved. The run's end and Ctrl-C always save them."""
+    """How often the weights and the state of the run are saved. They are also saved when the run ends and after
+    Ctrl-C."""
 
     every_s: float | None = Field(default=60.0, gt=0)
-    """Seconds between checkpoints. Lower: less work is repeated when a server is lost. null: not by time."""
+    """Seconds between two checkpoints. Lower: less work is repeated after a server is lost. null: time does not
+    matter."""
     every_updates: Count | None = None
-    """Optimizer steps between checkpoints. null: not by steps."""
+    """Steps of the servers between two checkpoints. null: the number of steps does not matter."""
     keep: Count = 3
-    """Number of checkpoints that are kept. Older ones are deleted."""
+    """Number of checkpoints to keep. Older ones are deleted."""
 
 
 class FailureConfig(Spec):
-    """How many failures the run survives, and the time limits of its waits."""
+    """How many failures the run survives, and how long it waits for processes and answers."""
 
     max_failures: Whole = Field(default=10, ge=-1)
-    """Number of workers and servers that are replaced after they died; after one more the run fails. -1: no limit.
-    Preempted nodes are not counted."""
+    """Number of times that a dead worker or server is replaced. At the next death the run fails. -1: no limit.
+    Processes of preempted nodes are replaced too, and not counted."""
     max_rejected: Whole = Field(default=10, ge=0)
-    """Number of gradients with infinite or NaN values that are left out; after one more the run fails as diverged."""
+    """Number of gradients with infinite or NaN values that are refused. At the next one the run fails as diverged."""
     poison: Literal["fail", "skip"] = "fail"
-    """What to do with a poison batch, which kills its worker or gives infinite or NaN gradients at each attempt.
-    `fail`: end the run and name the batch. `skip`: go on without the batch and count it as discarded."""
+    """What to do with a poison batch: one that at each attempt kills its worker, or gives infinite or NaN gradients.
+    `fail`: the run ends and names the batch. `skip`: the run goes on without the batch and counts it as discarded."""
     poison_tries: Count = 3
     """Failed attempts after which a batch counts as poison."""
     start_timeout_s: float = Field(default=0.0, ge=0)
-    """Seconds to wait for a cluster that is too small for the job to grow. 0: refuse the job at once."""
+    """Seconds to wait until a cluster that is too small for the job has grown. 0: the job is refused at once."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds to wait for an answer of a worker or server, or for a process to start. Raise it if a batch takes
-    longer."""
+    """Seconds to wait for an answer from a worker or a server, or for a process to start. It must be longer than a
+    batch takes."""
 
 
 class Settings(Spec):
-    """The part of a job that `psgd set` can change while it runs."""
+    """The part of a job that `psgd set` can change while the job runs."""
 
     consistency: ConsistencySpec
     """Which gradients form a step, and which workers wait for it."""
     optimizer: OptimizerSpec
-    """The update rule of the servers."""
+    """How a step changes the weights."""
 
 
 class JobSpec(Spec):
-    """A training job. A job file is this in YAML."""
+    """A training job. A job file holds these fields in YAML.
 
-    version: Annotated[Literal[1], BeforeValidator(_one)] = 1
-    """Version of the format of job files."""
-    name: Annotated[str, AfterValidator(_run_name), Field(json_schema_extra={"pattern": NAME_PATTERN})] | None = None
-    """Name of the run and of its directory. null: the job file's name without its ending, and with hyphens for
-    characters that a name cannot have."""
+    Workers are processes that read the weights from the servers, compute the gradient of the loss on a batch of
+    examples and push it to the servers. Servers are processes that hold the weights of the model and change them in
+    steps; a step is made of one or more gradients. While a worker computes, the servers may take steps with gradients
+    of other workers: the number of these steps is the staleness of the gradient.
+    """
+
+    version: Annotated[Literal[1], BeforeValidator(_refuse_boolean)] = 1
+    """Version of the job file format."""
+    name: Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": NAME_PATTERN})] | None = None
+    """Name of the run and of its directory. null: the name of the job file without its extension, in which hyphens
+    replace characters that a name cannot have."""
     seed: Whole = Field(default=0, ge=0, lt=2**63)
-    """Seed of the initial weights, of the validation part and of the order of the examples in every epoch."""
+    """Seed of the random numbers that choose the initial weights, the validation examples and the order of the examples
+    in each epoch."""
     model: ModelSpec = Field(examples=[{"kind": "mlp", "hidden": [64]}])
     """The model to train."""
     data: DataSpec = Field(examples=[{"format": "csv", "path": "data.csv"}])
     """The data to train on."""
     optimizer: OptimizerSpec = Field(examples=[{"name": "sgd", "lr": 0.1}])
-    """The update rule of the servers."""
+    """How a step of the servers changes the weights."""
     consistency: ConsistencySpec = Field(default=AsyncConsistency(), examples=[{"mode": "async"}])
-    """Which gradients form a step of the servers, and which workers wait for it. The staleness of a gradient is the
-    number of steps between reading the weights that it was computed from and applying it."""
+    """Which gradients form a step of the servers, and which workers wait for it."""
     correction: CorrectionSpec = Field(default=NoCorrection(), examples=[{"name": "staleness_lr"}])
-    """How a gradient is changed because it is stale."""
+    """How a stale gradient, or its learning rate, is changed before it is applied."""
     compression: CompressionSpec = Field(default=NoCompression(), examples=[{"name": "fp16"}])
-    """How gradients are compressed on their way to the servers."""
+    """How gradients are compressed before they are sent to the servers."""
     scaling: ScalingConfig = Field(default=ScalingConfig(), examples=[{"workers": 4}])
     """The number of workers and servers, and their resources."""
     run: RunConfig = Field(examples=[{"epochs": 10}])
@@ -155,14 +163,15 @@ class JobSpec(Spec):
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), examples=[{"every_s": 60}])
     """How often the weights and the state of the run are saved."""
     failure: FailureConfig = Field(default=FailureConfig(), examples=[{"max_failures": 10}])
-    """How many failures the run survives, and the time limits of its waits."""
+    """How many failures the run survives, and how long it waits for processes and answers."""
     simulate: SimulateConfig | None = Field(default=None, examples=[{"delays": "lognormal:0,1", "modes": "async,bsp"}])
-    """Imaginary workers for `psgd simulate`, and the modes to compare. Training ignores it. null: the defaults."""
+    """Simulated workers and modes to compare, for `psgd simulate`. Training ignores this section. null: its
+    defaults."""
 
     @field_validator("simulate", mode="before")
     @classmethod
     def _own_mode_keeps_its_fields(cls, given: Any, info: ValidationInfo) -> Any:
-        """Return the section with the job's fields in modes in short form."""
+        """Expand modes in short form; the job's own mode keeps the fields that the job gives it."""
         if not isinstance(given, Mapping) or "modes" not in given:
             return given
         return dict(given) | {"modes": expand_modes(given["modes"], info.data.get("consistency"))}
@@ -171,7 +180,7 @@ class JobSpec(Spec):
     def _cuda_needs_a_gpu(self) -> JobSpec:
         if isinstance(self.model, TorchModel) and self.model.device == "cuda" and self.scaling.gpus_per_worker == 0:
             raise ValueError(
-                "model.device is cuda, but scaling.gpus_per_worker is 0: give each worker a GPU, or a share"
+                "model.device is cuda, but scaling.gpus_per_worker is 0: give each worker a GPU, or a share of one"
             )
         return self
 
@@ -198,22 +207,22 @@ class JobSpec(Spec):
 
     def warnings(self) -> list[str]:
         """Return a sentence for each choice that is allowed but probably a mistake."""
-        found = []
+        warnings = []
         if isinstance(self.consistency, RingmasterConsistency) and self.data.num_shards > 1 and not self.data.shuffle:
-            found.append(
-                "mode ringmaster refuses the gradients of slow workers, and shards that are cut without shuffling may "
-                "differ: within an epoch, the weights lean towards the data of fast workers. Set data.shuffle or "
+            warnings.append(
+                "mode ringmaster refuses gradients of slow workers, and without data.shuffle the shards may differ: "
+                "within an epoch, the weights fit the shards of fast workers better. Set data.shuffle or "
                 "data.num_shards 1, or use mode ringleader"
             )
-        return found
+        return warnings
 
     def identity(self) -> dict[str, Any]:
-        """Return the part of the job that decides the weights, which a resumed run may not change.
+        """Return the part of the job that decides the weights, and that must be the same when a run is resumed.
 
-        Data is compared by its content, through its fingerprint: the path to it may change.
+        The path of the data is left out: resuming compares the content of the data by its fingerprint.
         """
         return self.model_dump(mode="json", include=IDENTITY, exclude={"data": {"path"}})
 
     def identity_hash(self) -> str:
-        """Return the SHA-256 of `identity()`, in hex."""
+        """Return the SHA-256 of `identity()`, in hexadecimal."""
         return hashlib.sha256(to_json(self.identity(), sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Places in a job: the fields that are there, the classes that they may hold, and the way pydantic names them."""
+"""Places in a job, as pydantic's errors name them, with the fields and classes that may stand there."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pydantic.fields import FieldInfo
 
 __all__ = ["TAG_FIELDS", "Place", "arguments", "field_names", "field_paths", "models_of", "tag_field", "tags_of"]
 
-TAG_FIELDS = ("kind", "format", "mode", "name")  # a section's field that decides which others it has
-UNION_STEPS = re.compile(r"str|int|number|range|\[key\]|function-.*")  # in pydantic's paths, but in no job file
+TAG_FIELDS = ("kind", "format", "mode", "name")  # fields that decide which other fields a section has
+UNION_STEPS = re.compile(r"str|int|number|range|\[key\]|function-.*")  # in pydantic's paths, not in job files
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A fault's place in a job."""
+    """The place of a fault in a job."""
 
-    names: tuple[str, ...]  # as in the file
-    owners: tuple[type[BaseModel], ...]  # classes that the last name should be a field of
-    siblings: tuple[type[BaseModel], ...]  # all members of their union
-    root: type[BaseModel]
+    names: tuple[str, ...]  # path from the root, as in the job file
+    owners: tuple[type[BaseModel], ...]  # classes that should have a field of the last name
+    siblings: tuple[type[BaseModel], ...]  # all classes of the union that the owners belong to
+    root: type[BaseModel]  # class of the whole job
 
     @classmethod
     def of(cls, steps: Sequence[str | int], root: type[BaseModel]) -> Place:
-        """Follow pydantic's path, which has the tags of unions among the names."""
+        """Return the place at the end of a path from pydantic, which contains tags of unions among the names."""
         names: list[str] = []
         inside: tuple[type[BaseModel], ...] = (root,)
         union = owners = siblings = inside
@@ -47,34 +47,34 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The last of the names."""
+        """Last name of the path."""
         return self.names[-1] if self.names else "job"
 
     @property
     def field(self) -> FieldInfo | None:
-        """The field of that name, if there is one."""
+        """Field of that name, or None."""
         named = [owner.model_fields.get(self.name) for owner in self.owners]
         return next((field for field in named if field), None)
 
     @property
     def models(self) -> list[type[BaseModel]]:
-        """Classes that the field may hold."""
+        """Classes of the values that the field may have."""
         return [model for owner in self.owners for model in models_of(owner, self.name)]
 
     @property
     def options(self) -> dict[str, type[BaseModel]]:
-        """Classes that the field may hold, by the tags that a job chooses them by."""
+        """Classes of the values that the field may have, by the tag with which a job chooses them."""
         return {tag: model for model in self.models for tag in tags_of(model)}
 
     @property
     def known(self) -> list[str]:
-        """Names that may be in this place."""
+        """Names of the fields that may stand in this place."""
         return sorted({name for owner in self.owners for name in field_names(owner)})
 
 
 @cache
 def field_paths(root: type[BaseModel], above: str = "") -> tuple[str, ...]:
-    """Return all fields of a job, `a.b`, the outermost first."""
+    """Return the paths `section.field` of all fields of a job, shortest first."""
     here = [f"{above}{name}" for name in field_names(root)]
     sections = [(name, model) for name in root.model_fields for model in models_of(root, name)]
     below = [path for name, model in sections for path in field_paths(model, f"{above}{name}.")]
@@ -82,17 +82,18 @@ def field_paths(root: type[BaseModel], above: str = "") -> tuple[str, ...]:
 
 
 def tags_of(model: type[BaseModel]) -> list[str]:
-    """Return the values by which a job chooses this class, none if it is the only one."""
+    """Return the tags with which a job chooses this class: none if there is no choice."""
     fields = [model.model_fields[name] for name in TAG_FIELDS if name in model.model_fields]
     return [tag for field in fields[:1] for tag in get_args(field.annotation) if isinstance(tag, str)]
 
 
 def tag_field(*models: type[BaseModel]) -> str:
-    """Return the name of the field that tells these classes apart, or nothing."""
+    """Return the name of the field whose value chooses among these classes, or an empty string."""
     return next((name for model in models for name in TAG_FIELDS if name in model.model_fields and tags_of(model)), "")
 
 
 def field_names(model: type[BaseModel]) -> list[str]:
+    """Return the names of the fields of a class, and their aliases."""
     aliases = [
         alias
         for field in model.model_fields.values()
@@ -103,7 +104,7 @@ def field_names(model: type[BaseModel]) -> list[str]:
 
 
 def models_of(owner: type[BaseModel], name: str) -> list[type[BaseModel]]:
-    """Return the classes that a field may hold, all members of a union."""
+    """Return the classes of the values that a field may have: all members of a union."""
     field = owner.model_fields.get(name)
     return list(_models((field.annotation, *field.metadata))) if field else []
 
@@ -117,7 +118,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def arguments(annotation: Any) -> Iterator[Any]:
-    """Yield an annotation's arguments, and theirs."""
+    """Yield the arguments of a type annotation, the arguments of these, and so on."""
     for part in _parts(annotation):
         yield part
         yield from arguments(part)

@@ -1,4 +1,4 @@
-"""The reader of job files: YAML to a JobSpec, or one error that lists every fault."""
+"""The reader of job files: turns YAML into a JobSpec, or raises one error that lists every fault."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from psgd.spec.yaml_values import FILE_LIMIT, read_yaml
 
 __all__ = ["as_spec", "load_spec", "parse_spec", "parse_value", "with_setting"]
 
-MAX_DEPTH = 16  # names in a setting
+MAX_DEPTH = 16  # field names in a setting such as a.b.c=1
 
 
 def load_spec(
@@ -25,10 +25,11 @@ def load_spec(
     """Read a job file.
 
     Args:
-        path: file in YAML, of at most 1 MiB.
-        overrides: settings `a.b=value`, each value in YAML; they win over the file.
-        name: name of the run; None: the file's `name`, or one made of the file's own name.
-        storage: folder or URL of runs; None: the file's `run.storage`.
+        path: job file in YAML, of at most 1 MiB.
+        overrides: settings `FIELD=VALUE`, such as `optimizer.lr=0.1`, which replace fields of the file; each value is
+            YAML.
+        name: name of the run. None: the `name` in the file, or a name made from the file's own name.
+        storage: folder or URL that holds the runs. None: the `run.storage` in the file.
 
     Raises:
         SpecError: the file cannot be read or is not a valid job; every fault is listed.
@@ -36,21 +37,23 @@ def load_spec(
     path = Path(path)
     tree = read_yaml(_text(path), str(path), FILE_LIMIT)
     if not isinstance(tree, dict):
-        given = "and this one is empty" if tree is None else f"not {tree!r:.80}"
-        raise SpecError(f"{path}: a job file is a mapping of fields such as model and data, {given}")
+        given = "is empty" if tree is None else f"holds {tree!r:.80}"
+        raise SpecError(
+            f"{path} {given}, but a job file is a mapping of fields such as model and data: see `psgd schema`"
+        )
     for override in overrides:
         tree = with_setting(tree, override)
     if storage is not None:
-        tree = _with(tree, ("run", "storage"), storage, "--storage")
+        tree = _replace_field(tree, ("run", "storage"), storage, "--storage")
     given = tree.get("name") if name is None else name
     return parse_spec(tree | {"name": _name_of(path) if given is None else given}, str(path))
 
 
 def as_spec(job: JobSpec | Mapping[str, Any]) -> JobSpec:
-    """Return a job as it is, or the job that a mapping of its fields describes, checked as a job file is.
+    """Return a JobSpec unchanged, or the job that a mapping of its fields describes, checked like a job file.
 
     Raises:
-        SpecError: the mapping is not a valid job; every fault is listed. Or it is something else altogether.
+        SpecError: the mapping is not a valid job (every fault is listed), or `job` is neither of the two.
     """
     if isinstance(job, JobSpec):
         return job
@@ -63,11 +66,11 @@ def as_spec(job: JobSpec | Mapping[str, Any]) -> JobSpec:
 
 
 def parse_spec(tree: Mapping[str, Any], source: str) -> JobSpec:
-    """Turn plain values into a JobSpec.
+    """Return the JobSpec with these fields.
 
     Args:
-        tree: the fields of a job.
-        source: the name of the job in errors.
+        tree: fields of a job, as plain values.
+        source: name of the job in errors.
 
     Raises:
         SpecError: the fields are not a valid job; every fault is listed.
@@ -80,11 +83,11 @@ def parse_spec(tree: Mapping[str, Any], source: str) -> JobSpec:
 
 
 def parse_value(text: str, source: str) -> Any:
-    """Read a value from a command, in YAML of at most 10,000 characters.
+    """Return the value that a command gives in YAML.
 
     Args:
-        text: the value.
-        source: the name of the value in errors.
+        text: YAML of at most 10,000 characters.
+        source: name of the value in errors.
 
     Raises:
         SpecError: the text is not YAML, or too large.
@@ -96,32 +99,32 @@ def with_setting(tree: Mapping[str, Any], setting: str) -> dict[str, Any]:
     """Return the fields of a job with one of them replaced.
 
     Args:
-        tree: the fields; they are left as they are.
-        setting: `a.b=value`, the value in YAML.
+        tree: fields of the job, which are not changed.
+        setting: `FIELD=VALUE`, such as `optimizer.lr=0.1`; the value is YAML.
 
     Raises:
-        SpecError: this is not a setting, or its value is not YAML.
+        SpecError: `setting` has another form, or its value is not YAML.
     """
     path, equals, text = setting.partition("=")
     names = tuple(path.strip().split("."))
     if not equals or not all(names) or len(names) > MAX_DEPTH:
-        raise SpecError(f"setting {_short(setting)}: expected FIELD.FIELD=VALUE, such as optimizer.lr=0.1")
-    return _with(tree, names, parse_value(text, f"setting {_short(setting)}"), f"setting {_short(setting)}")
+        raise SpecError(f"setting {_short(setting)}: expected FIELD=VALUE, such as optimizer.lr=0.1")
+    return _replace_field(tree, names, parse_value(text, f"setting {_short(setting)}"), f"setting {_short(setting)}")
 
 
-def _with(tree: Mapping[str, Any], names: Sequence[str], value: Any, source: str) -> dict[str, Any]:
+def _replace_field(tree: Mapping[str, Any], names: Sequence[str], value: Any, source: str) -> dict[str, Any]:
     first, *others = names
     if not others:
-        return {name: each for name, each in tree.items() if name not in SAME.get(first, ())} | {first: value}
-    below = tree.get(first) or {}
-    if not isinstance(below, dict):
-        raise SpecError(f"{source}: {first} is a plain value and has no fields")
-    if tuple(names) == ("consistency", "mode") and below.get("mode") != value:
-        below = {}  # another mode has other fields
-    return dict(tree) | {first: _with(below, others, value, source)}
+        return {name: each for name, each in tree.items() if name not in ALIASES.get(first, ())} | {first: value}
+    section = tree.get(first) or {}
+    if not isinstance(section, dict):
+        raise SpecError(f"{source}: {first} is a plain value, which has no fields")
+    if tuple(names) == ("consistency", "mode") and section.get("mode") != value:
+        section = {}  # another mode has other fields
+    return dict(tree) | {first: _replace_field(section, others, value, source)}
 
 
-SAME = {"lr": ("learning_rate",), "learning_rate": ("lr",)}  # other names of a field, which it replaces
+ALIASES = {"lr": ("learning_rate",), "learning_rate": ("lr",)}  # field -> its other names
 
 
 def _short(setting: str) -> str:
@@ -133,12 +136,14 @@ def _text(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(FILE_LIMIT + 1)
         if len(content) > FILE_LIMIT:
-            raise SpecError(f"the job file {str(path)!r} has more than 1 MiB, and no larger one is read")
+            raise SpecError(f"the job file {str(path)!r} is larger than 1 MiB, the largest size that is read")
         return content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"cannot read the job file {str(path)!r}: {error}") from error
+    except OSError as error:
+        raise SpecError(f"cannot read the job file {str(path)!r}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"cannot read the job file {str(path)!r}: it is not text in UTF-8 ({error.reason})") from error
 
 
 def _name_of(path: Path) -> str:
-    """Return a run's name made of the file's, with hyphens for what a run's name cannot hold."""
+    """Return the name of a job file as the name of a run: hyphens replace characters that a run's name cannot have."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")[:63] or "job"

@@ -15,17 +15,17 @@ Workers = Annotated[int, Field(ge=1, le=4096), BeforeValidator(whole)]
 
 
 class WorkerRange(Spec):
-    """A number of workers that grows and shrinks with the cluster."""
+    """Bounds of a number of workers that grows and shrinks with the cluster."""
 
     min: Workers = 1
-    """Number of workers that training begins with. It waits until the cluster has room for them."""
+    """Number of workers at the start. Training waits until the cluster has room for them."""
     max: Workers
-    """Largest number of workers. More than `min` are started while the cluster has room for them."""
+    """Largest number of workers. Workers beyond `min` are started whenever the cluster has room for them."""
 
     @model_validator(mode="after")
     def _in_order(self) -> WorkerRange:
         if self.min > self.max:
-            raise ValueError(f"min is {self.min} and max is {self.max}: expected min ≤ max")
+            raise ValueError(f"min is {self.min} and max is {self.max}: expected a min of at most max")
         return self
 
 
@@ -40,23 +40,25 @@ class ScalingConfig(Spec):
         Annotated[Workers, Tag("number")] | Annotated[WorkerRange, Tag("range")], Discriminator(_number_or_range)
     ] = Field(default=2, examples=[4, {"min": 2, "max": 8}])
     """Number of worker processes, such as 4, or `{min: 2, max: 8}` for a cluster that grows and shrinks. More: faster
-    epochs, and in mode `async` more staleness (about the number of workers minus 1)."""
+    epochs, and in mode `async` more staleness: on average the number of workers minus 1."""
     cpus_per_worker: Count = 1
-    """CPUs that Ray reserves for each worker, and threads that NumPy may use in it. Servers reserve none."""
+    """Number of CPUs that Ray reserves for each worker, and of threads that NumPy may use in it. Ray reserves no CPU
+    for servers."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
-    """GPUs that Ray reserves for each worker, for models of kind `torch`. A fraction lets workers share a GPU."""
+    """Number of GPUs that Ray reserves for each worker, for models of kind `torch`. With a fraction, workers share a
+    GPU."""
     servers: Whole = Field(default=1, ge=1, le=64)
-    """Number of parameter servers. Each holds one slice of the weights (a partition); they are spread over the nodes.
-    More: faster for large models, and more messages per push."""
+    """Number of server processes. Each holds one slice of the weights (a partition), and they are spread over the
+    nodes. More: faster steps for large models, and more messages per push."""
     pipeline: Whole = Field(default=0, ge=0, le=2)
-    """Batches that a worker may compute while earlier pushes are on their way. Higher: slow networks hold workers up
-    less, and staleness grows by about the number of workers for each batch."""
+    """Number of batches that a worker may compute before it has the answer to its last push. Higher: workers wait less
+    for a slow network, and staleness grows by about the number of workers for each of these batches."""
     lane: Literal["auto", "shm", "tcp", "ray"] = "auto"
-    """How gradients travel to servers. `shm`: shared memory, on one node only. `tcp`: sockets. `ray`: Ray's actor
-    calls, which work everywhere. `auto`: the fastest of these that works, for each pair of worker and server."""
+    """How workers send gradients to servers. `shm`: shared memory, on one node only. `tcp`: sockets. `ray`: Ray's actor
+    calls, which work everywhere. `auto`: the fastest of these that works between a worker and a server."""
     ports: Annotated[tuple[Port, Port], Strict(False)] | None = Field(default=None, examples=[[20000, 20100]])
-    """First and last TCP port that servers may listen on, such as `[20000, 20100]`, for firewalls. null: any free
-    port."""
+    """First and last TCP port that servers may listen on, such as `[20000, 20100]`, if a firewall opens only some
+    ports. null: any free port."""
 
     @property
     def least_workers(self) -> int:
@@ -74,10 +76,12 @@ class ScalingConfig(Spec):
             return self
         first, last = self.ports
         if first > last:
-            raise ValueError(f"ports is [{first}, {last}], first and last: expected the lower one first")
+            raise ValueError(
+                f"ports is [{first}, {last}]: expected the first and the last port, the lower number first"
+            )
         if last - first + 1 < self.servers:
             raise ValueError(
-                f"ports [{first}, {last}] are {last - first + 1}, and {self.servers} servers may share a node: widen "
-                "ports, or lower servers"
+                f"ports [{first}, {last}] has {last - first + 1} ports, but all {self.servers} servers may run on one "
+                "node and need a port each: widen ports, or lower servers"
             )
         return self

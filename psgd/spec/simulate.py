@@ -1,6 +1,7 @@
-"""The simulate section of a job: imaginary workers, the modes to compare, and when to stop.
+"""The simulate section of a job: simulated workers, the modes to compare, and when to stop.
 
-Only `psgd simulate` reads it, whose options win over it. Delays, modes and targets may be written in a short form:
+Only `psgd simulate` reads this section, and its options replace the fields. Delays, modes and targets have a short
+form:
 
     delays: lognormal:0,1                                {name: lognormal, mu: 0, sigma: 1}
     delays: slow:20,gamma,100,0.01                       {name: slow, factor: 20, base: {name: gamma, ...}}
@@ -34,7 +35,7 @@ __all__ = [
     "expand_modes",
 ]
 
-# Bounds of most parameters, so that a time that is drawn from them stays finite and above 0.
+# Bounds of most parameters, so that every time drawn from a distribution is finite and above 0.
 Positive = Annotated[float, Field(ge=1e-12, le=1e12)]
 
 
@@ -57,46 +58,48 @@ class ExponentialDelays(Spec):
 
 
 class LognormalDelays(Spec):
-    """Times whose logarithm is normally distributed; the median is exp(mu). Short form: `lognormal:MU,SIGMA`."""
+    """Log-normally distributed times, with median exp(mu). Short form: `lognormal:MU,SIGMA`."""
 
     name: Literal["lognormal"]
     """The distribution of the times. The other fields of `delays` depend on it."""
     mu: float = Field(ge=-20, le=20)
-    """Mean of the logarithm of the seconds."""
+    """Mean of the logarithm of the time in seconds."""
     sigma: float = Field(ge=1e-12, le=10)
-    """Standard deviation of the logarithm of the seconds. Higher: a longer tail."""
+    """Standard deviation of the logarithm of the time in seconds. Higher: more very long times."""
 
 
 class GammaDelays(Spec):
-    """Gamma-distributed times of mean shape · scale. Short form: `gamma:SHAPE,SCALE`."""
+    """Gamma-distributed times, with mean shape · scale. Short form: `gamma:SHAPE,SCALE`."""
 
     name: Literal["gamma"]
     """The distribution of the times. The other fields of `delays` depend on it."""
     shape: Positive
-    """Shape of the distribution. Higher: less spread about the mean."""
+    """Shape of the distribution. Higher: less spread around the mean."""
     scale: Positive
     """Scale of the distribution, in virtual seconds."""
 
 
 class LinearDelays(Spec):
-    """Worker i, counted from 1, takes i · slope + |N(0, i · spread)|. Short form: `linear:SLOPE,SPREAD`."""
+    """Each worker is slower than the one before: worker i, counted from 1, takes i · slope + |z| seconds, where z is
+    drawn from a normal distribution of mean 0 and variance i · spread. Short form: `linear:SLOPE,SPREAD`."""
 
     name: Literal["linear"]
     """The distribution of the times. The other fields of `delays` depend on it."""
     slope: Positive
-    """Seconds that each worker takes longer than the one before."""
+    """Virtual seconds that each worker takes longer than the one before."""
     spread: float = Field(ge=0, le=1e12)
-    """Variance that each worker has more than the one before, in square seconds."""
+    """Difference of the variances of a worker and the one before, in square seconds."""
 
 
 class MeasuredDelays(Spec):
-    """Times drawn from those that the workers of a run took. Short form: `measured:PATH`."""
+    """Times drawn at random from the measured times of a run's workers. Short form: `measured:PATH`."""
 
     name: Literal["measured"]
     """The distribution of the times. The other fields of `delays` depend on it."""
     path: str = Field(min_length=1)
-    """Directory of the run, such as `runs/digits`. Imaginary worker i draws from the times of the run's worker i; if
-    there are more imaginary workers, they begin again with the first."""
+    """Directory of the run, such as `runs/digits`. Simulated worker i draws from the times of the run's worker i. If
+    there are more simulated workers than the run had, the next one uses the times of the run's first worker, and so
+    on."""
 
 
 BaseDelays = Annotated[
@@ -111,9 +114,9 @@ class SlowDelays(Spec):
     name: Literal["slow"]
     """The distribution of the times. The other fields of `delays` depend on it."""
     factor: Positive
-    """Factor of the last worker's times."""
+    """Factor that multiplies the times of the last worker."""
     base: BaseDelays = ConstantDelays(name="constant", seconds=1.0)
-    """Times of the other workers, and of the last one before they are multiplied."""
+    """Distribution of the times of all workers, before those of the last worker are multiplied."""
 
 
 DelaysSpec = Annotated[
@@ -133,36 +136,36 @@ class ContenderConfig(Spec):
     """One of the modes to compare. Short form: `MODE:FIELD=VALUE:...`, such as `ringmaster:r=32:lr=0.05`."""
 
     name: str | None = Field(default=None, min_length=1)
-    """Name in the results. null: the mode and its fields."""
+    """Name of this mode in the results. null: the mode and its fields."""
     consistency: ConsistencySpec
-    """The mode and its fields, as in the job's `consistency`. In the short form, the job's own mode keeps the job's
-    fields."""
+    """The mode and its fields, as in the job's section `consistency`. In the short form of the mode that the job itself
+    uses, fields that are not given have the job's values."""
     lr: float | None = Field(default=None, gt=0)
-    """Learning rate in place of `optimizer.lr`. null: the job's."""
+    """Learning rate in this mode, which replaces `optimizer.lr`. null: `optimizer.lr`."""
     correction: CorrectionSpec | None = None
-    """Correction in this mode. null: none."""
+    """Correction of stale gradients in this mode. null: no correction."""
 
     @property
     def label(self) -> str:
-        """Name in the results."""
+        """Name of this mode in the results."""
         mode, *fields = self.consistency.model_dump(exclude_unset=True).items()
         return self.name or ":".join([str(mode[1]), *(f"{name}={value}" for name, value in fields)])
 
 
 class SimulationTarget(Spec):
-    """A metric that is good enough. Short form: `METRIC=VALUE`."""
+    """A metric and its value at which a simulation ends. Short form: `METRIC=VALUE`."""
 
     metric: Literal["excess", "train/loss", "val/loss", "val/accuracy"]
-    """The metric. `excess`: the distance of a quadratic from its minimum."""
+    """The metric. `excess`: the value of the quadratic minus its minimum."""
     value: float
-    """The simulation ends when an accuracy is at least this value, or another metric at most this value."""
+    """The simulation ends when the accuracy is at least this value, or another metric is at most this value."""
 
     def reached(self, value: float) -> bool:
         return value >= self.value if self.metric == "val/accuracy" else value <= self.value
 
 
 def _expand_delays(given: Any) -> Any:
-    """Return the fields of delays in short form, and anything else as it is."""
+    """Return the fields that delays in short form stand for. Return anything else unchanged."""
     if not isinstance(given, str):
         return given
     name, _, arguments = given.strip().partition(":")
@@ -192,11 +195,11 @@ def _number(text: str) -> float | str:
 
 
 def expand_modes(given: Any, own: ConsistencySpec | None = None) -> Any:
-    """Return the fields of modes in short form, and anything else as it is.
+    """Return the fields that modes in short form stand for. Return anything else unchanged.
 
     Args:
-        given: a list of modes, or a text with commas between them.
-        own: the job's own mode, whose fields are kept; None: they are not known.
+        given: list of modes, or text with a comma between two modes.
+        own: mode of the job itself, whose fields are the defaults of that mode; None if it is not known.
     """
     modes = given.split(",") if isinstance(given, str) else given
     return [_expand_mode(mode, own) for mode in modes] if isinstance(modes, list | tuple) else given
@@ -205,7 +208,9 @@ def expand_modes(given: Any, own: ConsistencySpec | None = None) -> Any:
 def _expand_mode(given: Any, own: ConsistencySpec | None) -> Any:
     if not isinstance(given, str):
         return given
-    from psgd.spec.yaml_values import read_yaml  # processes of a cluster import this module, and read no YAML
+    from psgd.spec.yaml_values import (
+        read_yaml,
+    )  # not at the top: processes on a cluster import this module, and need no YAML
 
     mode, *settings = given.strip().split(":")
     if not mode:
@@ -227,7 +232,7 @@ def _expand_mode(given: Any, own: ConsistencySpec | None) -> Any:
 
 
 def _expand_target(given: Any) -> Any:
-    """Return the fields of a target in short form, and anything else as it is."""
+    """Return the fields that a target in short form stands for. Return anything else unchanged."""
     if not isinstance(given, str):
         return given
     metric, equals, value = given.partition("=")
@@ -237,14 +242,15 @@ def _expand_target(given: Any) -> Any:
 
 
 class SimulateConfig(Spec):
-    """What `psgd simulate` simulates. Its options win over these fields."""
+    """Settings of `psgd simulate`. Options of the command replace these fields."""
 
     workers: Count | None = None
-    """Number of imaginary workers. null: as many as the job has at most."""
+    """Number of simulated workers. null: the largest number of workers that the job allows."""
     delays: Annotated[DelaysSpec, BeforeValidator(_expand_delays, json_schema_input_type=DelaysSpec | str)] = (
         ConstantDelays(name="constant", seconds=1.0)
     )
-    """Time that a worker takes for a gradient, in virtual seconds. Also in short form, such as `lognormal:0,1`."""
+    """Distribution of the time that a worker takes for a gradient, in virtual seconds. It can be written in short form,
+    such as `lognormal:0,1`."""
     modes: (
         Annotated[
             tuple[ContenderConfig, ...],
@@ -254,39 +260,42 @@ class SimulateConfig(Spec):
         ]
         | None
     ) = None
-    """Modes to compare. Also in short form, such as `async,ringmaster:r=32,bsp`. null: the job's own mode."""
+    """Modes to compare. They can be written in short form, such as `async,ringmaster:r=32,bsp`. null: the job's own
+    mode."""
     model: Literal["quadratic"] | None = None
-    """`quadratic`: a noisy quadratic in place of the job's model and data. null: the job's model and data."""
+    """`quadratic`: a noisy quadratic function is minimised, without the job's model and data. null: the job's model is
+    trained on its data."""
     size: Whole = Field(default=100, ge=2)
-    """Number of parameters of the quadratic."""
+    """Number of weights of the quadratic."""
     pushes: Count = 20_000
-    """Largest number of gradients of the quadratic."""
+    """Number of gradients after which a simulation of the quadratic ends."""
     link_s: float = Field(default=0.0, ge=0, le=1e12)
-    """Virtual seconds that a gradient takes to its server, and that the weights take back."""
+    """Virtual seconds that a gradient takes to reach its server. The weights take as long to come back."""
     crash_s: float | None = Field(default=None, ge=1e-12, le=1e12)
     """Mean virtual seconds between two crashes of a worker. null: no worker crashes."""
     join_s: float = Field(default=0.0, ge=0, le=1e12)
-    """Mean virtual seconds until a worker joins, at first and after a crash."""
+    """Mean virtual seconds until a worker joins, at the start and after a crash."""
     seed: Whole = Field(default=0, ge=0, lt=2**63)
-    """Seed of the delays, the crashes and the joins."""
+    """Seed of the random delays, crashes and joins."""
     until: (
         Annotated[SimulationTarget, BeforeValidator(_expand_target, json_schema_input_type=SimulationTarget | str)]
         | None
     ) = None
-    """Metric and value at which a simulation ends. Also in short form, such as `val/accuracy=0.97`. null: none."""
+    """Metric and value at which a simulation ends. It can be written in short form, such as `val/accuracy=0.97`. null:
+    no target."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> SimulateConfig:
         names = [mode.label for mode in self.modes or ()]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two of the modes are named {repeated[0]!r}: give different modes, or name them")
+            raise ValueError(f"two of the modes are named {repeated[0]!r}: give different modes, or give each a name")
         return self
 
     @model_validator(mode="after")
     def _metric_exists(self) -> SimulateConfig:
         if self.until and (self.until.metric == "excess") != (self.model == "quadratic"):
             raise ValueError(
-                f"until asks for {self.until.metric}: a quadratic has only excess, and the job's own model has the "
-                "other metrics"
+                f"until asks for {self.until.metric}, but a quadratic has only the metric excess, and the job's own "
+                "model only the others: change until, or model"
             )
         return self

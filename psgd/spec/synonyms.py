@@ -1,4 +1,4 @@
-"""Names that other libraries have for a field or a value of a job, and psgd's name for it."""
+"""Names from other libraries for fields and values of a job, with psgd's own names: used in hints about mistakes."""
 
 from __future__ import annotations
 

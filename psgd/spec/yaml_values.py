@@ -1,7 +1,7 @@
-"""Plain YAML values, read from text that anybody may have written: bounded in size, depth and aliases.
+"""A reader of plain YAML values from untrusted text: bounded in size, depth and aliases.
 
-Tags (`!!float`) and dates are not read, a number with a leading zero is decimal, and `1e-3` is a number, which YAML 1.1
-takes for text. Keys are texts, and none is given twice.
+Tags such as `!!float` are refused, and dates are texts. Unlike in YAML 1.1, a number with a leading zero is decimal,
+and `1e-3` is a number. Keys must be texts, each given once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ __all__ = ["FILE_LIMIT", "VALUE_LIMIT", "read_yaml"]
 FILE_LIMIT = 1 << 20  # bytes of a job file
 VALUE_LIMIT = 10_000  # characters of a value from a command
 MAX_DEPTH = 32
-MAX_VALUES = 20_000  # an alias counts as all that it stands for
-LONGEST_NUMBER = 100  # characters; longer ones are texts
+MAX_VALUES = 20_000  # an alias counts as all values that it stands for
+LONGEST_NUMBER = 100  # characters; a longer number is read as text
 
 PREFIX = "tag:yaml.org,2002:"
-RESOLVERS = {  # tag -> texts without quotes that have it, and their first characters
+RESOLVERS = {  # tag -> pattern of the texts without quotes that get this tag, and their first characters
     "merge": (r"<<", "<"),
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO"),
@@ -37,13 +37,13 @@ RESOLVERS = {  # tag -> texts without quotes that have it, and their first chara
 class _Loader(yaml.SafeLoader):
     """PyYAML's loader of plain values, with the limits and rules of this module."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's; filled below)
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (declared by PyYAML; filled below)
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
         self._values = 0
-        self._sizes: dict[str, int] = {}  # anchor -> values below it, once it is complete
+        self._sizes: dict[str, int] = {}  # anchor -> number of values that it stands for, once it is complete
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: yaml.CollectionStartEvent | yaml.ScalarEvent | yaml.AliasEvent = self.peek_event()  # type: ignore[no-untyped-call]
@@ -71,9 +71,9 @@ class _Loader(yaml.SafeLoader):
 
     def _check(self, event: yaml.Event) -> None:
         if self._depth > MAX_DEPTH:
-            raise _refusal(f"nested more than {MAX_DEPTH} levels deep", event)
+            raise _refusal(f"values are nested more than {MAX_DEPTH} levels deep", event)
         if self._values > MAX_VALUES:
-            raise _refusal(f"more than {MAX_VALUES:,} values, those that aliases stand for included", event)
+            raise _refusal(f"there are more than {MAX_VALUES:,} values, including those that aliases stand for", event)
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
         if kind is yaml.ScalarNode and len(value) > LONGEST_NUMBER:
@@ -81,9 +81,9 @@ class _Loader(yaml.SafeLoader):
         return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return the fields, with those of `<<` behind them unless they are given.
+        """Return the fields of a mapping. Fields merged by `<<` are defaults for the fields that are given.
 
-        PyYAML merges later, and takes the wrong one of two values where what is merged was itself merged.
+        PyYAML merges later, and chooses the wrong value if a merged mapping has itself merged another one.
         """
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         fields = {}
@@ -98,13 +98,13 @@ class _Loader(yaml.SafeLoader):
             if key.tag == PREFIX + "merge":
                 for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if not isinstance(merged, yaml.MappingNode):
-                        raise _refusal("'<<' takes the fields of a mapping, and this is none", merged)
+                        raise _refusal("'<<' takes the fields of a mapping, but this is not a mapping", merged)
                     fields = {name.value: (name, each) for name, each in merged.value} | fields
         node.value = list(fields.values())
         return node
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
-        """Return the number, decimal also with a leading zero, which YAML 1.1 takes for octal."""
+        """Return the number. A leading zero does not make it octal, as it does in YAML 1.1."""
         text = node.value.replace("_", "")
         return int(text, 16 if "x" in text else 10)
 
@@ -115,23 +115,26 @@ _Loader.add_constructor(PREFIX + "int", _Loader.construct_int)
 
 
 def read_yaml(text: str, source: str, limit: int = VALUE_LIMIT) -> Any:
-    """Read a document of plain values.
+    """Return the plain values in a YAML document.
 
     Args:
-        text: the document.
-        source: the document's name in errors.
-        limit: the most characters that are read.
+        text: document.
+        source: name of the document in errors.
+        limit: largest number of characters that is read.
 
     Raises:
-        SpecError: the text is not YAML, or not within the limits.
+        SpecError: the text is not YAML, or exceeds a limit.
     """
     if len(text) > limit:
-        raise SpecError(f"{source} has {len(text):,} characters, and at most {limit:,} are read")
+        raise SpecError(f"{source} has {len(text):,} characters, but at most {limit:,} are read")
     try:
         return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         raise SpecError(f"{source} is not YAML that can be read: {_where(error)}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: PyYAML gives chr() and int() any escape and version
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # ValueError: of chr() or int(), to which PyYAML gives any text
         reason = " ".join(str(error).split())
         raise SpecError(f"{source} is not YAML that can be read: {reason:.200}") from error
 
@@ -144,21 +147,21 @@ def _check_name(key: yaml.Node, value: yaml.Node) -> None:
 
 
 def _refusal(problem: str, at: Any) -> yaml.MarkedYAMLError:
-    """Return an error at the place of an event or a node."""
+    """Return an error with the position of an event or a node."""
     return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 def _where(error: yaml.MarkedYAMLError) -> str:
-    """Return the place, the problem and, for usual mistakes, the remedy."""
+    """Return the position, the problem and, for common mistakes, the remedy."""
     mark = error.problem_mark or error.context_mark
-    place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
+    position = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
     if mark and error.context_mark and error.context_mark.line != mark.line:
-        place += f", in the part that begins on line {error.context_mark.line + 1}"
+        position += f", in the part that begins on line {error.context_mark.line + 1}"
     problem = error.problem or error.context or "malformed"
-    return f"{place}: {problem:.200}{next((hint for sign, hint in HINTS.items() if sign in problem), '')}"
+    return f"{position}: {problem:.200}{next((hint for sign, hint in HINTS.items() if sign in problem), '')}"
 
 
-HINTS = {  # part of PyYAML's message -> what to do
+HINTS = {  # part of PyYAML's message -> remedy
     "'\\t'": ". Indent with spaces, not with tabs",
     "mapping values are not allowed": ". Fields of one section begin in the same column; text with ': ' needs quotes",
     "could not find expected ':'": ". A field is written NAME: VALUE, with a space after the colon",

@@ -1,4 +1,4 @@
-"""The files around the packages: each can be read, they name the same versions, and the sample jobs are valid jobs."""
+"""The files in deploy/ and beside the packages can be read, name the same versions, and hold valid sample jobs."""
 
 from __future__ import annotations
 

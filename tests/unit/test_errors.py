@@ -14,7 +14,7 @@ NAMES = sorted(name for name in errors.__all__ if name != "PsgdError")
 
 
 def drawn() -> dict[str, str]:
-    """Each class of the tree in the module's docstring, and the one that it hangs on."""
+    """Yield each class of the tree in the module's docstring, with its base class."""
     above: dict[int, str] = {}
     parents: dict[str, str] = {}
     for line in str(errors.__doc__).splitlines():

@@ -1,4 +1,4 @@
-"""The import contracts can fail, and psgd/README.md shows them as they are."""
+"""Each import contract can fail, and the table in psgd/README.md agrees with the contracts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Forbidden(NamedTuple):
     """An import that a contract must refuse."""
 
     contract: str
-    file: str  # to which the import is added; created if it does not exist
+    file: str  # file that gets the import; created if it does not exist
     statement: str
 
 
@@ -55,7 +55,7 @@ FORBIDDEN = [
 
 
 def contracts() -> list[dict[str, Any]]:
-    """The import contracts of pyproject.toml."""
+    """Return the import contracts of pyproject.toml."""
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     assert isinstance(tables, list)
     return tables
@@ -74,7 +74,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def added(tree: Path, request: pytest.FixtureRequest) -> Iterator[Forbidden]:
-    """Add a forbidden import to the copy, for the time of one test."""
+    """Add a forbidden import to the copy during one test."""
     case: Forbidden = request.param
     file = tree / case.file
     before = file.read_text() if file.exists() else None

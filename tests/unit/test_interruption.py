@@ -1,4 +1,4 @@
-"""Signals, sent to a process of its own at moments that a script names: nothing here waits for time to pass."""
+"""Signals that are sent to a new process at moments that its script chooses: no test sleeps."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ except KeyboardInterrupt:
 
 
 def run_script(work: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a script whose `work` is given, in a process group of its own."""
+    """Run a script with this function `work`, in a new process group."""
     command = [sys.executable, "-c", PRELUDE + work + END]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=LIMIT_S, start_new_session=True, check=False, **options
@@ -113,7 +113,7 @@ def work():
 
 
 def test_a_signal_during_a_fork_is_neither_lost_nor_leaves_a_lock_taken() -> None:
-    """CPython drops an exception raised in a fork handler, as a handler in the main thread would raise it there."""
+    """CPython drops an exception that a signal handler raises while a fork handler runs."""
     done = run_script("""
 import logging
 
@@ -152,7 +152,7 @@ def work():
 
 
 def test_a_handler_that_a_library_installs_cannot_end_the_work() -> None:
-    """As `ray.init` does for SIGTERM, in the main thread alone."""
+    """`ray.init` installs a handler for SIGTERM, but only in the main thread."""
     done = run_script("""
 def work():
     with interruption.critical("a"):
@@ -167,7 +167,7 @@ def work():
 
 
 def test_a_handler_that_a_library_installs_beneath_python_is_replaced() -> None:
-    """As Ray's core does, whose handler for SIGTERM aborts the process."""
+    """Ray's core installs a handler for SIGTERM that aborts the process, without Python's knowledge."""
     done = run_script("""
 import ctypes, time
 

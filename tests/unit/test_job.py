@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def users_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """An importable module `users_own`."""
+    """Return a module of the user, which can be imported as `users_own`."""
     module = ModuleType("users_own")
     monkeypatch.setitem(sys.modules, "users_own", module)
     return module
@@ -86,7 +86,9 @@ def test_a_last_batch_of_one_example_can_be_left_out(path: Path, users_module: M
         OpenJob.open(spec(path, model=TORCH))
     job = OpenJob.open(spec(path, model=TORCH, data={"drop_last": True}))
     assert (job.shards.grid.num_batches, job.shards.grid.num_examples) == (2, 32)
-    assert job.warnings() == ["data.drop_last leaves 1 of 33 training examples out of each epoch, others each time"]
+    assert job.warnings() == [
+        "data.drop_last leaves 1 of 33 training examples out of each epoch, different ones each time"
+    ]
 
 
 def test_local_steps_are_tried_on_their_smallest_mini_batch(path: Path, users_module: ModuleType) -> None:
@@ -107,7 +109,7 @@ def test_local_steps_are_tried_on_their_smallest_mini_batch(path: Path, users_mo
         (
             {"drop_last": True, "shuffle": False},
             [
-                "data.drop_last leaves 1 of 33 training examples out of each epoch, the same each time, as "
+                "data.drop_last leaves 1 of 33 training examples out of each epoch, the same ones, because "
                 "data.shuffle is false"
             ],
         ),
@@ -130,7 +132,7 @@ def test_a_target_that_is_never_measured_is_refused(path: Path) -> None:
     with pytest.raises(SpecError, match=r"the data has no validation part: set data\.validation_fraction"):
         OpenJob.open(spec(path, run=target))
     mse = {"kind": "linear", "loss": "mse"}
-    with pytest.raises(SpecError, match="the labels are no classes: use val/loss"):
+    with pytest.raises(SpecError, match="the labels are numbers, not classes: use val/loss"):
         OpenJob.open(spec(path, run=target, model=mse, data={"validation_fraction": 0.2}))
 
 

@@ -39,8 +39,8 @@ def test_what_is_no_plain_value_is_an_error_of_the_program() -> None:
         (b'{"a": 1', "Expecting"),
         (b"\xff\xfe\x00", "codec"),
         (b"[" * 100_000, "recursion"),
-        (b'{"a": Infinity}', "Infinity is no JSON number"),
-        (b"[NaN]", "NaN is no JSON number"),
+        (b'{"a": Infinity}', "Infinity is not a JSON number"),
+        (b"[NaN]", "NaN is not a JSON number"),
         (b"9" * 5_000, "digits"),
     ],
     ids=["empty", "blank", "cut", "binary", "deep", "infinity", "nan", "long number"],
@@ -55,7 +55,7 @@ def test_a_damaged_file_is_a_fault_of_the_storage() -> None:
 
 
 def uses_of_json(path: Path) -> list[str]:
-    """Uses of the standard library's JSON in a module."""
+    """Return the uses of the standard library's `json` in a module."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     return [
         f"{path}:{node.lineno}"

@@ -24,14 +24,14 @@ run: {epochs: 1}
 
 @pytest.fixture(autouse=True)
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A valid job.yaml in the folder where commands run."""
+    """Write a valid job.yaml to the folder in which commands run."""
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(JOB)
 
 
 @pytest.fixture
 def run(job: None) -> RunDirectory:
-    """A run under way, whose driver is this process."""
+    """Return the directory of a run whose driver is this process."""
     run = RunDirectory(Storage("runs/iris"))
     run.own()
     run.begin(load_spec("job.yaml"))
@@ -41,7 +41,7 @@ def run(job: None) -> RunDirectory:
 
 @pytest.fixture
 def psgd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """The command line in this process: arguments -> exit code, stdout, stderr."""
+    """Return a function that runs a command in this process: arguments -> exit code, stdout, stderr."""
 
     def command(*arguments: str) -> tuple[Any, str, str]:
         monkeypatch.setattr(sys, "argv", ["psgd", *arguments])

@@ -16,7 +16,14 @@ LIMIT_S = 60
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["submit", "-h"], ["--version"]])
 def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
-    heavy = {"ray", "numpy", "torch", "fsspec", "yaml", "psgd.spec"}  # pydantic: typer loads it for options of its own
+    heavy = {
+        "ray",
+        "numpy",
+        "torch",
+        "fsspec",
+        "yaml",
+        "psgd.spec",
+    }  # not pydantic, which typer loads for its own options
     report = f"print({heavy} & set(sys.modules), file=sys.stderr)"
     script = f"import sys, atexit; atexit.register(lambda: {report}); from psgd.cli import main; main()"
     told = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60)
@@ -32,7 +39,7 @@ def test_every_command_has_help_in_plain_text(psgd: Any) -> None:
     for command in COMMANDS:
         code, out, err = psgd(command, "--help")
         assert (code, err) == (0, "")
-        assert not set("\\`{}") & set(out.partition("Options:")[2].replace("`psgd", ""))  # no markup of any kind
+        assert not set("\\`{}") & set(out.partition("Options:")[2].replace("`psgd", ""))  # no markup
 
 
 def test_the_extra_that_figures_need_is_written_as_pip_takes_it(psgd: Any) -> None:
@@ -40,7 +47,7 @@ def test_the_extra_that_figures_need_is_written_as_pip_takes_it(psgd: Any) -> No
 
 
 def started(*arguments: str, hook: str = "") -> subprocess.Popen[str]:
-    """Start a command in a process of its own; `hook` is run first."""
+    """Start a command in a new process, after the code `hook`."""
     script = f"import os, signal, sys, threading\nfrom psgd.cli import main\n{hook}\nmain()"
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments],

@@ -13,7 +13,7 @@ from tests.support.run_records import finish, result_of, start
 
 
 def commands(run: RunDirectory) -> list[tuple[str, list[str]]]:
-    """What the driver is asked for."""
+    """Return the commands that the driver of the run finds."""
     taken = run.take_commands()
     assert all(isinstance(command, Command) for command in taken)
     return [(command.command, command.settings) for command in taken if isinstance(command, Command)]
@@ -52,14 +52,14 @@ def test_stop_leaves_a_command_for_the_driver(psgd: Any, run: RunDirectory) -> N
 def test_set_leaves_the_settings_for_the_driver(psgd: Any, run: RunDirectory) -> None:
     code, out, _ = psgd("set", "iris", "consistency.mode=bsp", "optimizer.lr=0.5")
     assert code == 0
-    assert "asked iris for consistency.mode=bsp optimizer.lr=0.5" in out
+    assert "asked iris to set consistency.mode=bsp optimizer.lr=0.5" in out
     assert commands(run) == [("set", ["consistency.mode=bsp", "optimizer.lr=0.5"])]
 
 
 def test_scale_takes_the_number_of_workers_after_the_name(psgd: Any, run: RunDirectory) -> None:
     code, out, _ = psgd("scale", "iris", "4")
     assert code == 0
-    assert "asked iris for 4 workers" in out
+    assert "asked iris to use 4 workers" in out
     assert commands(run) == [("scale", ["4"])]
 
 
@@ -115,7 +115,7 @@ def test_what_is_not_finite_is_null_in_every_output(psgd: Any, run: RunDirectory
 
 
 def parsed(text: str) -> Any:
-    """JSON as everybody but Python reads it."""
+    """Parse JSON strictly: Infinity and NaN, which Python accepts, are errors."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(constant)

@@ -107,7 +107,7 @@ def test_names_and_paths_are_printed_as_they_are(
     assert f"cannot write {name}\n" in err
 
 
-GOES_ON = "job raysubmit_7 goes on; `psgd stop job --address http://head:8265` ends it"
+CONTINUES = "job raysubmit_7 continues on the cluster; `psgd stop job --address http://head:8265` ends it"
 SUBMIT = """
 import os, signal, sys, threading
 from types import SimpleNamespace
@@ -146,11 +146,11 @@ main()
         (
             "submit",
             [
-                "psgd: interrupted: it is submitted first. The same signal again ends it at once",
-                f"psgd: {GOES_ON}",
+                "psgd: interrupted: the job is submitted first. The same signal again ends it at once",
+                f"psgd: {CONTINUES}",
             ],
         ),
-        ("wait", [f"psgd: interrupted: {GOES_ON}"]),
+        ("wait", [f"psgd: interrupted: {CONTINUES}"]),
     ],
 )
 def test_an_interrupted_submit_says_that_the_job_goes_on(moment: str, lines: list[str]) -> None:

@@ -23,7 +23,7 @@ def resume(folder: Path, spec: JobSpec) -> Any:
 def test_settings_of_a_run_must_go_with_the_scaling_it_is_resumed_with(tmp_path: Path) -> None:
     change = Change(change_settings(digits(), ["consistency.mode=bsp"]).settings)
     record(run_directory(tmp_path), digits(), events=[(1.5, change)])
-    with pytest.raises(SpecError, match=r"settings of checkpoint .*\n.*pipeline is 1, and mode bsp makes workers wait"):
+    with pytest.raises(SpecError, match=r"settings of checkpoint .*\n.*pipeline is 1, but mode bsp makes workers wait"):
         resume(tmp_path, digits(scaling={"workers": 2, "pipeline": 1}))
 
 

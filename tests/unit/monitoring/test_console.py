@@ -17,7 +17,7 @@ def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str], text: str)
 
 
 def test_no_other_module_makes_a_console_of_its_own() -> None:
-    """One that takes markup would print a user's `[x]` as nothing, and end in a MarkupError at `[/x]`."""
+    """A console that reads markup prints a user's `[x]` as nothing, and raises a MarkupError at `[/x]`."""
     folder = Path(psgd.__file__).parent
     calls = [
         f"{path.relative_to(folder)}:{node.lineno}"

@@ -26,7 +26,7 @@ EVERY = {"every_s": None, "every_updates": 20}
 
 
 class Observed(InProcess):
-    """A run of one worker, observed after everything the coordinator wants."""
+    """A run of one worker, observed after each action of the coordinator."""
 
     def __init__(self, folder: Path, checkpoint: dict[str, Any], **options: Any) -> None:
         spec = job(run={"epochs": 1}, checkpoint=checkpoint)
@@ -38,7 +38,7 @@ class Observed(InProcess):
 
 
 class Shown(ClusterObserver):
-    """Lets an observer look at the coordinator after everything that it wants."""
+    """Lets an observer read the coordinator's status after each of its actions."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer

@@ -9,11 +9,11 @@ from psgd.errors import InputError
 from psgd.monitoring.page import Page
 from psgd.monitoring.plots import bars
 
-VOID = {"meta", "path", "use", "image", "rect"}  # elements that end themselves, here
+VOID = {"meta", "path", "use", "image", "rect"}  # elements without an end tag
 
 
 class Reader(HTMLParser):
-    """The elements of a page in order, the texts in them by their tag, and a check that all are closed."""
+    """Collects the elements of a page in order and their texts by tag, and checks that all elements are closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ def two_curves() -> Figure:
 
 
 def texts(figure: Figure) -> list[str]:
-    """All words of the figure as it appears on a page."""
+    """Return all texts of the figure as it appears on a page."""
     root = ET.fromstring(svg(figure))  # noqa: S314 (our own text)
     return ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
 
@@ -113,7 +113,7 @@ def test_logarithmic_axes_have_plain_numbers() -> None:
     ],
 )
 def test_curves_without_a_point_are_refused(series: list[Curve], log: bool) -> None:
-    with pytest.raises(InputError, match=f"nothing to plot over 'epoch': of {len(series)} curves no point is finite"):
+    with pytest.raises(InputError, match=f"nothing to plot over 'epoch': no point of {len(series)} curves is finite"):
         curves(series, "epoch", "loss", log_y=log)
 
 
@@ -162,7 +162,7 @@ def test_bars_are_in_the_order_given_and_unknown_ones_stay() -> None:
 
 @pytest.mark.parametrize("values", [{}, {"a": NAN}])
 def test_bars_without_a_value_are_refused(values: dict[str, float]) -> None:
-    with pytest.raises(InputError, match=f"nothing to plot for 'seconds': of {len(values)} values none is finite"):
+    with pytest.raises(InputError, match=f"nothing to plot for 'seconds': none of {len(values)} values is finite"):
         bars(values, "mode", "seconds")
 
 

@@ -18,14 +18,14 @@ from tests.support.statuses import epoch, status
 
 
 class Terminal(StringIO):
-    """A file that a live line can be shown on."""
+    """A file that looks like a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 def told(shown: list[RunStatus], epochs: int | None = 3, console: Console | None = None, **options: Any) -> list[str]:
-    """What is printed while these statuses are shown, the last one at the end."""
+    """Return the output while these statuses are shown, the last one at the end of the run."""
     console = console or Console(file=StringIO(), width=200, **options)
     limit = {"epochs": epochs} if epochs else {"epochs": None, "max_time_s": 1.0}
     with Display(job(run=limit), console) as display:
@@ -37,7 +37,7 @@ def told(shown: list[RunStatus], epochs: int | None = 3, console: Console | None
 
 
 def live_line(shown: list[RunStatus], width: int, epochs: int | None = 30) -> str:
-    """The live line after these statuses, as a terminal of that width shows it."""
+    """Return the live line after these statuses, on a terminal of that width."""
     console = Console(file=Terminal(), width=width, color_system=None, force_terminal=True, _environ={"TERM": "xterm"})
     limit = {"epochs": epochs} if epochs else {"epochs": None, "max_time_s": 1.0}
     with Display(job(run=limit), console) as display:
@@ -49,7 +49,7 @@ def live_line(shown: list[RunStatus], width: int, epochs: int | None = 30) -> st
 
 
 def busy(now: float, done: int, **fields: Any) -> RunStatus:
-    """A run in the middle of its third epoch, everything measured."""
+    """Return the status of a run in the middle of its third epoch, with every metric measured."""
     return status(
         [epoch(1, 0.4, 0.9), epoch(2, 0.2, 0.95)],
         now=now,

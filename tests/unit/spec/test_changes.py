@@ -136,8 +136,8 @@ def test_a_change_is_checked_like_a_job(changes: list[str], fault: str) -> None:
 @pytest.mark.parametrize(
     ("scaling", "changes", "fault"),
     [
-        ({"servers": 2}, ["consistency.mode=ringleader"], "scaling.servers is 2, and mode ringleader chooses"),
-        ({"pipeline": 1}, ["consistency.mode=bsp"], "scaling.pipeline is 1, and mode bsp makes workers wait"),
+        ({"servers": 2}, ["consistency.mode=ringleader"], "scaling.servers is 2, but mode ringleader chooses"),
+        ({"pipeline": 1}, ["consistency.mode=bsp"], "scaling.pipeline is 1, but mode bsp makes workers wait"),
     ],
 )
 def test_a_running_job_keeps_its_servers_and_its_pipeline(
@@ -160,7 +160,7 @@ LOCAL = ["consistency.mode=local", "consistency.h=4", "consistency.lr=0.1"]
     ],
 )
 def test_batches_of_local_steps_stay_what_they_are(before: str, changes: list[str]) -> None:
-    with pytest.raises(SpecError, match="are what workers are started with"):
+    with pytest.raises(SpecError, match="workers are started with their local steps"):
         change_settings(spec(consistency=mode(before)), changes)
 
 
@@ -172,7 +172,7 @@ def test_batches_of_local_steps_stay_what_they_are(before: str, changes: list[st
     ],
 )
 def test_workers_that_are_running_cannot_be_told_to_stop(before: str, changes: list[str]) -> None:
-    with pytest.raises(SpecError, match="are what workers are started with"):
+    with pytest.raises(SpecError, match="workers are started with their local steps"):
         change_settings(spec(consistency=mode(before)), changes)
 
 

@@ -67,7 +67,7 @@ def correction(name: str) -> dict[str, Any]:
     ("fits", "wrong", "message"),
     [
         (mode("k_sync", k=4), mode("k_sync", k=5), "consistency.k is 5, but there are 4 workers: lower k, or raise"),
-        (mode("backup", b=3), mode("backup", b=4), "consistency.b is 4, and of 4 workers none is left: lower b"),
+        (mode("backup", b=3), mode("backup", b=4), "consistency.b is 4, which leaves none of 4 workers: lower b"),
         (mode("softsync", s=4), mode("softsync", s=5), "consistency.s is 5, but there are 4 workers"),
     ],
 )
@@ -156,11 +156,15 @@ def test_no_correction_goes_with_every_mode(name: str) -> None:
     [
         ("bsp", "staleness_lr", "does nothing in mode bsp, where no gradient is stale: drop it, or use mode async"),
         ("malenia", "dc_asgd", "does nothing in mode malenia"),
-        ("ringleader", "gap_aware", "does not go with mode ringleader, whose tables weigh workers already: drop it"),
-        ("local", "dc_asgd", "is made for gradients, and mode local pushes differences: use staleness_lr, or none"),
+        (
+            "ringleader",
+            "gap_aware",
+            "does not fit mode ringleader, which weights all workers equally already: drop it",
+        ),
+        ("local", "dc_asgd", "is made for gradients, but mode local pushes sums of steps: use staleness_lr, or none"),
         ("local", "dana", "is made for gradients"),
-        ("buffered", "dana", "needs a step for each gradient, and mode buffered averages several: use mode async"),
-        ("softsync", "rescaled", "needs a step for each gradient"),
+        ("buffered", "dana", "needs one gradient per step, but mode buffered averages several: use mode async"),
+        ("softsync", "rescaled", "needs one gradient per step"),
     ],
 )
 def test_the_refusal_says_why_and_what_to_do(name: str, correcting: str, reason: str) -> None:
@@ -200,7 +204,7 @@ def test_modes_that_choose_gradients_need_one_server(name: str) -> None:
     if name not in CHOOSING:
         assert spec(consistency=mode(name), scaling=scaling)
         return
-    reason = f"scaling.servers is 2, and mode {name} chooses .*: each partition would choose differently. Set .* to 1"
+    reason = f"scaling.servers is 2, but mode {name} chooses .* each server would choose differently: set .* to 1"
     with pytest.raises(ValidationError, match=reason):
         spec(consistency=mode(name), scaling=scaling)
 
@@ -212,7 +216,7 @@ def test_modes_that_choose_or_wait_compute_nothing_ahead(name: str) -> None:
         assert spec(consistency=mode(name), scaling=scaling)
         return
     reason = "chooses which" if name in CHOOSING else "makes workers wait"
-    with pytest.raises(ValidationError, match=f"scaling.pipeline is 1, and mode {name} {reason} .* to 0, or use mode"):
+    with pytest.raises(ValidationError, match=f"scaling.pipeline is 1, but mode {name} {reason}.* to 0, or use mode"):
         spec(consistency=mode(name), scaling=scaling)
 
 
@@ -268,7 +272,7 @@ def test_ringmaster_stops_computations_only_if_asked_to() -> None:
 def test_ringmaster_on_unshuffled_shards_is_warned_of() -> None:
     data = MINIMAL["data"] | {"shuffle": False, "num_shards": 4}
     (warning,) = spec(consistency=mode("ringmaster"), data=data).warnings()
-    assert "the weights lean towards the data of fast workers" in warning
+    assert "the weights fit the shards of fast workers better" in warning
     assert "Set data.shuffle or data.num_shards 1, or use mode ringleader" in warning
     for other in (data | {"shuffle": True}, data | {"num_shards": 1}):
         assert spec(consistency=mode("ringmaster"), data=other).warnings() == []

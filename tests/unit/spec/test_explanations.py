@@ -23,7 +23,7 @@ JOB: dict[str, Any] = {
 
 
 def said(text: str) -> str:
-    """Return the answer to a job with these sections."""
+    """Return the error message for a job with these sections."""
     with pytest.raises(SpecError) as refused:
         parse_spec(JOB | read_yaml(text, "it"), "it")
     first, *lines = str(refused.value).splitlines()
@@ -52,7 +52,7 @@ $ name: no
 $ version: yes
     version: expected 1, not true
 $ scaling: {lane: no}
-    scaling.lane: expected one of auto, shm, tcp, ray, not false
+    scaling.lane: expected one of auto, shm, tcp, ray, not false: YAML reads no, off and false without quotes as false
 # A number is neither a boolean nor a name
 $ data: {format: csv, path: a, header: 0}
     data.header: expected true or false, not 0
@@ -178,7 +178,7 @@ $ scaling: {parameter_servers: 2}
 $ scaling: {ps: 2}
     scaling.ps: unknown field; did you mean 'servers'?
 $ compression: {name: fp16, k: 2}
-    compression.k: unknown field; the fields are name
+    compression.k: unknown field; the only field is name
 $ optimizer: {lr: 1, schedule: {name: step, every: 1, gamma: 0.1}}
     optimizer.schedule.gamma: unknown field; did you mean 'factor'?
 $ optimizer: {lr: 1, nesterov_momentum: true}
@@ -188,7 +188,7 @@ $ '': 3
     optimizer, run, scaling, seed, simulate, version
 # Missing fields
 $ model: {kind: torch}
-    model.path: missing (The function that makes the `nn.Module`, as `package.module:function`. Workers import
+    model.path: missing (The function that returns the `nn.Module`, as `package.module:function`. Workers import
     it and call it with `kwargs`.)
 # Functions and their arguments
 $ model: {kind: python, path: my_models.build}
@@ -200,14 +200,14 @@ $ model: {kind: torch, path: nets.py}
 $ model: {kind: torch, path: 'a b'}
     model.path: expected 'package.module:factory', not 'a b'; for example my_models:build
 $ model: {kind: torch, path: 'a:b', kwargs: {x: [.nan]}}
-    model.kwargs: nan is not finite: leave it out, and let the factory choose it
+    model.kwargs: nan is not finite: leave it out, and let the function choose the value
 $ data: {format: csv, path: a, delimiter: tab}
     data.delimiter: expected one character, not 'tab'; a tab is written "\t", in double quotes
 """
 
 
 def cases() -> list[tuple[str, str]]:
-    """Return the jobs and the answers above: after each `$` a job, and below it the answer."""
+    """Return the jobs and the messages above: a job after each `$`, and its message below it."""
     lines = [line for line in ANSWERS.splitlines() if not line.startswith("#")]
     jobs = "\n".join(lines).split("\n$ ")[1:]
     return [(job.partition("\n")[0], " ".join(job.partition("\n")[2].split())) for job in jobs]
@@ -273,7 +273,6 @@ SPECS: list[type[BaseModel]] = sorted(specs(), key=lambda spec: spec.__name__)
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.__name__)
 def test_no_field_takes_a_boolean_for_a_number_or_a_name(spec: type[BaseModel]) -> None:
-    """Of every field of every section, now and later."""
     for name, field in spec.model_fields.items():
         if field.annotation in (bool, bool | None):
             continue

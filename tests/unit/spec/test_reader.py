@@ -74,7 +74,7 @@ def test_a_number_with_a_leading_zero_is_decimal(load: Load) -> None:
 
 def test_a_job_file_has_at_most_a_mebibyte(load: Load) -> None:
     assert load(TEXT + "#" * (2**20 - len(TEXT))).name == "iris"
-    with pytest.raises(SpecError, match="more than 1 MiB"):
+    with pytest.raises(SpecError, match="larger than 1 MiB"):
         load(TEXT + "#" * (2**20 - len(TEXT) + 1))
 
 
@@ -121,7 +121,7 @@ def test_what_is_no_number_is_refused(load: Load, written: str) -> None:
         (TEXT.replace("epochs", "epoch"), r"run\.epoch: unknown field; did you mean 'epochs'\?"),
         (TEXT.replace("lr:", "learning_rat:"), r"did you mean 'learning_rate'\?"),
         (TEXT + "scalling: {workers: 3}", r"scalling: unknown field; did you mean 'scaling'\?"),
-        (TEXT + "consistency: {mode: bsp, depth: 3}", r"consistency\.depth: unknown field; the fields are mode"),
+        (TEXT + "consistency: {mode: bsp, depth: 3}", r"consistency\.depth: unknown field; the only field is mode"),
         (TEXT.replace("epochs: 3", "epochs: 3, target: {metrik: x}"), r"run\.target\.metrik: .* 'metric'\?"),
     ],
 )
@@ -225,12 +225,12 @@ def test_a_file_with_both_names_of_the_learning_rate_is_refused(load: Load) -> N
 
 @pytest.mark.parametrize("override", ["optimizer.lr", "=3", "optimizer.=3", "lr"])
 def test_an_override_has_a_field_and_a_value(load: Load, override: str) -> None:
-    with pytest.raises(SpecError, match=r"expected FIELD\.FIELD=VALUE"):
+    with pytest.raises(SpecError, match="expected FIELD=VALUE"):
         load(TEXT, override)
 
 
 def test_a_plain_value_has_no_fields(load: Load) -> None:
-    with pytest.raises(SpecError, match="kind is a plain value and has no fields"):
+    with pytest.raises(SpecError, match="kind is a plain value, which has no fields"):
         load(TEXT, "model.kind.x=3")
 
 

@@ -153,9 +153,9 @@ def test_cuda_needs_a_gpu() -> None:
 
 
 def test_ports_are_a_range_with_one_for_each_server() -> None:
-    with pytest.raises(ValidationError, match=r"ports is \[2002, 2000\], first and last: expected the lower one first"):
+    with pytest.raises(ValidationError, match=r"ports is \[2002, 2000\]: expected .* the lower number first"):
         spec(scaling={"ports": [2002, 2000]})
-    with pytest.raises(ValidationError, match=r"ports \[2000, 2002\] are 3, and 4 servers may share a node: widen"):
+    with pytest.raises(ValidationError, match=r"ports \[2000, 2002\] has 3 ports, but all 4 servers .*: widen"):
         spec(scaling={"ports": [2000, 2002], "servers": 4})
     assert spec(scaling={"ports": [2000, 2002], "servers": 3}).scaling.ports == (2000, 2002)
 
@@ -280,7 +280,7 @@ def test_a_job_survives_the_way_to_json_and_back() -> None:
 
 
 def properties(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every field in a JSON schema, nested ones included."""
+    """Yield every field of a JSON schema, including nested fields."""
     for title, definition in {"JobSpec": schema, **schema["$defs"]}.items():
         for name, field in definition["properties"].items():
             yield f"{title}.{name}", field

@@ -69,8 +69,8 @@ def test_dates_times_and_other_bases_are_text(text: str) -> None:
         ("!!python/object:os.system x", "tags such as"),
         ("! x", "tags such as"),
         ("a: !!binary =", "line 1, column 4: tags such as"),
-        ("[" * 5000, f"nested more than {MAX_DEPTH} levels deep"),
-        ("[" * 5000 + "]" * 5000, f"nested more than {MAX_DEPTH} levels deep"),
+        ("[" * 5000, f"values are nested more than {MAX_DEPTH} levels deep"),
+        ("[" * 5000 + "]" * 5000, f"values are nested more than {MAX_DEPTH} levels deep"),
         ("{a: " * 100, "nested more than"),
         ("- " * 1000, "nested more than"),
         ("[" + "1," * 4000, "not YAML"),
@@ -84,15 +84,15 @@ def test_dates_times_and_other_bases_are_text(text: str) -> None:
         ("{7: x}", "a field's name must be text: write '7' in quotes"),
         ("{on: 1}", "write 'on' in quotes"),
         ("{[a]: 1}", "a field's name must be text"),
-        ("{<<: 3}", "'<<' takes the fields of a mapping, and this is none"),
-        ("{<<: [{a: 1}, 3]}", "'<<' takes the fields of a mapping, and this is none"),
+        ("{<<: 3}", "'<<' takes the fields of a mapping, but this is not a mapping"),
+        ("{<<: [{a: 1}, 3]}", "'<<' takes the fields of a mapping, but this is not a mapping"),
         ("{lr: 0,1}", "a decimal has a point, not a comma"),
         ('"\\U00110000"', "not YAML"),
         ("%YAML 1." + "9" * 5000 + "\n--- a", "not YAML"),
         ("a\x00b", "not YAML"),
         ("\ud800", "not YAML"),
         ("a\n--- b", "not YAML"),
-        ("x" * 10_001, "has 10,001 characters, and at most 10,000 are read"),
+        ("x" * 10_001, "has 10,001 characters, but at most 10,000 are read"),
     ],
     ids=lambda text: text[:20].encode("ascii", "backslashreplace").decode(),
 )
@@ -103,7 +103,7 @@ def test_everything_else_is_refused_with_a_reason(text: str, reason: str) -> Non
 
 def test_aliases_count_as_what_they_stand_for() -> None:
     levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else '1'] * 10)}]" for n in range(9)]
-    with pytest.raises(SpecError, match=f"more than {MAX_VALUES:,} values, those that aliases stand for included"):
+    with pytest.raises(SpecError, match=f"more than {MAX_VALUES:,} values, including those that aliases stand for"):
         read("\n".join(levels))
     assert read("\n".join(levels[:3]))["a2"] == [[[1] * 10] * 10] * 10
 
