@@ -12,7 +12,6 @@ from typing import Any
 import ray
 
 from psgd.cluster.address import find_address
-from psgd.cluster.resuming import check_checkpoint, find_checkpoint, with_settings
 from psgd.cluster.session import check_room, session
 from psgd.core.server.partitions import Partition, partition_weights
 from psgd.errors import ClusterError, RunExistsError
@@ -23,6 +22,7 @@ from psgd.spec import JobSpec
 from psgd.spec.reader import as_spec, parse_spec
 from psgd.store.checkpoints import Checkpoint, Checkpoints
 from psgd.store.owner import Owner
+from psgd.store.resuming import check_checkpoint, find_checkpoint, with_settings
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage, location
 

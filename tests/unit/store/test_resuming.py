@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from psgd.cluster.resuming import check_checkpoint, find_checkpoint
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import partition_weights
 from psgd.errors import JournalError, ResumeError
@@ -15,6 +14,7 @@ from psgd.job import OpenJob
 from psgd.replay.replay import replay
 from psgd.spec import JobSpec
 from psgd.store.checkpoints import Checkpoints, write_part
+from psgd.store.resuming import check_checkpoint, find_checkpoint
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import Version
 from tests.support.recorded_run import digits, run_directory
