@@ -27,7 +27,7 @@ from psgd.simulation.problem import Problem, Timing
 from psgd_workers.messages import BatchId
 from psgd_workers.worker import batch_seed
 from tests.benchmarks.process_group import ONE_THREAD
-from tests.benchmarks.sleepy import delay_s
+from tests.benchmarks.sleeping_models import delay_s
 
 __all__ = ["main", "real_s", "simulated_s"]
 
@@ -102,7 +102,7 @@ def real_s(mode: dict[str, Any]) -> float:
         meeting = Path(folder, "meeting")
         meeting.mkdir()
         kwargs = {"hidden": HIDDEN, "scale_s": SCALE_S, "workers": WORKERS, "meeting": str(meeting)}
-        model = {"kind": "python", "path": "tests.benchmarks.sleepy:Sleepy", "kwargs": kwargs}
+        model = {"kind": "python", "path": "tests.benchmarks.sleeping_models:Sleepy", "kwargs": kwargs}
         result = psgd.train(job(mode, model, folder), progress=False)
         started = max(file.stat().st_mtime for file in meeting.iterdir())
         lines = (Path(result.path) / "events.jsonl").read_text().splitlines()

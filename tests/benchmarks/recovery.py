@@ -143,7 +143,7 @@ def _job(folder: str, seconds: float) -> dict[str, Any]:
         "meeting": str(meeting),
     }
     return {
-        "model": {"kind": "python", "path": "tests.benchmarks.sleepy:OneSlow", "kwargs": kwargs},
+        "model": {"kind": "python", "path": "tests.benchmarks.sleeping_models:OneSlow", "kwargs": kwargs},
         "data": {"format": "npz", "path": str(mnist_path()), "batch_size": BATCH_SIZE, "normalize": "unit"},
         "optimizer": {"lr": LEARNING_RATE},
         "scaling": {"workers": WORKERS},

@@ -102,7 +102,7 @@ def _psgd(batch_size: int, limit: dict[str, float], slow_s: float) -> float:
         }
         tree: dict[str, Any] = {
             "name": "stragglers",
-            "model": {"kind": "python", "path": "tests.benchmarks.sleepy:OneSlow", "kwargs": kwargs},
+            "model": {"kind": "python", "path": "tests.benchmarks.sleeping_models:OneSlow", "kwargs": kwargs},
             "data": {"format": "npz", "path": str(mnist_path()), "batch_size": batch_size, "normalize": "unit"},
             "optimizer": {"lr": LEARNING_RATE},
             "scaling": {"workers": WORKERS},

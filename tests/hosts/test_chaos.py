@@ -9,15 +9,15 @@ from threading import Event
 import pytest
 
 from tests.support.command_line import LIMIT_S, eventually
-from tests.support.disturbed import assert_as_if_undisturbed, job
 from tests.support.hosts_run import SERVER, WORKER, WORKERS, training
-from tests.support.killer import Killer, one_of
+from tests.support.killer import Killer, kill_one
+from tests.support.mnist_run import assert_as_if_undisturbed, job
 from tests.support.nodes import Nodes
 
 EPOCHS = 80
-SECONDS = 0.02  # of a gradient
+SECONDS = 0.02  # sleep before each gradient
 RUN_S = 1200.0
-POWERLESS_S = (1.0, 20.0)  # shorter and longer than Ray takes to miss a host
+OFF_S = (1.0, 20.0)  # some shorter, some longer than the time in which Ray notices a lost host
 
 
 @pytest.mark.chaos
@@ -26,16 +26,16 @@ def test_kills_of_workers_servers_and_hosts_change_nothing_but_the_time(
     nodes: Nodes, tmp_path: Path, mnist_file: Path
 ) -> None:
     def a_server(rng: random.Random) -> bool:
-        return one_of([process for host in nodes.hosts for process in host.processes(SERVER)], rng)
+        return kill_one([process for host in nodes.hosts for process in host.processes(SERVER)], rng)
 
     def a_worker(rng: random.Random) -> bool:
-        return one_of([process for host in nodes.hosts for process in host.processes(WORKER)], rng)
+        return kill_one([process for host in nodes.hosts for process in host.processes(WORKER)], rng)
 
     def a_host(rng: random.Random) -> bool:
-        """Any but the head, which is the driver's."""
+        """Kill any host but the head, which runs the driver."""
         rng.choice(nodes.hosts[1:]).kill()
-        Event().wait(rng.uniform(*POWERLESS_S))
-        nodes.mend()
+        Event().wait(rng.uniform(*OFF_S))
+        nodes.repair()
         return True
 
     scaling = {"workers": WORKERS, "servers": 2}
@@ -50,6 +50,8 @@ def test_kills_of_workers_servers_and_hosts_change_nothing_but_the_time(
         result = run.result()
     assert set(killer.killed) == set(ways)
     lost = {"server_lost", "worker_lost"}
-    assert lost <= result.failures.keys() <= lost | {"worker_silent"}  # as a host that is gone may seem at first
+    assert (
+        lost <= result.failures.keys() <= lost | {"worker_silent"}
+    )  # a lost host may look like a silent worker at first
     assert_as_if_undisturbed(result, undisturbed, EPOCHS)
     eventually(lambda: not any(host.processes(name) for host in nodes.hosts for name in (SERVER, WORKER)), LIMIT_S)

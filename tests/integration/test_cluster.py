@@ -1,4 +1,4 @@
-"""Runs on a cluster that is there already, with authentication: driven from here, and submitted as Ray jobs."""
+"""Runs on a running cluster with authentication: driven from this process, and submitted as Ray jobs."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ TRAIN = ("train", DIGITS, "--set", "run.epochs=3")
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A cluster of one node with 4 CPUs."""
+    """A running cluster of one node with 4 CPUs."""
 
     address: str
     dashboard: str
     environment: dict[str, str]
 
     def living(self) -> list[str]:
-        """Classes of the actors that live, Ray's own for its jobs included."""
+        """Return the class names of the actors that are alive, including those of Ray's job manager."""
         token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
         with closing(HTTPConnection(self.dashboard.removeprefix("http://"), timeout=LIMIT_S)) as dashboard:
             dashboard.request("GET", "/api/v0/actors", headers={"Authorization": f"Bearer {token}"})
@@ -53,8 +53,8 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(ray_home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
-    """Started by a process that is ours, by its full path, on ports that were free, with a token of its own."""
-    bin_ = Path(sys.executable).parent  # which is not on the PATH
+    """Start a head by its full path, on free ports and with a token of its own; it ends with the module."""
+    bin_ = Path(sys.executable).parent  # not on the PATH of the head
     token = ray_home / "token"
     token.write_text(token_hex(32))
     secured = environment | {
@@ -89,14 +89,14 @@ def cluster(ray_home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
 
 @pytest.fixture
 def command(cluster: Cluster, tmp_path: Path) -> CommandLine:
-    """The command line, somewhere else than the source, with the cluster's token."""
+    """Return the command line outside the source tree, with the cluster's token."""
     return CommandLine(cluster.environment, tmp_path)
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on just now, and that the system gives to nobody who asks for any."""
-    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    candidates = list(range(10_000, first_given))
+    """Return different free ports below the range from which the system gives out ports itself."""
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = list(range(10_000, first_ephemeral))
     found = list[int]()
     random.Random(os.getpid()).shuffle(candidates)  # noqa: S311 (nothing here is a secret)
     for port in candidates:
@@ -109,13 +109,14 @@ def free_ports(count: int) -> list[int]:
 
 
 def job_status(command: CommandLine, cluster: Cluster, run: str) -> str:
+    """Return the status of a submitted run, as Ray's job manager names it."""
     told = command.run("status", run, "--address", cluster.dashboard)
     assert told.returncode == 0, told.stderr
     return str(json.loads(told.stdout)["status"])
 
 
 def copy_source(folder: Path) -> Path:
-    """A copy of the packages whose workers write down which file they are."""
+    """Copy both packages; each process that imports the copied worker module writes down the module's path."""
     for package in (psgd, psgd_workers):
         shutil.copytree(Path(str(package.__file__)).parent, folder / "source" / package.__name__)
     with (folder / "source" / "psgd_workers" / "worker.py").open("a") as file:
@@ -134,7 +135,7 @@ def test_a_driver_here_ships_its_source_and_leaves_no_actor(
     assert (result["status"], result["path"]) == ("finished", str(tmp_path / "runs" / "digits"))
     imported = [Path(file.read_text()) for file in tmp_path.glob("*.imported")]
     shipped = [file for file in imported if "py_modules_files" in file.parts]
-    assert len(shipped) >= 2  # the server and a worker; the driver itself imported the copy
+    assert len(shipped) >= 2  # one server and one worker; the driver itself imported the copy
     assert set(imported) - set(shipped) == {source / "psgd_workers" / "worker.py"}
     eventually(lambda: cluster.living() == [])
 
@@ -179,7 +180,7 @@ def build(told):
 
 
 def own_job(folder: Path, **run: Any) -> str:
-    """A job whose model is a package of the user's, `ours`, that is installed nowhere."""
+    """Write a job whose model is the user's package `ours`, which is not installed; return the job file's path."""
     (folder / "ours").mkdir(exist_ok=True)
     (folder / "ours" / "__init__.py").write_text(MODEL)
     tree = {
@@ -268,7 +269,7 @@ def test_the_dashboards_port_is_recognised_at_once(cluster: Cluster, command: Co
 
 
 def test_a_job_that_its_driver_refuses_is_refused_here_and_told_once(cluster: Cluster, command: CommandLine) -> None:
-    job = own_job(command.folder, epochs=2)  # its model is not sent along
+    job = own_job(command.folder, epochs=2)  # without --py-module, so the cluster lacks its model
     refused = command.run("submit", job, "--address", cluster.dashboard)
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.count("No module named 'ours'") == 1
