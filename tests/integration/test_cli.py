@@ -75,12 +75,12 @@ def test_train_prints_one_json_document_and_nothing_else(finished: tuple[Command
 
 
 def test_progress_and_the_summary_go_to_stderr(finished: tuple[CommandLine, CompletedProcess[str]]) -> None:
-    told = finished[1].stderr
-    assert [line.split("  ")[0] for line in told.splitlines() if line.startswith("epoch ")] == [
+    stderr = finished[1].stderr
+    assert [line.split("  ")[0] for line in stderr.splitlines() if line.startswith("epoch ")] == [
         f"epoch {epoch}/3" for epoch in (1, 2, 3)
     ]
-    assert "finished digits: 3 epochs, 270 updates" in told
-    assert "--resume" not in told
+    assert "finished digits: 3 epochs, 270 updates" in stderr
+    assert "--resume" not in stderr
 
 
 def test_nothing_outlives_a_run(finished: tuple[CommandLine, CompletedProcess[str]]) -> None:
@@ -111,10 +111,10 @@ def interrupt(psgd: CommandLine, mode: str, send: Callable[[int, int], None], nu
     with psgd.started(*train(ENDLESS, "--resume"), RAY_AUTH_MODE=mode) as driver:
         eventually(lambda: len(recorded(run, "evaluated")) > seen)
         send(driver.pid, number)
-        told = driver.communicate(timeout=LIMIT_S)[1]
-    assert driver.returncode == 130, told
-    assert "psgd: interrupted: the run is saved and ended." in told
-    assert "the same command with --resume continues it" in told
+        stderr = driver.communicate(timeout=LIMIT_S)[1]
+    assert driver.returncode == 130, stderr
+    assert "psgd: interrupted: the run is saved and ended." in stderr
+    assert "the same command with --resume continues it" in stderr
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["ledger"]["batches"]) == ("interrupted", result["ledger"]["applied"])
     assert recorded(run, "checkpoint")[-1]["updates"] == result["updates"] > 0
@@ -166,11 +166,11 @@ def test_stop_ends_a_run_from_another_process(psgd: CommandLine) -> None:
         eventually(lambda: recorded(run, "evaluated"))
         running = json.loads(psgd.run("status", "digits").stdout)
         assert psgd.run("stop", "digits").returncode == 0
-        out, told = driver.communicate(timeout=LIMIT_S)
+        out, stderr = driver.communicate(timeout=LIMIT_S)
     assert (running["status"], running["owner"]["pid"]) == ("running", driver.pid)
-    assert driver.returncode == 0, told
+    assert driver.returncode == 0, stderr
     assert json.loads(out)["status"] == "stopped"
-    assert "the same command with --resume continues it" in told
+    assert "the same command with --resume continues it" in stderr
     assert [event["accepted"] for event in recorded(run, "command")] == [True]
     assert json.loads(psgd.run("status", "digits").stdout) == json.loads(out)
     eventually(lambda: not psgd.processes())

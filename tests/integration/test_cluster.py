@@ -73,13 +73,13 @@ def cluster(ray_home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
         "object-store-memory": str(200 * 2**20),
     }
     command = [str(bin_ / "ray"), "start", "--head", "--block", *(f"--{name}={text}" for name, text in options.items())]
-    told = ray_home / "ray.log"
+    log_file = ray_home / "ray.log"
     with (
-        told.open("w") as log,
+        log_file.open("w") as log,
         subprocess.Popen(command, env=secured, stdout=log, stderr=log, start_new_session=True) as head,
     ):
         try:
-            eventually(lambda: "will now block" in told.read_text(), LIMIT_S)
+            eventually(lambda: "will now block" in log_file.read_text(), LIMIT_S)
             yield Cluster(f"127.0.0.1:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}", secured)
         finally:
             head.terminate()
@@ -110,9 +110,9 @@ def free_ports(count: int) -> list[int]:
 
 def job_status(command: CommandLine, cluster: Cluster, run: str) -> str:
     """Return the status of a submitted run, as Ray's job manager names it."""
-    told = command.run("status", run, "--address", cluster.dashboard)
-    assert told.returncode == 0, told.stderr
-    return str(json.loads(told.stdout)["status"])
+    done = command.run("status", run, "--address", cluster.dashboard)
+    assert done.returncode == 0, done.stderr
+    return str(json.loads(done.stdout)["status"])
 
 
 def copy_source(folder: Path) -> Path:
@@ -161,8 +161,8 @@ def test_a_submitted_job_is_followed_by_status_and_logs(cluster: Cluster, comman
     assert submitted.stdout.startswith("raysubmit_")
     eventually(lambda: job_status(command, cluster, "digits") not in ("PENDING", "RUNNING"), LIMIT_S)
     assert job_status(command, cluster, "digits") == "SUCCEEDED"
-    told = json.loads(command.run("status", "digits", "--address", cluster.dashboard).stdout)
-    assert told["progress"].startswith("epoch 3/3 done  loss ")
+    status = json.loads(command.run("status", "digits", "--address", cluster.dashboard).stdout)
+    assert status["progress"].startswith("epoch 3/3 done  loss ")
     assert "finished digits: 3 epochs" in command.run("logs", "digits", "--address", cluster.dashboard).stdout
     assert json.loads((storage / "digits" / "result.json").read_text())["status"] == "finished"
     assert json.loads(command.run("status", "digits", "--storage", str(storage)).stdout)["epochs"] == 3
@@ -173,8 +173,8 @@ from pathlib import Path
 import psgd_workers
 from psgd_workers.models.numpy.network import Network
 
-def build(told):
-    Path(told).write_text(f"{__file__}\\n{psgd_workers.__file__}")
+def build(record):
+    Path(record).write_text(f"{__file__}\\n{psgd_workers.__file__}")
     return Network((64, 10), "cross_entropy")
 """
 
@@ -185,7 +185,7 @@ def own_job(folder: Path, **run: Any) -> str:
     (folder / "ours" / "__init__.py").write_text(MODEL)
     tree = {
         "name": "own",
-        "model": {"kind": "python", "path": "ours:build", "kwargs": {"told": str(folder / "told")}},
+        "model": {"kind": "python", "path": "ours:build", "kwargs": {"record": str(folder / "record")}},
         "data": {"format": "sklearn", "dataset": "digits"},
         "optimizer": {"lr": 0.1},
         "checkpoint": {"every_updates": 100},
@@ -202,7 +202,7 @@ def test_a_users_model_travels_and_the_run_is_continued_and_stopped(cluster: Clu
     waited = command.run("submit", own_job(folder, epochs=2), *options)
     assert waited.returncode == 0, waited.stderr
     assert "finished own: 2 epochs" in waited.stderr
-    model, workers = map(Path, (folder / "told").read_text().splitlines())
+    model, workers = map(Path, (folder / "record").read_text().splitlines())
     assert model.parts[-2:] == ("ours", "__init__.py")
     assert all("py_modules_files" in file.parts for file in (model, workers))
 
@@ -212,9 +212,9 @@ def test_a_users_model_travels_and_the_run_is_continued_and_stopped(cluster: Clu
         assert recorded(run, "started")[-1]["resumed"] is not None
         assert job_status(command, cluster, "own") == "RUNNING"
         assert command.run("stop", "own", "--address", cluster.dashboard).returncode == 0
-        told = waiting.communicate(timeout=LIMIT_S)[1]
-    assert waiting.returncode == 3, told
-    assert "ended STOPPED" in told
+        stderr = waiting.communicate(timeout=LIMIT_S)[1]
+    assert waiting.returncode == 3, stderr
+    assert "ended STOPPED" in stderr
     newest = recorded(run, "checkpoint")[-1]
     assert newest["updates"] > 2 * 57  # ceil(1797 / 32) batches an epoch
     assert (run / "checkpoints" / newest["name"] / "COMMITTED").exists()
@@ -281,9 +281,9 @@ def test_ctrl_c_leaves_a_submitted_run_going_on(cluster: Cluster, command: Comma
     with command.started("submit", job, "--py-module", "ours", "--address", cluster.dashboard) as waiting:
         eventually(lambda: recorded(run, "evaluated") or recorded(run, "checkpoint"), LIMIT_S)
         os.killpg(waiting.pid, signal.SIGINT)
-        told = waiting.communicate(timeout=LIMIT_S)[1]
+        stderr = waiting.communicate(timeout=LIMIT_S)[1]
     assert waiting.returncode == 130
-    assert f"psgd stop own --address {cluster.dashboard}" in told
+    assert f"psgd stop own --address {cluster.dashboard}" in stderr
     assert job_status(command, cluster, "own") == "RUNNING"
     assert command.run("stop", "own", "--address", cluster.dashboard).returncode == 0
     eventually(lambda: cluster.living() == [])

@@ -29,9 +29,9 @@ def test_a_run_whose_raylet_dies_has_failed_and_can_be_resumed(psgd: CommandLine
         eventually(lambda: recorded(run, "checkpoint"))
         (killed,) = ray_processes(raylet, psgd.environment["RAY_TMPDIR"])
         os.kill(killed, signal.SIGKILL)
-        out, told = driver.communicate(timeout=2 * LIMIT_S)
-    assert driver.returncode == 3, told
-    assert "Traceback" not in told
+        out, stderr = driver.communicate(timeout=2 * LIMIT_S)
+    assert driver.returncode == 3, stderr
+    assert "Traceback" not in stderr
     result = json.loads(out)
     assert result["status"] == "failed"
     assert "the cluster is gone" in result["error"]

@@ -37,8 +37,8 @@ def training(nodes: Nodes, spec: psgd.JobSpec, limit_s: float = RUN_S) -> Iterat
     def train() -> psgd.Result:
         done = command.run("train", str(file), "--address", nodes.address, "--json")
         assert done.returncode == 0, done.stderr
-        told: dict[str, Any] = json.loads(done.stdout)
-        return psgd.Result(**told | {"ledger": LedgerCounts(**told["ledger"])})
+        fields: dict[str, Any] = json.loads(done.stdout)
+        return psgd.Result(**fields | {"ledger": LedgerCounts(**fields["ledger"])})
 
     with ThreadPoolExecutor(1) as pool:
         under_way = pool.submit(train)

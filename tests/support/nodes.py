@@ -102,5 +102,5 @@ class Nodes:
 
     def _wait_started(self, host: Host, process: subprocess.Popen[str]) -> None:
         if process.wait(LIMIT_S):
-            told = (self._home / host.address.rpartition(".")[2] / "start.log").read_text()
-            raise OSError(f"Ray did not start on {host.address}: {told}")
+            log = (self._home / host.address.rpartition(".")[2] / "start.log").read_text()
+            raise OSError(f"Ray did not start on {host.address}: {log}")

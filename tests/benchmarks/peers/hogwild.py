@@ -1,6 +1,6 @@
 """PyTorch Hogwild: two processes write to one shared model without locks.
 
-Each batch is taken from a shared counter, so that a slow process holds nothing back.
+Each process takes its batches from a shared counter, so that a slow process holds no batch back.
 
 References:
     Recht, Re, Wright, Niu (2011), "Hogwild!: A Lock-Free Approach to Parallelizing Stochastic Gradient Descent".
@@ -26,7 +26,7 @@ __all__ = ["measure"]
 
 
 def measure(seconds: float) -> Measurement:
-    """Updates of both processes together."""
+    """Measure the updates per second of both processes together."""
     model = network()
     model.share_memory()
     spans = run_process_group(NUM_WORKERS, _train, SPAWN.Barrier(NUM_WORKERS), SPAWN.Value(c_int64, 0), model, seconds)
