@@ -96,7 +96,7 @@ def claims(results: Sequence[Reached]) -> list[Claim]:
     level = [_mean(results, "ringmaster", number) / _mean(results, "ringmaster", fewest) for number in others]
     found = [
         Claim(
-            f"ringmaster is level in the number of workers: time over that with {fewest} in .7 to 1.3",
+            f"ringmaster does not depend on the number of workers: its time is .7 to 1.3 of that with {fewest} workers",
             spread(level, ".2f"),
             min(level) >= 0.7 and max(level) <= 1.3,
         )

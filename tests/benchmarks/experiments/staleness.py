@@ -109,9 +109,9 @@ def claims(results: Sequence[Trained]) -> list[Claim]:
     aware = [mean(_errors(results, AWARE, s)) - level for s in _staleness(results)]
     taus = [one.staleness / one.s for one in results if one.method == AWARE]
     return [
-        Claim("a fixed rate fails at staleness 15 and more: test error > .8", spread(fixed, ".2f"), min(fixed) > 0.8),
+        Claim("a fixed rate fails at staleness 15 and above: test error > .8", spread(fixed, ".2f"), min(fixed) > 0.8),
         Claim(
-            "a rate over staleness is level with hard sync: error at most .03 above its",
+            "a rate divided by staleness equals hard sync: error at most .03 above that of hard sync",
             f"{spread(aware, '+.3f')}, hard sync {level:.3f}",
             max(aware) <= 0.03,
         ),
