@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import NamedTuple
 
-__all__ = ["Measurement", "Span", "measured_for", "repeat", "seconds_parser"]
+__all__ = ["Measurement", "Span", "repeat", "run_command_line", "seconds_parser"]
 
 
 class Span(NamedTuple):
@@ -65,7 +65,7 @@ def repeat(update: Callable[[], None], going: Callable[[Span], bool]) -> Span:
     return span
 
 
-def measured_for(measure: Callable[[float], Measurement], description: str | None) -> None:
+def run_command_line(measure: Callable[[float], Measurement], description: str | None) -> None:
     """Run a peer's command line: measure for `--seconds`, and print the measurement as one line of JSON."""
     arguments = seconds_parser(description).parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes of the peer are ended, too

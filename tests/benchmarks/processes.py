@@ -21,9 +21,7 @@ class Memory(NamedTuple):
     @classmethod
     def of_rollup(cls, text: str) -> Memory:
         """Read `/proc/PID/smaps_rollup`."""
-        lines = (
-            line.split() for line in text.splitlines()[1:]
-        )  # the first line names the mapping; then lines such as "Pss:  1234 kB"
+        lines = (line.split() for line in text.splitlines()[1:])  # such as "Pss:  1234 kB", after a first line of names
         kilobytes = {name.rstrip(":"): int(value) for name, value, *_ in lines}
         own = kilobytes["Pss_Anon"] + kilobytes["Pss_Shmem"]
         return cls(*(amount * 1024 / MB for amount in (kilobytes["Rss"], kilobytes["Pss"], own)))

@@ -76,7 +76,7 @@ def findings(turns: Mapping[str, Sequence[float]]) -> list[Finding]:
 
 
 def first_applied(path: Path) -> float:
-    """When a run's server took the first gradient that it applied, on the machine's monotonic clock, in seconds.
+    """Return the time of the first push that a run's server applied, in seconds of the machine's monotonic clock.
 
     Args:
         path: the run's directory.

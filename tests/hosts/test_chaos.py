@@ -39,15 +39,15 @@ def test_kills_of_workers_servers_and_hosts_change_nothing_but_the_time(
         return True
 
     scaling = {"workers": WORKERS, "servers": 2}
-    with training(nodes, job(tmp_path, mnist_file, EPOCHS, 0.0, scaling=scaling, name="undisturbed"), RUN_S) as run:
-        undisturbed = run.result()
+    with training(nodes, job(tmp_path, mnist_file, EPOCHS, 0.0, scaling=scaling, name="undisturbed"), RUN_S) as future:
+        undisturbed = future.result()
     ways = {"server": a_server, "worker": a_worker, "host": a_host}
     killer = Killer(ways, (1, 1, 1), (3.0, 10.0), times=1000, seed=0)
     with (
-        training(nodes, job(tmp_path, mnist_file, EPOCHS, SECONDS, scaling=scaling, name="disturbed"), RUN_S) as run,
+        training(nodes, job(tmp_path, mnist_file, EPOCHS, SECONDS, scaling=scaling, name="disturbed"), RUN_S) as future,
         killer.at_work(),
     ):
-        result = run.result()
+        result = future.result()
     assert set(killer.killed) == set(ways)
     lost = {"server_lost", "worker_lost"}
     assert (

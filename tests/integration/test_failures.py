@@ -21,7 +21,7 @@ from tests.support.digits_run import (
     ENDLESS,
     assert_stopped_exactly,
     job,
-    stop_later,
+    stop_after_epochs,
     training,
 )
 from tests.support.killer import ray_processes
@@ -48,7 +48,7 @@ def test_a_server_that_dies_is_restored_and_the_run_goes_on(tmp_path: Path, loca
         eventually(lambda: recorded(run, "checkpoint"))
         kill(SERVER, local_ray)
         eventually(lambda: recorded(run, "server_restored"))
-        stop_later(run)
+        stop_after_epochs(run)
         result = under_way.result(LIMIT_S)
     assert_stopped_exactly(result)
     assert result.failures == {"server_lost": 1}
@@ -63,7 +63,7 @@ def test_a_server_that_dies_before_the_first_checkpoint_begins_again(tmp_path: P
         eventually(lambda: recorded(run, "worker_up"))
         kill(SERVER, local_ray)
         eventually(lambda: len(recorded(run, "server_started")) == 2)
-        stop_later(run)
+        stop_after_epochs(run)
         result = under_way.result(LIMIT_S)
     assert_stopped_exactly(result)
     assert recorded(run, "server_started")[-1]["checkpoint"] is None
@@ -90,7 +90,7 @@ def test_a_second_driver_goes_on_from_what_the_first_saved_until_then(
         with training(job(tmp_path, ENDLESS, checkpoint=checkpoint), resume=True) as second:
             with pytest.raises(RunFailedError, match="taken over"):
                 first.result(LIMIT_S)
-            stop_later(run)
+            stop_after_epochs(run)
             result = second.result(LIMIT_S)
     assert_stopped_exactly(result)
     (_, taken) = recorded(run, "started")
@@ -121,7 +121,7 @@ def test_a_running_job_is_scaled_up_and_down(tmp_path: Path) -> None:
         eventually(lambda: len(recorded(run, "worker_stopped")) == 2)
         directory.command("scale", ["none"])
         eventually(lambda: len(recorded(run, "command")) == 3)
-        stop_later(run)
+        stop_after_epochs(run)
         result = under_way.result(LIMIT_S)
     assert_stopped_exactly(result)
     assert result.failures == {}

@@ -13,7 +13,7 @@ import pytest
 import psgd
 from psgd.errors import RunFailedError
 from tests.support.command_line import LIMIT_S, eventually, recorded
-from tests.support.digits_run import DATA, ENDLESS, stop_later, training
+from tests.support.digits_run import DATA, ENDLESS, stop_after_epochs, training
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -75,7 +75,7 @@ def test_auto_takes_shared_memory_on_one_node(tmp_path: Path) -> None:
 def test_shared_memory_is_gone_with_its_run(tmp_path: Path) -> None:
     with training(job(tmp_path, epochs=ENDLESS)) as under_way:
         eventually(shared_memory)
-        stop_later(tmp_path / "run")
+        stop_after_epochs(tmp_path / "run")
         assert under_way.result(LIMIT_S).status == "stopped"
     eventually(lambda: not shared_memory())  # Ray ends processes with a delay
 

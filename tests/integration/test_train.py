@@ -18,7 +18,7 @@ from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, FloatArray
 from psgd_workers.models import Model, build_model
 from tests.support.command_line import LIMIT_S, eventually, recorded
-from tests.support.digits_run import DATA, ENDLESS, stop_later, training
+from tests.support.digits_run import DATA, ENDLESS, stop_after_epochs, training
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -138,7 +138,7 @@ def test_a_worker_killed_mid_epoch_is_replaced_and_every_batch_counts_once(tmp_p
     run = tmp_path / "run"
     with training(job(tmp_path, model=model, run={"epochs": ENDLESS}, **both)) as under_way:
         eventually(lambda: len(recorded(run, "worker_up")) == 3)
-        stop_later(run)
+        stop_after_epochs(run)
         stopped = under_way.result(LIMIT_S)
     assert (tmp_path / "dead").exists()
     assert (len(events(stopped, "worker_lost")), len(events(stopped, "worker_started"))) == (1, 3)

@@ -25,7 +25,7 @@ __all__ = [
     "assert_stopped_exactly",
     "job",
     "stop",
-    "stop_later",
+    "stop_after_epochs",
     "training",
 ]
 
@@ -73,7 +73,7 @@ def stop(run: Path) -> None:
     RunDirectory(Storage(str(run))).command("stop")
 
 
-def stop_later(run: Path, epochs: int = 2) -> None:
+def stop_after_epochs(run: Path, epochs: int = 2) -> None:
     """Wait until a run has validated this number of further epochs, then stop it."""
     seen = len(recorded(run, "evaluated"))
     eventually(lambda: len(recorded(run, "evaluated")) >= seen + epochs)

@@ -5,8 +5,8 @@ Delays, NeurIPS 2022.
 
 Setting: least squares of 2000 × 100, F(x) = |Ax - b|² / 4000, entries of A from U[0, 1] / √100, b = Ax₀ + N(0, .1) with
 x₀ from U[-1, 1]; 20 workers, batches of 64 drawn with replacement, 8000 gradients. Rates, fixed beforehand: minibatch
-1.5 / L, async .18 / L, and .06 / L where one worker is slow. Delays: exponential of mean 1; lognormal (0, 1); all take
-1, one takes 20. Measured is the virtual time until F - F* is at most .002. minibatch is mode bsp.
+1.5 / L, async .18 / L, and .06 / L where one worker is slow. Delays: exponential of mean 1; lognormal (0, 1); 20 for
+one worker and 1 for all others. Measured is the virtual time until F - F* is at most .002. minibatch is mode bsp.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tests.benchmarks.experiments.runs import Claim, TimedRun, job, spread
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Course", "claims", "figure", "run"]
+__all__ = ["Trajectory", "claims", "figure", "run"]
 
 WORKERS = 20
 GRADIENTS = 8000
 TARGET = 2e-3
-SPARE = 4000  # further batches, so that leases do not shrink before the end of the epoch
+SPARE = 4000  # further batches in the epoch: near its end leases shrink, which the measurement must not meet
 EVERY = 80  # gradients between two points of a curve
 MINIBATCH = "minibatch"
 ASYNC = "async"
@@ -37,7 +37,7 @@ MINIBATCH_RATE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class Trajectory:
     """The outcome of one run."""
 
     method: str
@@ -47,7 +47,7 @@ class Course:
     points: tuple[tuple[float, float], ...]  # (virtual seconds, F - F*)
 
 
-def run(seeds: Sequence[int]) -> list[Course]:
+def run(seeds: Sequence[int]) -> list[Trajectory]:
     """Run both methods with each kind of delays."""
     return [_run(method, delays, seed) for delays in DELAYS for method in (MINIBATCH, ASYNC) for seed in seeds]
 
@@ -72,16 +72,16 @@ class _CurveRecorder:
         return gradients >= GRADIENTS
 
 
-def _run(method: str, delays: str, seed: int) -> Course:
+def _run(method: str, delays: str, seed: int) -> Trajectory:
     squares = LeastSquares(seed)
     mode, rate, per_step = ("bsp", MINIBATCH_RATE, WORKERS) if method == MINIBATCH else ("async", RATES[delays], 1)
     recorder = _CurveRecorder(squares, per_step)
     spec = job(WORKERS, rate / squares.smoothness, {"mode": mode})
     TimedRun(spec, squares.problem(GRADIENTS + SPARE), DELAYS[delays], seed, recorder.done).run()
-    return Course(method, delays, seed, recorder.seconds, tuple(recorder.points))
+    return Trajectory(method, delays, seed, recorder.seconds, tuple(recorder.points))
 
 
-def claims(results: Sequence[Course]) -> list[Claim]:
+def claims(results: Sequence[Trajectory]) -> list[Claim]:
     """Compare the paper's claim with the results, for each kind of delays and every seed."""
     found = []
     for delays in DELAYS:
@@ -95,7 +95,7 @@ def claims(results: Sequence[Course]) -> list[Claim]:
     return found
 
 
-def figure(results: Sequence[Course]) -> Figure:
+def figure(results: Sequence[Trajectory]) -> Figure:
     """Draw F - F* over time, for the first seed."""
     from psgd.monitoring.plots import Curve, curves
 

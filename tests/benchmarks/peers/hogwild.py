@@ -16,7 +16,7 @@ from multiprocessing.synchronize import Barrier
 import torch
 from torch import nn
 
-from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
+from tests.benchmarks.measurement import Measurement, Span, repeat, run_command_line
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import accuracy, backpropagate, network
 from tests.benchmarks.process_group import SPAWN, run_process_group, take
@@ -47,4 +47,4 @@ def _train(rank: int, start: Barrier, taken: Synchronized[int], model: nn.Module
 
 
 if __name__ == "__main__":
-    measured_for(measure, __doc__)
+    run_command_line(measure, __doc__)

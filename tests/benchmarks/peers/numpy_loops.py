@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd_workers.messages import FloatArray
-from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
+from tests.benchmarks.measurement import Measurement, Span, repeat, run_command_line
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.process_group import SPAWN, run_process_group
 from tests.benchmarks.setting import LEARNING_RATE, NUM_WORKERS, SIZES
@@ -83,4 +83,4 @@ def _loop(rank: int, start: Barrier, seconds: float) -> tuple[Span, float]:
 
 
 if __name__ == "__main__":
-    measured_for(measure, __doc__)
+    run_command_line(measure, __doc__)

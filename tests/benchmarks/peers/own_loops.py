@@ -1,6 +1,6 @@
 """The limit: psgd's own backpropagation and a plain step, in each of two processes that share nothing.
 
-`psgd_job` is slower by the work that brings the gradients of both workers into one vector.
+`psgd_job` is slower than that by the work of applying the gradients of both workers to the same weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
-from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
+from tests.benchmarks.measurement import Measurement, Span, repeat, run_command_line
 from tests.benchmarks.peers.psgd_job import job
 from tests.benchmarks.process_group import SPAWN, run_process_group
 from tests.benchmarks.setting import NUM_WORKERS
@@ -64,4 +64,4 @@ def _loop(rank: int, start: Barrier, seconds: float) -> tuple[Span, float]:
 
 
 if __name__ == "__main__":
-    measured_for(measure, __doc__)
+    run_command_line(measure, __doc__)

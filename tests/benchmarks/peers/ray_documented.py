@@ -20,7 +20,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
+from tests.benchmarks.measurement import Measurement, Span, repeat, run_command_line
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import accuracy, backpropagate, network
 from tests.benchmarks.process_group import ONE_THREAD
@@ -94,4 +94,4 @@ def _train(seconds: float) -> tuple[Span, dict[str, torch.Tensor]]:
 
 
 if __name__ == "__main__":
-    measured_for(measure, __doc__)
+    run_command_line(measure, __doc__)
