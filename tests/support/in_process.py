@@ -27,7 +27,7 @@ EVALUATE_S = TIMING.evaluate_s
 LATE_S = 0.5  # time from a worker's death to the arrival of its late push
 MAX_EVENTS = 50_000
 
-Kind = TypeVar("Kind", bound=Action)
+SomeAction = TypeVar("SomeAction", bound=Action)
 
 FaultKind = Literal["before", "after", "late", "torn", "silent", "lane"]
 
@@ -204,6 +204,6 @@ class InProcess(VirtualCluster):
         """Run until the job ends; fail after `max_events` events or `max_s` virtual seconds."""
         return super().run(max_events, max_s)
 
-    def did(self, kind: type[Kind]) -> list[tuple[float, Kind]]:
+    def did(self, kind: type[SomeAction]) -> list[tuple[float, SomeAction]]:
         """Return the coordinator's actions of one kind, each with its virtual time."""
         return [(at, action) for at, action in self.actions if isinstance(action, kind)]

@@ -33,8 +33,8 @@ GRID = EpochGrid((8,), 8)
 SAVED_AT = 3 * GRID.num_batches - 1  # pushes: two whole epochs, and the third without its last batch
 # Order in which the workers push, in each epoch, for modes whose memory depends on it. This order fills both tables of
 # `ringleader` as far as possible.
-TURNS = {"ringleader": "01220001"}
-IN_TURN = "012"  # the order of other modes
+ORDERS = {"ringleader": "01220001"}
+DEFAULT_ORDER = "012"  # the order of other modes
 SAVE_S = 60.0
 
 
@@ -61,12 +61,12 @@ def run(spec: JobSpec, sent: Sequence[Gradient], folder: str) -> None:
     for push in sent:
         host.join(push.worker)
     answers: list[Receipt] = []
-    turns = TURNS.get(spec.consistency.mode, IN_TURN)
+    order = ORDERS.get(spec.consistency.mode, DEFAULT_ORDER)
 
     def push_one(number: int) -> None:
         epoch, position = divmod(number, GRID.num_batches)
-        turn = position if spec.consistency.mode in TURNS else number
-        push = sent[int(turns[turn % len(turns)])]
+        place = position if spec.consistency.mode in ORDERS else number
+        push = sent[int(order[place % len(order)])]
         host.push(push._replace(batch=GRID.batch(epoch, position), read=server.version), answers.append)
 
     pushed = 0
