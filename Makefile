@@ -1,48 +1,48 @@
-# One short command per habit. Needs Python 3.11 or newer and a package registry; everything goes into .venv.
+# One short command for each task. Needs Python 3.11 or newer and a package registry; everything is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Exact versions for what is installed, and for what builds it.
+# Exact versions of the installed packages and of the packages that build them.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
-# Else each of a thousand test processes compiles psgd anew.
+# If it were set, each of a thousand test processes would compile psgd again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test lint types imports unit integration chaos bench clean
 .NOTPARALLEL:
 
-help: ## show this list
+help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/data.stamp ## train on the digits that come with scikit-learn, with 2 workers: two minutes at first
+demo: .venv/data.stamp ## train on scikit-learn's digits with 2 workers; the first time takes two minutes
 	$(BIN)/psgd train deploy/jobs/digits.yaml --name digits-$$(date +%Y%m%d-%H%M%S)
 
-test: lint types imports unit integration ## all that a change must pass; CI runs this
+test: lint types imports unit integration ## run all checks that a change must pass, as CI does
 
-lint: .venv/dev.stamp ## ruff: rules and format
+lint: .venv/dev.stamp ## check rules and format with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/dev.stamp ## mypy, strict
+types: .venv/dev.stamp ## check types with mypy, strict
 	$(BIN)/mypy
 
-imports: .venv/dev.stamp ## imports run one way
+imports: .venv/dev.stamp ## check that imports run one way
 	$(BIN)/lint-imports
 
-unit: .venv/dev.stamp ## fast tests, one file per module; those of the benchmarks, too
+unit: .venv/dev.stamp ## run the fast tests: unit tests, fault injection, arithmetic of the benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 tests/unit tests/simulation tests/benchmarks
 
-integration: .venv/dev.stamp ## tests on a real, local Ray cluster; as root, on several hosts in network namespaces, too
+integration: .venv/dev.stamp ## run the tests on a real, local Ray; as root on Linux, also on three hosts in network namespaces
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration tests/hosts
 
-chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, kills at random on real Ray and of hosts, hosts cut off; about 40 minutes
+chaos: .venv/dev.stamp ## run 20,000 simulated runs with faults, and kill processes and hosts on real Ray; 40 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --hypothesis-profile anew tests/unit/core
 	$(BIN)/pytest -m chaos tests/integration tests/hosts
 
-bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published experiments; into bench/; about an hour
+bench: .venv/dev.stamp ## measure speed beside its peers, run the published experiments; results in bench/; an hour
 	$(BIN)/python -m tests.benchmarks.throughput
 	$(BIN)/python -m tests.benchmarks.throughput --seconds 20 --only psgd_job own_loops psgd_unvalidated_job --out bench/steady.json
 	$(BIN)/python -m tests.benchmarks.transfer
@@ -58,11 +58,11 @@ bench: .venv/dev.stamp ## speed, beside plain NumPy and torch; the published exp
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.experiments
 	$(BIN)/python -m tests.benchmarks.order
 
-clean: ## remove .venv and all caches; runs/ and bench/ stay
+clean: ## remove .venv and all caches; keep runs/ and bench/
 	rm -rf .venv .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# .venv/EXTRA.stamp: psgd is installed with that extra, as pyproject.toml and constraints.txt now say.
+# .venv/EXTRA.stamp exists if psgd is installed with that extra, as pyproject.toml and constraints.txt say now.
 .venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/pip install -qq --editable '.[$*]'
 	@touch $@

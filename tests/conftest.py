@@ -1,4 +1,4 @@
-"""Settings that all tests share: repeatable random draws, and clusters with folders and names of their own."""
+"""Settings and fixtures that all tests share: repeatable random draws, the data, folders and environment for Ray."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.benchmarks.mnist import mnist_path
 
-# What is drawn is a function of the test, so that it fails in every run or in none; `make chaos` draws anew. How long a
-# draw takes is the machine's matter.
+# Hypothesis draws the same examples in every run, so that a test fails always or never; `make chaos` draws new ones.
+# A draw has no time limit, because machines differ.
 settings.register_profile("anew", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("repeatable", settings.get_profile("anew"), derandomize=True)
 settings.load_profile("repeatable")
@@ -21,22 +21,22 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(scope="session")
 def mnist_file() -> Path:
-    """MNIST in Keras' layout, which does not come with the repository."""
+    """Return the path of MNIST in Keras' layout, or skip the test: the file is not part of the repository."""
     if not (file := mnist_path()).exists():
-        pytest.skip("mnist.npz is not there: $PSGD_TEST_DATA says where it lies, ../shared/data if it is not set")
+        pytest.skip("mnist.npz was not found: set $PSGD_TEST_DATA to its folder (default: ../shared/data)")
     return file
 
 
 @pytest.fixture(scope="module")
 def ray_home() -> Iterator[Path]:
-    """A folder for Ray's sessions and for a token that is nobody's; a Unix socket's path must stay short."""
+    """Yield an empty folder for Ray's sessions and token; its path is short, because Unix sockets limit theirs."""
     with TemporaryDirectory(prefix="psgd", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="module")
 def environment(ray_home: Path) -> dict[str, str]:
-    """Return the environment of a command: no token of the user's, no usage reports, one BLAS thread."""
+    """Return the environment of a command: without the user's Ray token, no usage reports, one BLAS thread."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return inherited | {
         "HOME": str(ray_home),

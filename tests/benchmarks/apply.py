@@ -1,6 +1,6 @@
-"""How near a server's step comes to a copy of its weights, in bytes per second: `python -m tests.benchmarks.apply`.
+"""Speed of a server's step, in bytes per second beside a copy of the weights: `python -m tests.benchmarks.apply`.
 
-A step that reads and writes each of its arrays once, and waits for nothing but memory, is as fast as a copy.
+A step that reads and writes each of its arrays once, and that only memory limits, is as fast as a copy.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from tests.benchmarks.findings import Finding, ratio
 
 __all__ = ["main"]
 
-COPIED = 8  # bytes a value: read, and written
+COPIED = 8  # bytes for each value: four read and four written
 
 
 class Contender(NamedTuple):
-    """An optimizer, and what its step has to touch."""
+    """An optimizer, and the memory that its step touches."""
 
     spec: OptimizerSpec
-    touched: int  # bytes a value: the gradient is read; the weights and each vector of state are read and written
-    target: dict[str, float]
+    touched: int  # bytes for each value: read the gradient; read and write the weights and each vector of state
+    target: dict[str, float]  # arguments of `ratio`
 
 
 CONTENDERS = {
@@ -60,14 +60,14 @@ def main() -> int:
 
 
 def _seconds(values: int, repeats: int) -> dict[str, list[float]]:
-    """Of a copy and of each contender's step, by turn."""
+    """Return the seconds of a copy and of each contender's step, by turn."""
     weights = np.ones(values, np.float32)
     copy = np.empty(values, np.float32)
     gradient = np.random.default_rng(0).standard_normal(values, dtype=np.float32)
     tasks: dict[str, Callable[[], None]] = {"copy": partial(np.copyto, copy, weights)}
     for name, (spec, _, _) in CONTENDERS.items():
         tasks[name] = partial(build_optimizer(spec, values).step, weights, gradient, spec.lr)
-    for task in tasks.values():  # the first time, memory is mapped and the momentum starts
+    for task in tasks.values():  # the first step maps memory and starts the momentum
         task()
     turns: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""A server and its workers as bare processes, without Ray: what lane and core cost by themselves.
+"""A server and its workers as bare processes, without Ray, to measure the cost of lane and core alone.
 
 The server is a job's `ParameterServer` with plain SGD, behind the host and the listener that serve real runs; a worker
 pushes one constant gradient again and again, each time as a new batch.
@@ -28,26 +28,26 @@ from tests.benchmarks.process_group import SPAWN
 
 __all__ = ["BareServer", "BareWorker", "Mark", "Stop", "stop_flag"]
 
-BATCHES = 1_000_000  # of each worker: more than it can push, as an epoch's end would cost a copy of the weights
+BATCHES = 1_000_000  # of each worker: more than it can push, because the end of an epoch costs a copy of the weights
 HOST = "127.0.0.1"
 LANES: dict[LaneKind, type[ShmLane | TcpLane]] = {"shm": ShmLane, "tcp": TcpLane}
 TIMEOUT_S = 60.0
-VALUE = 1e-6  # of each gradient's values
+VALUE = 1e-6  # each value of each gradient
 
-Stop = Any  # a shared flag, `value` its state; ctypes has no type for it
+Stop = Any  # a shared flag with the attribute `value`; ctypes has no type for it
 
 
 def stop_flag() -> Stop:
-    """One that costs its readers nothing, and is false."""
+    """Return a shared flag that is False and is read without a lock."""
     return SPAWN.RawValue(c_bool, False)
 
 
 class Mark(NamedTuple):
-    """How far a server has come; a difference of two marks says what it did between them."""
+    """The progress of a server at one moment, or between two moments."""
 
-    time_s: float  # of the machine's clock
-    cpu_s: float  # that its process has computed for, user and system: utime + stime of /proc, to the nanosecond
-    applied: int  # gradients
+    time_s: float  # monotonic clock of the machine
+    cpu_s: float  # CPU time of its process, user and system
+    applied: int  # gradients applied
 
     @property
     def rate(self) -> float:
@@ -56,11 +56,11 @@ class Mark(NamedTuple):
 
     @property
     def cpu_us(self) -> float:
-        """Microseconds of computing per gradient."""
+        """Microseconds of CPU time per gradient."""
         return 1e6 * self.cpu_s / self.applied
 
     def since(self, before: Mark) -> Mark:
-        """Return what the server did since `before`."""
+        """Return the difference between this mark and an earlier one."""
         return Mark(self.time_s - before.time_s, self.cpu_s - before.cpu_s, self.applied - before.applied)
 
 
@@ -69,10 +69,10 @@ class BareServer:
 
     Args:
         size: values of the weights.
-        workers: how many may push.
+        workers: number of workers that may push.
 
     Attributes:
-        address: for its workers.
+        address: address for its workers.
     """
 
     address: Address
@@ -96,14 +96,14 @@ class BareServer:
         self._stack.close()
 
     def mark(self) -> Mark:
-        """How far it has come now."""
+        """Return the server's progress until now."""
         self._pipe.send(None)
         mark: Mark = self._pipe.recv()
         return mark
 
 
 def _serve(pipe: Connection, size: int, workers: int) -> None:
-    # Here, so that 64 worker processes need not import the core.
+    # Imported here, so that the worker processes, up to 64, need not import the core.
     from psgd.core.server.parameter_server import ParameterServer
     from psgd.core.server.partitions import Partition
     from psgd.serving.host import ServerHost
@@ -119,7 +119,7 @@ def _serve(pipe: Connection, size: int, workers: int) -> None:
     listener.listen_unix()
     listener.listen_tcp(HOST, None)
     pipe.send(listener.address("here", HOST))
-    with suppress(EOFError):  # whoever measures is gone
+    with suppress(EOFError):  # the measuring process has ended
         while True:
             pipe.recv()
             pipe.send(Mark(time.monotonic(), time.process_time(), server.version.updates))
@@ -128,16 +128,16 @@ def _serve(pipe: Connection, size: int, workers: int) -> None:
 
 
 class BareWorker:
-    """One worker's lane, and what it pushes.
+    """A worker that pushes the same gradient again and again.
 
     Args:
-        kind: of the lane.
-        rank: of the worker, from 0.
+        kind: kind of lane.
+        rank: number of the worker, from 0.
         size: values of the weights.
-        address: of the server.
+        address: address of the server.
 
     Attributes:
-        slot: the weights that came last, and the gradient.
+        slot: memory of the newest weights and of the gradient.
     """
 
     def __init__(self, kind: LaneKind, rank: int, size: int, address: Address) -> None:
@@ -156,19 +156,19 @@ class BareWorker:
         self._version = self._lane.pull(0, TIMEOUT_S)
 
     def push(self) -> None:
-        """Push the gradient, and wait for receipt and weights.
+        """Push the gradient, and wait for the receipt and the new weights.
 
         Raises:
-            SystemExit: it was not applied.
+            SystemExit: the gradient was not applied.
         """
         batch = next(self._batches)
         values = self.slot.gradient
         gradient = Gradient(self._name, 0, batch.index + 1, batch, 1, self._version, values, 1.0, self._norm, 0.001)
         receipt = self._lane.push(gradient, 0, wants=True).receipt(TIMEOUT_S)
         if receipt.outcome is not Outcome.APPLIED:
-            raise SystemExit(f"{self._name} pushed {batch}, which was {receipt.outcome.value}")
+            raise SystemExit(f"{self._name} pushed {batch}, which was {receipt.outcome.value} instead of applied")
         self._version = receipt.version
 
     def close(self) -> None:
-        """Let go of the server."""
+        """Disconnect from the server."""
         self._lane.close()

@@ -20,22 +20,26 @@ from tests.benchmarks.setting import NUM_WORKERS
 __all__ = ["begin", "conclude", "parser", "write"]
 
 
-def parser(name: str, what: str | None, repeats: int = 3) -> ArgumentParser:
-    """One that knows `--repeats` and `--out`.
+def parser(name: str, description: str | None, repeats: int = 3) -> ArgumentParser:
+    """Return a parser with the options `--repeats` and `--out`.
 
     Args:
-        name: of the document, without its ending.
-        what: the benchmark's docstring, whose first line is shown.
-        repeats: turns, if nobody says otherwise.
+        name: name of the document, without its ending.
+        description: the benchmark's docstring; the first line is shown.
+        repeats: default number of turns.
     """
-    made = ArgumentParser(description=(what or "").partition("\n")[0])
-    made.add_argument("--repeats", type=int, default=repeats, help="turns; the figures are medians over them")
-    made.add_argument("--out", type=Path, default=Path(f"bench/{name}.json"), help="where the document goes")
+    made = ArgumentParser(description=(description or "").partition("\n")[0])
+    made.add_argument(
+        "--repeats", type=int, default=repeats, help="turns; figures are medians over turns (default: %(default)s)"
+    )
+    made.add_argument(
+        "--out", type=Path, default=Path(f"bench/{name}.json"), help="file of the results, JSON (default: %(default)s)"
+    )
     return made
 
 
 def begin() -> None:
-    """Hold this process and all it starts to two cores and one BLAS thread each, and end them with it."""
+    """Restrict this process and its children to two cores and one BLAS thread each; make SIGTERM end them all."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_WORKERS])
     os.environ.update(ONE_THREAD, RAY_USAGE_STATS_ENABLED="0")
@@ -44,13 +48,13 @@ def begin() -> None:
 
 
 def conclude(title: str, findings: Sequence[Finding], arguments: Namespace, runs: Any) -> int:
-    """Print the table and write the document; 1 if something could not be measured.
+    """Print the table and write the document. Return the exit code: 1 if a figure could not be measured.
 
     Args:
-        title: of the table.
-        findings: its rows.
-        arguments: of the command line: the settings, and where the document goes.
-        runs: what the findings were computed from.
+        title: title of the table.
+        findings: rows of the table.
+        arguments: arguments of the command line; all but `out` are recorded as settings.
+        runs: measurements that the findings were computed from.
     """
     Console().print(table(title, findings))
     settings = {name: value for name, value in vars(arguments).items() if name != "out"}
@@ -59,6 +63,6 @@ def conclude(title: str, findings: Sequence[Finding], arguments: Namespace, runs
 
 
 def write(out: Path, tree: Mapping[str, Any]) -> None:
-    """The document, in a folder that is made if need be."""
+    """Write a document as JSON, and make its folder if it is missing."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

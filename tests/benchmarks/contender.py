@@ -1,4 +1,4 @@
-"""One contender, run as a process with a time limit that leaves nothing behind."""
+"""Run one contender as a process with a time limit, and end all processes that it started."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Contender(NamedTuple):
     """A program that is compared with psgd."""
 
     title: str
-    module: str  # of `peers`
+    module: str  # in `peers`
     options: tuple[str, ...] = ()  # of its command line
-    target: float | None = None  # psgd's gradients per second over its: at least so many; None: for information
+    target: float | None = None  # least ratio of psgd's gradients per second to its own; None: no target
 
 
-LIMIT = "own_loops"  # what two cores can do at all: this backpropagation, and nothing shared
+LIMIT = "own_loops"  # the most that two cores can do: the same backpropagation, with nothing shared
 CONTENDERS = {
     "psgd_job": Contender("psgd, async", "psgd_job"),
-    LIMIT: Contender("two lone loops of psgd's: the limit", "own_loops", target=0.85),
-    "numpy_loops": Contender("two lone loops of plain NumPy", "numpy_loops", target=0.9),
+    LIMIT: Contender("two separate psgd loops: the limit", "own_loops", target=0.85),
+    "numpy_loops": Contender("two separate NumPy loops", "numpy_loops", target=0.9),
     "hogwild": Contender("PyTorch Hogwild", "hogwild", target=1.2),
     "ddp_gloo": Contender("PyTorch DDP on gloo", "ddp_gloo", target=3.0),
     "ray_documented": Contender("Ray's documented parameter server", "ray_documented", target=10.0),
@@ -40,13 +40,13 @@ CONTENDERS = {
     "psgd_tcp_job": Contender("psgd, async, by lane tcp", "psgd_job", ("--set", "scaling.lane=tcp")),
     "psgd_ray_job": Contender("psgd, async, by lane ray", "psgd_job", ("--set", "scaling.lane=ray")),
 }
-GRACE_S = 15.0  # to tidy up in, before being killed
-LEARNED = 0.5  # test accuracy; guessing has 0.1, and 300 updates of any contender about 0.85
+GRACE_S = 15.0  # from SIGTERM to SIGKILL
+LEARNED = 0.5  # least test accuracy; guessing gives 0.1, and 300 updates of any contender about 0.85
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A run that measured nothing."""
+    """A run without a measurement."""
 
     name: str
     error: str
@@ -57,14 +57,14 @@ def run_contender(name: str, seconds: float, limit_s: float, options: Sequence[s
 
     Args:
         name: one of `CONTENDERS`.
-        seconds: how long it measures.
-        limit_s: how long it may take in all, in seconds.
-        options: more of its command line.
+        seconds: duration of the measurement, in seconds.
+        limit_s: time limit of the whole run, in seconds.
+        options: further options of its command line.
     """
     contender = CONTENDERS[name]
     command = [sys.executable, "-m", f"tests.benchmarks.peers.{contender.module}", "--seconds", str(seconds)]
     with (
-        TemporaryDirectory(prefix="b") as folder,  # short: Ray puts sockets in it, whose paths are limited
+        TemporaryDirectory(prefix="b") as folder,  # short: Ray makes sockets there, whose paths are limited
         subprocess.Popen(
             [*command, *contender.options, *options],
             env=os.environ | ONE_THREAD | {"TMPDIR": folder},
@@ -94,9 +94,11 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def _judged(name: str, returncode: int, output: list[str], errors: list[str]) -> Measurement | Failure:
     if returncode or not output:
-        said = [line for line in errors if line.strip()]
-        return Failure(name, said[-1] if said else f"exit code {returncode}, and not a word")
+        messages = [line for line in errors if line.strip()]
+        return Failure(name, messages[-1] if messages else f"exit code {returncode} without a message")
     measurement = Measurement(**json.loads(output[-1]) | {"name": name})
     if measurement.val_accuracy < LEARNED:
-        return Failure(name, f"it learned nothing: its test accuracy is {measurement.val_accuracy}")
+        return Failure(
+            name, f"it learned nothing: its test accuracy is {measurement.val_accuracy}, expected at least {LEARNED}"
+        )
     return measurement

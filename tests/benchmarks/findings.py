@@ -1,4 +1,4 @@
-"""Findings: figures beside their targets, as a table for people and a document for programs."""
+"""Findings: measured figures with their targets, as a table for people and a document for programs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Finding", "document", "ratio", "shown", "spread", "table", "target",
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One figure."""
+    """A measured figure and its target."""
 
     measure: str
     value: float | None  # None: it could not be measured
     unit: str = ""
-    at_least: float | None = None  # with `at_most`, the target; neither: for information
+    at_least: float | None = None  # bounds of the target; without a bound there is no target
     at_most: float | None = None
-    turns: tuple[float, ...] = ()  # the figure of each turn
+    turns: tuple[float, ...] = ()  # the same figure from each turn
 
     @property
     def met(self) -> bool | None:
@@ -35,7 +35,7 @@ class Finding:
         return low <= self.value <= high
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, `met` with them."""
+        """Return the fields and `met` as plain values."""
         return {
             "measure": self.measure,
             "value": self.value,
@@ -60,14 +60,14 @@ def ratio(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Finding:
-    """One thing's median over another's, which were measured in the same turns.
+    """Return the ratio of two medians, measured in the same turns.
 
     Args:
-        measure: what it is called.
-        over: by turn.
-        under: by turn.
-        at_least: the target, if there is one.
-        at_most: likewise.
+        measure: name of the ratio.
+        over: values of the numerator, by turn.
+        under: values of the denominator, by turn.
+        at_least: lower bound of the target, if there is one.
+        at_most: upper bound of the target, if there is one.
     """
     if not over or not under:
         return Finding(measure, None, "×", at_least, at_most)
@@ -76,7 +76,7 @@ def ratio(
 
 
 def table(title: str, findings: Sequence[Finding]) -> Table:
-    """One row a figure."""
+    """Return a table with one row for each figure."""
     rows = Table(title=title)
     for heading in ("measure", "target", "measured", "turns", "met"):
         rows.add_column(heading, justify="left" if heading == "measure" else "right")
@@ -86,35 +86,35 @@ def table(title: str, findings: Sequence[Finding]) -> Table:
 
 
 def target(finding: Finding) -> str:
-    """The target in words; empty if there is none."""
+    """Return the target as text; empty if there is none."""
     bounds = [("≥", finding.at_least), ("≤", finding.at_most)]
     return ", ".join(f"{sign} {_number(bound)}" for sign, bound in bounds if bound is not None)
 
 
 def shown(finding: Finding) -> str:
-    """The figure with its unit."""
+    """Return the figure with its unit."""
     return "failed" if finding.value is None else f"{_number(finding.value)} {finding.unit}".rstrip()
 
 
 def spread(finding: Finding) -> str:
-    """The least and the most of any turn; empty if there was one only."""
+    """Return the range over the turns; empty if there was only one turn."""
     return f"{_number(min(finding.turns))} to {_number(max(finding.turns))}" if len(finding.turns) > 1 else ""
 
 
 def verdict(finding: Finding) -> str:
-    """Return `met` or `missed`; empty if there is no target."""
+    """Return `yes` if the target is met, else `no`; empty if there is no target."""
     if finding.at_least is None and finding.at_most is None:
         return ""
     return "yes" if finding.met else "no"
 
 
 def document(findings: Sequence[Finding], settings: Mapping[str, Any], runs: Any) -> dict[str, Any]:
-    """Everything measured, and on what; neither host names nor paths.
+    """Return all results, with settings, machine and versions, but without host names and paths.
 
     Args:
-        findings: what it comes to.
-        settings: of the benchmark.
-        runs: what it was computed from.
+        findings: the figures.
+        settings: settings of the benchmark.
+        runs: measurements that the findings were computed from.
     """
     return {
         "settings": dict(settings),
@@ -126,7 +126,7 @@ def document(findings: Sequence[Finding], settings: Mapping[str, Any], runs: Any
 
 
 def _number(value: float) -> str:
-    """Three digits that count, and all those before the point."""
+    """Return three significant digits, and all digits before the point."""
     if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

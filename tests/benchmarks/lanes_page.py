@@ -1,7 +1,7 @@
-"""Writes down what the benchmarks found: `python -m tests.benchmarks.lanes_page`, after those that are to be shown.
+"""Write the page of all results, after the benchmarks have run: `python -m tests.benchmarks.lanes_page`.
 
-Reads the documents in `bench/` that have findings; writes `LANES.md`, a table of targets and figures, and
-`throughput.svg`, the contenders' speeds, both beside this file.
+It reads the documents in `bench/` that have findings. It writes `LANES.md`, a table of targets and figures, and
+`throughput.svg`, the contenders' speeds, beside this file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.benchmarks.findings import Finding, shown, spread, target, verdict
 
 __all__ = ["figure", "main", "page"]
 
-HEADINGS = {  # of the documents, in the order of the page; others follow under their names
+HEADINGS = {  # of documents, in the order of the page; other documents follow under their own names
     "throughput": "Gradients per second, two workers",
     "steady": "The same over 20 s",
     "transfer": "Large weights",
@@ -30,39 +30,42 @@ HEADINGS = {  # of the documents, in the order of the page; others follow under 
     "servers": "More servers, more workers",
     "apply": "A server's step",
     "startup": "Start-up",
-    "recovery": "What deaths cost",
+    "recovery": "Cost of deaths",
     "soak": "Memory over time",
 }
 INTRODUCTION = """# The lanes, measured
 
-Figures are medians over turns: what is compared is measured in turn, within one run. Beside them are the least and the
-most of any turn; a ratio is one of medians. How each is measured is in its module's docstring; where the time of a push
-goes is in [PROFILE.md](PROFILE.md).
+Figures are medians over turns: within one run, everything that is compared is measured once in each turn. The column
+"turns" has the least and the most of any turn. A ratio is a ratio of medians. The docstring of each module says how it
+measures; [PROFILE.md](PROFILE.md) says where the time of a push goes.
 
-To measure again (each writes a document into `bench/`), then to write this page:
+To measure again (each command writes a document into `bench/`) and to write this page:
 
 ```
 {commands}
 python -m tests.benchmarks.lanes_page
 ```
 """
-COMMANDS = {  # that write another document than their own
+COMMANDS = {  # of documents that are not named like their benchmark
     "steady": "throughput --seconds 20 --only psgd_job own_loops psgd_unvalidated_job --out bench/steady.json"
 }
 GREY = "#b8b8b8"
 INK = "#222222"
-ROOM = 1.45  # of the longest bar, for what is written behind it
+ROOM = 1.45  # width of the figure over the longest bar, for the text behind the bars
 
 
 def main() -> int:
-    """Write the page and the figure; 1 if there is nothing to write of."""
-    made = ArgumentParser(description="A page of all findings.")
-    made.add_argument("--bench", type=Path, default=Path("bench"), help="where the documents are")
-    made.add_argument("--out", type=Path, default=Path(__file__).parent, help="where page and figure go")
+    """Write the page and the figure. Return the exit code: 1 if there is no document."""
+    made = ArgumentParser(description="Write LANES.md, the page of all findings.")
+    made.add_argument("--bench", type=Path, default=Path("bench"), help="folder of the documents")
+    made.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the page and the figure")
     arguments = made.parse_args()
     documents = _documents(arguments.bench)
     if not documents:
-        print(f"no document with findings in {arguments.bench}", file=sys.stderr)
+        print(
+            f"no document with findings in {arguments.bench}: run a benchmark first, or give its folder with --bench",
+            file=sys.stderr,
+        )
         return 1
     if "throughput" in documents:
         (arguments.out / "throughput.svg").write_text(svg(figure(documents["throughput"])), encoding="utf-8")
@@ -78,10 +81,10 @@ def _documents(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def page(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """In Markdown.
+    """Return the page in Markdown.
 
     Args:
-        documents: by name, in their order.
+        documents: documents by name, in the order of the page.
     """
     introduction = INTRODUCTION.format(
         commands="\n".join(f"python -m tests.benchmarks.{COMMANDS.get(name, name)}" for name in documents)
@@ -109,7 +112,7 @@ def _contenders(contenders: Sequence[Mapping[str, Any]]) -> str:
         (title, f"{rate['median']:,.0f}", f"{rate['min']:,.0f} to {rate['max']:,.0f}", f"{_accuracy(runs):.3f}")
         for title, rate, runs in rates
     ]
-    return _table(("contender", "gradients/s", "turns", "test accuracy, least"), rows)
+    return _table(("contender", "gradients/s", "turns", "lowest test accuracy"), rows)
 
 
 def _accuracy(runs: Sequence[Mapping[str, Any]]) -> float:
@@ -126,7 +129,7 @@ def _plain(value: object) -> str:
 
 
 def figure(tree: Mapping[str, Any]) -> Figure:
-    """Gradients per second by contender, the fastest first, psgd's in colour, each over the limit's.
+    """Draw the gradients per second by contender: the fastest first, psgd in colour, each as a share of the limit.
 
     Args:
         tree: the document of `throughput`.

@@ -1,4 +1,4 @@
-"""The machine and the versions that figures were measured with."""
+"""The machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["machine", "versions"]
 
 
 def machine() -> dict[str, Any]:
-    """The processor, and how much of it the benchmark may use."""
+    """Return the processor, its cores, and the number of cores that the benchmark may use."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
@@ -24,5 +24,5 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, and of the packages that are compared."""
+    """Return the versions of Python and of the compared packages."""
     return {"python": platform.python_version()} | {name: version(name) for name in ("numpy", "psgd", "ray", "torch")}

@@ -1,4 +1,4 @@
-"""The measurement that a contender prints: gradients applied per second, without start-up."""
+"""A contender's measurement, which it prints: gradients applied per second, without start-up."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import NamedTuple
 
-__all__ = ["Measurement", "Span", "measured_for", "repeat", "seconds_parser"]
+__all__ = ["Measurement", "Span", "repeat", "run_command_line", "seconds_parser"]
 
 
 class Span(NamedTuple):
-    """Updates one process made, and when; the clock is the machine's, so spans of two processes compare."""
+    """The updates of one process and their time on the machine's clock, which all processes share."""
 
     updates: int
     first: float  # seconds, at the end of the first update
@@ -27,24 +27,25 @@ class Span(NamedTuple):
 
     @classmethod
     def over(cls, spans: Iterable[Span]) -> Span:
-        """All processes' updates, from the first of any to the last of any."""
+        """Return the updates of all processes as one span, from the first of any to the last of any."""
         updates, first, last = zip(*spans, strict=True)
         return cls(sum(updates), min(first), max(last))
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One contender's run."""
+    """The result of one contender's run."""
 
     name: str
     updates_per_s: float  # gradients of one batch each, applied per second
     updates: int
     seconds: float  # from the first update to the last
     val_accuracy: float  # of the final weights on the 10,000 test images
-    details: dict[str, float] = field(default_factory=dict)
+    details: dict[str, float] = field(default_factory=dict)  # further figures by name
 
     @classmethod
     def of(cls, name: str, span: Span, val_accuracy: float, **details: float) -> Measurement:
+        """Return the measurement of a span; the first update only starts the clock."""
         rate = (span.updates - 1) / span.seconds
         return cls(name, rate, span.updates, span.seconds, val_accuracy, details)
 
@@ -54,24 +55,25 @@ class Measurement:
 
 
 def repeat(update: Callable[[], None], going: Callable[[Span], bool]) -> Span:
-    """Call `update` once, and again as long as `going` says so of the span until now."""
+    """Call `update` once, and again while `going` returns True for the span so far."""
     update()
-    span = Span(1, now := monotonic(), now)
+    now = monotonic()
+    span = Span(1, now, now)
     while going(span):
         update()
         span = Span(span.updates + 1, span.first, monotonic())
     return span
 
 
-def measured_for(measure: Callable[[float], Measurement], what: str | None) -> None:
-    """A peer's command line: `--seconds`, answered with one line of JSON."""
-    arguments = seconds_parser(what).parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what the peer started is ended too
+def run_command_line(measure: Callable[[float], Measurement], description: str | None) -> None:
+    """Run a peer's command line: measure for `--seconds`, and print the measurement as one line of JSON."""
+    arguments = seconds_parser(description).parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes of the peer are ended, too
     measure(arguments.seconds).show()
 
 
-def seconds_parser(what: str | None) -> ArgumentParser:
-    """One that knows `--seconds`."""
-    parser = ArgumentParser(description=what)
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long to measure, start-up not counted")
+def seconds_parser(description: str | None) -> ArgumentParser:
+    """Return a parser with the option `--seconds`."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--seconds", type=float, default=6.0, help="duration of the measurement, without start-up")
     return parser

@@ -1,4 +1,4 @@
-"""A million pushes of 1,000 simulated workers, on one core: `python -m tests.benchmarks.million`."""
+"""Speed of the simulator: a million pushes of 1,000 workers, on one core: `python -m tests.benchmarks.million`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from psgd.spec.reader import load_spec
 
 __all__ = ["main"]
 
-JOB = Path(__file__).parents[2] / "deploy" / "jobs" / "digits.yaml"  # its model and data are not looked at
+JOB = Path(__file__).parents[2] / "deploy" / "jobs" / "digits.yaml"  # its model and data are not used
 
 
 def main() -> int:
-    """Simulate, print what it took, write the document."""
+    """Simulate, print the time and the memory, write the document."""
     parser = ArgumentParser(description="The simulator's speed: a quadratic of 100 parameters, asynchronous.")
     parser.add_argument("--pushes", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=Path("bench/million.json"), help="where the document goes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/million.json"), help="file of the results, JSON (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     spec = load_spec(JOB, ["run.epochs=1", "optimizer.lr=5e-4", "simulate.modes=async"])
     scenario = Scenario(arguments.workers, Lognormal(0.0, 1.0))

@@ -1,4 +1,4 @@
-"""MNIST as every peer sees it, so that none is faster for its data loading."""
+"""MNIST in memory for every peer, so that none is faster because of its data loading."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Batches", "Mnist", "mnist_path"]
 
 
 def mnist_path() -> Path:
-    """Where `mnist.npz` lies: in `$PSGD_TEST_DATA`, or in `shared/data` beside the repository."""
+    """Return the path of `mnist.npz`: in `$PSGD_TEST_DATA`, or else in `shared/data` beside the repository."""
     folder = os.environ.get("PSGD_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")
     return Path(folder).resolve() / "mnist.npz"
 
 
 @dataclass(frozen=True, slots=True)
 class Mnist:
-    """Both parts of the data set, in memory."""
+    """The training and the test part of MNIST."""
 
     train_features: FloatArray  # [60000, 784], in [0, 1]
     train_labels: NDArray[np.int64]  # [60000]
@@ -32,6 +32,7 @@ class Mnist:
 
     @classmethod
     def load(cls) -> Mnist:
+        """Read the file of `mnist_path`."""
         with np.load(mnist_path()) as arrays:
             return cls(
                 _unit(arrays["x_train"]),
@@ -42,7 +43,7 @@ class Mnist:
 
 
 class Batches:
-    """The training examples in batches, without end; each epoch is one shuffle of them all, f(seed, epoch)."""
+    """Endless batches of the training examples; the order of each epoch depends only on the seed and the epoch."""
 
     def __init__(self, data: Mnist, seed: int, size: int = BATCH_SIZE) -> None:
         self._data = data
@@ -53,12 +54,12 @@ class Batches:
         self._order = np.empty(0, np.int64)
 
     def __getitem__(self, index: int) -> tuple[FloatArray, NDArray[np.int64]]:
-        """Features and labels of a batch, counted from 0 through all epochs; an epoch's last one may be short."""
-        epoch, place = divmod(index, self._per_epoch)
+        """Return a batch's features and labels. Batches are counted through all epochs; an epoch's last is shorter."""
+        epoch, position = divmod(index, self._per_epoch)
         if epoch != self._epoch:
             self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._data.train_labels))
             self._epoch = epoch
-        rows = self._order[place * self._size : (place + 1) * self._size]
+        rows = self._order[position * self._size : (position + 1) * self._size]
         return self._data.train_features[rows], self._data.train_labels[rows]
 
 

@@ -16,7 +16,7 @@ __all__ = ["accuracy", "backpropagate", "network"]
 
 
 def network() -> nn.Sequential:
-    """The network, its weights drawn from one seed; this process computes with one thread from here on."""
+    """Return the network, with weights drawn from seed 0. From then on PyTorch uses one thread in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     inputs, first, second, outputs = SIZES
@@ -32,7 +32,7 @@ def backpropagate(model: nn.Module, features: FloatArray, labels: NDArray[np.int
 
 
 def accuracy(model: nn.Module, data: Mnist) -> float:
-    """Share of the test images classified rightly."""
+    """Return the share of test images that the model classifies correctly."""
     with torch.no_grad():
         guesses = model(torch.from_numpy(data.test_features)).argmax(dim=1)
     return float((guesses.numpy() == data.test_labels).mean())

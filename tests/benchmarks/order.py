@@ -1,8 +1,8 @@
-"""Does the simulator put modes in the order that a real Ray does? `python -m tests.benchmarks.order`.
+"""Compare the order of modes, by time to a target, in the simulator and on Ray: `python -m tests.benchmarks.order`.
 
-16 workers, whose gradients take seeded log-normal times that they mostly sleep, train digits to a validation accuracy,
-in each of some modes; and the same is simulated, with the same times, batch by batch. Absolute times differ, as 16
-processes share two cores and the simulator knows nothing of that; the order must not.
+16 workers train digits to a validation accuracy in each of several modes. Their gradients take seeded log-normal times,
+most of which are sleep. The simulator uses the same times, batch by batch. Absolute times differ, because the simulator
+does not know that 16 processes share two cores; the order must be the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from psgd.simulation.problem import Problem, Timing
 from psgd_workers.messages import BatchId
 from psgd_workers.worker import batch_seed
 from tests.benchmarks.process_group import ONE_THREAD
-from tests.benchmarks.sleepy import delay_s
+from tests.benchmarks.sleeping_models import delay_s
 
 __all__ = ["main", "real_s", "simulated_s"]
 
@@ -45,7 +45,7 @@ TIMING = Timing(call_s=0.001, link_s=0.005, start_s=1.0, poll_s=0.2, evaluate_s=
 
 
 def job(mode: dict[str, Any], model: dict[str, Any], storage: str) -> psgd.JobSpec:
-    """Digits, to the target."""
+    """Return the job: digits, until the target accuracy."""
     return psgd.JobSpec.model_validate(
         {
             "name": "order",
@@ -61,7 +61,7 @@ def job(mode: dict[str, Any], model: dict[str, Any], storage: str) -> psgd.JobSp
             "consistency": mode,
             "scaling": {"workers": WORKERS},
             "checkpoint": {"every_s": None},
-            "failure": {"timeout_s": 300.0},  # the first worker waits for the last, and 16 take their time to start
+            "failure": {"timeout_s": 300.0},  # the first worker waits for the last, and 16 start slowly
             "run": {
                 "max_time_s": LIMIT_S,
                 "target": {"metric": "val/accuracy", "value": TARGET},
@@ -72,7 +72,7 @@ def job(mode: dict[str, Any], model: dict[str, Any], storage: str) -> psgd.JobSp
 
 
 def simulated_s(mode: dict[str, Any]) -> float:
-    """Virtual seconds to the target."""
+    """Return the virtual seconds to the target."""
     spec = job(mode, {"kind": "mlp", "hidden": [HIDDEN]}, "unused")
     open_job = OpenJob.open(spec)
     worker = open_job.worker("simulated")
@@ -97,14 +97,14 @@ def simulated_s(mode: dict[str, Any]) -> float:
 
 
 def real_s(mode: dict[str, Any]) -> float:
-    """Seconds on Ray, from when all workers were there to the target."""
+    """Return the seconds to the target on Ray, from the moment when all workers were up."""
     with TemporaryDirectory() as folder:
-        meeting = Path(folder, "meeting")
-        meeting.mkdir()
-        kwargs = {"hidden": HIDDEN, "scale_s": SCALE_S, "workers": WORKERS, "meeting": str(meeting)}
-        model = {"kind": "python", "path": "tests.benchmarks.sleepy:Sleepy", "kwargs": kwargs}
+        barrier = Path(folder, "barrier")
+        barrier.mkdir()
+        kwargs = {"hidden": HIDDEN, "scale_s": SCALE_S, "workers": WORKERS, "barrier": str(barrier)}
+        model = {"kind": "python", "path": "tests.benchmarks.sleeping_models:LognormalSleep", "kwargs": kwargs}
         result = psgd.train(job(mode, model, folder), progress=False)
-        started = max(file.stat().st_mtime for file in meeting.iterdir())
+        started = max(file.stat().st_mtime for file in barrier.iterdir())
         lines = (Path(result.path) / "events.jsonl").read_text().splitlines()
         finished = next(line["time"] for line in map(json.loads, lines) if line["event"] == "finished")
         if (result.metrics["val/accuracy"] or 0) < TARGET:
@@ -113,10 +113,12 @@ def real_s(mode: dict[str, Any]) -> float:
 
 
 def main() -> int:
-    """Measure and simulate, print the table, write the document; 1 if the orders differ."""
-    parser = ArgumentParser(description="Modes by time to a target, simulated and real.")
-    parser.add_argument("--repeats", type=int, default=3, help="real runs of each mode")
-    parser.add_argument("--out", type=Path, default=Path("bench/order.json"), help="where the document goes")
+    """Measure and simulate, print the table, write the document. Return the exit code: 1 if the orders differ."""
+    parser = ArgumentParser(description="Compare the order of modes, by time to a target, in the simulator and on Ray.")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each mode on Ray (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/order.json"), help="file of the results, JSON (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     os.environ.update(ONE_THREAD, RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled")
     simulated = {name: simulated_s(mode) for name, mode in MODES.items()}

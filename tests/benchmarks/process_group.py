@@ -1,4 +1,4 @@
-"""Processes that start together and are gone together."""
+"""Groups of processes that start and end together."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def process_group(
     """Run `work(rank, ...)` in a process for each rank, with one thread for BLAS, while the block lasts.
 
     Yields:
-        What waits for the answers and returns them by rank; SystemExit if a process ended without one, which says why
-        on stderr.
+        A function that waits for the answers and returns them by rank. It raises SystemExit if a process ended without
+        an answer; the stderr of that process says why.
     """
-    os.environ.update(ONE_THREAD)  # BLAS reads it when a process first loads NumPy
+    os.environ.update(ONE_THREAD)  # BLAS reads these variables when a process loads NumPy
     with ExitStack() as stack:
         ends = [SPAWN.Pipe(duplex=False) for _ in range(size)]
         for rank, (_, answer) in enumerate(ends):
@@ -38,7 +38,7 @@ def process_group(
             process.start()
             stack.callback(process.join)
             stack.callback(process.terminate)
-            answer.close()  # so that reading meets the end of the file if the process dies
+            answer.close()  # so that `recv` raises EOFError if the process dies
 
         def answers() -> list[Answer]:
             try:
@@ -50,13 +50,13 @@ def process_group(
 
 
 def run_process_group(size: int, work: Work[Given, Answer], *args: Given.args, **kwargs: Given.kwargs) -> list[Answer]:
-    """Run `work(rank, ...)` in a process for each rank, and collect the answers by rank; see `process_group`."""
+    """Run `work(rank, ...)` in a process for each rank as `process_group` does, and return the answers by rank."""
     with process_group(size, work, *args, **kwargs) as answers:
         return answers()
 
 
 def take(counter: Synchronized[int]) -> int:
-    """The next number, which no other process is given."""
+    """Return the next number of a counter; each number is given to one process only."""
     with counter.get_lock():
         number = counter.value
         counter.value += 1

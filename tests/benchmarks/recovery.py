@@ -1,9 +1,10 @@
-"""The cost of deaths: `python -m tests.benchmarks.recovery`.
+"""Cost of the deaths of workers and servers: `python -m tests.benchmarks.recovery`.
 
-Four workers that sleep 20 ms over each batch, on a real Ray: undisturbed; with one of them, drawn by lot, killed every
-five seconds; and with the server killed every eight. A worker has recovered when its successor is up, a server when its
-successor has told what it contains; both counted from when the driver sees the death. A batch is computed again if a
-server had it already when it was pushed; and the one in a dead worker's hands counts as one, which is not measured.
+Four workers on a real Ray sleep 20 ms for each batch. There are three kinds of runs: undisturbed; with a random worker
+killed every five seconds; and with the server killed every eight seconds. A worker has recovered when its successor is
+up, a server when its successor has sent its first report; both times begin when the driver sees the death. A batch
+counts as computed again if it was pushed and the server had it already. The batch in a dead worker's hands is lost,
+too; it is not measured, but counted as one.
 """
 
 from __future__ import annotations
@@ -33,27 +34,29 @@ __all__ = ["Recovery", "findings", "main", "recovered"]
 
 WORKERS = 4
 SLEEP_S = 0.02
-BATCH_SIZE = 8  # an epoch of 38 s: no run here sees an end of one
+BATCH_SIZE = 8  # makes an epoch of 38 s, longer than any run here
 HIDDEN = 32
 WORKER = "ray::WorkerActor"
 SERVER = "ray::ServerActor"
 EVERY_S = {WORKER: 5.0, SERVER: 8.0}
-LOOK_S = 0.05
+POLL_S = 0.05
 
 
 class Recovery(NamedTuple):
     """The outcome of one run."""
 
-    rate: float  # examples in the weights at the end per second of training
-    kills: int  # that the driver saw
+    rate: float  # examples per second of training that are in the final weights
+    kills: int  # deaths that the driver saw
     again: float  # batches computed again
-    seconds: tuple[float, ...]  # of each recovery
+    seconds: tuple[float, ...]  # duration of each recovery
 
 
 def main() -> int:
     """Measure, print the table, write the document."""
     made = parser("recovery", __doc__)
-    made.add_argument("--seconds", type=float, default=27.0, help="of training in each run")
+    made.add_argument(
+        "--seconds", type=float, default=27.0, help="seconds of training in each run (default: %(default)s)"
+    )
     arguments = made.parse_args()
     begin()
     turns: dict[str, list[Recovery]] = {"undisturbed": [], WORKER: [], SERVER: []}
@@ -62,11 +65,15 @@ def main() -> int:
             measured.append(_measured(victim, turn, arguments))
             print(f"{victim}: {measured[-1]}", flush=True)
     runs = {victim: [run._asdict() for run in of] for victim, of in turns.items()}
-    return conclude("what deaths cost", findings(turns), arguments, runs)
+    return conclude("cost of deaths", findings(turns), arguments, runs)
 
 
 def findings(turns: Mapping[str, Sequence[Recovery]]) -> list[Finding]:
-    """Of the runs of each victim, by turn."""
+    """Return the figures.
+
+    Args:
+        turns: runs by victim, one for each turn.
+    """
     even = turns["undisturbed"]
     workers = turns[WORKER]
     servers = turns[SERVER]
@@ -74,7 +81,9 @@ def findings(turns: Mapping[str, Sequence[Recovery]]) -> list[Finding]:
     again = tuple(run.again / run.kills for run in workers if run.kills)
     return [
         ratio("updates/s with one of 4 workers killed every 5 s ÷ undisturbed", _rates(workers), rates, at_least=0.8),
-        Finding("batches computed again for each worker killed, 1 in its hands", _median(again), "", None, 1.0, again),
+        Finding(
+            "batches computed again per killed worker, with the one in its hands", _median(again), "", None, 1.0, again
+        ),
         _seconds("a worker's successor is up after", workers, 3.0),
         _seconds("a server's successor has reported after", servers, 5.0),
         ratio("updates/s with the server killed every 8 s ÷ undisturbed", _rates(servers), rates),
@@ -95,10 +104,10 @@ def _median(figures: Sequence[float]) -> float | None:
 
 
 def recovered(happened: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
-    """Seconds of each recovery in a run's events.
+    """Return the duration of each recovery in a run's events, in seconds.
 
-    A worker's successor is the next that is started after its death; if that did not come up before the run's end, it
-    does not count.
+    A worker's successor is the next worker that is started after its death. A successor that was not up before the end
+    of the run does not count.
     """
     up = {event["worker"]: event["time"] for event in happened if event["event"] == "worker_up"}
     lost: list[float] = []  # deaths whose successors are not started yet
@@ -132,18 +141,18 @@ def _measured(victim: str, turn: int, arguments: Namespace) -> Recovery:
 
 
 def _job(folder: str, seconds: float) -> dict[str, Any]:
-    meeting = Path(folder, "meeting")
-    meeting.mkdir()
+    barrier = Path(folder, "barrier")
+    barrier.mkdir()
     kwargs = {
         "inputs": SIZES[0],
         "hidden": HIDDEN,
         "sleep_s": SLEEP_S,
         "slow_s": SLEEP_S,
         "workers": WORKERS,
-        "meeting": str(meeting),
+        "barrier": str(barrier),
     }
     return {
-        "model": {"kind": "python", "path": "tests.benchmarks.sleepy:OneSlow", "kwargs": kwargs},
+        "model": {"kind": "python", "path": "tests.benchmarks.sleeping_models:OneSlowWorker", "kwargs": kwargs},
         "data": {"format": "npz", "path": str(mnist_path()), "batch_size": BATCH_SIZE, "normalize": "unit"},
         "optimizer": {"lr": LEARNING_RATE},
         "scaling": {"workers": WORKERS},
@@ -154,7 +163,7 @@ def _job(folder: str, seconds: float) -> dict[str, Any]:
 
 
 def _kill(process: Popen[bytes], victim: str, seed: int) -> None:
-    """One every so often, from when all are there to the run's end."""
+    """Kill a process of the run at a fixed interval, from the moment when all are up to the end of the run."""
     draw = random.Random(seed)  # noqa: S311 (nothing here is a secret)
     at = None
     while process.poll() is None:
@@ -166,7 +175,7 @@ def _kill(process: Popen[bytes], victim: str, seed: int) -> None:
             with suppress(ProcessLookupError):  # it ended by itself
                 os.kill(draw.choice(found), signal.SIGKILL)
             at += EVERY_S[victim]
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The report on the runs of all contenders: a table for people, a document for programs."""
+"""The report on the runs of all contenders, as a table for people and a document for programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Summary", "document", "findings", "summaries", "table"]
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One contender's runs."""
+    """The runs of one contender."""
 
     name: str
     runs: tuple[Measurement, ...]
@@ -32,12 +32,12 @@ class Summary:
 
     @property
     def val_accuracy(self) -> float:
-        """The lowest of any run."""
+        """The lowest accuracy of any run."""
         return min(run.val_accuracy for run in self.runs)
 
 
 def summaries(outcomes: Iterable[Measurement | Failure]) -> list[Summary]:
-    """The outcomes by contender, in the order of their first run."""
+    """Group outcomes by contender, in the order of their first runs."""
     found = list(outcomes)
     return [
         Summary(
@@ -50,7 +50,7 @@ def summaries(outcomes: Iterable[Measurement | Failure]) -> list[Summary]:
 
 
 def findings(results: Sequence[Summary]) -> list[Finding]:
-    """psgd's median rate over that of each contender, in the order given; nothing if psgd was not among them."""
+    """Return the ratio of psgd's median rate to that of each other contender; empty if psgd was not measured."""
     psgd = next((result for result in results if result.name == "psgd_job"), None)
     if psgd is None:
         return []
@@ -63,7 +63,7 @@ def _over(psgd: Summary, other: Summary) -> Finding:
 
 
 def table(results: Sequence[Summary]) -> Table:
-    """One row a contender."""
+    """Return a table with one row for each contender."""
     rows = Table(title="gradients of 128 examples applied per second")
     for heading in ("contender", "median", "min-max", "accuracy", "psgd is", "target", "met", "failed"):
         rows.add_column(heading, justify="left" if heading == "contender" else "right")
@@ -79,14 +79,14 @@ def table(results: Sequence[Summary]) -> Table:
 
 
 def document(results: Sequence[Summary], settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything measured, and on what; neither host names nor paths."""
+    """Return all results, with settings, machine and versions, but without host names and paths."""
     contenders = [
         {
             "name": result.name,
             "title": CONTENDERS[result.name].title,
             "updates_per_s": _spread(result.rates),
             "runs": [asdict(run) for run in result.runs],
-            "failures": len(result.failures),  # why was said when it happened; errors may name paths
+            "failures": len(result.failures),  # without messages, which were printed and may name paths
         }
         for result in results
     ]

@@ -1,9 +1,9 @@
 """More servers, and more workers on one server: `python -m tests.benchmarks.servers`.
 
-Two servers in place of one, on one machine, in the setting of `throughput`. And one server with 4, 16 and 64 workers,
-processes without Ray on the shm lane, which mostly sleep and all together push about as often: what a push costs the
-server, in time that it computes. The sleeps are exponential, so that pushes come as a Poisson process, of few workers
-as of many.
+The first part compares two servers with one, on one machine, in the setting of `throughput`. The second part measures
+the server's CPU time for a push with 4, 16 and 64 workers, which are processes without Ray on the shm lane. They mostly
+sleep, so that all of them together push at the same rate. The sleeps are exponential, so that pushes arrive as a
+Poisson process for any number of workers.
 """
 
 from __future__ import annotations
@@ -28,48 +28,53 @@ from tests.benchmarks.process_group import SPAWN, process_group
 __all__ = ["findings", "main"]
 
 SERVERS = (1, 2)
-CROWDS = (4, 16, 64)  # workers
-PUSHES_PER_S = 200.0  # of all workers together
+WORKER_COUNTS = (4, 16, 64)
+PUSHES_PER_S = 200.0  # by all workers together
 SIZE = 2500  # values of the weights, 4 bytes each
-START_S = 300.0  # for 64 processes to come up
+START_S = 300.0  # time limit for the start of 64 processes
 SETTLE_S = 1.0
 
 
 def main() -> int:
     """Measure, print the table, write the document."""
     made = parser("servers", __doc__)
-    made.add_argument("--seconds", type=float, default=6.0, help="measured in each run with one or two servers")
-    made.add_argument("--crowd-seconds", type=float, default=20.0, help="measured with each number of workers")
-    made.add_argument("--limit", type=float, default=120.0, help="seconds a run may take in all")
+    made.add_argument("--seconds", type=float, default=6.0, help="seconds measured in each run with one or two servers")
+    made.add_argument("--worker-seconds", type=float, default=20.0, help="seconds measured with each number of workers")
+    made.add_argument("--limit", type=float, default=120.0, help="time limit of a run, in seconds")
     arguments = made.parse_args()
     begin()
     rates: dict[int, list[float]] = {servers: [] for servers in SERVERS}
-    marks: dict[int, list[Mark]] = {workers: [] for workers in CROWDS}
+    marks: dict[int, list[Mark]] = {workers: [] for workers in WORKER_COUNTS}
     for _ in range(arguments.repeats):
         for servers in SERVERS:
             rates[servers] += _rate(servers, arguments)
-        for workers in CROWDS:
+        for workers in WORKER_COUNTS:
             marks[workers].append(_measured(workers, arguments))
-    runs = {"servers": rates, "workers": {poller: [mark._asdict() for mark in of] for poller, of in marks.items()}}
+    runs = {"servers": rates, "workers": {workers: [mark._asdict() for mark in of] for workers, of in marks.items()}}
     return conclude("servers and workers", findings(rates, marks), arguments, runs)
 
 
 def findings(rates: Mapping[int, Sequence[float]], marks: Mapping[int, Sequence[Mark]]) -> list[Finding]:
-    """Gradients per second by number of servers; what a server did by number of workers; each by turn."""
+    """Return the figures.
+
+    Args:
+        rates: gradients per second in each turn, by number of servers.
+        marks: progress of the one server in each turn, by number of workers.
+    """
     costs = {workers: tuple(mark.cpu_us for mark in of) for workers, of in marks.items()}
     few, *_, many = costs
     return [
         ratio("gradients/s with 2 servers on one node ÷ with 1", rates[2], rates[1], at_least=0.9),
-        ratio(f"the server's computing for a push, {many} workers ÷ {few}", costs[many], costs[few], at_most=1.15),
+        ratio(f"the server's CPU time for a push, {many} workers ÷ {few}", costs[many], costs[few], at_most=1.15),
         *(
-            Finding(f"the server's computing for a push, {workers} workers", median(of), "µs", turns=of)
+            Finding(f"the server's CPU time for a push, {workers} workers", median(of), "µs", turns=of)
             for workers, of in costs.items()
         ),
     ]
 
 
 def _rate(servers: int, arguments: Namespace) -> list[float]:
-    """Gradients per second; nothing if the run failed."""
+    """Return the gradients per second of one run, in a list; an empty list if the run failed."""
     settings = ("--set", f"scaling.servers={servers}")
     outcome = run_contender("psgd_job", arguments.seconds, arguments.limit, settings)
     if isinstance(outcome, Failure):
@@ -79,7 +84,7 @@ def _rate(servers: int, arguments: Namespace) -> list[float]:
 
 
 def _measured(workers: int, arguments: Namespace) -> Mark:
-    """Measure the server while `workers` workers push now and then."""
+    """Return the server's progress while this number of workers push now and then."""
     start = SPAWN.Barrier(workers + 1)
     stop = stop_flag()
     with (
@@ -89,7 +94,7 @@ def _measured(workers: int, arguments: Namespace) -> Mark:
         start.wait(START_S)
         time.sleep(SETTLE_S)
         before = server.mark()
-        time.sleep(arguments.crowd_seconds)
+        time.sleep(arguments.worker_seconds)
         found = server.mark().since(before)
         stop.value = True
         answers()

@@ -1,7 +1,7 @@
 """Pushes of 10 KB per second through one server: `python -m tests.benchmarks.small`.
 
-Eight workers, processes without Ray, push as fast as they can, over each lane: every push is a new batch, is applied,
-and is answered with a receipt and the new weights. The server counts.
+Eight workers, which are processes without Ray, push as fast as they can over each lane. Every push is a new batch; the
+server applies it and answers with a receipt and the new weights. The server counts the pushes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["findings", "main"]
 
 SIZE = 2500  # values of the weights, 4 bytes each
 TARGETS: dict[LaneKind, int] = {"shm": 20_000}
-START_S = 120.0  # for the processes to come up
+START_S = 120.0  # time limit for the start of the processes
 SETTLE_S = 0.5
 KINDS: tuple[LaneKind, ...] = ("shm", "tcp")
 
@@ -32,8 +32,8 @@ KINDS: tuple[LaneKind, ...] = ("shm", "tcp")
 def main() -> int:
     """Measure, print the table, write the document."""
     made = parser("small", __doc__)
-    made.add_argument("--seconds", type=float, default=5.0, help="measured in each turn")
-    made.add_argument("--workers", type=int, default=8, help="processes that push")
+    made.add_argument("--seconds", type=float, default=5.0, help="seconds measured in each turn (default: %(default)s)")
+    made.add_argument("--workers", type=int, default=8, help="processes that push (default: %(default)s)")
     arguments = made.parse_args()
     begin()
     turns: dict[LaneKind, list[Mark]] = {kind: [] for kind in KINDS}
@@ -45,7 +45,11 @@ def main() -> int:
 
 
 def findings(turns: Mapping[LaneKind, Sequence[Mark]]) -> list[Finding]:
-    """Of each lane, from what the server did in each turn."""
+    """Return the figures of each lane.
+
+    Args:
+        turns: progress of the server in each turn, by lane.
+    """
     found = []
     for kind, marks in turns.items():
         rates = tuple(mark.rate for mark in marks)
@@ -53,13 +57,13 @@ def findings(turns: Mapping[LaneKind, Sequence[Mark]]) -> list[Finding]:
         at_least = TARGETS.get(kind)
         found += [
             Finding(f"pushes/s of 10 KB through one server on {kind}", median(rates), "/s", at_least, turns=rates),
-            Finding(f"the server's computing for each on {kind}", median(costs), "µs", turns=costs),
+            Finding(f"the server's CPU time for each push on {kind}", median(costs), "µs", turns=costs),
         ]
     return found
 
 
 def _measured(kind: LaneKind, arguments: Namespace) -> Mark:
-    """Measure the server while all workers push."""
+    """Return the server's progress while all workers push."""
     workers = arguments.workers
     stop = stop_flag()
     start = SPAWN.Barrier(workers + 1)
@@ -75,12 +79,12 @@ def _measured(kind: LaneKind, arguments: Namespace) -> Mark:
         stop.value = True
         pushed = sum(answers())
         applied = server.mark().applied
-    assert applied == pushed, f"{pushed} pushes, {applied} applied"
+    assert applied == pushed, f"{pushed} pushes were sent, but {applied} were applied"
     return after.since(before)
 
 
 def _push(rank: int, kind: LaneKind, address: Address, start: Barrier, stop: Stop) -> int:
-    """How many pushes it was."""
+    """Push until `stop` is set, and return the number of pushes."""
     worker = BareWorker(kind, rank, SIZE, address)
     pushed = 0
     start.wait(START_S)

@@ -1,9 +1,10 @@
 """Memory over a long run: `python -m tests.benchmarks.soak --minutes 10`.
 
-The setting of `throughput`, on the shm lane. Every five seconds the memory of each process of the run is read from
-/proc; what the first minute brings is start-up. RSS is all of it. PSS counts each shared page by shares, so that the
-weights that server and workers map, and the data that workers share, count once. Judged is PSS without pages of files,
-which changes whenever another process of the machine begins or ends to use the same libraries.
+The setting is that of `throughput`, on the shm lane. The memory of each process of the run is read from /proc every
+five seconds; the first minute is start-up and does not count. RSS counts all pages. PSS divides each shared page by the
+number of processes that map it, so that the weights, which server and workers map, and the data, which workers share,
+count once. The target is for PSS without the pages of files: these change whenever another process of the machine
+starts or stops to use the same libraries.
 """
 
 from __future__ import annotations
@@ -32,37 +33,42 @@ __all__ = ["Growth", "Sample", "findings", "main"]
 EVERY_S = 5.0
 SETTLED_S = 60.0
 TARGET_MB = 5.0
-ACTORS = {"ray::ServerActor": "server", "ray::WorkerActor": "worker"}  # by the beginning of a process's title
+ACTORS = {"ray::ServerActor": "server", "ray::WorkerActor": "worker"}  # name by beginning of the process's title
 
 
 class Sample(NamedTuple):
     """A process's memory at one moment."""
 
-    time_s: float  # since all processes were there
-    rss: float  # MB; these three as in `Memory`
+    time_s: float  # since all processes were up
+    rss: float  # MB; this field and the next two as in `Memory`
     pss: float
     own: float
 
 
 class Growth(NamedTuple):
-    """How much more memory a process holds at the end than once it had settled."""
+    """The growth of a process's memory after its start-up."""
 
-    more_mb: float  # the last samples' median less the first ones'
-    mb_per_hour: float  # slope of the straight line through all of them
+    more_mb: float  # median of the last samples minus median of the first samples
+    mb_per_hour: float  # slope of the straight line through all samples
 
     @classmethod
     def of(cls, times: Sequence[float], megabytes: Sequence[float]) -> Growth:
-        """Of samples, which are compared by a twelfth at each end: one alone may meet a checkpoint being written."""
-        few = max(1, len(times) // 12)
+        """Compare the first and the last twelfth of the samples: a single sample may meet the write of a checkpoint."""
+        compared = max(1, len(times) // 12)
         slope = float(np.polyfit(times, megabytes, 1)[0]) if len(times) > 1 else 0.0
-        return cls(median(megabytes[-few:]) - median(megabytes[:few]), 3600 * slope)
+        return cls(median(megabytes[-compared:]) - median(megabytes[:compared]), 3600 * slope)
 
 
 def main() -> int:
     """Measure, print the table, write the document."""
     made = parser("soak", __doc__, repeats=1)
-    made.add_argument("--minutes", type=float, default=10.0, help="of training")
-    made.add_argument("--settled", type=float, default=SETTLED_S, help="seconds until growth counts")
+    made.add_argument("--minutes", type=float, default=10.0, help="minutes of training (default: %(default)s)")
+    made.add_argument(
+        "--settled",
+        type=float,
+        default=SETTLED_S,
+        help="seconds of start-up, in which growth does not count (default: %(default)s)",
+    )
     arguments = made.parse_args()
     begin()
     turns = [_samples(60 * arguments.minutes) for _ in range(arguments.repeats)]
@@ -71,17 +77,22 @@ def main() -> int:
 
 
 def findings(turns: Sequence[Mapping[str, Sequence[Sample]]], settled_s: float) -> list[Finding]:
-    """Of the samples of each process, by turn: what the server grew by, and of the workers the one that grew most."""
+    """Return the growth of the server, the driver and the worker that grew most.
+
+    Args:
+        turns: samples by process, for each turn.
+        settled_s: seconds of start-up, in which growth does not count.
+    """
     found = []
     for name, at_most in (("server", TARGET_MB), ("worker", None), ("driver", None)):
         own, pss, rss = ([_most_grown(turn, name, settled_s, of) for turn in turns] for of in ("own", "pss", "rss"))
         by_turn = tuple(growth.more_mb for growth in own)
         last = median(max(samples[-1].own for samples in _of(turn, name)) for turn in turns)
         found += [
-            Finding(f"{name}'s own memory, last less settled", median(by_turn), "MB", None, at_most, by_turn),
-            Finding(f"{name}'s own memory, straight line", median(growth.mb_per_hour for growth in own), "MB/h"),
-            Finding(f"{name}'s PSS, last less settled", median(growth.more_mb for growth in pss), "MB"),
-            Finding(f"{name}'s RSS, last less settled", median(growth.more_mb for growth in rss), "MB"),
+            Finding(f"{name}'s own memory, growth after start-up", median(by_turn), "MB", None, at_most, by_turn),
+            Finding(f"{name}'s own memory, slope", median(growth.mb_per_hour for growth in own), "MB/h"),
+            Finding(f"{name}'s PSS, growth after start-up", median(growth.more_mb for growth in pss), "MB"),
+            Finding(f"{name}'s RSS, growth after start-up", median(growth.more_mb for growth in rss), "MB"),
             Finding(f"{name}'s own memory at the end", last, "MB"),
         ]
     return found
@@ -100,7 +111,7 @@ def _of(turn: Mapping[str, Sequence[Sample]], name: str) -> list[Sequence[Sample
 
 
 def _samples(seconds: float) -> dict[str, list[Sample]]:
-    """Of each process of one run, from when all were there."""
+    """Return the samples of each process of one run, from the moment when all were up."""
     tree = job(seconds)
     tree["scaling"]["lane"] = "shm"
     with TemporaryDirectory(prefix="k", ignore_cleanup_errors=True) as folder, training(tree, folder) as process:
@@ -118,14 +129,14 @@ def _watched(process: Popen[bytes]) -> dict[str, list[Sample]]:
             now = time.monotonic()
             began = began or now
             for name, pid in pids.items():
-                with suppress(OSError):  # it ended meanwhile
+                with suppress(OSError):  # the process has just ended
                     found[name].append(Sample(now - began, *memory(pid)))
         time.sleep(EVERY_S)
     return dict(found)
 
 
 def _pids(driver: int) -> dict[str, int]:
-    """Of the driver, and of its server and its workers as far as they are there."""
+    """Return the process ids of the driver and of its server and workers that exist, by name."""
     found = {"driver": driver}
     for pid in sorted(descendants(driver)):
         for beginning, name in ACTORS.items():

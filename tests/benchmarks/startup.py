@@ -1,8 +1,8 @@
-"""From `psgd train` to the first gradient in the weights: `python -m tests.benchmarks.startup`.
+"""Time from `psgd train` to the first applied gradient: `python -m tests.benchmarks.startup`.
 
-The setting is that of `throughput`. The server's journal says when it took the first push, on the machine's monotonic
-clock, on which the command was started, too. Subtracted is what Ray itself takes: a Python that imports Ray and starts
-it with the same options, measured in the same turns.
+The setting is that of `throughput`. The server's journal has the time of the first push, on the machine's monotonic
+clock, which also gives the time of the command's start. The time of Ray itself is subtracted: that of a Python that
+imports Ray and starts it with the same options, measured in the same turns.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from tests.benchmarks.setting import NUM_WORKERS
 __all__ = ["OPTIONS", "findings", "first_applied", "main"]
 
 TARGET_S = 3.0
-UPDATES = 20  # and the run ends
+UPDATES = 20  # of each run
 BARE = "import json, sys, time, ray; ray.init(**json.loads(sys.argv[1])); print(time.monotonic()); ray.shutdown()"
-# What `psgd train` starts a local Ray with, in this setting.
+# Options with which `psgd train` starts a local Ray in this setting.
 OPTIONS = {"address": "local", "num_cpus": NUM_WORKERS + 1, "include_dashboard": False, "logging_level": logging.ERROR}
 STAGES = ("started", "worker_started", "worker_up")  # events of the run
 
@@ -50,23 +50,33 @@ def main() -> int:
 
 
 def findings(turns: Mapping[str, Sequence[float]]) -> list[Finding]:
-    """Of seconds since the launch, by turn."""
+    """Return the figures.
+
+    Args:
+        turns: seconds since the start of the command, by event, for each turn.
+    """
     beyond = tuple(psgd - ray for psgd, ray in zip(turns["psgd"], turns["ray"], strict=True))
     stages = {
-        "`psgd train` to its first gradient applied": "psgd",
+        "`psgd train` until its first gradient is applied": "psgd",
         "a bare Python that imports and starts Ray": "ray",
-        "`psgd train` to Ray's being there": "started",
-        "`psgd train` to its last worker's call": "worker_started",
-        "`psgd train` to its last worker's being up": "worker_up",
+        "`psgd train` until Ray runs": "started",
+        "`psgd train` until its last worker is started": "worker_started",
+        "`psgd train` until its last worker is up": "worker_up",
     }
     return [
-        Finding("`psgd train` to its first gradient, beyond Ray's start", median(beyond), "s", None, TARGET_S, beyond),
+        Finding(
+            "`psgd train` until its first gradient is applied, minus Ray's start",
+            median(beyond),
+            "s",
+            at_most=TARGET_S,
+            turns=beyond,
+        ),
         *(Finding(text, median(turns[name]), "s", turns=tuple(turns[name])) for text, name in stages.items()),
     ]
 
 
 def first_applied(path: Path) -> float:
-    """When a run's server took the first gradient that it applied, on the machine's monotonic clock, in seconds.
+    """Return the time of the first push that a run's server applied, in seconds of the machine's monotonic clock.
 
     Args:
         path: the run's directory.
@@ -78,7 +88,7 @@ def first_applied(path: Path) -> float:
 
 
 def _ray_s() -> float:
-    """Until Ray is there."""
+    """Return the seconds until a bare Python has started Ray."""
     with TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-c", BARE, json.dumps(OPTIONS)]
         env = os.environ | {"TMPDIR": folder}
@@ -88,7 +98,7 @@ def _ray_s() -> float:
 
 
 def _psgd_s() -> dict[str, float]:
-    """Until the first gradient is applied, and until each stage on the way there."""
+    """Return the seconds until the first gradient is applied, and until each stage before it."""
     with TemporaryDirectory(prefix="p", ignore_cleanup_errors=True) as folder:
         tree = job(1.0) | {"run": {"max_updates": UPDATES}}
         began = time.monotonic()

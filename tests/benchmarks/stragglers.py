@@ -1,9 +1,9 @@
-"""The cost of one slow worker: `python -m tests.benchmarks.stragglers`.
+"""Cost of one slow worker: `python -m tests.benchmarks.stragglers`.
 
-Four workers sleep 20 ms over each batch; then one of them 200 ms. Three workers and a tenth of one are left, 3.1 / 4 of
-the speed, if nobody waits for the slow one. psgd, async, on a real Ray, within one long epoch, and over two epochs of 9
-seconds, at whose ends all wait for the slow worker's last leases. Beside it PyTorch's DDP on gloo, whose processes step
-together and take their batches from a shared counter.
+Four workers sleep 20 ms for each batch; then one of them sleeps 200 ms. If no worker waits for the slow one, the speed
+of 3.1 workers remains, 3.1 / 4 of the full speed. Measured are psgd, async, on a real Ray, within one long epoch and
+over two epochs of 9 seconds, at whose ends all wait for the last batches of the slow worker; and PyTorch's DDP on gloo,
+whose processes step together and take their batches from a shared counter.
 """
 
 from __future__ import annotations
@@ -38,18 +38,23 @@ __all__ = ["findings", "main"]
 WORKERS = 4
 SLEEP_S = 0.02
 SLOW_S = 0.2
-LEFT = (WORKERS - 1 + SLEEP_S / SLOW_S) / WORKERS  # of the speed, if nobody waits for the slow worker
+LEFT = (WORKERS - 1 + SLEEP_S / SLOW_S) / WORKERS  # remaining share of the speed if no worker waits for the slow one
 TARGET = 0.95 * LEFT
 HIDDEN = 32
-BATCHES = {"long": 8, "short": 32}  # examples in each: epochs of 38 and 9 s
-EPOCHS = 2  # of the short ones
+BATCH_SIZES = {"long": 8, "short": 32}  # make epochs of 38 s and of 9 s
+EPOCHS = 2  # short epochs in a run
 COMPARED = "examples/s with one of 4 workers 10 × slower ÷ with none"
 
 
 def main() -> int:
     """Measure, print the table, write the document."""
     made = parser("stragglers", __doc__)
-    made.add_argument("--seconds", type=float, default=8.0, help="measured in each run that has no epoch's end")
+    made.add_argument(
+        "--seconds",
+        type=float,
+        default=8.0,
+        help="seconds of each run that stays within one epoch (default: %(default)s)",
+    )
     arguments = made.parse_args()
     begin()
     os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -63,7 +68,11 @@ def main() -> int:
 
 
 def findings(turns: Mapping[str, Sequence[float]]) -> list[Finding]:
-    """Of examples per second, by turn, of each way `even` and with one `slow` worker."""
+    """Return the figures.
+
+    Args:
+        turns: examples per second in each turn, by method, without (`even`) and with one `slow` worker.
+    """
     psgd_, epochs, ddp = ((turns[f"{way} slow"], turns[f"{way} even"]) for way in ("psgd", "psgd epochs", "ddp"))
     return [
         ratio(f"{COMPARED}, psgd async", *psgd_, at_least=TARGET),
@@ -74,35 +83,35 @@ def findings(turns: Mapping[str, Sequence[float]]) -> list[Finding]:
 
 def _turns(arguments: Namespace) -> dict[str, list[float]]:
     ways: dict[str, Callable[[float], float]] = {
-        "psgd": partial(_psgd, BATCHES["long"], {"max_time_s": arguments.seconds}),
-        "psgd epochs": partial(_psgd, BATCHES["short"], {"epochs": EPOCHS}),
+        "psgd": partial(_psgd, BATCH_SIZES["long"], {"max_time_s": arguments.seconds}),
+        "psgd epochs": partial(_psgd, BATCH_SIZES["short"], {"epochs": EPOCHS}),
         "ddp": partial(_ddp, arguments.seconds),
     }
-    found: dict[str, list[float]] = {f"{way} {who}": [] for way in ways for who in ("even", "slow")}
+    found: dict[str, list[float]] = {f"{way} {speed}": [] for way in ways for speed in ("even", "slow")}
     for _ in range(arguments.repeats):
         for way, measure in ways.items():
-            for who, slow_s in (("even", SLEEP_S), ("slow", SLOW_S)):
-                found[f"{way} {who}"].append(measure(slow_s))
-                print(f"{way}, {who}: {found[f'{way} {who}'][-1]:.0f} examples/s", flush=True)
+            for speed, slow_s in (("even", SLEEP_S), ("slow", SLOW_S)):
+                found[f"{way} {speed}"].append(measure(slow_s))
+                print(f"{way}, {speed}: {found[f'{way} {speed}'][-1]:.0f} examples/s", flush=True)
     return found
 
 
 def _psgd(batch_size: int, limit: dict[str, float], slow_s: float) -> float:
-    """Examples per second, from the first gradient applied to the last."""
+    """Return the examples per second of psgd, from the first applied gradient to the last."""
     with TemporaryDirectory() as folder:
-        meeting = Path(folder, "meeting")
-        meeting.mkdir()
+        barrier = Path(folder, "barrier")
+        barrier.mkdir()
         kwargs = {
             "inputs": SIZES[0],
             "hidden": HIDDEN,
             "sleep_s": SLEEP_S,
             "slow_s": slow_s,
             "workers": WORKERS,
-            "meeting": str(meeting),
+            "barrier": str(barrier),
         }
         tree: dict[str, Any] = {
             "name": "stragglers",
-            "model": {"kind": "python", "path": "tests.benchmarks.sleepy:OneSlow", "kwargs": kwargs},
+            "model": {"kind": "python", "path": "tests.benchmarks.sleeping_models:OneSlowWorker", "kwargs": kwargs},
             "data": {"format": "npz", "path": str(mnist_path()), "batch_size": batch_size, "normalize": "unit"},
             "optimizer": {"lr": LEARNING_RATE},
             "scaling": {"workers": WORKERS},
@@ -118,16 +127,16 @@ def _psgd(batch_size: int, limit: dict[str, float], slow_s: float) -> float:
 
 
 def _ddp(seconds: float, slow_s: float) -> float:
-    """Examples per second, from the first step to the last."""
+    """Return the examples per second of DDP, from the first step to the last."""
     with TemporaryDirectory() as folder:
         spans = run_process_group(WORKERS, _train, World.of(WORKERS, folder), slow_s, seconds)
     span = Span.over(spans)
-    return BATCHES["long"] * (span.updates - WORKERS) / span.seconds
+    return BATCH_SIZES["long"] * (span.updates - WORKERS) / span.seconds
 
 
 def _train(rank: int, world: World, slow_s: float, seconds: float) -> Span:
     torch.set_num_threads(1)
-    batches = Batches(Mnist.load(), seed=0, size=BATCHES["long"])
+    batches = Batches(Mnist.load(), seed=0, size=BATCH_SIZES["long"])
     model = nn.Sequential(nn.Linear(SIZES[0], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, SIZES[-1]))
     sleep_s = slow_s if rank == 0 else SLEEP_S
 

@@ -1,4 +1,4 @@
-"""Bare processes push through the lanes, and the server counts."""
+"""Tests of the bare server and its workers."""
 
 from __future__ import annotations
 

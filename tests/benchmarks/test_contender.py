@@ -1,4 +1,4 @@
-"""A contender that fails says why, and none outlives its time."""
+"""A contender that fails is reported with its error, and one that exceeds its time limit is ended."""
 
 from __future__ import annotations
 

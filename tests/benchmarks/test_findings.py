@@ -1,4 +1,4 @@
-"""A figure is judged by its target, and survives being written down."""
+"""Tests of figures, their targets, and their form in tables and documents."""
 
 from __future__ import annotations
 

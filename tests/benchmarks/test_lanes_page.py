@@ -1,4 +1,4 @@
-"""The page says what was found, and the figure who was how fast."""
+"""Tests of the page of results and of its figure."""
 
 from __future__ import annotations
 

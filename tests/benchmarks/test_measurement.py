@@ -1,4 +1,4 @@
-"""The clock starts with the first update and stops with the last."""
+"""Tests of the measured span: the clock starts with the first update and stops with the last."""
 
 from __future__ import annotations
 

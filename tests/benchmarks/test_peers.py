@@ -1,4 +1,4 @@
-"""The peers compute what they are said to compute."""
+"""Tests of the peers' computations: data, gradients, steps, and the checks of psgd's own run."""
 
 from __future__ import annotations
 

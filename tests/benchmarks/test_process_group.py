@@ -1,4 +1,4 @@
-"""Processes answer by rank, and numbers are given once."""
+"""Tests of process groups and of the shared counter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests on this process and on made-up ones."""
+"""Tests of what is read from /proc, on this process and on made-up texts."""
 
 from __future__ import annotations
 

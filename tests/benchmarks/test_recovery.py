@@ -1,4 +1,4 @@
-"""Deaths are paired with successors, and costs with targets."""
+"""Tests of the recoveries in a run's events, and of the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rates and costs become ratios."""
+"""Tests of the figures from rates and CPU times."""
 
 from __future__ import annotations
 

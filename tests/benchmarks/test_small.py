@@ -1,4 +1,4 @@
-"""Tests of the findings from a server's marks."""
+"""Tests of the figures from the server's progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Growth is what comes after a process has settled."""
+"""Tests of memory growth, which counts after the start-up of a process."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_a_single_sample_out_of_line_is_no_growth() -> None:
 def test_the_server_is_judged_and_the_most_grown_worker_shown() -> None:
     turn = {"driver": growing(0), "server 1": growing(0.02), "worker 1": growing(0), "worker 2": growing(0.1)}
     found = {one.measure: one for one in findings([turn], settled_s=60.0)}
-    assert found["server's own memory, last less settled"].met is False
-    assert found["server's own memory, straight line"].value == pytest.approx(72)
-    assert found["worker's own memory, straight line"].value == pytest.approx(360)
-    assert found["driver's own memory, last less settled"].met is None
-    assert found["server's RSS, last less settled"].value == 0
+    assert found["server's own memory, growth after start-up"].met is False
+    assert found["server's own memory, slope"].value == pytest.approx(72)
+    assert found["worker's own memory, slope"].value == pytest.approx(360)
+    assert found["driver's own memory, growth after start-up"].met is None
+    assert found["server's RSS, growth after start-up"].value == 0

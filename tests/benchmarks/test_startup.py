@@ -1,4 +1,4 @@
-"""The journal says when the first gradient was applied."""
+"""Tests of the time of the first applied gradient, and of the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain work is what it is said to be, and the others are over it."""
+"""Tests of the plain NumPy round and of the ratios to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def test_a_plain_round_is_a_step() -> None:
     plain = InOneProcess(1000)
     plain.gradient[:] = np.random.default_rng(0).standard_normal(1000)
     plain.round()
-    np.testing.assert_array_equal(plain.came, np.zeros(1000, np.float32) - RATE * plain.gradient)
+    np.testing.assert_array_equal(plain.received, np.zeros(1000, np.float32) - RATE * plain.gradient)
 
 
 def test_seconds_are_over_the_plain_ones() -> None:

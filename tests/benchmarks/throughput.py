@@ -1,7 +1,8 @@
-"""Measures psgd and its peers in one run: `python -m tests.benchmarks.throughput`, from the repository's root.
+"""Measure psgd and its peers in one run: `python -m tests.benchmarks.throughput`, from the repository's root.
 
-The contenders take turns, so that a machine that grows slower or faster does so for all of them. Linux only: everything
-is held to as many cores as there are workers. The targets, psgd over each of its peers, are in `contender.CONTENDERS`.
+The contenders take turns, so that a machine that becomes slower or faster does so for all of them. All processes are
+restricted to as many cores as there are workers, which needs Linux. The targets, ratios of psgd to each of its peers,
+are in `contender.CONTENDERS`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["main"]
 
 
 def main() -> int:
-    """Measure, print the table, write the document; 1 if any run failed."""
+    """Measure, print the table, write the document. Return the exit code: 1 if a run failed."""
     arguments = _parser().parse_args()
     begin()
     console = Console()
@@ -33,10 +34,19 @@ def main() -> int:
 
 
 def _parser() -> ArgumentParser:
-    made = parser("throughput", "Gradients applied per second, by psgd and its peers.")
-    made.add_argument("--seconds", type=float, default=6.0, help="measured in each run, start-up not counted")
-    made.add_argument("--limit", type=float, default=120.0, help="seconds a run may take in all")
-    made.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="these contenders")
+    made = parser("throughput", "Measure the gradients per second that psgd and its peers apply.")
+    made.add_argument(
+        "--seconds",
+        type=float,
+        default=6.0,
+        help="seconds measured in each run, without start-up (default: %(default)s)",
+    )
+    made.add_argument(
+        "--limit", type=float, default=120.0, help="time limit of a run, in seconds (default: %(default)s)"
+    )
+    made.add_argument(
+        "--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders to measure (default: all)"
+    )
     return made
 
 
@@ -44,8 +54,8 @@ def _outcomes(arguments: Namespace, console: Console) -> Iterator[Measurement | 
     for turn in range(1, arguments.repeats + 1):
         for name in arguments.only:
             outcome = run_contender(name, arguments.seconds, arguments.limit)
-            said = f"failed: {outcome.error}" if isinstance(outcome, Failure) else f"{outcome.updates_per_s:,.0f}/s"
-            console.print(f"{turn}/{arguments.repeats} {name} {said}", markup=False, highlight=False)
+            shown = f"failed: {outcome.error}" if isinstance(outcome, Failure) else f"{outcome.updates_per_s:,.0f}/s"
+            console.print(f"{turn}/{arguments.repeats} {name} {shown}", markup=False, highlight=False)
             yield outcome
 
 

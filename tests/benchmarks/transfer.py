@@ -1,9 +1,9 @@
-"""A push of 100 MB and the weights' way back, over the same in one process: `python -m tests.benchmarks.transfer`.
+"""Time of a push of 100 MB and of the weights' way back, by lane: `python -m tests.benchmarks.transfer`.
 
-A server and a worker, two processes without Ray, over each lane. A round is a push, its receipt, and the new weights in
-the worker's memory. The measure for it is what one core needs for the least that is to be done, in plain NumPy: copy
-the gradient out, step by it (w -= η·g, as two passes), copy the weights in. Beside it: how long so many bytes take each
-way over a bare socket, without any arithmetic.
+Server and worker are two processes without Ray. A round is a push, its receipt, and the new weights in the worker's
+memory. It is compared with the time that one core needs for the same work in plain NumPy: copy the gradient out, take
+the step (w -= η·g, as two passes), copy the weights in. A second comparison sends the same bytes each way over a bare
+socket, without any arithmetic.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ Round = Callable[[], None]
 
 
 class InOneProcess:
-    """The least that is to be done, on one core.
+    """The work of one round in plain NumPy, on one core.
 
     Args:
         size: values of the weights.
     """
 
     def __init__(self, size: int) -> None:
-        self.gradient, self.sent, self.weights, self.scratch, self.came = np.zeros((5, size), np.float32)
+        self.gradient, self.sent, self.weights, self.scratch, self.received = np.zeros((5, size), np.float32)
 
     def round(self) -> None:
-        """Out, step, in."""
+        """Copy the gradient out, take the step, copy the weights in."""
         np.copyto(self.sent, self.gradient)
         np.multiply(self.sent, RATE, out=self.scratch)
         np.subtract(self.weights, self.scratch, out=self.weights)
-        np.copyto(self.came, self.weights)
+        np.copyto(self.received, self.weights)
 
 
 def main() -> int:
     """Measure, print the table, write the document."""
     made = parser("transfer", __doc__, repeats=5)
     made.add_argument("--size", type=int, default=25_000_000, help="values of the weights, 4 bytes each")
-    made.add_argument("--rounds", type=int, default=7, help="of each kind in a turn")
+    made.add_argument("--rounds", type=int, default=7, help="rounds of each kind in a turn (default: %(default)s)")
     arguments = made.parse_args()
     begin()
     turns = _turns(arguments)
@@ -62,10 +62,10 @@ def main() -> int:
 
 
 def findings(turns: Mapping[str, Sequence[float]], size: int) -> list[Finding]:
-    """Every kind over the plain work.
+    """Return the ratio of each kind of round to the plain NumPy round.
 
     Args:
-        turns: seconds of a round of each kind, by turn.
+        turns: seconds of a round in each turn, by kind.
         size: values of the weights.
     """
     plain = turns["plain"]
@@ -78,7 +78,7 @@ def findings(turns: Mapping[str, Sequence[float]], size: int) -> list[Finding]:
 
 
 def _turns(arguments: Namespace) -> dict[str, list[float]]:
-    """Median seconds of a round, by kind and turn."""
+    """Return the median seconds of a round, by kind and turn."""
     size = arguments.size
     with BareServer(size, len(KINDS)) as server, _loopback(4 * size) as loopback, ExitStack() as stack:
         workers = {kind: BareWorker(kind, rank, size, server.address) for rank, kind in enumerate(KINDS)}
@@ -87,7 +87,7 @@ def _turns(arguments: Namespace) -> dict[str, list[float]]:
         rounds: dict[str, Round] = {kind: worker.push for kind, worker in workers.items()}
         rounds |= {"plain": InOneProcess(size).round, "loopback": loopback}
         for once in rounds.values():
-            once()  # every page is touched
+            once()  # touches every page
         found: dict[str, list[float]] = {name: [] for name in rounds}
         for _ in range(arguments.repeats):
             for name, round_ in rounds.items():
@@ -103,7 +103,7 @@ def _seconds(round_: Round) -> float:
 
 @contextmanager
 def _loopback(size: int) -> Iterator[Round]:
-    """Yields what sends so many bytes to another process and receives as many from it."""
+    """Yield a function that sends `size` bytes to another process and receives them back."""
     data = memoryview(bytearray(size))
     with socket.create_server((HOST, 0)) as listening, process_group(1, _echo, listening.getsockname()[1], size):
         stream, _ = listening.accept()
@@ -124,7 +124,7 @@ def _echo(rank: int, port: int, size: int) -> None:
 
 
 def _receive(stream: socket.socket, into: memoryview) -> bool:
-    """Fill it; false if the other end has hung up."""
+    """Fill a buffer from a stream. Return False if the other end closed the connection."""
     got = 0
     while got < len(into):
         count = stream.recv_into(into[got:])

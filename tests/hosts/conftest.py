@@ -1,3 +1,5 @@
+"""A Ray cluster on three hosts that are network namespaces."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -5,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.namespaces import missing, network
+from tests.support.namespaces import network, unavailable_reason
 from tests.support.nodes import Nodes
 
-LACKING = missing()
+UNAVAILABLE = unavailable_reason()
 
 
 @pytest.fixture(scope="module")
 def cluster(ray_home: Path, environment: dict[str, str]) -> Iterator[Nodes]:
-    if LACKING is not None:
-        pytest.skip(LACKING)
+    """Yield Ray on three hosts of one CPU each; skip where namespaces cannot be used."""
+    if UNAVAILABLE is not None:
+        pytest.skip(UNAVAILABLE)
     with network(3) as hosts:
         nodes = Nodes(hosts, (1, 1, 1), ray_home, environment)
         nodes.start(hosts)
@@ -23,6 +26,6 @@ def cluster(ray_home: Path, environment: dict[str, str]) -> Iterator[Nodes]:
 
 @pytest.fixture
 def nodes(cluster: Nodes) -> Nodes:
-    """The cluster, which is whole again before the next test."""
-    cluster.mend()
+    """Return the cluster, with every host and cable repaired."""
+    cluster.repair()
     return cluster

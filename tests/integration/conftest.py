@@ -12,7 +12,7 @@ import ray
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[Path]:
-    """A local Ray without authentication, which `psgd.train` finds and leaves running; the folder is its own."""
+    """Start a local Ray without authentication, which `psgd.train` finds and leaves running; yield its folder."""
     with (
         TemporaryDirectory(prefix="psgd", dir="/tmp", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as patch,

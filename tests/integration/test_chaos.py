@@ -1,4 +1,4 @@
-"""Random kills on a real local Ray, while MNIST is trained: they may change nothing but the time it takes."""
+"""Random kills on a real local Ray while MNIST is trained: only the duration may change."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 
 import psgd
 from tests.support.command_line import eventually
-from tests.support.disturbed import BATCHES, assert_as_if_undisturbed, job
-from tests.support.killer import Killer, one_of, processes
+from tests.support.killer import Killer, kill_one, ray_processes
+from tests.support.mnist_run import BATCHES, assert_as_if_undisturbed, job
 
 SERVER = "ray::ServerActor"
 WORKER = "ray::WorkerActor"
-SECONDS = 0.008  # of a gradient
-LEFT_S = 60.0  # a run may take so much longer than the kills do
+SECONDS = 0.008  # sleep before each gradient
+LEFT_S = 60.0  # time limit of a run beyond that of its kills and gradients
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,10 @@ def test_kills_at_random_change_nothing_but_the_time(
     tmp_path: Path, local_ray: Path, mnist_file: Path, epochs: int, kills: int
 ) -> None:
     def a_server(rng: random.Random) -> bool:
-        return one_of(processes(SERVER, str(local_ray)), rng)
+        return kill_one(ray_processes(SERVER, str(local_ray)), rng)
 
     def a_worker(rng: random.Random) -> bool:
-        return one_of(processes(WORKER, str(local_ray)), rng)
+        return kill_one(ray_processes(WORKER, str(local_ray)), rng)
 
     undisturbed = psgd.train(job(tmp_path, mnist_file, epochs, 0.0), name="undisturbed", progress=False)
     killer = Killer({"server": a_server, "worker": a_worker}, (1, 2), (3.0, 7.0), kills, seed=0)
@@ -45,4 +45,4 @@ def test_kills_at_random_change_nothing_but_the_time(
     assert killer.killed
     assert result.failures
     assert_as_if_undisturbed(result, undisturbed, epochs)
-    eventually(lambda: not processes(SERVER, str(local_ray)) and not processes(WORKER, str(local_ray)))
+    eventually(lambda: not ray_processes(SERVER, str(local_ray)) and not ray_processes(WORKER, str(local_ray)))

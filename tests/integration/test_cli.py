@@ -1,4 +1,4 @@
-"""Runs on a local Ray through the command line: what it prints, how it ends, what it leaves behind."""
+"""Runs on a local Ray through the command line: output, exit codes, files and processes afterwards."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 
 from tests.support.command_line import DIGITS, LIMIT_S, CommandLine, eventually, recorded
 
-BATCHES = 90  # of an epoch
-EXAMPLES = 1438  # of an epoch
-ENDLESS = 100_000  # epochs: what is done to a run while it trains is done to one that cannot be faster
+BATCHES = 90  # in an epoch
+EXAMPLES = 1438  # in an epoch
+ENDLESS = 100_000  # epochs of a run that is disturbed while it trains, so that it cannot end first
 KEYS = [
     *("status", "name", "path", "epochs", "updates", "samples", "duration_s"),
     *("metrics", "ledger", "failures", "goodput", "checkpoint", "error"),
@@ -32,7 +32,7 @@ METRICS = {
 
 @pytest.fixture
 def psgd(tmp_path: Path, ray_home: Path, environment: dict[str, str]) -> CommandLine:
-    """The command line, with a Ray folder that no other test's processes carry."""
+    """Return the command line with a Ray folder of its own, by which its processes are found."""
     return CommandLine(environment | {"RAY_TMPDIR": mkdtemp(dir=ray_home), "RAY_AUTH_MODE": "disabled"}, tmp_path)
 
 
@@ -40,20 +40,21 @@ def psgd(tmp_path: Path, ray_home: Path, environment: dict[str, str]) -> Command
 def finished(
     tmp_path_factory: pytest.TempPathFactory, ray_home: Path, environment: dict[str, str]
 ) -> Iterator[tuple[CommandLine, CompletedProcess[str]]]:
-    """A short run with Ray's default authentication, told as JSON."""
+    """Yield the command line and the output of a short run with `--json` and Ray's token authentication."""
     psgd = CommandLine(environment | {"RAY_AUTH_MODE": "token"}, tmp_path_factory.mktemp("finished"))
     done = psgd.run("train", DIGITS, "--set", "run.epochs=3", "--json")
     assert done.returncode == 0, done.stderr
     yield psgd, done
-    assert (ray_home / ".ray" / "auth_token").exists()  # the mode was on, and the token is not the user's
+    assert (ray_home / ".ray" / "auth_token").exists()  # authentication was on, with a token of this test
 
 
 def train(epochs: int, *options: str) -> tuple[str, ...]:
+    """Return the arguments of `psgd train` on digits."""
     return ("train", DIGITS, "--set", f"run.epochs={epochs}", *options)
 
 
 def end_exactly(psgd: CommandLine) -> None:
-    """Resume the run for two more epochs; each of all its epochs' batches must have been applied once."""
+    """Resume the run for two more epochs, and check that every batch of all its epochs was applied once."""
     saved: int = recorded(psgd.folder / "runs" / "digits", "checkpoint")[-1]["epochs"]
     epochs = saved + 2
     done = psgd.run(*train(epochs, "--resume", "--json"))
@@ -74,12 +75,12 @@ def test_train_prints_one_json_document_and_nothing_else(finished: tuple[Command
 
 
 def test_progress_and_the_summary_go_to_stderr(finished: tuple[CommandLine, CompletedProcess[str]]) -> None:
-    told = finished[1].stderr
-    assert [line.split("  ")[0] for line in told.splitlines() if line.startswith("epoch ")] == [
+    stderr = finished[1].stderr
+    assert [line.split("  ")[0] for line in stderr.splitlines() if line.startswith("epoch ")] == [
         f"epoch {epoch}/3" for epoch in (1, 2, 3)
     ]
-    assert "finished digits: 3 epochs, 270 updates" in told
-    assert "--resume" not in told
+    assert "finished digits: 3 epochs, 270 updates" in stderr
+    assert "--resume" not in stderr
 
 
 def test_nothing_outlives_a_run(finished: tuple[CommandLine, CompletedProcess[str]]) -> None:
@@ -104,16 +105,16 @@ def test_a_second_run_of_the_name_is_refused_as_json(finished: tuple[CommandLine
 
 
 def interrupt(psgd: CommandLine, mode: str, send: Callable[[int, int], None], number: int) -> None:
-    """Start or continue the run, and send a signal once it got further; it must end saved and leave nothing."""
+    """Start or resume the run, send a signal after an epoch, and check that the run is saved and no process is left."""
     run = psgd.folder / "runs" / "digits"
     seen = len(recorded(run, "evaluated"))
     with psgd.started(*train(ENDLESS, "--resume"), RAY_AUTH_MODE=mode) as driver:
         eventually(lambda: len(recorded(run, "evaluated")) > seen)
         send(driver.pid, number)
-        told = driver.communicate(timeout=LIMIT_S)[1]
-    assert driver.returncode == 130, told
-    assert "psgd: interrupted: the run is saved and ended." in told
-    assert "the same command with --resume continues it" in told
+        stderr = driver.communicate(timeout=LIMIT_S)[1]
+    assert driver.returncode == 130, stderr
+    assert "psgd: interrupted: the run is saved and ended." in stderr
+    assert "the same command with --resume continues it" in stderr
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["ledger"]["batches"]) == ("interrupted", result["ledger"]["applied"])
     assert recorded(run, "checkpoint")[-1]["updates"] == result["updates"] > 0
@@ -123,7 +124,7 @@ def interrupt(psgd: CommandLine, mode: str, send: Callable[[int, int], None], nu
 
 @pytest.mark.timeout(300)
 def test_every_signal_that_ends_a_run_saves_it_and_resuming_ends_it_exactly(psgd: CommandLine) -> None:
-    interrupt(psgd, "token", os.killpg, signal.SIGINT)  # to the whole group, as a terminal does
+    interrupt(psgd, "token", os.killpg, signal.SIGINT)  # to the whole process group, as a terminal does
     interrupt(psgd, "disabled", os.kill, signal.SIGTERM)
     interrupt(psgd, "disabled", os.kill, signal.SIGHUP)
     end_exactly(psgd)
@@ -165,11 +166,11 @@ def test_stop_ends_a_run_from_another_process(psgd: CommandLine) -> None:
         eventually(lambda: recorded(run, "evaluated"))
         running = json.loads(psgd.run("status", "digits").stdout)
         assert psgd.run("stop", "digits").returncode == 0
-        out, told = driver.communicate(timeout=LIMIT_S)
+        out, stderr = driver.communicate(timeout=LIMIT_S)
     assert (running["status"], running["owner"]["pid"]) == ("running", driver.pid)
-    assert driver.returncode == 0, told
+    assert driver.returncode == 0, stderr
     assert json.loads(out)["status"] == "stopped"
-    assert "the same command with --resume continues it" in told
+    assert "the same command with --resume continues it" in stderr
     assert [event["accepted"] for event in recorded(run, "command")] == [True]
     assert json.loads(psgd.run("status", "digits").stdout) == json.loads(out)
     eventually(lambda: not psgd.processes())

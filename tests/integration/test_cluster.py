@@ -1,4 +1,4 @@
-"""Runs on a cluster that is there already, with authentication: driven from here, and submitted as Ray jobs."""
+"""Runs on a running cluster with authentication: driven from this process, and submitted as Ray jobs."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ TRAIN = ("train", DIGITS, "--set", "run.epochs=3")
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A cluster of one node with 4 CPUs."""
+    """A running cluster of one node with 4 CPUs."""
 
     address: str
     dashboard: str
     environment: dict[str, str]
 
     def living(self) -> list[str]:
-        """Classes of the actors that live, Ray's own for its jobs included."""
+        """Return the class names of the actors that are alive, including those of Ray's job manager."""
         token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
         with closing(HTTPConnection(self.dashboard.removeprefix("http://"), timeout=LIMIT_S)) as dashboard:
             dashboard.request("GET", "/api/v0/actors", headers={"Authorization": f"Bearer {token}"})
@@ -53,8 +53,8 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(ray_home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
-    """Started by a process that is ours, by its full path, on ports that were free, with a token of its own."""
-    bin_ = Path(sys.executable).parent  # which is not on the PATH
+    """Start a head by its full path, on free ports and with a token of its own; it ends with the module."""
+    bin_ = Path(sys.executable).parent  # not on the PATH of the head
     token = ray_home / "token"
     token.write_text(token_hex(32))
     secured = environment | {
@@ -73,13 +73,13 @@ def cluster(ray_home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
         "object-store-memory": str(200 * 2**20),
     }
     command = [str(bin_ / "ray"), "start", "--head", "--block", *(f"--{name}={text}" for name, text in options.items())]
-    told = ray_home / "ray.log"
+    log_file = ray_home / "ray.log"
     with (
-        told.open("w") as log,
+        log_file.open("w") as log,
         subprocess.Popen(command, env=secured, stdout=log, stderr=log, start_new_session=True) as head,
     ):
         try:
-            eventually(lambda: "will now block" in told.read_text(), LIMIT_S)
+            eventually(lambda: "will now block" in log_file.read_text(), LIMIT_S)
             yield Cluster(f"127.0.0.1:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}", secured)
         finally:
             head.terminate()
@@ -89,14 +89,14 @@ def cluster(ray_home: Path, environment: dict[str, str]) -> Iterator[Cluster]:
 
 @pytest.fixture
 def command(cluster: Cluster, tmp_path: Path) -> CommandLine:
-    """The command line, somewhere else than the source, with the cluster's token."""
+    """Return the command line outside the source tree, with the cluster's token."""
     return CommandLine(cluster.environment, tmp_path)
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on just now, and that the system gives to nobody who asks for any."""
-    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    candidates = list(range(10_000, first_given))
+    """Return different free ports below the range from which the system gives out ports itself."""
+    first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = list(range(10_000, first_ephemeral))
     found = list[int]()
     random.Random(os.getpid()).shuffle(candidates)  # noqa: S311 (nothing here is a secret)
     for port in candidates:
@@ -109,13 +109,14 @@ def free_ports(count: int) -> list[int]:
 
 
 def job_status(command: CommandLine, cluster: Cluster, run: str) -> str:
-    told = command.run("status", run, "--address", cluster.dashboard)
-    assert told.returncode == 0, told.stderr
-    return str(json.loads(told.stdout)["status"])
+    """Return the status of a submitted run, as Ray's job manager names it."""
+    done = command.run("status", run, "--address", cluster.dashboard)
+    assert done.returncode == 0, done.stderr
+    return str(json.loads(done.stdout)["status"])
 
 
 def copy_source(folder: Path) -> Path:
-    """A copy of the packages whose workers write down which file they are."""
+    """Copy both packages; each process that imports the copied worker module writes down the module's path."""
     for package in (psgd, psgd_workers):
         shutil.copytree(Path(str(package.__file__)).parent, folder / "source" / package.__name__)
     with (folder / "source" / "psgd_workers" / "worker.py").open("a") as file:
@@ -134,7 +135,7 @@ def test_a_driver_here_ships_its_source_and_leaves_no_actor(
     assert (result["status"], result["path"]) == ("finished", str(tmp_path / "runs" / "digits"))
     imported = [Path(file.read_text()) for file in tmp_path.glob("*.imported")]
     shipped = [file for file in imported if "py_modules_files" in file.parts]
-    assert len(shipped) >= 2  # the server and a worker; the driver itself imported the copy
+    assert len(shipped) >= 2  # one server and one worker; the driver itself imported the copy
     assert set(imported) - set(shipped) == {source / "psgd_workers" / "worker.py"}
     eventually(lambda: cluster.living() == [])
 
@@ -160,8 +161,8 @@ def test_a_submitted_job_is_followed_by_status_and_logs(cluster: Cluster, comman
     assert submitted.stdout.startswith("raysubmit_")
     eventually(lambda: job_status(command, cluster, "digits") not in ("PENDING", "RUNNING"), LIMIT_S)
     assert job_status(command, cluster, "digits") == "SUCCEEDED"
-    told = json.loads(command.run("status", "digits", "--address", cluster.dashboard).stdout)
-    assert told["progress"].startswith("epoch 3/3  loss ")
+    status = json.loads(command.run("status", "digits", "--address", cluster.dashboard).stdout)
+    assert status["progress"].startswith("epoch 3/3  loss ")
     assert "finished digits: 3 epochs" in command.run("logs", "digits", "--address", cluster.dashboard).stdout
     assert json.loads((storage / "digits" / "result.json").read_text())["status"] == "finished"
     assert json.loads(command.run("status", "digits", "--storage", str(storage)).stdout)["epochs"] == 3
@@ -172,19 +173,19 @@ from pathlib import Path
 import psgd_workers
 from psgd_workers.models.numpy.network import Network
 
-def build(told):
-    Path(told).write_text(f"{__file__}\\n{psgd_workers.__file__}")
+def build(record):
+    Path(record).write_text(f"{__file__}\\n{psgd_workers.__file__}")
     return Network((64, 10), "cross_entropy")
 """
 
 
 def own_job(folder: Path, **run: Any) -> str:
-    """A job whose model is a package of the user's, `ours`, that is installed nowhere."""
+    """Write a job whose model is the user's package `ours`, which is not installed; return the job file's path."""
     (folder / "ours").mkdir(exist_ok=True)
     (folder / "ours" / "__init__.py").write_text(MODEL)
     tree = {
         "name": "own",
-        "model": {"kind": "python", "path": "ours:build", "kwargs": {"told": str(folder / "told")}},
+        "model": {"kind": "python", "path": "ours:build", "kwargs": {"record": str(folder / "record")}},
         "data": {"format": "sklearn", "dataset": "digits"},
         "optimizer": {"lr": 0.1},
         "checkpoint": {"every_updates": 100},
@@ -201,7 +202,7 @@ def test_a_users_model_travels_and_the_run_is_continued_and_stopped(cluster: Clu
     waited = command.run("submit", own_job(folder, epochs=2), *options)
     assert waited.returncode == 0, waited.stderr
     assert "finished own: 2 epochs" in waited.stderr
-    model, workers = map(Path, (folder / "told").read_text().splitlines())
+    model, workers = map(Path, (folder / "record").read_text().splitlines())
     assert model.parts[-2:] == ("ours", "__init__.py")
     assert all("py_modules_files" in file.parts for file in (model, workers))
 
@@ -211,9 +212,9 @@ def test_a_users_model_travels_and_the_run_is_continued_and_stopped(cluster: Clu
         assert recorded(run, "started")[-1]["resumed"] is not None
         assert job_status(command, cluster, "own") == "RUNNING"
         assert command.run("stop", "own", "--address", cluster.dashboard).returncode == 0
-        told = waiting.communicate(timeout=LIMIT_S)[1]
-    assert waiting.returncode == 3, told
-    assert "ended STOPPED" in told
+        stderr = waiting.communicate(timeout=LIMIT_S)[1]
+    assert waiting.returncode == 3, stderr
+    assert "ended STOPPED" in stderr
     newest = recorded(run, "checkpoint")[-1]
     assert newest["updates"] > 2 * 57  # ceil(1797 / 32) batches an epoch
     assert (run / "checkpoints" / newest["name"] / "COMMITTED").exists()
@@ -268,7 +269,7 @@ def test_the_dashboards_port_is_recognised_at_once(cluster: Cluster, command: Co
 
 
 def test_a_job_that_its_driver_refuses_is_refused_here_and_told_once(cluster: Cluster, command: CommandLine) -> None:
-    job = own_job(command.folder, epochs=2)  # its model is not sent along
+    job = own_job(command.folder, epochs=2)  # without --py-module, so the cluster lacks its model
     refused = command.run("submit", job, "--address", cluster.dashboard)
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.count("No module named 'ours'") == 1
@@ -280,9 +281,9 @@ def test_ctrl_c_leaves_a_submitted_run_going_on(cluster: Cluster, command: Comma
     with command.started("submit", job, "--py-module", "ours", "--address", cluster.dashboard) as waiting:
         eventually(lambda: recorded(run, "evaluated") or recorded(run, "checkpoint"), LIMIT_S)
         os.killpg(waiting.pid, signal.SIGINT)
-        told = waiting.communicate(timeout=LIMIT_S)[1]
+        stderr = waiting.communicate(timeout=LIMIT_S)[1]
     assert waiting.returncode == 130
-    assert f"psgd stop own --address {cluster.dashboard}" in told
+    assert f"psgd stop own --address {cluster.dashboard}" in stderr
     assert job_status(command, cluster, "own") == "RUNNING"
     assert command.run("stop", "own", "--address", cluster.dashboard).returncode == 0
     eventually(lambda: cluster.living() == [])

@@ -1,4 +1,4 @@
-"""Deaths of processes on a real local Ray."""
+"""Deaths of servers, workers and drivers on a real local Ray."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from psgd.errors import RunFailedError
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from tests.support.command_line import LIMIT_S, eventually, recorded
-from tests.support.digits import (
+from tests.support.digits_run import (
     BATCHES,
     ENDLESS,
     assert_stopped_exactly,
     job,
-    stop_later,
+    stop_after_epochs,
     training,
 )
-from tests.support.killer import processes
+from tests.support.killer import ray_processes
 
 SERVER = "ray::ServerActor"
 WORKER = "ray::WorkerActor"
 
 
 @pytest.fixture(autouse=True)
-def nobody_else(local_ray: Path) -> None:
-    """Whoever is to be killed is not to be taken for a test's before it, whose processes Ray ends in its own time."""
-    eventually(lambda: not processes(SERVER, str(local_ray)) and not processes(WORKER, str(local_ray)))
+def no_earlier_actors(local_ray: Path) -> None:
+    """Wait until the processes of the test before are gone: Ray ends them late, and a kill must not hit one of them."""
+    eventually(lambda: not ray_processes(SERVER, str(local_ray)) and not ray_processes(WORKER, str(local_ray)))
 
 
 def kill(prefix: str, home: Path) -> None:
-    os.kill(processes(prefix, str(home))[0], signal.SIGKILL)
+    """Kill the first process of the local Ray whose command line begins with `prefix`."""
+    os.kill(ray_processes(prefix, str(home))[0], signal.SIGKILL)
 
 
 @pytest.mark.parametrize("servers", [1, 2])
@@ -47,7 +48,7 @@ def test_a_server_that_dies_is_restored_and_the_run_goes_on(tmp_path: Path, loca
         eventually(lambda: recorded(run, "checkpoint"))
         kill(SERVER, local_ray)
         eventually(lambda: recorded(run, "server_restored"))
-        stop_later(run)
+        stop_after_epochs(run)
         result = under_way.result(LIMIT_S)
     assert_stopped_exactly(result)
     assert result.failures == {"server_lost": 1}
@@ -62,7 +63,7 @@ def test_a_server_that_dies_before_the_first_checkpoint_begins_again(tmp_path: P
         eventually(lambda: recorded(run, "worker_up"))
         kill(SERVER, local_ray)
         eventually(lambda: len(recorded(run, "server_started")) == 2)
-        stop_later(run)
+        stop_after_epochs(run)
         result = under_way.result(LIMIT_S)
     assert_stopped_exactly(result)
     assert recorded(run, "server_started")[-1]["checkpoint"] is None
@@ -77,7 +78,7 @@ def test_a_second_driver_goes_on_from_what_the_first_saved_until_then(
 
     @contextmanager
     def slowly(spec: psgd.JobSpec, address: str | None) -> Iterator[None]:
-        """Ray takes its time, in which the first driver deletes all that it had saved when the second came."""
+        """Start slowly: meanwhile the first driver deletes every checkpoint that was there when the second one came."""
         seen = recorded(run, "checkpoint")[-1]["name"]
         with begin(spec, address):
             eventually(lambda: any(seen in event["deleted"] for event in recorded(run, "checkpoint")))
@@ -89,13 +90,13 @@ def test_a_second_driver_goes_on_from_what_the_first_saved_until_then(
         with training(job(tmp_path, ENDLESS, checkpoint=checkpoint), resume=True) as second:
             with pytest.raises(RunFailedError, match="taken over"):
                 first.result(LIMIT_S)
-            stop_later(run)
+            stop_after_epochs(run)
             result = second.result(LIMIT_S)
     assert_stopped_exactly(result)
     (_, taken) = recorded(run, "started")
     saved = [event["name"] for event in recorded(run, "checkpoint")]
     before = [name for name in saved if name.endswith("-1")]
-    assert taken["resumed"] in before[-2:]  # one may have been committed while the run was taken
+    assert taken["resumed"] in before[-2:]  # one may have been committed while the second driver took the run
 
 
 def test_a_batch_that_kills_its_workers_is_named_or_done_without(tmp_path: Path) -> None:
@@ -120,11 +121,11 @@ def test_a_running_job_is_scaled_up_and_down(tmp_path: Path) -> None:
         eventually(lambda: len(recorded(run, "worker_stopped")) == 2)
         directory.command("scale", ["none"])
         eventually(lambda: len(recorded(run, "command")) == 3)
-        stop_later(run)
+        stop_after_epochs(run)
         result = under_way.result(LIMIT_S)
     assert_stopped_exactly(result)
     assert result.failures == {}
-    # Who leaves ends its batch first; computed twice is what an idle worker was given of a slow one's lease as well.
+    # A worker that leaves finishes its batch first. Only batches that an idle worker took over are computed twice.
     batches = result.ledger.batches
     shared = sum(event["batches"] for event in recorded(run, "taken_over"))
     assert result.ledger.duplicates <= shared

@@ -13,7 +13,7 @@ import pytest
 import psgd
 from psgd.errors import RunFailedError
 from tests.support.command_line import LIMIT_S, eventually, recorded
-from tests.support.digits import DATA, ENDLESS, stop_later, training
+from tests.support.digits_run import DATA, ENDLESS, stop_after_epochs, training
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -36,7 +36,7 @@ def job(tmp_path: Path, epochs: int = EPOCHS, **scaling: Any) -> psgd.JobSpec:
 
 
 def shared_memory() -> set[str]:
-    """Our nameless files that are open in this test's cluster, whose processes descend from this one."""
+    """Return psgd's shared-memory files that are open in this process and its descendants."""
     found: set[str] = set()
     for files in Path("/proc").glob("[0-9]*/fd"):
         with suppress(OSError):  # the process has ended
@@ -46,6 +46,7 @@ def shared_memory() -> set[str]:
 
 
 def ancestors(process: int) -> list[int]:
+    """Return a process and its ancestors, the process first."""
     found = [process]
     while found[-1] > 1:
         stat = Path("/proc", str(found[-1]), "stat").read_text()
@@ -54,7 +55,7 @@ def ancestors(process: int) -> list[int]:
 
 
 def trained(tmp_path: Path, **scaling: Any) -> list[str]:
-    """Train, check that everything was applied once; by which lanes all workers reached the servers."""
+    """Train, check that every batch was applied once, and return the lanes by which each worker reached the servers."""
     result = psgd.train(job(tmp_path, **scaling), progress=False)
     assert (result.status, result.updates, result.samples) == ("finished", EPOCHS * BATCHES, EPOCHS * EXAMPLES)
     assert result.ledger.applied == EPOCHS * BATCHES
@@ -74,9 +75,9 @@ def test_auto_takes_shared_memory_on_one_node(tmp_path: Path) -> None:
 def test_shared_memory_is_gone_with_its_run(tmp_path: Path) -> None:
     with training(job(tmp_path, epochs=ENDLESS)) as under_way:
         eventually(shared_memory)
-        stop_later(tmp_path / "run")
+        stop_after_epochs(tmp_path / "run")
         assert under_way.result(LIMIT_S).status == "stopped"
-    eventually(lambda: not shared_memory())  # Ray ends processes a moment after it was asked to
+    eventually(lambda: not shared_memory())  # Ray ends processes with a delay
 
 
 @pytest.mark.parametrize("lane", ["tcp", "ray"])

@@ -1,4 +1,4 @@
-"""A local Ray whose raylet dies under a run, and one that does not start."""
+"""Runs whose local Ray loses its raylet, or does not start."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 import ray
 
 from tests.support.command_line import DIGITS, LIMIT_S, CommandLine, eventually, recorded
-from tests.support.killer import processes
+from tests.support.killer import ray_processes
 
 
 @pytest.fixture
 def psgd(tmp_path: Path, ray_home: Path, environment: dict[str, str]) -> CommandLine:
-    """The command line, with a Ray folder of its own."""
+    """Return the command line with a Ray folder of its own."""
     return CommandLine(environment | {"RAY_TMPDIR": mkdtemp(dir=ray_home), "RAY_AUTH_MODE": "disabled"}, tmp_path)
 
 
@@ -27,11 +27,11 @@ def test_a_run_whose_raylet_dies_has_failed_and_can_be_resumed(psgd: CommandLine
     options = ("--set", "checkpoint.every_updates=200")
     with psgd.started("train", DIGITS, "--json", "--set", "run.epochs=100000", *options) as driver:
         eventually(lambda: recorded(run, "checkpoint"))
-        (killed,) = processes(raylet, psgd.environment["RAY_TMPDIR"])
+        (killed,) = ray_processes(raylet, psgd.environment["RAY_TMPDIR"])
         os.kill(killed, signal.SIGKILL)
-        out, told = driver.communicate(timeout=2 * LIMIT_S)
-    assert driver.returncode == 3, told
-    assert "Traceback" not in told
+        out, stderr = driver.communicate(timeout=2 * LIMIT_S)
+    assert driver.returncode == 3, stderr
+    assert "Traceback" not in stderr
     result = json.loads(out)
     assert result["status"] == "failed"
     assert "the cluster is gone" in result["error"]
@@ -42,7 +42,7 @@ def test_a_run_whose_raylet_dies_has_failed_and_can_be_resumed(psgd: CommandLine
 
 
 def test_a_ray_that_does_not_start_is_told_in_one_sentence(psgd: CommandLine) -> None:
-    deep = Path(psgd.environment["RAY_TMPDIR"]) / ("deep" * 30)  # no Unix socket may have so long a path
+    deep = Path(psgd.environment["RAY_TMPDIR"]) / ("deep" * 30)  # longer than the path of a Unix socket may be
     failed = psgd.run("train", DIGITS, RAY_TMPDIR=str(deep))
     assert failed.returncode == 3, failed.stderr
     assert failed.stderr.startswith("psgd: Ray did not start on this machine: ")
@@ -60,7 +60,7 @@ def build():
 
 
 def test_a_model_that_only_the_driver_can_import_fails_the_run_once(psgd: CommandLine) -> None:
-    """The model is a module that disappears once the driver has imported it."""
+    """Train a model whose module deletes itself when the driver imports it."""
     (psgd.folder / "ours.py").write_text(f"{MODEL}\nimport os\nos.unlink(__file__)\n")
     options = ("--set", "model={kind: python, path: 'ours:build'}", "--set", "run.epochs=1")
     failed = psgd.run("train", DIGITS, *options, PYTHONDONTWRITEBYTECODE="1", PYTHONPATH=with_path(psgd))
@@ -69,8 +69,9 @@ def test_a_model_that_only_the_driver_can_import_fails_the_run_once(psgd: Comman
     assert "No module named 'ours'" in failed.stderr
     run = psgd.folder / "runs" / "digits"
     assert recorded(run, "worker_lost")[0]["died"] is False
-    assert len(recorded(run, "worker_started")) == 2  # both of the job's, once
+    assert len(recorded(run, "worker_started")) == 2  # the two workers of the job, each started once
 
 
 def with_path(psgd: CommandLine) -> str:
+    """Return a PYTHONPATH that begins with the command's folder."""
     return os.pathsep.join([str(psgd.folder), *filter(None, [psgd.environment.get("PYTHONPATH")])])

@@ -1,4 +1,4 @@
-"""Ray's own messages are lost on the way, or their answers: https://docs.ray.io calls it chaos testing of RPCs."""
+"""Runs in which Ray loses its own messages and answers, by the setting `RAY_testing_rpc_failure`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.command_line import DIGITS, CommandLine, recorded
 BATCHES = 90
 EXAMPLES = 1438
 EPOCHS = 6
-# Of the calls to actors, in percent: those that do not arrive, and those whose answer does not.
+# Percentages of the calls to actors that do not arrive, and of those whose answer does not arrive.
 LOST = {"CoreWorkerService.grpc_client.PushTask": {"num_failures": -1, "req_failure_prob": 1, "resp_failure_prob": 1}}
 
 
@@ -22,7 +22,7 @@ def test_calls_and_answers_that_are_lost_change_no_epoch(
     tmp_path: Path, ray_home: Path, environment: dict[str, str]
 ) -> None:
     environment |= {"RAY_TMPDIR": mkdtemp(dir=ray_home), "RAY_AUTH_MODE": "disabled"}
-    psgd = CommandLine(environment, tmp_path, limit_s=200.0)  # a server for whose start is called in vain is waited for
+    psgd = CommandLine(environment, tmp_path, limit_s=200.0)  # a lost call to start a server costs a time-out
     settings = [f"run.epochs={EPOCHS}", "scaling.lane=ray", "failure.max_failures=-1", "checkpoint.every_s=0.5"]
     arguments = [word for setting in settings for word in ("--set", setting)]
     done = psgd.run("train", DIGITS, "--json", "--name", "run", *arguments, RAY_testing_rpc_failure=json.dumps(LOST))

@@ -1,4 +1,4 @@
-"""Every way to be asynchronous on a real local Ray, and changing it while a run trains."""
+"""The consistency modes on a real local Ray, and changes of settings while a run trains."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import psgd
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from tests.support.command_line import LIMIT_S, eventually, recorded
-from tests.support.digits import DATA
+from tests.support.digits_run import DATA
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
-EXAMPLES = 1438  # of an epoch
+EXAMPLES = 1438  # in an epoch
 BATCHES = 45  # ceil(1438 / 32)
 EPOCHS = 2
 
 
 def job(tmp_path: Path, **sections: Any) -> psgd.JobSpec:
-    """A small job on digits, with three workers."""
+    """Return a small job on digits with three workers; `sections` replace those of the spec."""
     tree: dict[str, Any] = {
         "name": "run",
         "model": {"kind": "mlp", "hidden": [16]},
@@ -54,7 +54,7 @@ def test_late_gradients_are_dropped_where_the_job_says_so(tmp_path: Path) -> Non
     model = {"kind": "python", "path": "tests.support.faulty_models:slow", "kwargs": {"seconds": 0.03}}
     spec = job(
         tmp_path,
-        model=model,  # long enough that the workers, who do not start at one instant, work side by side
+        model=model,  # slow enough that all workers train at the same time, although they start one after the other
         consistency={"mode": "ringmaster", "r": 1, "late": "discard"},
         run={"epochs": 4, "storage": str(tmp_path)},
     )
@@ -118,9 +118,9 @@ def test_settings_change_while_a_run_trains_and_a_resumed_one_keeps_them(tmp_pat
     (result,) = results
     assert result.ledger.batches == result.ledger.applied
     after = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert after[-1]["updates"] < result.ledger.batches  # since then, three batches have made one update
+    assert after[-1]["updates"] < result.ledger.batches  # after the change, three batches make one update
     more = {"epochs": result.epochs + 2, "storage": str(tmp_path)}
     resumed = psgd.train(job(tmp_path, run=more), resume=True, progress=False)
     gained = resumed.updates - result.updates
-    assert 0 < gained <= 3 * (BATCHES // 3 + 1)  # rounds of three still, not one update for each batch
+    assert 0 < gained <= 3 * (BATCHES // 3 + 1)  # still one update for three batches
     assert resumed.ledger.batches == resumed.ledger.applied == (result.epochs + 2) * BATCHES

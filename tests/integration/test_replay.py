@@ -1,4 +1,4 @@
-"""Runs on a real local Ray, replayed."""
+"""Replays of runs on a real local Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psgd.replay.replay import Replay, replay
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from tests.support.command_line import recorded
-from tests.support.digits import DATA
+from tests.support.digits_run import DATA
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -20,7 +20,7 @@ BATCHES = 45  # ceil(1438 / 32)
 
 
 def job(tmp_path: Path, **changes: Any) -> psgd.JobSpec:
-    """Two asynchronous workers on digits, saved every 40 updates, with some sections replaced."""
+    """Return a job of two asynchronous workers on digits, saved every 40 updates; `changes` replace sections."""
     tree: dict[str, Any] = {
         "name": "run",
         "model": {"kind": "mlp", "hidden": [32]},
@@ -34,6 +34,7 @@ def job(tmp_path: Path, **changes: Any) -> psgd.JobSpec:
 
 
 def replayed(result: psgd.Result) -> Replay:
+    """Replay the run of a result."""
     return replay(RunDirectory(Storage(result.path)))
 
 
@@ -47,7 +48,7 @@ def test_an_asynchronous_run_comes_out_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lane", ["shm", "tcp", "ray"])
 def test_slots_of_a_pipeline_on_several_servers_come_out_bit_for_bit(tmp_path: Path, lane: str) -> None:
-    """Every lane carries a push's name, the versions of all partitions, and whose remainder it carries on."""
+    """Check that every lane carries a push's number, its slot and the versions of all partitions."""
     scaling = {"workers": 2, "servers": 2, "pipeline": 1, "lane": lane}
     result = psgd.train(job(tmp_path, scaling=scaling, compression={"name": "top_k", "ratio": 0.05}), progress=False)
     again = replayed(result)
@@ -64,7 +65,7 @@ def test_slots_of_a_pipeline_on_several_servers_come_out_bit_for_bit(tmp_path: P
     ids=["bsp", "top_k", "dana"],
 )
 def test_a_resumed_run_comes_out_without_the_branch_it_gave_up(tmp_path: Path, sections: dict[str, Any]) -> None:
-    sections |= {"checkpoint": {"every_s": None}}  # one, where a process of the run ends
+    sections |= {"checkpoint": {"every_s": None}}  # one checkpoint, at the end of each process
     first, second = (
         psgd.train(job(tmp_path, run={"epochs": n, "storage": str(tmp_path)}, **sections), resume=n > 1, progress=False)
         for n in (1, 2)

@@ -18,7 +18,7 @@ from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, FloatArray
 from psgd_workers.models import Model, build_model
 from tests.support.command_line import LIMIT_S, eventually, recorded
-from tests.support.digits import DATA, ENDLESS, stop_later, training
+from tests.support.digits_run import DATA, ENDLESS, stop_after_epochs, training
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -26,7 +26,7 @@ BATCHES = 45  # ceil(1438 / 32)
 
 
 def job(tmp_path: Path, **changes: Any) -> psgd.JobSpec:
-    """A small job on digits, with some parts replaced."""
+    """Return a small job on digits; `changes` replace sections, and `run` is merged."""
     tree: dict[str, Any] = {
         "name": "run",
         "model": {"kind": "mlp", "hidden": [32]},
@@ -41,12 +41,13 @@ def job(tmp_path: Path, **changes: Any) -> psgd.JobSpec:
 
 
 def events(result: psgd.Result, kind: str) -> list[dict[str, Any]]:
+    """Return the events of one kind in a run's record."""
     lines = [json.loads(line) for line in (Path(result.path) / "events.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == kind]
 
 
 class Reference:
-    """A plain computation of a job, without servers or leases."""
+    """A serial computation of a job, without servers or leases."""
 
     def __init__(self, spec: psgd.JobSpec) -> None:
         data = spec.data
@@ -86,7 +87,7 @@ def test_two_asynchronous_workers_learn_digits_with_every_batch_once(tmp_path: P
     assert (result.metrics["val/accuracy"] or 0) >= 0.95
     assert (result.epochs, result.updates, result.samples) == (12, 12 * BATCHES, 12 * 1438)
     assert result.ledger.batches == result.ledger.applied == 12 * BATCHES
-    shared = sum(event["batches"] for event in events(result, "taken_over"))  # given to an idle worker as well
+    shared = sum(event["batches"] for event in events(result, "taken_over"))  # leased to an idle worker as well
     assert result.ledger.duplicates <= shared
     assert result.ledger.requeued <= shared
     assert result.failures == {}
@@ -137,11 +138,13 @@ def test_a_worker_killed_mid_epoch_is_replaced_and_every_batch_counts_once(tmp_p
     run = tmp_path / "run"
     with training(job(tmp_path, model=model, run={"epochs": ENDLESS}, **both)) as under_way:
         eventually(lambda: len(recorded(run, "worker_up")) == 3)
-        stop_later(run)
+        stop_after_epochs(run)
         stopped = under_way.result(LIMIT_S)
     assert (tmp_path / "dead").exists()
     assert (len(events(stopped, "worker_lost")), len(events(stopped, "worker_started"))) == (1, 3)
-    assert stopped.ledger.requeued > 0 or events(stopped, "taken_over")  # by the other, before the death was known
+    assert stopped.ledger.requeued > 0 or events(
+        stopped, "taken_over"
+    )  # or taken over by the other worker, before the driver learned of the death
     epochs = stopped.epochs + 1
     result = psgd.train(job(tmp_path, model=model, run={"epochs": epochs}, **both), resume=True, progress=False)
     assert result.ledger.batches == result.ledger.applied == epochs * BATCHES
@@ -233,7 +236,7 @@ def test_nothing_is_left_on_the_cluster_after_success_and_failure(tmp_path: Path
     bad = {"kind": "python", "path": "tests.support.faulty_models:raises", "kwargs": {"at": 5}}
     with pytest.raises(RunFailedError):
         psgd.train(job(tmp_path, model=bad), name="bad", progress=False)
-    # Ray ends a process a moment after it was asked to.
+    # Ray ends processes with a delay.
     eventually(lambda: all(actor["State"] == "DEAD" for actor in actors().values()))
 
 

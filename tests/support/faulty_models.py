@@ -1,4 +1,4 @@
-"""Models that fail or take their time on purpose; workers import them by name."""
+"""Models that fail or are slow on purpose. Workers import them by name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from sklearn.datasets import load_digits
 from psgd_workers.messages import FloatArray
 from psgd_workers.models.numpy.network import Network
 
-__all__ = ["dies_once", "mnist", "poisoned", "raises", "slow"]
+__all__ = ["dies_once", "poisoned", "raises", "slow", "slow_mnist"]
 
 
 class _Digits(Network):
-    """A softmax regression of digits that does something before each gradient."""
+    """A softmax regression on digits that calls `before` before each gradient."""
 
     def __init__(self) -> None:
         super().__init__((64, 10), "cross_entropy")
@@ -41,9 +41,9 @@ class _Digits(Network):
 
 
 class _Scripted(_Digits):
-    """It fails at its n-th gradient, counted per process.
+    """A model that fails at its `at`-th gradient, counted in each process from 1.
 
-    The driver's trial gradient counts too, so `at` is beyond it.
+    The trial gradients in the driver count, too: `at` must be above their number, unless the trial is to fail.
     """
 
     def __init__(self, at: int) -> None:
@@ -60,7 +60,7 @@ class _Scripted(_Digits):
 
 
 class _DiesOnce(_Scripted):
-    """The first process to get there is killed; a marker file tells the others."""
+    """A model that kills the first process that reaches the gradient; a marker file spares the others."""
 
     def __init__(self, at: int, marker: str) -> None:
         super().__init__(at)
@@ -80,17 +80,17 @@ class _Raises(_Scripted):
 
 
 def dies_once(at: int, marker: str) -> _DiesOnce:
-    """A process is killed at its `at`-th gradient, unless the marker file says that one was."""
+    """Return a model that kills its process at the `at`-th gradient, unless the marker file exists already."""
     return _DiesOnce(at, marker)
 
 
 def raises(at: int) -> _Raises:
-    """The model raises at a process's `at`-th gradient."""
+    """Return a model that raises at the `at`-th gradient of a process."""
     return _Raises(at)
 
 
 class _Slow(_Digits):
-    """Its gradient takes so many seconds, without a core's work."""
+    """A model that sleeps before each gradient."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -101,12 +101,12 @@ class _Slow(_Digits):
 
 
 def slow(seconds: float) -> _Slow:
-    """Each gradient takes so long."""
+    """Return a model on digits that sleeps `seconds` before each gradient."""
     return _Slow(seconds)
 
 
 class _SlowMnist(Network):
-    """An MLP of MNIST whose gradient takes so many seconds, most of them without a core's work."""
+    """An MLP on MNIST that sleeps before each gradient."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__((784, 32, 10), "cross_entropy")
@@ -124,24 +124,24 @@ class _SlowMnist(Network):
         return super().loss_and_gradient(weights, features, labels, gradient, seed)
 
 
-def mnist(seconds: float) -> _SlowMnist:
-    """Each gradient takes a bit longer than that."""
+def slow_mnist(seconds: float) -> _SlowMnist:
+    """Return a model on MNIST that sleeps `seconds` before each gradient."""
     return _SlowMnist(seconds)
 
 
 class _Poisoned(_Digits):
-    """Its process dies of the batch with that row of the data set."""
+    """A model that kills its process at every batch that contains one row of the data set."""
 
     def __init__(self, row: int) -> None:
         super().__init__()
-        self._row = load_digits().data[row] / 16  # as `normalize: unit` makes it
+        self._row = load_digits().data[row] / 16  # scaled as by `normalize: unit`
 
     def before(self, features: FloatArray) -> None:
-        # The driver tries the first batch, too, which therefore must not have the row.
+        # The trial in the driver computes the first batch, which therefore must not contain the row.
         if np.isclose(features, self._row).all(axis=1).any():
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def poisoned(row: int) -> _Poisoned:
-    """Whoever backpropagates that example is killed."""
+    """Return a model that kills every process that backpropagates the example of that row."""
     return _Poisoned(row)

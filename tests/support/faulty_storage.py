@@ -1,4 +1,4 @@
-"""A filesystem that fails when it is told to, below `psgd.store.storage`."""
+"""A filesystem below `psgd.store.storage` whose failures a test scripts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from psgd.store.storage import Storage
 
-__all__ = ["Faulty"]
+__all__ = ["FaultyFilesystem"]
 
 
-class Faulty(MemoryFileSystem):  # type: ignore[misc]
+class FaultyFilesystem(MemoryFileSystem):  # type: ignore[misc]
     """An object store in memory.
 
     Attributes:
-        fails: operation's number, name and path -> the error to raise, if any; asked before each.
-        halves: path -> whether only half of what is written there arrives.
-        stalls: path -> whether writing there hangs until `go_on`.
+        operations: number of operations so far.
+        fails: called before each operation with its number, name and path; returns the error to raise, or None.
+        halves: called with a path that is written; returns True if only the first half of the bytes is stored.
+        stalls: called with a path that is written; returns True if the write waits until `go_on` is set.
+        go_on: ends the wait of the writes that stall.
     """
 
     cachable = False
@@ -62,17 +64,17 @@ class Faulty(MemoryFileSystem):  # type: ignore[misc]
         super().rm(path, recursive, maxdepth)
 
     def storage(self, patience_s: float = 60.0) -> Storage:
-        """An empty folder of it."""
-        made = _OnFaulty(f"memory://{uuid4().hex}/run", patience_s)
+        """Return an empty folder on this filesystem."""
+        made = _FaultyStorage(f"memory://{uuid4().hex}/run", patience_s)
         made.use(self)
         return made
 
 
-class _OnFaulty(Storage):
-    def use(self, filesystem: Faulty) -> None:
+class _FaultyStorage(Storage):
+    def use(self, filesystem: FaultyFilesystem) -> None:
         self._fs = filesystem
 
     def folder(self, name: str) -> Storage:
-        made = _OnFaulty(f"{self.url}/{name}", self.patience_s)
+        made = _FaultyStorage(f"{self.url}/{name}", self.patience_s)
         made.use(self._fs)
         return made

@@ -1,4 +1,4 @@
-"""A run on several hosts, driven from the first of them."""
+"""Train on several hosts, with the driver on the first one."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ import yaml
 import psgd
 from psgd.result import LedgerCounts
 from tests.support.command_line import CommandLine
-from tests.support.digits import stop
+from tests.support.digits_run import stop
 from tests.support.nodes import Nodes
 
 __all__ = ["SERVER", "WORKER", "WORKERS", "training"]
 
 SERVER = "ray::ServerActor"
 WORKER = "ray::WorkerActor"
-# One worker on each of three hosts; a host that is lost takes its worker's place along until it is back.
+# One worker on each of three hosts. While a host is lost, only two of the three places exist.
 WORKERS = {"min": 2, "max": 3}
 RUN_S = 180.0
 
 
 @contextmanager
 def training(nodes: Nodes, spec: psgd.JobSpec, limit_s: float = RUN_S) -> Iterator[Future[psgd.Result]]:
-    """A run under way, driven from the head, which ends with the block at the latest."""
+    """Train from the head while the block lasts; stop the run at the end of the block if it still trains."""
     folder = Path(spec.run.storage)
     file = folder / "job.yaml"
     file.write_text(yaml.safe_dump(spec.model_dump(mode="json", exclude_unset=True)))
-    command = CommandLine(nodes.environment, folder, nodes.head.inside, limit_s)
+    command = CommandLine(nodes.environment, folder, nodes.head.command_prefix, limit_s)
 
     def train() -> psgd.Result:
         done = command.run("train", str(file), "--address", nodes.address, "--json")
         assert done.returncode == 0, done.stderr
-        told: dict[str, Any] = json.loads(done.stdout)
-        return psgd.Result(**told | {"ledger": LedgerCounts(**told["ledger"])})
+        fields: dict[str, Any] = json.loads(done.stdout)
+        return psgd.Result(**fields | {"ledger": LedgerCounts(**fields["ledger"])})
 
     with ThreadPoolExecutor(1) as pool:
         under_way = pool.submit(train)

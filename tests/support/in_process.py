@@ -1,6 +1,6 @@
 """Whole jobs on the production core, in one thread and on a virtual clock: no Ray, no disk, no sleeping.
 
-`InProcess` is the simulator's cluster, with failures scripted by (worker, push), and what happened written down.
+`InProcess` is the simulator's cluster with failures that a test scripts by (worker, push), and a record of the run.
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ __all__ = ["Applied", "EachStep", "Fault", "InProcess", "ScriptedFaults", "Virtu
 TIMING = Timing()
 START_S = TIMING.start_s
 EVALUATE_S = TIMING.evaluate_s
-LATE_S = 0.5  # a late push arrives so long after its worker's death
+LATE_S = 0.5  # time from a worker's death to the arrival of its late push
 MAX_EVENTS = 50_000
 
-Kind = TypeVar("Kind", bound=Action)
+SomeAction = TypeVar("SomeAction", bound=Action)
 
 FaultKind = Literal["before", "after", "late", "torn", "silent", "lane"]
 
 
 class Fault(NamedTuple):
-    """What happens to a worker's n-th push.
+    """A scripted fault at a worker's n-th push.
 
-    The worker dies before it, after it reached the servers but before its receipt, with the push still under way
-    (`late`), or when it reached the first server only (`torn`). A `silent` worker hangs instead of pushing; `lane`:
-    the push arrives, its receipt does not, and the worker lives.
+    - `before`: the worker dies before it pushes.
+    - `after`: the worker dies after the push reached the servers, and before it gets the receipt.
+    - `late`: the worker dies while the push is under way; the push arrives later.
+    - `torn`: the worker dies when the push has reached only the first server.
+    - `silent`: the worker hangs instead of pushing.
+    - `lane`: the push arrives and the receipt is lost; the worker lives.
     """
 
     worker: str
@@ -46,7 +49,7 @@ class Fault(NamedTuple):
 
 
 class Applied(NamedTuple):
-    """One gradient in the first partition's weights."""
+    """A gradient that the first partition applied."""
 
     worker: str
     batch: BatchId
@@ -58,9 +61,9 @@ class ScriptedFaults(FaultPlan):
     """Faults by worker and push, and checkpoints that cannot be written.
 
     Args:
-        faults: of the workers.
+        faults: faults of the workers.
         failing_saves: numbers of the checkpoints that fail.
-        skew_s: how late the parts of a push that several servers get may be; each is drawn by itself.
+        skew_s: largest delay of a push's part on its way to one of several servers, in seconds; drawn for each part.
     """
 
     def __init__(self, faults: Sequence[Fault] = (), failing_saves: Collection[int] = (), skew_s: float = 0.0) -> None:
@@ -103,8 +106,8 @@ class ScriptedFaults(FaultPlan):
         return True
 
 
-class _Notes(ClusterObserver):
-    """Writes down what happens."""
+class _Recorder(ClusterObserver):
+    """Records reads, applied gradients, checkpoints and actions."""
 
     def __init__(self) -> None:
         self._reads: dict[tuple[str, BatchId], Version] = {}
@@ -130,11 +133,11 @@ class _Notes(ClusterObserver):
 class EachStep(ClusterObserver):
     """Calls a function after each step of the first partition."""
 
-    def __init__(self, look: Callable[[VirtualCluster], object]) -> None:
-        self._look = look
+    def __init__(self, check: Callable[[VirtualCluster], object]) -> None:
+        self._check = check
 
     def stepped(self, cluster: VirtualCluster) -> None:
-        self._look(cluster)
+        self._check(cluster)
 
 
 def _constant_s(worker: str, batch: BatchId) -> float:
@@ -145,24 +148,24 @@ class InProcess(VirtualCluster):
     """One run.
 
     Args:
-        spec: the job; its model and data are not looked at.
+        spec: the job; its model and data are not used.
         grid: the shape of an epoch.
-        weights: `[num_parameters]`, initial; without buffers.
+        weights: `[num_parameters]`, the initial weights, without buffers.
         gradient: (batch, weights, out) -> loss, as `psgd_workers.worker.Worker.gradient`.
-        examples: in a batch.
+        examples: batch -> number of its examples.
         compute_s: (worker, batch) -> virtual seconds of one gradient.
-        start_s: worker -> virtual seconds its process takes to start; infinite: for ever.
-        evaluate: weights -> result; None: there is nothing to validate on.
-        faults: of the workers.
+        start_s: worker -> virtual seconds that its process takes to start; infinite if it never starts.
+        evaluate: weights -> result; None if there is nothing to validate on.
+        faults: faults of the workers.
         failing_saves: numbers of the checkpoints that cannot be written.
-        skew_s: how late the parts of a push that several servers get may be.
-        observers: told what the run does.
-        options: of the cluster.
+        skew_s: largest delay of a push's part on its way to one of several servers, in virtual seconds.
+        observers: observers of the run.
+        options: further arguments of `VirtualCluster`.
 
     Attributes:
-        applied: what is in the first partition's weights, in order, of this process.
-        checkpoints: committed ones, oldest first.
-        actions: (virtual time, action) for everything the coordinator wanted.
+        applied: gradients that the first partition applied in this process, in order.
+        checkpoints: committed checkpoints, oldest first.
+        actions: (virtual time, action) of all that the coordinator decided.
     """
 
     def __init__(
@@ -183,24 +186,24 @@ class InProcess(VirtualCluster):
         **options: Any,
     ) -> None:
         problem = Problem(grid, weights, gradient, examples=examples, evaluate=evaluate)
-        notes = _Notes()
+        recorder = _Recorder()
         super().__init__(
             spec,
             problem,
             compute_s,
             start_s=start_s,
             faults=ScriptedFaults(faults, failing_saves, skew_s),
-            observers=[notes, *observers],
+            observers=[recorder, *observers],
             **options,
         )
-        self.applied = notes.applied
-        self.checkpoints = notes.checkpoints
-        self.actions = notes.actions
+        self.applied = recorder.applied
+        self.checkpoints = recorder.checkpoints
+        self.actions = recorder.actions
 
     def run(self, max_events: int = MAX_EVENTS, max_s: float = inf) -> Self:
-        """Run to the end, which must not be far."""
+        """Run until the job ends; fail after `max_events` events or `max_s` virtual seconds."""
         return super().run(max_events, max_s)
 
-    def did(self, kind: type[Kind]) -> list[tuple[float, Kind]]:
-        """When the coordinator wanted which actions of one kind."""
+    def did(self, kind: type[SomeAction]) -> list[tuple[float, SomeAction]]:
+        """Return the coordinator's actions of one kind, each with its virtual time."""
         return [(at, action) for at, action in self.actions if isinstance(action, kind)]

@@ -1,4 +1,4 @@
-"""Small jobs, and gradients with a closed form, that several tests of the core share."""
+"""Small jobs, and gradients with a closed form, that several tests share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ START = np.linspace(-1, 1, 6, dtype=np.float32)
 
 
 def job(mode: str = "async", workers: int = 1, **sections: Any) -> JobSpec:
-    """A job whose model and data nobody looks at; `sections` replace those of the spec, and `scaling` adds to it."""
+    """Return a job whose model and data are not used; `sections` replace those of the spec, `scaling` is merged."""
     plain = {
         "model": {"kind": "linear"},
         "data": {"format": "sklearn", "dataset": "iris"},
@@ -30,7 +30,7 @@ def job(mode: str = "async", workers: int = 1, **sections: Any) -> JobSpec:
 
 
 def quadratic(batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
-    """½·|w - target|², each batch with a target of its own."""
+    """Compute ½·|w - target|² and its gradient; each batch has a target of its own."""
     target = np.random.default_rng([*batch]).standard_normal(len(weights), dtype=np.float32)
     np.subtract(weights, target, out=out)
     return 0.5 * float(np.dot(out, out))
@@ -47,7 +47,7 @@ def push(
     norm: float | None = None,
     number: int = 1,
 ) -> Gradient:
-    """A gradient of ones, or of `values`."""
+    """Return a push of a gradient of ones, or of `values`."""
     values = np.ones_like(START) if values is None else values
     norm = float(np.linalg.norm(values)) if norm is None else norm
     return Gradient(worker, 0, number, batch, examples, read, values, loss, norm, 0.01)

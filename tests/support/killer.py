@@ -1,4 +1,4 @@
-"""Ends processes of a test's own cluster, as a machine that fails would."""
+"""Kill processes of a test's own cluster at random, as failing machines would."""
 
 from __future__ import annotations
 
@@ -13,42 +13,47 @@ from threading import Event
 
 from tests.support.command_line import LIMIT_S
 
-__all__ = ["Killer", "one_of", "processes"]
+__all__ = ["Killer", "kill_one", "ray_processes"]
 
 
-def processes(prefix: str, home: str) -> list[int]:
-    """Return Ray's processes of that name that use this folder for Ray, of any parent."""
+def ray_processes(prefix: str, home: str) -> list[int]:
+    """Return the process ids of a test's Ray, sorted.
+
+    Args:
+        prefix: beginning of the command line.
+        home: the `RAY_TMPDIR` of the test.
+    """
     marker = f"RAY_TMPDIR={home}".encode()
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ended a moment ago, or is somebody else's
+        with suppress(OSError):  # the process has just ended, or belongs to another user
             named = (process / "cmdline").read_bytes().startswith(prefix.encode())
             if named and marker in (process / "environ").read_bytes().split(b"\0"):
                 found.append(int(process.name))
     return sorted(found)
 
 
-def one_of(victims: Sequence[int], rng: random.Random) -> bool:
-    """Kill one of these processes; false: there is none."""
+def kill_one(victims: Sequence[int], rng: random.Random) -> bool:
+    """Kill one of these processes at random. Return False if there is none."""
     if not victims:
         return False
-    with suppress(ProcessLookupError):  # it was faster
+    with suppress(ProcessLookupError):  # it ended by itself
         os.kill(rng.choice(victims), signal.SIGKILL)
     return True
 
 
 class Killer:
-    """Kills something every so often.
+    """Kills processes or hosts again and again while a block lasts.
 
     Args:
-        ways: what it may do, by name: kill something at random, and say whether there was anything.
-        weights: how often each is chosen.
+        ways: kinds of kills by name; each kills something at random and returns True if there was something to kill.
+        weights: relative frequency of each kind.
         every_s: least and most seconds between two kills.
-        times: how often in all.
-        seed: decides what it hits, and when.
+        times: number of kills after which it ends.
+        seed: decides the times, the kinds and the victims.
 
     Attributes:
-        killed: the ways it went.
+        killed: kinds of the kills so far, in order.
     """
 
     def __init__(
@@ -69,7 +74,7 @@ class Killer:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """While the block lasts."""
+        """Kill while the block lasts."""
         with ThreadPoolExecutor(1) as pool:
             work = pool.submit(self._work)
             try:

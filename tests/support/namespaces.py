@@ -1,6 +1,6 @@
 """Several hosts on one Linux machine: network namespaces, joined by a bridge that has a namespace of its own.
 
-The machine's own network is never touched, and what has ended leaves nothing: a namespace takes its links along.
+The machine's own network is never touched. Nothing is left afterwards, because a deleted namespace deletes its links.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 
 from tests.support.command_line import LIMIT_S, eventually
 
-__all__ = ["Host", "missing", "network"]
+__all__ = ["Host", "network", "unavailable_reason"]
 
-PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # `ip` is not on every user's
-LINK = "eth0"  # a host's end of its cable
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # not every user has `ip` on the PATH
+LINK = "eth0"  # name of the host's end of its cable
 TOOLS = ("ip", "tc", "nsenter")
 
 
-def missing() -> str | None:
-    """Why there can be no such hosts here; None: there can."""
+def unavailable_reason() -> str | None:
+    """Return why namespaces cannot be used on this machine; None if they can."""
     if sys.platform != "linux":
         return "network namespaces need Linux"
     if os.geteuid() != 0:
@@ -45,8 +45,8 @@ class Host:
     """A host, with one cable to the bridge.
 
     Attributes:
-        name: of its namespace.
-        address: on the network.
+        name: name of its namespace.
+        address: its address on the network.
         bridge: name of the bridge's namespace.
         port: the bridge's end of the cable.
     """
@@ -57,28 +57,28 @@ class Host:
     port: str
 
     @property
-    def inside(self) -> tuple[str, ...]:
+    def command_prefix(self) -> tuple[str, ...]:
         """Return the words that make a command run on this host."""
         return (str(shutil.which("nsenter", path=PATH)), f"--net=/run/netns/{self.name}", "--")
 
     def cut(self) -> None:
-        """Pull the cable: nobody is told, what is sent is lost."""
+        """Pull the cable: no connection is closed, and all that is sent is lost."""
         _run("ip", "-netns", self.bridge, "link", "set", self.port, "down")
 
     def slow(self, rate: str) -> None:
-        """Let both directions carry no more than this, such as `10mbit`."""
+        """Limit both directions to a rate such as `10mbit`."""
         for namespace, link in ((self.bridge, self.port), (self.name, LINK)):
             shape = ("root", "tbf", "rate", rate, "burst", "32kbit", "latency", "400ms")
             _run("tc", "-netns", namespace, "qdisc", "replace", "dev", link, *shape)
 
     def heal(self) -> None:
-        """The cable is as it was before `cut` and `slow`."""
+        """Undo `cut` and `slow`."""
         _run("ip", "-netns", self.bridge, "link", "set", self.port, "up")
         for namespace, link in ((self.bridge, self.port), (self.name, LINK)):
             _run("tc", "-netns", namespace, "qdisc", "replace", "dev", link, "root", "pfifo")
 
     def kill(self) -> None:
-        """Power off: what ran here is gone, and not even a connection's end is heard of it elsewhere."""
+        """Power the host off: kill its processes without a message to other hosts that their connections ended."""
         self.cut()
         eventually(self._killed, LIMIT_S)
 
@@ -93,7 +93,7 @@ class Host:
         """Return the processes on this host whose command line begins with the given words."""
         found = []
         for text in _run("ip", "netns", "pids", self.name).split():
-            with suppress(OSError):  # it ended a moment ago
+            with suppress(OSError):  # the process has just ended
                 if (Path("/proc") / text / "cmdline").read_bytes().startswith(prefix.encode()):
                     found.append(int(text))
         return found
@@ -101,7 +101,7 @@ class Host:
 
 @contextmanager
 def network(hosts: int) -> Iterator[tuple[Host, ...]]:
-    """Yield `count` hosts that reach only each other. All processes on them are killed at the end."""
+    """Yield this number of hosts that reach only each other. All processes on them are killed at the end."""
     bridge = f"psgd{os.getpid()}-bridge"
     with ExitStack() as stack:
         stack.enter_context(_namespace(bridge))
@@ -128,7 +128,7 @@ def _namespace(name: str) -> Iterator[None]:
 
 
 def _join(host: Host) -> None:
-    """Lay the cable."""
+    """Connect the host to the bridge."""
     ends = ("link", "add", LINK, "netns", host.name, "type", "veth", "peer", "name", host.port, "netns", host.bridge)
     _run("ip", *ends)
     _run("ip", "-netns", host.bridge, "link", "set", host.port, "master", "bridge", "up")

@@ -1,4 +1,4 @@
-"""Ray on several hosts: a node on each, the first being the head."""
+"""Ray on several hosts: one node on each; the first is the head."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["Nodes"]
 
 ROOT = Path(__file__).parents[2]
 RAYLET = str(Path(str(ray.__file__)).parent / "core" / "src" / "ray" / "raylet" / "raylet")
-OBJECT_STORE = 400 * 2**20  # bytes of each host: MNIST takes 220 MB
-PORT = 6379  # every host has all ports for itself
+OBJECT_STORE = 400 * 2**20  # bytes on each host; MNIST takes 220 MB
+PORT = 6379  # free, because every host has all ports for itself
 QUICK = {
-    # A node that does not answer is given up after 5 to 10 s instead of 15 to 65, and a cut of 5 s is survived.
+    # Ray gives a node that does not answer up after 5 to 10 s instead of 15 to 65 s; a cut of 5 s is survived.
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
-    # What two cores need not start for every node.
+    # Processes that these tests do not need, and that would keep two cores busy on every node.
     "RAY_enable_worker_prestart": "0",
     "RAY_enable_metrics_collection": "0",
 }
@@ -35,14 +35,15 @@ class Nodes:
     """A cluster with authentication.
 
     Args:
-        hosts: the head's first.
-        cpus: of each, in this order.
-        home: a folder that all of them see; a short path, for Ray's sockets.
-        environment: of a test's command.
+        hosts: the hosts, the head first.
+        cpus: CPUs of each host, in the same order.
+        home: a folder that all hosts see; its path must be short, because it holds Ray's sockets.
+        environment: environment of a test's command.
 
     Attributes:
-        address: of the cluster.
-        environment: what a driver on one of the hosts is started with.
+        head: the host of the head node.
+        address: address of the cluster.
+        environment: environment of a driver on one of the hosts.
     """
 
     def __init__(self, hosts: Sequence[Host], cpus: Sequence[int], home: Path, environment: Mapping[str, str]) -> None:
@@ -60,19 +61,24 @@ class Nodes:
 
     @property
     def hosts(self) -> tuple[Host, ...]:
+        """All hosts, the head first."""
         return tuple(self._cpus)
 
     def start(self, hosts: Sequence[Host]) -> None:
-        """Start nodes; the head's comes first, the others together."""
+        """Start a node on each host: on the head first, then on the others at the same time."""
         if self.head in hosts:
-            self._end(self.head, self._begin(self.head, "--head", f"--port={PORT}", "--include-dashboard=false"))
+            self._wait_started(
+                self.head, self._begin_start(self.head, "--head", f"--port={PORT}", "--include-dashboard=false")
+            )
         others = [host for host in hosts if host is not self.head]
-        started = [self._begin(host, f"--address={self.address}", "--include-log-monitor=false") for host in others]
+        started = [
+            self._begin_start(host, f"--address={self.address}", "--include-log-monitor=false") for host in others
+        ]
         for host, process in zip(others, started, strict=True):
-            self._end(host, process)
+            self._wait_started(host, process)
 
-    def mend(self) -> None:
-        """Every cable is whole, and every host whose node has ended has a new one."""
+    def repair(self) -> None:
+        """Repair every cable, and start a new node on every host whose node has ended."""
         for host in self._cpus:
             host.heal()
         ended = [host for host in self._cpus if not host.processes(RAYLET)]
@@ -81,11 +87,11 @@ class Nodes:
             host.heal()
         self.start(ended)
 
-    def _begin(self, host: Host, *options: str) -> subprocess.Popen[str]:
+    def _begin_start(self, host: Host, *options: str) -> subprocess.Popen[str]:
         folder = self._home / host.address.rpartition(".")[2]
         folder.mkdir(exist_ok=True)
         command = [
-            *(*host.inside, str(Path(sys.executable).parent / "ray"), "start", *options),
+            *(*host.command_prefix, str(Path(sys.executable).parent / "ray"), "start", *options),
             *(f"--node-ip-address={host.address}", f"--num-cpus={self._cpus[host]}", f"--temp-dir={folder}"),
             *("--disable-usage-stats", f"--object-store-memory={OBJECT_STORE}"),
         ]
@@ -94,7 +100,7 @@ class Nodes:
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True
             )
 
-    def _end(self, host: Host, process: subprocess.Popen[str]) -> None:
+    def _wait_started(self, host: Host, process: subprocess.Popen[str]) -> None:
         if process.wait(LIMIT_S):
-            told = (self._home / host.address.rpartition(".")[2] / "start.log").read_text()
-            raise OSError(f"Ray did not start on {host.address}: {told}")
+            log = (self._home / host.address.rpartition(".")[2] / "start.log").read_text()
+            raise OSError(f"Ray did not start on {host.address}: {log}")

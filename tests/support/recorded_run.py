@@ -1,4 +1,4 @@
-"""Runs on a virtual clock that leave a run directory behind, as runs on Ray do."""
+"""Runs on a virtual clock that write a run directory, as runs on Ray do."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.support.in_process import InProcess, VirtualCheckpoint
 
 __all__ = ["RecordedRun", "digits", "record", "run_directory"]
 
-SOON_S = 0.2  # in which some pushes come that no checkpoint has
+SOON_S = 0.2  # time from a commit to a server's death; some pushes arrive in it that no checkpoint contains
 
 
 def digits(**sections: Any) -> JobSpec:
-    """A job of 3 workers on 30 batches of digits, saved every 10 updates; `sections` replace those of the spec."""
+    """Return a job of 3 workers on digits, saved every 10 updates; `sections` replace those of the spec."""
     plain = {
         "model": {"kind": "mlp", "hidden": [8]},
         "data": {"format": "sklearn", "dataset": "digits", "batch_size": 64, "num_shards": 2, "normalize": "unit"},
@@ -41,11 +41,12 @@ def digits(**sections: Any) -> JobSpec:
 
 
 def run_directory(folder: Path, name: str = "run") -> RunDirectory:
+    """Return the run directory of that name in a folder."""
     return RunDirectory(Storage(str(folder)).folder(name))
 
 
 def record(run: RunDirectory, spec: JobSpec, **options: Any) -> RecordedRun:
-    """Run a job to its end, from its newest checkpoint if there is one."""
+    """Run a job to its end; resume from the newest checkpoint in the directory if there is one."""
     checkpoint = Checkpoints(run.storage).newest(refused=lambda _: None)
     if checkpoint is None:
         return RecordedRun(run, OpenJob.open(spec), None, **options).run()
@@ -62,15 +63,15 @@ def _uneven(worker: str, batch: BatchId) -> float:
 
 
 class RecordedRun(InProcess):
-    """One process of a run; all that happens lands in its directory, as `psgd.cluster` would write it.
+    """One process of a run. Events, journal and checkpoints are written as `psgd.cluster` writes them.
 
     Args:
-        run: the directory.
-        job: what is run.
-        resumed: the checkpoint's name.
-        losses: how often the first server is lost, each time soon after a checkpoint.
-        dying: (number of a checkpoint, partition): the server is lost once its part is written, before the commit.
-        options: of the cluster.
+        run: the run directory.
+        job: the job to run.
+        resumed: name of the checkpoint that the run is resumed from; None for a new run.
+        losses: number of deaths of the first server, each soon after a checkpoint.
+        dying: pairs (number of a checkpoint, partition); that server dies after it wrote its part, before the commit.
+        options: further arguments of `InProcess`.
     """
 
     def __init__(
@@ -84,24 +85,25 @@ class RecordedRun(InProcess):
         **options: Any,
     ) -> None:
         self._worker = job.worker("all")
-        archive = _Archive(run, job, resumed, losses, dying)
+        writer = _DirectoryWriter(run, job, resumed, losses, dying)
         super().__init__(
             job.spec,
             job.shards.grid,
             job.weights,
             self.gradient,
             examples=lambda batch: len(job.shards.rows(batch)),
-            observers=[archive],
-            incarnation=archive.incarnation - 1,
+            observers=[writer],
+            incarnation=writer.incarnation - 1,
             **{"compute_s": _uneven} | options,
         )
 
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
+        """Write the gradient of a batch into `out` and return the loss, as the job's own worker does."""
         return self._worker.gradient(batch, weights, out)
 
 
-class _Archive(ClusterObserver):
-    """Keeps a run's journal and checkpoints in its directory."""
+class _DirectoryWriter(ClusterObserver):
+    """Writes a run's events, journal and checkpoints into its directory."""
 
     def __init__(
         self, run: RunDirectory, job: OpenJob, resumed: str | None, losses: int, dying: Collection[tuple[int, int]]
@@ -109,13 +111,13 @@ class _Archive(ClusterObserver):
         self._run = run
         self._job = job
         self._records: dict[int, list[NDArray[np.void]]] = defaultdict(list)
-        self._losses = losses  # still to come
-        self._soon = False  # the next one is
+        self._losses = losses  # deaths that are still to come
+        self._death_scheduled = False
         self._dying = dying
-        self._newest = resumed  # name of the checkpoint that a server would go on from
+        self._newest = resumed  # name of the checkpoint that a server would be restored from
         self._started: set[int] = set()
-        self._number = -1  # of the newest checkpoint that was begun
-        self._written: dict[int, Part] = {}  # of that one
+        self._number = -1  # number of the newest checkpoint that was begun
+        self._written: dict[int, Part] = {}  # parts of that checkpoint, by partition
         self.incarnation = run.own().incarnation
         run.begin(job.spec)
         scaling = job.spec.scaling
@@ -129,8 +131,8 @@ class _Archive(ClusterObserver):
 
     def started(self, cluster: VirtualCluster, partition: int) -> None:
         if partition in self._started:
-            self._records[partition] = []  # what was not saved is lost
-            self._soon = False
+            self._records[partition] = []  # records that were not saved are lost
+            self._death_scheduled = False
             self.incarnation = self._run.next_incarnation()
             assert cluster.servers[partition].version.incarnation == self.incarnation
             self._run.event(
@@ -149,7 +151,9 @@ class _Archive(ClusterObserver):
         self._records[partition] = []
         self._written[partition] = write_part(self._run.storage, self._name(checkpoint), state, records)
         if (checkpoint, partition) in self._dying:
-            cluster.after(0.0, cluster.kill_server, partition, 0.0)  # the driver hears of it before it can commit
+            cluster.after(
+                0.0, cluster.kill_server, partition, 0.0
+            )  # the driver learns of the death before it can commit
 
     def _name(self, number: int) -> str:
         return f"{number:06d}-{self.incarnation}"
@@ -157,9 +161,9 @@ class _Archive(ClusterObserver):
     def acted(self, cluster: VirtualCluster, action: Action) -> None:
         if isinstance(action, Commit):
             self._commit(action)
-            if self._losses and not self._soon:
+            if self._losses and not self._death_scheduled:
                 self._losses -= 1
-                self._soon = True
+                self._death_scheduled = True
                 cluster.after(SOON_S, cluster.kill_server, 0)
 
     def _commit(self, commit: Commit) -> None:

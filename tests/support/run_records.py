@@ -1,4 +1,4 @@
-"""Run directories as a driver leaves them, for tests."""
+"""Write the records of a run that a driver would write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def start(run: RunDirectory, incarnation: int = 1, resumed: str | None = None) -
 
 
 def finish(run: RunDirectory, status: Any = "finished") -> Result:
-    """Record that a run ended; returns its result."""
+    """Record that a run ended, and return its result."""
     result = result_of(run, status)
     run.event("finished", status=status, error=None)
     run.finish(result)
@@ -24,7 +24,7 @@ def finish(run: RunDirectory, status: Any = "finished") -> Result:
 
 
 def result_of(run: RunDirectory, status: Any = "finished", **metrics: float | None) -> Result:
-    """A result of a run."""
+    """Return a result of the run, with made-up figures."""
     counts = LedgerCounts(batches=5, applied=5, duplicates=0, requeued=2, discarded=0)
     name = run.storage.url.rpartition("/")[2]
     return Result(status, name, run.storage.url, 1, 5, 150, 0.5, metrics, counts, {}, 1.0, None, None)

@@ -1,4 +1,4 @@
-"""Statuses for the tests of what reads them: one worker, one server, nothing measured."""
+"""A `RunStatus` for tests of its readers: one worker, one server, nothing measured."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ BEFORE = RunStatus(
 def epoch(
     number: int, loss: float | None = None, accuracy: float | None = None, validating: bool = False
 ) -> EpochStatus:
-    """A complete epoch; without an accuracy, without a validation."""
+    """Return a complete epoch; without an accuracy it has no validation."""
     validation = None if accuracy is None else Evaluation(1.0 - accuracy, accuracy, 100)
     return EpochStatus(number, loss, validation, validating)
 
 
 def status(recent_epochs: Sequence[EpochStatus] = (), **fields: Any) -> RunStatus:
-    """The run after these epochs."""
+    """Return the status of a run after these epochs; `fields` replace those of the default."""
     fields.setdefault("epochs", recent_epochs[-1].epoch if recent_epochs else 0)
     return replace(BEFORE, recent_epochs=tuple(recent_epochs), **fields)

@@ -8,5 +8,5 @@ __all__ = ["mlp"]
 
 
 def mlp(hidden: int) -> nn.Module:
-    """The twin of `kind: mlp` on digits."""
+    """Return the same network as `kind: mlp` on digits, with one hidden layer."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))

@@ -138,7 +138,7 @@ def test_a_target_that_is_never_measured_is_refused(path: Path) -> None:
 
 def tried(model: str, local: bool = False) -> OpenJob:
     tree = {
-        "model": {"kind": "python", "path": f"tests.support.models:{model}"},
+        "model": {"kind": "python", "path": f"tests.support.wrong_gradients:{model}"},
         "data": {"format": "sklearn", "dataset": "digits"},
         "optimizer": {"lr": 0.1},
         "consistency": {"mode": "local", "h": 2, "lr": 0.1} if local else {"mode": "async"},
@@ -148,12 +148,12 @@ def tried(model: str, local: bool = False) -> OpenJob:
 
 
 @pytest.mark.parametrize("local", [False, True])
-@pytest.mark.parametrize("model", ["Silent", "Adding"])
+@pytest.mark.parametrize("model", ["SkipsBias", "Accumulates"])
 def test_a_model_whose_gradient_depends_on_what_was_in_its_memory_is_refused(model: str, local: bool) -> None:
     with pytest.raises(ModelError, match=r"loss_and_gradient wrote 0 of the \d+ values of gradient 'layers\.0\."):
         tried(model, local)
 
 
-@pytest.mark.parametrize("model", ["Wrong", "Flat", "Endless"])
+@pytest.mark.parametrize("model", ["ScaledRow", "ZeroGradient", "NanGradient"])
 def test_a_gradient_that_is_wrong_zero_or_not_finite_was_written(model: str) -> None:
     assert tried(model).layout.num_parameters == 650

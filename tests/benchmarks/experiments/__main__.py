@@ -1,6 +1,7 @@
-"""Runs the experiments of the literature on virtual time: `python -m tests.benchmarks.experiments`, from the root.
+"""Run published experiments on virtual time: `python -m tests.benchmarks.experiments`, from the repository's root.
 
-Prints what holds; writes a page, the figures and a document of all results. The exit code is 1 if a claim fails.
+It prints which claims hold, and writes a page, the figures and a document of all results. The exit code is 1 if a claim
+fails.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ __all__ = ["main"]
 
 
 class Experiment(Protocol):
-    """One module; its docstring begins with the claim in a sentence, and says paper and setting."""
+    """A module of one experiment. Its docstring has the claim as the first sentence, then the paper and the setting."""
 
     def run(self, seeds: Sequence[int]) -> list[Any]:
-        """Results, dataclasses, of so many seeds."""
+        """Return the results of these seeds, as dataclasses."""
 
     def claims(self, results: Sequence[Any]) -> list[Claim]:
         """Return the paper's claims beside the observed values."""
 
     def figure(self, results: Sequence[Any]) -> Figure:
-        """The results at a glance."""
+        """Draw the results."""
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
@@ -49,16 +50,16 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 
 class Done(NamedTuple):
-    """One experiment's run."""
+    """The outcome of one experiment."""
 
     results: list[Any]
     claims: list[Claim]
     figure: Figure
-    seconds: float  # real ones
+    seconds: float  # of real time
 
 
 def main() -> int:
-    """Run all, print the table, write page, figures and document; 1 if a claim fails."""
+    """Run all experiments, print the table, write the files. Return the exit code: 1 if a claim fails."""
     arguments = _arguments()
     console = Console()
     done: dict[str, Done] = {}
@@ -72,9 +73,16 @@ def main() -> int:
 
 
 def _arguments() -> Namespace:
-    parser = ArgumentParser(description="Published results, on the production core and virtual time.")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each setting, their seeds from 0 on")
-    parser.add_argument("--out", type=Path, default=Path("bench/experiments"), help="folder for what is written")
+    parser = ArgumentParser(description="Run published experiments on the production core and virtual time.")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="runs of each setting, with seeds from 0 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/experiments"),
+        help="folder for the page, the figures and the document (default: %(default)s)",
+    )
     return parser.parse_args()
 
 

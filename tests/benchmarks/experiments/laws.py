@@ -1,13 +1,13 @@
-"""Runtime laws: how long a step takes when compute times are exponential.
+"""Runtime laws: the time of a step when compute times are exponential.
 
 Sanghamitra Dutta, Gauri Joshi, Soumyadip Ghosh, Parijat Dube, Priya Nagpurkar: Slow and Stale Gradients Can Win the
 Race, AISTATS 2018.
 
-Setting: P workers, each gradient takes an exponential time of mean 1 / λ = 1, nothing else takes any. K-sync steps on
-the first K gradients and calls the other P - K workers off: (H_P - H_{P-K}) / λ a step, H the harmonic numbers. async:
-1 / (Pλ) a step. The simulator does the former in mode k_sync with `stop: true` and `Timing.interrupts`. A real worker
-cannot be interrupted: with `stop` or without, late workers finish first, and only then start from the new weights; such
-steps take T(0, P - K), where T(w, l) is the time left when w gradients are in and l workers are late:
+Setting: P workers; each gradient takes an exponential time of mean 1 / λ = 1, and nothing else takes time. K-sync steps
+on the first K gradients and calls the other P - K computations off: (H_P - H_{P-K}) / λ a step, H the harmonic numbers.
+async: 1 / (Pλ) a step. The simulator does the former in mode k_sync with `stop: true` and `Timing.interrupts`. A real
+worker cannot be interrupted: with `stop` or without, late workers finish first, and only then start from the new
+weights; such steps take T(0, P - K), where T(w, l) is the time left when w gradients are in and l workers are late:
 
     T(w, l) = (1 / λ + (P - w - l)·T(w + 1, l) + l·T(w, l - 1)) / (P - w),   T(K, l) = 0.
 
@@ -35,7 +35,7 @@ __all__ = ["StepTime", "claims", "figure", "run"]
 
 WORKERS = 16
 GRADIENTS_IN_STEP = (1, 4, 8, 12, 15, 16)
-STEPS = 6000  # of all seeds together; more → nearer to the law
+STEPS = 6000  # of all seeds together; more steps → nearer to the law
 TOLERANCE = 0.03
 CALLED_OFF = "K-sync, late workers called off"
 FINISHED = "k_sync, late gradients refused"
@@ -44,23 +44,23 @@ ASYNC = "async"
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The mean over seeds."""
+    """The mean time of a step over all seeds."""
 
     method: str
-    k: int  # gradients in a step; async: 1
-    seconds: float  # virtual, per step
-    law: float
+    k: int  # gradients in a step; 1 for async
+    seconds: float  # virtual seconds per step
+    law: float  # the same by the law
 
     @property
     def deviation(self) -> float:
-        """From the law, as a share of it."""
+        """Relative deviation from the law."""
         return self.seconds / self.law - 1
 
 
 def run(
     seeds: Sequence[int], ks: Sequence[int] = GRADIENTS_IN_STEP, workers: int = WORKERS, steps: int = STEPS
 ) -> list[StepTime]:
-    """Each K both ways, and async."""
+    """Run each K with and without calling computations off, and async."""
     each = steps // len(seeds)
     results: list[StepTime] = []
     for k in ks:
@@ -86,12 +86,12 @@ def _nothing(batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
 
 
 def _harmonic(workers: int, k: int) -> float:
-    """H_P - H_{P-K}."""
+    """Return H_P - H_{P-K}."""
     return sum(1 / i for i in range(workers - k + 1, workers + 1))
 
 
 def _without_calling_off(workers: int, k: int) -> float:
-    """T(0, P - K) of the module's docstring."""
+    """Return T(0, P - K) of the module's docstring."""
 
     @cache
     def left(waiting: int, late: int) -> float:
@@ -105,7 +105,7 @@ def _without_calling_off(workers: int, k: int) -> float:
 
 
 def claims(results: Sequence[StepTime]) -> list[Claim]:
-    """Each law, within 3 %."""
+    """Compare each law with the results, within 3 %."""
     laws = {
         CALLED_OFF: "a step of k_sync whose late workers are called off takes (H_P - H_{P-K}) / λ",
         FINISHED: "a step of mode k_sync without stop takes T(0, P - K)",

@@ -1,4 +1,4 @@
-"""Random least squares, whose minimum is known."""
+"""A random least-squares problem, whose minimum is known."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["LeastSquares"]
 EXAMPLES = 2000
 SIZE = 100
 BATCH = 64
-NOISE = 0.1  # standard deviation, of b
+NOISE = 0.1  # standard deviation of the noise in b
 
 
 class LeastSquares:
     """F(x) = |Ax - b|² / 2m, with A from U[0, 1] / √d and b = Ax₀ + noise, x₀ from U[-1, 1].
 
     Args:
-        seed: of A, b and the batches, which are drawn in the order of the calls.
+        seed: seed of A, b and the batches; batches are drawn in the order of the calls.
 
     Attributes:
         smoothness: L, the largest eigenvalue of AᵀA / m.
@@ -36,12 +36,12 @@ class LeastSquares:
         self._values = values.astype(np.float32)
 
     def excess(self, weights: FloatArray) -> float:
-        """F less its minimum."""
+        """Return F minus its minimum."""
         gap = weights - self._best
         return 0.5 * float(gap @ self._hessian @ gap)
 
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
-        """Of the mean over `BATCH` rows drawn with replacement; the loss is left at 0, as nobody looks at it."""
+        """Write the gradient of the mean over `BATCH` rows, drawn with replacement. The loss is not used and is 0."""
         rows = self._random.integers(EXAMPLES, size=BATCH)
         matrix = self._matrix[rows]
         np.dot(matrix @ weights - self._values[rows], matrix, out=out)
@@ -49,5 +49,5 @@ class LeastSquares:
         return 0.0
 
     def problem(self, batches: int) -> Problem:
-        """From 0, one epoch of so many batches."""
+        """Return the problem with zeros as initial weights, in one epoch of `batches` batches."""
         return Problem(EpochGrid((batches,), batches), np.zeros(SIZE, np.float32), self.gradient)

@@ -5,8 +5,8 @@ Delays, NeurIPS 2022.
 
 Setting: least squares of 2000 × 100, F(x) = |Ax - b|² / 4000, entries of A from U[0, 1] / √100, b = Ax₀ + N(0, .1) with
 x₀ from U[-1, 1]; 20 workers, batches of 64 drawn with replacement, 8000 gradients. Rates, fixed beforehand: minibatch
-1.5 / L, async .18 / L, and .06 / L where one worker is slow. Delays: exponential of mean 1; lognormal (0, 1); all take
-1, one takes 20. Measured is the virtual time until F - F* is at most .002. minibatch is mode bsp.
+1.5 / L, async .18 / L, and .06 / L where one worker is slow. Delays: exponential of mean 1; lognormal (0, 1); 20 for
+one worker and 1 for all others. Measured is the virtual time until F - F* is at most .002. minibatch is mode bsp.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from tests.benchmarks.experiments.runs import Claim, TimedRun, job, spread
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Course", "claims", "figure", "run"]
+__all__ = ["Trajectory", "claims", "figure", "run"]
 
 WORKERS = 20
 GRADIENTS = 8000
 TARGET = 2e-3
-SPARE = 4000  # batches beyond: leases shrink towards an end
-EVERY = 80  # gradients between two points of a course
+SPARE = 4000  # further batches in the epoch: near its end leases shrink, which the measurement must not meet
+EVERY = 80  # gradients between two points of a curve
 MINIBATCH = "minibatch"
 ASYNC = "async"
 DELAYS = {"exponential": "exponential:1", "lognormal": "lognormal:0,1", "one slow": "slow:20"}
-RATES = {"exponential": 0.18, "lognormal": 0.18, "one slow": 0.06}  # of async, times L
+RATES = {"exponential": 0.18, "lognormal": 0.18, "one slow": 0.06}  # of async, multiplied by L
 MINIBATCH_RATE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
-    """One run."""
+class Trajectory:
+    """The outcome of one run."""
 
     method: str
     delays: str
     seed: int
-    seconds: float  # virtual, until the target; infinite: not within the gradients
+    seconds: float  # virtual seconds to the target; infinite if it was not reached
     points: tuple[tuple[float, float], ...]  # (virtual seconds, F - F*)
 
 
-def run(seeds: Sequence[int]) -> list[Course]:
-    """Both methods under all delays."""
+def run(seeds: Sequence[int]) -> list[Trajectory]:
+    """Run both methods with each kind of delays."""
     return [_run(method, delays, seed) for delays in DELAYS for method in (MINIBATCH, ASYNC) for seed in seeds]
 
 
-class _Watch:
-    """Writes a course down until the gradients are used up."""
+class _CurveRecorder:
+    """Records F - F* of a run until its gradients are used up."""
 
     def __init__(self, squares: LeastSquares, per_step: int) -> None:
         self._squares = squares
@@ -62,7 +62,8 @@ class _Watch:
         self.points: list[tuple[float, float]] = []
 
     def done(self, run: TimedRun) -> bool:
-        excess = self._squares.excess(run.shown)
+        """Record a step. Return True if the gradients are used up."""
+        excess = self._squares.excess(run.current_weights)
         gradients = self._per_step * run.updates
         if excess <= TARGET and self.seconds == inf:
             self.seconds = run.elapsed_s
@@ -71,17 +72,17 @@ class _Watch:
         return gradients >= GRADIENTS
 
 
-def _run(method: str, delays: str, seed: int) -> Course:
+def _run(method: str, delays: str, seed: int) -> Trajectory:
     squares = LeastSquares(seed)
     mode, rate, per_step = ("bsp", MINIBATCH_RATE, WORKERS) if method == MINIBATCH else ("async", RATES[delays], 1)
-    watch = _Watch(squares, per_step)
+    recorder = _CurveRecorder(squares, per_step)
     spec = job(WORKERS, rate / squares.smoothness, {"mode": mode})
-    TimedRun(spec, squares.problem(GRADIENTS + SPARE), DELAYS[delays], seed, watch.done).run()
-    return Course(method, delays, seed, watch.seconds, tuple(watch.points))
+    TimedRun(spec, squares.problem(GRADIENTS + SPARE), DELAYS[delays], seed, recorder.done).run()
+    return Trajectory(method, delays, seed, recorder.seconds, tuple(recorder.points))
 
 
-def claims(results: Sequence[Course]) -> list[Claim]:
-    """The paper's, one for each kind of delays, for every seed."""
+def claims(results: Sequence[Trajectory]) -> list[Claim]:
+    """Compare the paper's claim with the results, for each kind of delays and every seed."""
     found = []
     for delays in DELAYS:
         slow, fast = (
@@ -94,8 +95,8 @@ def claims(results: Sequence[Course]) -> list[Claim]:
     return found
 
 
-def figure(results: Sequence[Course]) -> Figure:
-    """F - F* over time, of the first seed."""
+def figure(results: Sequence[Trajectory]) -> Figure:
+    """Draw F - F* over time, for the first seed."""
     from psgd.monitoring.plots import Curve, curves
 
     first = min(one.seed for one in results)

@@ -1,11 +1,11 @@
-"""B. Ringmaster's time does not grow with the number of ever slower workers, as that of async does.
+"""B. Ringmaster's time does not grow with the number of slower and slower workers; that of async does.
 
 Artavazd Maranjyan, Alexander Tyurin, Peter Richtárik: Ringmaster ASGD: The First Asynchronous SGD with Optimal Time
 Complexity, ICML 2025; against delay-adaptive rates (Mishchenko et al., NeurIPS 2022) and Rennala (Tyurin and Richtárik,
 NeurIPS 2023).
 
-Setting: the tridiagonal quadratic of 64 values, noise .1 in each coordinate of a gradient; worker i takes
-i + |N(0, √i)| for one. The rates are fixed beforehand: ringmaster R = 32 at .0938, async and delay_adaptive at .0469,
+Setting: the tridiagonal quadratic of 64 values, noise .1 in each coordinate of a gradient; worker i takes i + |N(0,
+√i)| for a gradient. The rates are fixed beforehand: ringmaster R = 32 at .0938, async and delay_adaptive at .0469,
 rennala S = 8 at .75. Measured is the virtual time until the running mean of f - f* after each step is at most .05; it
 keeps .9 of itself with each gradient, that is .9⁸ with each step of rennala.
 """
@@ -28,17 +28,17 @@ __all__ = ["Reached", "claims", "figure", "run"]
 
 WORKERS = (8, 32, 128, 512)
 TARGET = 0.05
-KEPT = 0.9  # higher → smoother, and later by 1 / (1 - KEPT) gradients
+KEPT = 0.9  # weight of the past in the running mean; higher → smoother, and delayed by 1 / (1 - KEPT) gradients
 PUSHES = 20_000  # more than any run needs
 
 
 class Method(NamedTuple):
-    """A method under comparison."""
+    """The settings of one method."""
 
     lr: float
     consistency: dict[str, Any]
     correction: str = "none"
-    per_step: int = 1  # gradients
+    per_step: int = 1  # gradients in a step
 
 
 METHODS = {
@@ -51,22 +51,22 @@ METHODS = {
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """One run."""
+    """The outcome of one run."""
 
     method: str
     workers: int
     seed: int
-    seconds: float  # virtual, until the target; infinite: never
+    seconds: float  # virtual seconds to the target; infinite if it was not reached
     updates: int
 
 
 def run(seeds: Sequence[int], workers: Sequence[int] = WORKERS) -> list[Reached]:
-    """Each method with so many workers."""
+    """Run each method with each number of workers."""
     return [_time(name, number, seed) for number in workers for name in METHODS for seed in seeds]
 
 
 class _RunningMean:
-    """Watches the running mean of f - f* until it reaches the target."""
+    """The running mean of f - f* over a run."""
 
     def __init__(self, quadratic: Quadratic, kept: float) -> None:
         self._quadratic = quadratic
@@ -74,28 +74,29 @@ class _RunningMean:
         self._mean = quadratic.excess(quadratic.start)
 
     def reached(self, run: TimedRun) -> bool:
-        self._mean = self._kept * self._mean + (1 - self._kept) * self._quadratic.excess(run.shown)
+        """Take a step into account. Return True if the mean has reached the target."""
+        self._mean = self._kept * self._mean + (1 - self._kept) * self._quadratic.excess(run.current_weights)
         return self._mean <= TARGET
 
 
 def _time(name: str, workers: int, seed: int) -> Reached:
     method = METHODS[name]
     quadratic = Quadratic(64, seed=seed)
-    watch = _RunningMean(quadratic, KEPT**method.per_step)
+    running_mean = _RunningMean(quadratic, KEPT**method.per_step)
     spec = job(workers, method.lr, method.consistency, method.correction)
-    done = TimedRun(spec, quadratic.problem(PUSHES), "linear:1,1", seed, watch.reached).run()
+    done = TimedRun(spec, quadratic.problem(PUSHES), "linear:1,1", seed, running_mean.reached).run()
     seconds = done.end.elapsed_s if done.reached else inf
     return Reached(name, workers, seed, seconds, done.end.report.version.updates)
 
 
 def claims(results: Sequence[Reached]) -> list[Claim]:
-    """The paper's, at its scale; it claims nothing for few workers."""
+    """Compare the paper's claims with the results, at the paper's scale; it claims nothing for few workers."""
     fewest, *others = _workers(results)
     most = others[-1]
     level = [_mean(results, "ringmaster", number) / _mean(results, "ringmaster", fewest) for number in others]
     found = [
         Claim(
-            f"ringmaster is level in the number of workers: time over that with {fewest} in .7 to 1.3",
+            f"ringmaster does not depend on the number of workers: its time is .7 to 1.3 of that with {fewest} workers",
             spread(level, ".2f"),
             min(level) >= 0.7 and max(level) <= 1.3,
         )
@@ -108,7 +109,7 @@ def claims(results: Sequence[Reached]) -> list[Claim]:
 
 
 def figure(results: Sequence[Reached]) -> Figure:
-    """Mean time against the number of workers; the bands reach from the fastest seed to the slowest."""
+    """Draw the mean time against the number of workers; the bands reach from the fastest seed to the slowest."""
     from psgd.monitoring.plots import Curve, curves
 
     numbers = _workers(results)

@@ -14,8 +14,8 @@ from psgd_workers.messages import BatchId, FloatArray
 
 __all__ = ["Claim", "End", "TimedRun", "job", "spread"]
 
-# A gradient takes about 1 in all experiments: calls cost nothing beside it, and nobody waits for a report or a lease.
-# The papers call a computation off in its middle; a real worker of psgd cannot.
+# A gradient takes about 1 s in all experiments. Calls cost almost nothing beside it, and no worker waits for a report
+# or a lease. The papers call a computation off while it runs; a real worker of psgd cannot.
 TIMING = Timing(call_s=1e-6, poll_s=10.0, interrupts=True)
 LEASE_S = 50.0
 
@@ -29,7 +29,7 @@ class Claim(NamedTuple):
 
 
 class End(NamedTuple):
-    """A run when it had what it was for; what is still in workers' hands then changes nothing."""
+    """The state of a run at its end; batches that are still in workers' hands do not count."""
 
     elapsed_s: float
     weights: FloatArray  # [num_parameters]
@@ -40,14 +40,14 @@ class TimedRun(VirtualCluster):
     """One run on virtual time.
 
     Args:
-        spec: the job; it never ends by itself before `until` says so, if the problem has enough batches.
-        problem: what is trained.
-        delays: of the workers, in the short form of a job's `simulate.delays`.
-        seed: of the delays.
-        until: whether the run has what it is for; asked after each step.
+        spec: the job; the problem must have enough batches, so that it does not end before `until` is true.
+        problem: the problem to train.
+        delays: delays of the workers, in the short form of a job's `simulate.delays`.
+        seed: seed of the delays.
+        until: called after each step; returns True when the run may end.
 
     Attributes:
-        reached: whether `until` ever said so.
+        reached: True if `until` returned True.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TimedRun(VirtualCluster):
 
     @property
     def elapsed_s(self) -> float:
-        """Since the first gradient was begun."""
+        """Virtual seconds since the first gradient began."""
         return 0.0 if self._began is None else self.now - self._began
 
     @property
@@ -72,8 +72,8 @@ class TimedRun(VirtualCluster):
         return self.servers[0].version.updates
 
     @property
-    def shown(self) -> FloatArray:
-        """The weights `[num_parameters]`; they change with the next step."""
+    def current_weights(self) -> FloatArray:
+        """The weights `[num_parameters]`; the next step changes them in place."""
         return self.servers[0].published
 
     @property
@@ -82,8 +82,8 @@ class TimedRun(VirtualCluster):
 
     @property
     def end(self) -> End:
-        """When `until` said so; or, of a run that failed before, its last state."""
-        return self._end or self._here()
+        """The state at the moment when `until` returned True, or the present state if it did not."""
+        return self._end or self._present_state()
 
     def _draw(self, worker: str, batch: BatchId) -> float:
         if self._began is None:
@@ -91,18 +91,18 @@ class TimedRun(VirtualCluster):
         return self._sources[worker]()
 
     def stepped(self) -> None:
-        """Stop once the run has what it is for."""
+        """Stop the run as soon as `until` returns True."""
         super().stepped()
         if self._end is None and self._until(self):
-            self._end = self._here()
+            self._end = self._present_state()
             self.stop()
 
-    def _here(self) -> End:
-        return End(self.elapsed_s, self.shown.copy(), self.servers[0].report())
+    def _present_state(self) -> End:
+        return End(self.elapsed_s, self.current_weights.copy(), self.servers[0].report())
 
 
 def job(workers: int, lr: float, consistency: dict[str, Any], correction: str = "none", **sections: Any) -> JobSpec:
-    """A job for the simulator; without `sections`, its model and data are not looked at."""
+    """Return a job for the simulator; `sections` replace those of the spec, such as its unused model and data."""
     plain = {
         "model": {"kind": "linear"},
         "data": {"format": "sklearn", "dataset": "iris"},
@@ -118,7 +118,7 @@ def job(workers: int, lr: float, consistency: dict[str, Any], correction: str = 
 
 
 def spread(values: list[float], form: str = ".1f") -> str:
-    """Lowest to highest; one number where they look alike."""
+    """Return the range of the values as text; one number if both ends read the same."""
     low = f"{min(values):{form}}"
     high = f"{max(values):{form}}"
     return low if low == high else f"{low} to {high}"

@@ -5,7 +5,8 @@ Wei Zhang, Suyog Gupta, Xiangru Lian, Ji Liu: Staleness-aware Async-SGD for Dist
 Setting: scikit-learn's digits, features scaled to [0, 1], 1437 examples to train on and 360 to test on, split by the
 seed; a perceptron 64-32-10; 30 workers, batches of 16, 30 epochs' worth of gradients, rate .2, no momentum; a gradient
 takes Gamma(100, 0.01). s-softsync steps on the mean of 30 / s gradients, so that staleness is about s; hard sync is
-bsp. The epochs are laid end to end, as the paper's servers know none: nobody waits for an epoch's last batches.
+bsp. The paper's servers know no epochs; therefore the epochs are joined to one, and no worker waits for the last
+batches of an epoch.
 """
 
 from __future__ import annotations
@@ -49,17 +50,17 @@ DIGITS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """One run."""
+    """The outcome of one run."""
 
     method: str
-    s: int  # of softsync; 0: hard sync
+    s: int  # of softsync; 0 for hard sync
     seed: int
     test_error: float
     staleness: float  # mean
 
 
 def run(seeds: Sequence[int], staleness: Sequence[int] = STALENESS) -> list[Trained]:
-    """Hard sync once for each seed, and both ways of softsync at each staleness."""
+    """Run hard sync once for each seed, and softsync with both rates at each staleness."""
     results: list[Trained] = []
     for seed in seeds:
         results.append(_train(HARD, 0, seed))
@@ -76,7 +77,7 @@ def _train(method: str, s: int, seed: int) -> Trained:
     validation = opened.dataset.validation
     counts = done.end.report.staleness
     assert validation
-    with np.errstate(over="ignore", invalid="ignore"):  # of a run that diverged
+    with np.errstate(over="ignore", invalid="ignore"):  # in runs that diverged
         accuracy = opened.worker("test").evaluate(done.end.weights, validation).accuracy
     assert accuracy is not None
     staleness = sum(value * times for value, times in counts.items()) / sum(counts.values())
@@ -84,7 +85,7 @@ def _train(method: str, s: int, seed: int) -> Trained:
 
 
 def _problem(opened: OpenJob) -> Problem:
-    """The epochs end to end, and as many again: what is measured lies before leases shrink towards an end."""
+    """Return twice the needed epochs, joined to one, so that leases do not shrink before the measurement ends."""
     worker = opened.worker("simulated")
     shards = opened.shards
     in_epoch = shards.grid.num_batches
@@ -102,15 +103,15 @@ def _problem(opened: OpenJob) -> Problem:
 
 
 def claims(results: Sequence[Trained]) -> list[Claim]:
-    """The paper's."""
+    """Compare the paper's claims with the results."""
     fixed = [one.test_error for one in results if one.method == FIXED and one.s >= 15]
     level = mean(_errors(results, HARD, 0))
     aware = [mean(_errors(results, AWARE, s)) - level for s in _staleness(results)]
     taus = [one.staleness / one.s for one in results if one.method == AWARE]
     return [
-        Claim("a fixed rate fails at staleness 15 and more: test error > .8", spread(fixed, ".2f"), min(fixed) > 0.8),
+        Claim("a fixed rate fails at staleness 15 and above: test error > .8", spread(fixed, ".2f"), min(fixed) > 0.8),
         Claim(
-            "a rate over staleness is level with hard sync: error at most .03 above its",
+            "a rate divided by staleness equals hard sync: error at most .03 above that of hard sync",
             f"{spread(aware, '+.3f')}, hard sync {level:.3f}",
             max(aware) <= 0.03,
         ),
@@ -123,7 +124,7 @@ def claims(results: Sequence[Trained]) -> list[Claim]:
 
 
 def figure(results: Sequence[Trained]) -> Figure:
-    """Mean test error against staleness; the bands reach from the best seed to the worst."""
+    """Draw the mean test error against staleness; the bands reach from the best seed to the worst."""
     from psgd.monitoring.plots import Curve, curves
 
     s = _staleness(results)

@@ -1,8 +1,8 @@
 """PyTorch DistributedDataParallel on gloo: processes in lock-step.
 
-A step makes one change of the weights out of one gradient of each process. What is compared with the others is
-*gradients* per second, the data worked through; steps per second are in the details. Each batch is taken from a shared
-counter, as with the others: no process has a share of its own that it could be late with.
+A step averages one gradient of each process. The measured speed is *gradients* per second, as for the other peers;
+steps per second are in the details. Each process takes its batches from a shared counter, as in `hogwild`, so that no
+process is late with batches of its own.
 
 References:
     Li et al. (2020), "PyTorch Distributed: Experiences on Accelerating Data Parallel Training".
@@ -24,7 +24,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
+from tests.benchmarks.measurement import Measurement, Span, repeat, run_command_line
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import accuracy, backpropagate, network
 from tests.benchmarks.process_group import SPAWN, run_process_group, take
@@ -36,17 +36,17 @@ TIMEOUT = timedelta(seconds=60)
 
 
 class World(NamedTuple):
-    """State that the processes share."""
+    """The state that all processes share."""
 
     size: int
-    folder: str  # in which they meet
+    folder: str  # of the rendezvous file
     start: Barrier
-    taken: Synchronized[int]  # batches
-    steps: Synchronized[int]  # after which all end
+    taken: Synchronized[int]  # batches taken so far
+    steps: Synchronized[int]  # number of steps after which all processes end
 
     @classmethod
     def of(cls, size: int, folder: str) -> World:
-        """For so many processes, all on this machine."""
+        """Return the shared state of `size` processes on this machine."""
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         return cls(size, folder, SPAWN.Barrier(size), SPAWN.Value(c_int64, 0), SPAWN.Value(c_int64, sys.maxsize))
 
@@ -54,17 +54,17 @@ class World(NamedTuple):
 def in_lock_step(
     rank: int, world: World, seconds: float, model: nn.Module, backward: Callable[[nn.Module, int], None]
 ) -> Span:
-    """Train together; this process's share of it.
+    """Train in lock-step with the other processes, and return the span of this process.
 
     Args:
-        rank: of this process.
-        world: of all.
-        seconds: how long.
-        model: trained in place.
-        backward: sets the gradients of the model it is given on the batch of that number.
+        rank: rank of this process.
+        world: state shared with the other processes.
+        seconds: duration of the training.
+        model: the model, trained in place.
+        backward: given a model and the number of a batch, sets the model's gradients.
     """
-    meeting = f"file://{world.folder}/meeting"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world.size, timeout=TIMEOUT)
+    rendezvous = f"file://{world.folder}/rendezvous"
+    distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world.size, timeout=TIMEOUT)
     parallel = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(parallel.parameters(), lr=LEARNING_RATE)
 
@@ -74,7 +74,7 @@ def in_lock_step(
 
     def going(span: Span) -> bool:
         if rank == 0 and span.seconds >= seconds:
-            # No other process can finish the next step before this one joins it: all end after that step.
+            # No other process can finish the next step without this one, so all of them end after that step.
             world.steps.value = min(world.steps.value, span.updates + 1)
         return span.updates < world.steps.value
 
@@ -85,7 +85,7 @@ def in_lock_step(
 
 
 def measure(seconds: float) -> Measurement:
-    """Gradients of both processes together."""
+    """Measure the gradients per second of both processes together."""
     with TemporaryDirectory() as folder:
         answers = run_process_group(NUM_WORKERS, _train, World.of(NUM_WORKERS, folder), seconds)
     spans, accuracies = zip(*answers, strict=True)
@@ -103,4 +103,4 @@ def _train(rank: int, world: World, seconds: float) -> tuple[Span, float]:
 
 
 if __name__ == "__main__":
-    measured_for(measure, __doc__)
+    run_command_line(measure, __doc__)

@@ -1,6 +1,6 @@
 """PyTorch Hogwild: two processes write to one shared model without locks.
 
-Each batch is taken from a shared counter, so that a slow process holds nothing back.
+Each process takes its batches from a shared counter, so that a slow process holds no batch back.
 
 References:
     Recht, Re, Wright, Niu (2011), "Hogwild!: A Lock-Free Approach to Parallelizing Stochastic Gradient Descent".
@@ -16,7 +16,7 @@ from multiprocessing.synchronize import Barrier
 import torch
 from torch import nn
 
-from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
+from tests.benchmarks.measurement import Measurement, Span, repeat, run_command_line
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import accuracy, backpropagate, network
 from tests.benchmarks.process_group import SPAWN, run_process_group, take
@@ -26,7 +26,7 @@ __all__ = ["measure"]
 
 
 def measure(seconds: float) -> Measurement:
-    """Updates of both processes together."""
+    """Measure the updates per second of both processes together."""
     model = network()
     model.share_memory()
     spans = run_process_group(NUM_WORKERS, _train, SPAWN.Barrier(NUM_WORKERS), SPAWN.Value(c_int64, 0), model, seconds)
@@ -47,4 +47,4 @@ def _train(rank: int, start: Barrier, taken: Synchronized[int], model: nn.Module
 
 
 if __name__ == "__main__":
-    measured_for(measure, __doc__)
+    run_command_line(measure, __doc__)

@@ -1,4 +1,4 @@
-"""A plain NumPy SGD loop, written by hand, in each of two processes that share nothing."""
+"""A plain SGD loop in NumPy, in each of two processes that share nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd_workers.messages import FloatArray
-from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
+from tests.benchmarks.measurement import Measurement, Span, repeat, run_command_line
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.process_group import SPAWN, run_process_group
 from tests.benchmarks.setting import LEARNING_RATE, NUM_WORKERS, SIZES
@@ -18,7 +18,7 @@ __all__ = ["NumpyMlp", "measure"]
 
 
 class NumpyMlp:
-    """A relu network under cross-entropy, its backward pass written by hand."""
+    """A relu network with cross-entropy loss and a hand-written backward pass."""
 
     def __init__(self, seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -27,7 +27,7 @@ class NumpyMlp:
         self.biases = [np.zeros(o, np.float32) for _, o in shapes]
 
     def activations(self, features: FloatArray) -> list[FloatArray]:
-        """The features, each hidden layer's outputs, and the logits."""
+        """Return the features, the outputs of each hidden layer, and the logits."""
         layers = [features]
         for weight, bias in zip(self.weights, self.biases, strict=True):
             if len(layers) > 1:
@@ -38,7 +38,7 @@ class NumpyMlp:
         return layers
 
     def gradients(self, features: FloatArray, labels: NDArray[np.int64]) -> list[tuple[FloatArray, FloatArray]]:
-        """Of the batch's mean loss, by each layer's weight and bias; from the last layer to the first."""
+        """Return the gradients of the mean loss as (weight, bias) of each layer, from the last layer to the first."""
         *layers, logits = self.activations(features)
         error = np.exp(logits - logits.max(axis=1, keepdims=True))
         error /= error.sum(axis=1, keepdims=True)
@@ -53,7 +53,7 @@ class NumpyMlp:
         return gradients
 
     def step(self, features: FloatArray, labels: NDArray[np.int64]) -> None:
-        """One step of SGD."""
+        """Take one step of SGD on a batch."""
         gradients = reversed(self.gradients(features, labels))
         for weight, bias, (by_weight, by_bias) in zip(self.weights, self.biases, gradients, strict=True):
             by_weight *= LEARNING_RATE
@@ -61,12 +61,13 @@ class NumpyMlp:
             bias -= LEARNING_RATE * by_bias
 
     def accuracy(self, data: Mnist) -> float:
+        """Return the accuracy on the test images."""
         guesses = self.activations(data.test_features)[-1].argmax(axis=1)
         return float((guesses == data.test_labels).mean())
 
 
 def measure(seconds: float) -> Measurement:
-    """Updates of both loops together."""
+    """Measure the updates per second of both loops together."""
     spans, accuracies = zip(*run_process_group(NUM_WORKERS, _loop, SPAWN.Barrier(NUM_WORKERS), seconds), strict=True)
     return Measurement.of("numpy_loops", Span.over(spans), accuracies[0])
 
@@ -82,4 +83,4 @@ def _loop(rank: int, start: Barrier, seconds: float) -> tuple[Span, float]:
 
 
 if __name__ == "__main__":
-    measured_for(measure, __doc__)
+    run_command_line(measure, __doc__)

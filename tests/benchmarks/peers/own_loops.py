@@ -1,6 +1,6 @@
 """The limit: psgd's own backpropagation and a plain step, in each of two processes that share nothing.
 
-What psgd adds to that, to bring the gradients of both into one vector, is what `psgd_job` is slower by.
+`psgd_job` is slower than that by the work of applying the gradients of both workers to the same weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
-from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
+from tests.benchmarks.measurement import Measurement, Span, repeat, run_command_line
 from tests.benchmarks.peers.psgd_job import job
 from tests.benchmarks.process_group import SPAWN, run_process_group
 from tests.benchmarks.setting import NUM_WORKERS
@@ -37,19 +37,20 @@ class OwnLoop:
         self._validation = opened.dataset.validation
 
     def step(self, number: int) -> None:
-        """The step on a batch, counted from 0 through all epochs: w ← w - η·g, in place."""
+        """Take a step on a batch, counted from 0 through all epochs: w ← w - η·g, in place."""
         batch = self._grid.batch(*divmod(number, self._grid.num_batches))
         self._worker.gradient(batch, self.weights, self._gradient)
         self._gradient *= self._rate
         self.weights -= self._gradient
 
     def accuracy(self) -> float:
+        """Return the accuracy on the validation part."""
         assert self._validation is not None
         return self._worker.evaluate(self.weights, self._validation).accuracy or 0.0
 
 
 def measure(seconds: float) -> Measurement:
-    """Updates of both loops together."""
+    """Measure the updates per second of both loops together."""
     spans, accuracies = zip(*run_process_group(NUM_WORKERS, _loop, SPAWN.Barrier(NUM_WORKERS), seconds), strict=True)
     return Measurement.of("own_loops", Span.over(spans), accuracies[0])
 
@@ -63,4 +64,4 @@ def _loop(rank: int, start: Barrier, seconds: float) -> tuple[Span, float]:
 
 
 if __name__ == "__main__":
-    measured_for(measure, __doc__)
+    run_command_line(measure, __doc__)

@@ -1,4 +1,4 @@
-"""psgd itself, as its users run it: a job file and the command line."""
+"""psgd itself, run as users run it: by a job file and the command line."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tests.benchmarks.setting import BATCH_SIZE, LEARNING_RATE, NUM_WORKERS, SIZ
 
 __all__ = ["check_lanes", "events", "job", "measure", "measurement", "result", "training"]
 
-LANES = {"auto": "shm"}  # what the workers of one machine get, where that is not what the job says
+LANES = {"auto": "shm"}  # lane that the workers of one machine get for `scaling.lane`, where the two differ
 
 
 def job(seconds: float) -> dict[str, Any]:
-    """The job file of the measured setting."""
+    """Return the content of the job file for the measured setting."""
     return {
         "version": 1,
         "seed": 0,
@@ -44,12 +44,12 @@ def job(seconds: float) -> dict[str, Any]:
 
 @contextmanager
 def training(tree: dict[str, Any], folder: str, settings: Sequence[str] = ()) -> Iterator[subprocess.Popen[bytes]]:
-    """`psgd train --json` on a job, for as long as the block lasts.
+    """Run `psgd train --json` on a job, and end it with the block.
 
     Args:
-        tree: the job file's content.
-        folder: for the file, the run, and Ray's files.
-        settings: overrides, `a.b=v`.
+        tree: content of the job file.
+        folder: folder of the job file, of the run and of Ray's files.
+        settings: overrides of the form `a.b=v`.
     """
     path = Path(folder, "bench.yaml")
     path.write_text(yaml.safe_dump(tree))
@@ -60,14 +60,14 @@ def training(tree: dict[str, Any], folder: str, settings: Sequence[str] = ()) ->
         try:
             yield process
         finally:
-            process.terminate()  # nothing, if it has ended
+            process.terminate()  # no-op if it has ended
 
 
 def result(process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    """Wait for a training's end, and read what it came to.
+    """Wait until a run ends, and return its result.
 
     Raises:
-        SystemExit: it failed, and said why on stderr.
+        SystemExit: the run failed; its stderr says why.
     """
     output, _ = process.communicate()
     if process.returncode:
@@ -77,12 +77,12 @@ def result(process: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 
 def events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of the run in that directory."""
+    """Return the events of the run in a directory."""
     return [json.loads(line) for line in (path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def check_lanes(path: Path) -> None:
-    """Make sure that what is measured is what is meant: a lane that does not work gives way to a slower one.
+    """Check that workers used the expected lane: psgd replaces a lane that does not work by a slower one.
 
     Args:
         path: the run's directory.
@@ -101,14 +101,14 @@ def measurement(found: dict[str, Any]) -> Measurement:
     """Return the measurement in the JSON result of a run.
 
     Raises:
-        SystemExit: the run did not finish, or no epoch.
+        SystemExit: the run did not finish, or did not complete an epoch.
     """
     metrics = found["metrics"]
     updates = found["updates"]
     if found["status"] != "finished":
         raise SystemExit(f"psgd: {found['status']}: {found['error']}")
     if metrics["val/accuracy"] is None:
-        raise SystemExit(f"psgd: no epoch was complete after {updates} updates: give it more --seconds")
+        raise SystemExit(f"psgd: no epoch was complete after {updates} updates: use more --seconds")
     return Measurement(
         name="psgd_job",
         updates_per_s=metrics["perf/updates_per_s"],
@@ -120,12 +120,12 @@ def measurement(found: dict[str, Any]) -> Measurement:
 
 
 def measure(seconds: float, settings: Sequence[str] = (), validates: bool = True) -> Measurement:
-    """Updates of one run, start-up and the last checkpoint not counted.
+    """Measure the updates per second of one run, without start-up and the last checkpoint.
 
     Args:
-        seconds: how long it trains.
+        seconds: duration of the training.
         settings: overrides of the job.
-        validates: whether a worker validates each epoch's weights, within the time that is measured.
+        validates: True if a worker validates the weights of each epoch, within the measured time.
     """
     with TemporaryDirectory(prefix="p", ignore_cleanup_errors=True) as folder:
         tree = job(seconds)
@@ -140,27 +140,27 @@ def measure(seconds: float, settings: Sequence[str] = (), validates: bool = True
 
 
 def _training_part(folder: Path) -> Path:
-    """A copy of the data with nothing to validate on."""
+    """Write a copy of the data without the test part, and return its path."""
     with np.load(mnist_path()) as arrays:
         np.savez(folder / "train.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
     return folder / "train.npz"
 
 
 def _accuracy(path: str) -> float | None:
-    """Of a run's weights on the test images."""
+    """Return the accuracy of a run's weights on the test images."""
     opened = OpenJob.open(JobSpec.model_validate(job(1.0)))
     assert opened.dataset.validation is not None
     weights = opened.layout.pack(load_weights(path))
-    return opened.worker("judge").evaluate(weights, opened.dataset.validation).accuracy
+    return opened.worker("accuracy").evaluate(weights, opened.dataset.validation).accuracy
 
 
 def main() -> None:
-    """A peer's command line, and `--set` as of `psgd train`."""
+    """Run the command line of a peer, with `--set` of `psgd train` added."""
     parser = seconds_parser(__doc__)
     parser.add_argument("--set", action="append", default=[], metavar="a.b=v", help="override a field of the job")
     parser.add_argument("--no-validation", action="store_true", help="validate after the run, not at each epoch")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the run is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the run is ended, too
     measure(arguments.seconds, arguments.set, not arguments.no_validation).show()
 
 

@@ -2,7 +2,7 @@
 
 An actor holds the model and answers each gradient with the new weights; two actors compute gradients; the driver passes
 object references from one to the other. As documented, weights travel as a state dict and gradients as a list of
-arrays. Left out is the evaluation after every tenth update, which the clock would count.
+arrays. The evaluation after every tenth update is left out, because it would count as training time.
 
 References:
     https://docs.ray.io/en/latest/ray-core/examples/plot_parameter_server.html
@@ -20,7 +20,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from tests.benchmarks.measurement import Measurement, Span, measured_for, repeat
+from tests.benchmarks.measurement import Measurement, Span, repeat, run_command_line
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import accuracy, backpropagate, network
 from tests.benchmarks.process_group import ONE_THREAD
@@ -30,14 +30,14 @@ __all__ = ["DataWorker", "ParameterServer", "measure"]
 
 
 class ParameterServer:
-    """Holds the weights and steps them."""
+    """Holds the weights and takes the steps."""
 
     def __init__(self) -> None:
         self.model = network()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE)
 
     def apply_gradients(self, *gradients: list[NDArray[np.float32]]) -> dict[str, torch.Tensor]:
-        """Step by the sum of the gradients, and answer with the new weights."""
+        """Take a step on the sum of the gradients, and return the new weights."""
         sums = [np.stack(of_one_tensor).sum(axis=0) for of_one_tensor in zip(*gradients, strict=True)]
         for parameter, gradient in zip(self.model.parameters(), sums, strict=True):
             parameter.grad = torch.from_numpy(gradient)
@@ -45,6 +45,7 @@ class ParameterServer:
         return self.get_weights()
 
     def get_weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights by name."""
         return self.model.state_dict()
 
 
@@ -57,14 +58,14 @@ class DataWorker:
         self.indices = count()
 
     def compute_gradients(self, weights: dict[str, torch.Tensor]) -> list[NDArray[np.float32]]:
-        """The gradient of the next batch at `weights`, one array for each tensor."""
+        """Return the gradient of the next batch at `weights`, one array for each tensor."""
         self.model.load_state_dict(weights)
         backpropagate(self.model, *self.batches[next(self.indices)])
         return [parameter.grad.numpy() for parameter in self.model.parameters() if parameter.grad is not None]
 
 
 def measure(seconds: float) -> Measurement:
-    """Updates of the server, on a Ray cluster of its own."""
+    """Measure the updates per second of the server, on a Ray cluster of its own."""
     os.environ.update(ONE_THREAD, RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled")
     with TemporaryDirectory(prefix="ray") as folder:
         ray.init(address="local", num_cpus=NUM_WORKERS, include_dashboard=False, _temp_dir=folder)
@@ -93,4 +94,4 @@ def _train(seconds: float) -> tuple[Span, dict[str, torch.Tensor]]:
 
 
 if __name__ == "__main__":
-    measured_for(measure, __doc__)
+    run_command_line(measure, __doc__)

@@ -64,13 +64,13 @@ def test_every_promise_is_kept_whatever_the_job_asks_for(sections: dict[str, Any
 
 
 def test_a_wrong_gradient_is_found_and_its_tensor_named() -> None:
-    found = checks(model={"kind": "python", "path": "tests.support.models:Wrong"})
+    found = checks(model={"kind": "python", "path": "tests.support.wrong_gradients:ScaledRow"})
     assert broken(found) == {"gradient"}
     assert "layers.0.weight" in found[0].observed
 
 
 def test_a_model_that_remembers_is_found() -> None:
-    found = checks(model={"kind": "python", "path": "tests.support.models:Restless"})
+    found = checks(model={"kind": "python", "path": "tests.support.wrong_gradients:Nondeterministic"})
     assert broken(found) >= {"a batch computed again", "1 asynchronous worker", "3 partitions", "kill and resume"}
     assert "killed workers" not in broken(found)
 
@@ -89,21 +89,21 @@ def test_a_job_that_diverges_is_told_so_by_every_promise_that_trains(lr: float) 
 
 
 def test_a_gradient_that_is_not_finite_at_once_keeps_no_promise() -> None:
-    found = checks(model={"kind": "python", "path": "tests.support.models:Endless"})
+    found = checks(model={"kind": "python", "path": "tests.support.wrong_gradients:NanGradient"})
     assert found[0].observed == "the gradient of the first batch is not finite"
     assert broken(found) == set(PROMISES)
 
 
 def test_a_gradient_of_nothing_but_zeros_keeps_no_promise_about_the_gradient() -> None:
-    found = checks(model={"kind": "python", "path": "tests.support.models:Flat"})
+    found = checks(model={"kind": "python", "path": "tests.support.wrong_gradients:ZeroGradient"})
     assert found[0].observed == "the gradient is zero in every tensor: training changes nothing"
     assert "gradient" in broken(found)
 
 
-@pytest.mark.parametrize("model", ["Silent", "Adding"])
+@pytest.mark.parametrize("model", ["SkipsBias", "Accumulates"])
 def test_a_model_that_does_not_overwrite_its_gradient_is_refused(model: str) -> None:
     with pytest.raises(ModelError, match=r"loss_and_gradient wrote 0 of the \d+ values of gradient 'layers\.0\."):
-        checks(model={"kind": "python", "path": f"tests.support.models:{model}"})
+        checks(model={"kind": "python", "path": f"tests.support.wrong_gradients:{model}"})
 
 
 @pytest.mark.parametrize(("model", "code"), [("linear", 0), ("wrong", 3)])
@@ -114,7 +114,7 @@ def test_the_command_tells_and_its_exit_code_says_whether_all_hold(
     model: str,
     code: int,
 ) -> None:
-    wrong = {"kind": "python", "path": "tests.support.models:Wrong"}
+    wrong = {"kind": "python", "path": "tests.support.wrong_gradients:ScaledRow"}
     job = tree(model={"kind": "linear"} if model == "linear" else wrong)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     monkeypatch.setattr(sys, "argv", ["psgd", "verify", str(tmp_path / "job.yaml"), "--json"])

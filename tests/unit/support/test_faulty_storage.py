@@ -11,13 +11,13 @@ from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, StorageError
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.storage import Storage
-from tests.support.faulty_storage import Faulty
+from tests.support.faulty_storage import FaultyFilesystem
 from tests.unit.store.test_checkpoints import fail, save, state
 
 
 @pytest.fixture
-def faulty() -> Iterator[Faulty]:
-    made = Faulty()
+def faulty() -> Iterator[FaultyFilesystem]:
+    made = FaultyFilesystem()
     yield made
     made.go_on.set()
 
@@ -42,7 +42,7 @@ ERRORS = [OSError("scripted"), ValueError("scripted"), RuntimeError("a library's
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_an_operation_that_fails_leaves_the_newest_checkpoint_right(faulty: Faulty, error: Exception) -> None:
+def test_an_operation_that_fails_leaves_the_newest_checkpoint_right(faulty: FaultyFilesystem, error: Exception) -> None:
     run = faulty.storage()
     save(run, "000001-1")
     saved = "000001-1"
@@ -71,7 +71,7 @@ def test_an_operation_that_fails_leaves_the_newest_checkpoint_right(faulty: Faul
 
 
 @pytest.mark.parametrize("file", ["server-0.safetensors", "server-1.json", "COMMITTED", "server-1.npy"])
-def test_storage_that_truncates_is_found_out_before_anything_is_committed(faulty: Faulty, file: str) -> None:
+def test_storage_that_truncates_is_found_out_before_anything_is_committed(faulty: FaultyFilesystem, file: str) -> None:
     run = faulty.storage()
     save(run, "000001-1")
     faulty.halves = lambda path: path.endswith(file)
@@ -86,7 +86,7 @@ def test_storage_that_truncates_is_found_out_before_anything_is_committed(faulty
 
 
 @pytest.mark.parametrize("file", ["server-0.safetensors", "COMMITTED"])
-def test_storage_that_stalls_is_given_up_after_a_while(faulty: Faulty, file: str) -> None:
+def test_storage_that_stalls_is_given_up_after_a_while(faulty: FaultyFilesystem, file: str) -> None:
     run = faulty.storage(patience_s=0.2)
     save(run, "000001-1")
     faulty.stalls = lambda path: path.endswith(file)
@@ -97,7 +97,7 @@ def test_storage_that_stalls_is_given_up_after_a_while(faulty: Faulty, file: str
     is_right(run, least="000001-1")
 
 
-def test_what_was_stalled_and_arrives_late_harms_nothing(faulty: Faulty) -> None:
+def test_what_was_stalled_and_arrives_late_harms_nothing(faulty: FaultyFilesystem) -> None:
     run = faulty.storage(patience_s=0.2)
     faulty.stalls = lambda path: path.endswith("000001-1/COMMITTED")
     with pytest.raises(StorageError):
@@ -111,7 +111,7 @@ def test_what_was_stalled_and_arrives_late_harms_nothing(faulty: Faulty) -> None
     is_right(run, least="000002-1")
 
 
-def test_a_checkpoint_that_cannot_be_read_gives_way_and_this_is_told(faulty: Faulty) -> None:
+def test_a_checkpoint_that_cannot_be_read_gives_way_and_this_is_told(faulty: FaultyFilesystem) -> None:
     run = faulty.storage()
     save(run, "000001-1")
     save(run, "000002-1")
@@ -125,7 +125,7 @@ def test_a_checkpoint_that_cannot_be_read_gives_way_and_this_is_told(faulty: Fau
     assert "OSError: gone; the one before it is tried" in fault
 
 
-def test_storage_of_which_nothing_can_be_read_is_told(faulty: Faulty) -> None:
+def test_storage_of_which_nothing_can_be_read_is_told(faulty: FaultyFilesystem) -> None:
     run = faulty.storage()
     save(run, "000001-1")
     faulty.fails = lambda now, what, path: OSError("gone") if what == "read" else None
@@ -136,7 +136,7 @@ def test_storage_of_which_nothing_can_be_read_is_told(faulty: Faulty) -> None:
         Checkpoints(run).newest(refused=fail)
 
 
-def test_a_probe_finds_storage_that_truncates_or_stalls(faulty: Faulty) -> None:
+def test_a_probe_finds_storage_that_truncates_or_stalls(faulty: FaultyFilesystem) -> None:
     run = faulty.storage(patience_s=0.2)
     faulty.halves = lambda path: True
     with pytest.raises(StorageError, match="4 bytes were written, but the file has 2"):

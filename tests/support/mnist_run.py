@@ -1,4 +1,4 @@
-"""MNIST trained beside kills at random, and what must be true of it in the end."""
+"""A job on MNIST for tests that kill processes at random, and the check of its result."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ import psgd
 
 __all__ = ["BATCHES", "assert_as_if_undisturbed", "job"]
 
-BATCHES = 469  # of an epoch
-EXAMPLES = 60_000  # of an epoch
+BATCHES = 469  # in an epoch
+EXAMPLES = 60_000  # in an epoch
 
 
 def job(tmp_path: Path, mnist_file: Path, epochs: int, seconds: float, **sections: Any) -> psgd.JobSpec:
-    """A job of two workers and two servers, whose gradients take so much longer than their computation."""
+    """Return a job of two workers and two servers.
+
+    Args:
+        tmp_path: storage of the run.
+        mnist_file: path of `mnist.npz`.
+        epochs: epochs to train.
+        seconds: sleep before each gradient, in seconds.
+        sections: sections that replace those of the spec.
+    """
     tree: dict[str, Any] = {
-        "model": {"kind": "python", "path": "tests.support.faulty_models:mnist", "kwargs": {"seconds": seconds}},
+        "model": {"kind": "python", "path": "tests.support.faulty_models:slow_mnist", "kwargs": {"seconds": seconds}},
         "data": {"format": "npz", "path": str(mnist_file), "batch_size": 128, "normalize": "unit"},
         "optimizer": {"lr": 0.1},
         "scaling": {"workers": 2, "servers": 2},
@@ -28,7 +36,7 @@ def job(tmp_path: Path, mnist_file: Path, epochs: int, seconds: float, **section
 
 
 def assert_as_if_undisturbed(result: psgd.Result, undisturbed: psgd.Result, epochs: int) -> None:
-    """Every batch of every epoch was applied once, and what was learned is worth as much."""
+    """Check that every batch was applied once, and that the accuracy is within 0.01 of an undisturbed run's."""
     assert (result.status, result.epochs, result.samples) == ("finished", epochs, epochs * EXAMPLES)
     assert result.ledger.batches == result.ledger.applied == epochs * BATCHES
     expected, found = (one.metrics["val/accuracy"] for one in (undisturbed, result))

@@ -1,4 +1,4 @@
-"""Models of digits that break a promise, for `verify` to find."""
+"""Models on digits whose gradients break a rule of the `Model` protocol, for `psgd verify` and the trial to find."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from psgd_workers.messages import FloatArray
 from psgd_workers.models.numpy.network import Network
 
-__all__ = ["Adding", "Endless", "Flat", "Restless", "Silent", "Wrong"]
+__all__ = ["Accumulates", "NanGradient", "Nondeterministic", "ScaledRow", "SkipsBias", "ZeroGradient"]
 
 
-class Wrong(Network):
-    """Its gradient is half as large again in one row of ten."""
+class ScaledRow(Network):
+    """A model whose gradient is 1.5 times the right one in one of ten rows."""
 
     def __init__(self) -> None:
         super().__init__((64, 10), "cross_entropy")
@@ -34,8 +34,8 @@ class Wrong(Network):
         return loss
 
 
-class Restless(Network):
-    """Every gradient is a little longer than the one before."""
+class Nondeterministic(Network):
+    """A model whose gradient grows a little with each call."""
 
     def __init__(self) -> None:
         super().__init__((64, 10), "cross_entropy")
@@ -54,8 +54,8 @@ class Restless(Network):
         return loss
 
 
-class Silent(Network):
-    """It leaves the gradient of its bias as it finds it."""
+class SkipsBias(Network):
+    """A model that does not write the gradient of its bias."""
 
     def __init__(self) -> None:
         super().__init__((64, 10), "cross_entropy")
@@ -74,8 +74,8 @@ class Silent(Network):
         return loss
 
 
-class Adding(Silent):
-    """It adds to what its gradient held."""
+class Accumulates(SkipsBias):
+    """A model that adds to the gradient array instead of overwriting it."""
 
     def loss_and_gradient(
         self,
@@ -92,8 +92,8 @@ class Adding(Silent):
         return loss
 
 
-class Flat(Silent):
-    """Its gradient is zero."""
+class ZeroGradient(SkipsBias):
+    """A model whose gradient is zero."""
 
     def loss_and_gradient(
         self,
@@ -109,8 +109,8 @@ class Flat(Silent):
         return loss
 
 
-class Endless(Silent):
-    """Its gradient is infinite."""
+class NanGradient(SkipsBias):
+    """A model whose gradient is NaN."""
 
     def loss_and_gradient(
         self,

@@ -1,6 +1,7 @@
-"""The digits; a job on them that takes as long as a test needs, and what must be true of its run in the end.
+"""A job on scikit-learn's digits, and checks of its result.
 
-What is done to a run while it trains is done to one that is `ENDLESS`, and is then stopped: a machine may be fast.
+A test that disturbs a run while it trains gives the job `ENDLESS` epochs and stops it afterwards, so that the run
+cannot end first on a fast machine.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ __all__ = [
     "assert_stopped_exactly",
     "job",
     "stop",
-    "stop_later",
+    "stop_after_epochs",
     "training",
 ]
 
 DATA = {"format": "sklearn", "dataset": "digits", "batch_size": 32, "normalize": "unit", "validation_fraction": 0.2}
-BATCHES = 45  # of an epoch
-EXAMPLES = 1438  # of an epoch
+BATCHES = 45  # in an epoch
+EXAMPLES = 1438  # in an epoch
 ENDLESS = 100_000  # epochs
 
 
 def job(tmp_path: Path, epochs: int, **sections: Any) -> psgd.JobSpec:
-    """A job on digits whose gradients take 10 ms."""
+    """Return a job on digits whose gradients take 10 ms; `sections` replace those of the spec."""
     tree: dict[str, Any] = {
         "name": "run",
         "model": {"kind": "python", "path": "tests.support.faulty_models:slow", "kwargs": {"seconds": 0.01}},
@@ -50,14 +51,14 @@ def job(tmp_path: Path, epochs: int, **sections: Any) -> psgd.JobSpec:
 
 
 def assert_exactly_once(result: psgd.Result, epochs: int) -> None:
-    """Every epoch is complete, and every batch of it was applied once."""
+    """Check that every epoch is complete and that every batch was applied once."""
     assert (result.status, result.epochs, result.samples) == ("finished", epochs, epochs * EXAMPLES)
     assert result.ledger.batches == result.ledger.applied == epochs * BATCHES
 
 
 @contextmanager
 def training(spec: psgd.JobSpec, resume: bool = False) -> Iterator[Future[psgd.Result]]:
-    """A run under way, which ends with the block at the latest."""
+    """Train in another thread while the block lasts; stop the run at the end of the block if it still trains."""
     with ThreadPoolExecutor(1) as pool:
         under_way = pool.submit(psgd.train, spec, resume=resume, progress=False)
         try:
@@ -68,19 +69,19 @@ def training(spec: psgd.JobSpec, resume: bool = False) -> Iterator[Future[psgd.R
 
 
 def stop(run: Path) -> None:
-    """Let a run end where it is."""
+    """Ask the run in this directory to save and end."""
     RunDirectory(Storage(str(run))).command("stop")
 
 
-def stop_later(run: Path, epochs: int = 2) -> None:
-    """Let a run go on for so many epochs, and end where it is then."""
+def stop_after_epochs(run: Path, epochs: int = 2) -> None:
+    """Wait until a run has validated this number of further epochs, then stop it."""
     seen = len(recorded(run, "evaluated"))
     eventually(lambda: len(recorded(run, "evaluated")) >= seen + epochs)
     stop(run)
 
 
 def assert_stopped_exactly(result: psgd.Result) -> None:
-    """It ended because it was told to, and every batch that it tells of was applied once."""
+    """Check that a run ended by `stop`, and that every batch in its ledger was applied once."""
     assert result.status == "stopped"
     assert result.ledger.batches == result.ledger.applied
     assert result.ledger.batches // BATCHES == result.epochs > 0
