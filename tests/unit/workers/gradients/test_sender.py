@@ -31,7 +31,7 @@ def sender(worker_options: WorkerOptions, parts: Sequence[slice] = PARTS) -> Sen
     return Sender("worker-0", 1, parts, TRAINABLE, worker_options)
 
 
-@pytest.mark.parametrize("rules", [WorkerOptions(), WorkerOptions(sends_weights=True), COMPRESSED], ids=str)
+@pytest.mark.parametrize("worker_options", [WorkerOptions(), WorkerOptions(sends_weights=True), COMPRESSED], ids=str)
 @pytest.mark.parametrize("parts", [PARTS, [slice(0, SIZE)]], ids=["3 servers", "1 server"])
 def test_the_pushes_of_a_slot_are_counted_from_one_alike_for_every_partition(
     worker_options: WorkerOptions, parts: Sequence[slice]
