@@ -26,7 +26,8 @@ from psgd_workers.transport import frames
 from psgd_workers.transport.frames import Frame, FrameKind, PushFormat
 from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
 from psgd_workers.transport.memory import PublishedVector, Segment
-from psgd_workers.transport.sockets import ShmLane, TcpLane
+from psgd_workers.transport.shm import ShmLane
+from psgd_workers.transport.tcp import TcpLane
 
 __all__ = [
     "BIG",

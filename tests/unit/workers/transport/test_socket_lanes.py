@@ -17,7 +17,7 @@ from psgd.core.server.partitions import Partition
 from psgd.serving import connection as connection
 from psgd_workers.errors import FrameError, LaneError, LaneTimeoutError, ServerGoneError, SharedMemoryError
 from psgd_workers.messages import Outcome, Receipt, Version
-from psgd_workers.transport import memory, sockets
+from psgd_workers.transport import memory, shm
 from psgd_workers.transport.affinity import NOWHERE
 from psgd_workers.transport.frames import HEADER_SIZE
 from psgd_workers.transport.handshake import HELLO_SIZE, WELCOME_SIZE, Greeting, Hello
@@ -68,7 +68,7 @@ if not memory.has_shared_memory():
 def test_a_lane_gives_the_bits_of_a_server_called_directly(
     monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds, sections: Any, reads_itself: bool
 ) -> None:
-    monkeypatch.setattr(sockets, "stores_are_ordered", lambda: reads_itself)
+    monkeypatch.setattr(shm, "stores_are_ordered", lambda: reads_itself)
     harness = harnesses(sections=sections)
     direct = harness.reference()
     client = harness.lane(kind)
@@ -204,7 +204,7 @@ def test_a_servers_thread_does_not_follow_a_worker_that_moves_on(
     first, second, *_ = [*processors, *processors]
     seen = [*[first] * (connection.SETTLED + 1), second, NOWHERE, NOWHERE, NOWHERE]
     where = iter(seen)
-    monkeypatch.setattr(sockets, "current_processor", lambda: next(where))
+    monkeypatch.setattr(shm, "current_processor", lambda: next(where))
     harness = harnesses(**WHOLE)
     client = harness.lane("shm", slots=1)
     found = []
@@ -482,7 +482,7 @@ def test_no_receipt_in_time_is_a_timeout(harnesses: Harnesses, kind: Kinds) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_hangs_is_a_timeout(monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds) -> None:
-    monkeypatch.setattr(sockets, "stores_are_ordered", lambda: False)  # shm asks, too
+    monkeypatch.setattr(shm, "stores_are_ordered", lambda: False)  # shm asks, too
     harness = harnesses()
     client = harness.lane(kind)
     began = time.monotonic()
