@@ -1,4 +1,4 @@
-"""A worker's connection to one server, which the shm and tcp lanes share."""
+"""A worker's connection to one server: the socket and the handshake of both the shm and the tcp lane."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from psgd_workers.transport.streams import limit, receive, send, shut
 __all__ = ["ServerConnection"]
 
 GONE = "the server is gone"
-CLOSED = f"{GONE}: it closed the connection; its log says why"
+CLOSED = f"{GONE}: it closed the connection; the server's log says why"
 
 
 class ServerConnection:
-    """A socket to a server that has proved to be this run's.
+    """A socket to one server, blocking, with a time limit in the kernel.
+
+    Every method that sends or receives raises `LaneTimeoutError` when the limit is over, and `ServerGoneError` when the
+    connection is closed or fails.
 
     Args:
-        stream: connected.
+        stream: connected socket.
+
+    Attributes:
+        stream: the socket.
     """
 
     def __init__(self, stream: socket.socket) -> None:
@@ -32,10 +38,12 @@ class ServerConnection:
 
     @classmethod
     def unix(cls, path: str, timeout_s: float) -> Self:
+        """Connect to a Unix socket in Linux' abstract namespace within `timeout_s` seconds."""
         return cls._open(socket.AF_UNIX, "\0" + path, timeout_s)
 
     @classmethod
     def tcp(cls, host: str, port: int, timeout_s: float) -> Self:
+        """Connect to a port of the network within `timeout_s` seconds."""
         connection = cls._open(socket.AF_INET, (host, port), timeout_s)
         connection.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
@@ -44,7 +52,7 @@ class ServerConnection:
     def _open(cls, family: int, to: str | tuple[str, int], timeout_s: float) -> Self:
         try:
             stream = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:  # too many open files, say
+        except OSError as error:  # for example, too many open files
             raise ServerGoneError(f"cannot reach the server at {to!r}: {error}") from error
         try:
             stream.settimeout(timeout_s)
@@ -58,22 +66,22 @@ class ServerConnection:
         return connection
 
     def limit(self, timeout_s: float | None) -> None:
-        """How long the next calls may wait; None: until the connection is closed."""
+        """Set how many seconds each later call may wait; None: until the connection is closed."""
         if timeout_s != self._limit_s:
             limit(self.stream, timeout_s)
             self._limit_s = timeout_s
 
     def send(self, *parts: bytes | memoryview) -> None:
-        """All of it."""
+        """Send all parts, one after the other."""
         try:
             send(self.stream, *parts)
         except BlockingIOError as error:
-            raise LaneTimeoutError(f"the server took no message for {self._limit_s} s") from error
+            raise LaneTimeoutError(f"the server did not read a message within {self._limit_s} s") from error
         except OSError as error:
             raise ServerGoneError(f"{GONE}: {error}") from error
 
     def receive(self, into: memoryview) -> None:
-        """Fill it."""
+        """Receive bytes until `into` is full."""
         try:
             got = receive(self.stream, into)
         except BlockingIOError as error:
@@ -83,46 +91,66 @@ class ServerConnection:
         if got < len(into):
             raise ServerGoneError(CLOSED)
 
-    def exactly(self, size: int) -> bytes:
+    def receive_bytes(self, size: int) -> bytes:
+        """Receive `size` bytes."""
         data = bytearray(size)
         self.receive(memoryview(data))
         return bytes(data)
 
-    def frame(self) -> Frame:
-        """The next header."""
+    def receive_header(self) -> Frame:
+        """Receive the header of the next frame.
+
+        Raises:
+            FrameError: the bytes are no header.
+        """
         self.receive(self._header)
         return Frame.unpack(self._header)
 
     def shake_hands(self, address: Address, worker: str, segment: Segment, shared: bool) -> int | None:
-        """Prove the key to each other; returns the descriptor of the published weights, if they are shared."""
-        greeting = Greeting.unpack(self.exactly(GREETING_SIZE))
+        """Do the worker's part of the handshake.
+
+        Args:
+            address: address of the server, with the key.
+            worker: name of the worker.
+            segment: memory of the worker.
+            shared: True to share the segment and the published weights.
+
+        Returns:
+            The descriptor of the server's published weights; None if nothing is shared.
+
+        Raises:
+            FrameError: the server does not belong to this run.
+        """
+        greeting = Greeting.unpack(self.receive_bytes(GREETING_SIZE))
         num_parameters = len(segment.slots[0].weights)
         hello = Hello.new(address.incarnation, num_parameters, len(segment.slots), shared, worker)
         self.send(hello.pack(address.key, greeting))
         welcome, files = self._welcome(shared)
         try:
             if welcome != hello.welcome(address.key):
-                raise FrameError("who answers there does not have this run's key")
+                raise FrameError("the server at this address does not have this run's key")
             if not shared:
                 return None
             if len(files) != 1 or segment.file is None:
                 raise FrameError(f"the server passed {len(files)} descriptors, expected 1")
             self._pass(segment.file)
-            self.exactly(1)
+            self.receive_bytes(1)
             return files.pop()
         finally:
             for file in files:
                 os.close(file)
 
     def _pass(self, file: int) -> None:
+        """Pass a descriptor to the server."""
         try:
             socket.send_fds(self.stream, [b"\0"], [file])
         except OSError as error:
             raise ServerGoneError(f"{GONE}: {error}") from error
 
     def _welcome(self, shared: bool) -> tuple[bytes, list[int]]:
+        """Receive the server's answer to the hello, and the descriptors that come with it."""
         if not shared:
-            return self.exactly(WELCOME_SIZE), []
+            return self.receive_bytes(WELCOME_SIZE), []
         try:
             welcome, files, _, _ = socket.recv_fds(self.stream, WELCOME_SIZE, 1)
         except BlockingIOError as error:
@@ -134,10 +162,10 @@ class ServerConnection:
         return welcome, files
 
     def hang_up(self) -> None:
-        """Wake whoever waits for it."""
+        """Shut the connection down, which ends the waits of all threads. `close` must follow."""
         shut(self.stream)
 
     def close(self) -> None:
-        """Nobody may wait for it any more: its number may be another's at once."""
+        """Close the socket. No thread may use it any more: the kernel may give its number to a new file."""
         self.hang_up()
         self.stream.close()

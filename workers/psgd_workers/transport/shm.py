@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from psgd_workers.errors import FrameError, SharedMemoryError
 from psgd_workers.messages import Gradient, Receipt, Version
-from psgd_workers.transport.affinity import allowed_processors, current_processor, wake
+from psgd_workers.transport.affinity import allowed_processors, current_processor, set_patient
 from psgd_workers.transport.frames import Frame, FrameKind, PushFormat
 from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.lane import LaneKind, Pending
@@ -18,19 +18,19 @@ __all__ = ["ShmLane"]
 
 
 class ShmLane:
-    """The way to a server on the same node, to be used by one thread.
+    """A worker's lane to a server on the same node. Only one thread may use it.
 
     Args:
-        worker: its name.
-        segment: its memory, shared.
-        part: the partition's slice of the weights.
-        form: of its pushes.
-        address: of its server.
-        timeout_s: for the handshake.
+        worker: name of the worker.
+        segment: memory of the worker, which the lane shares with the server.
+        part: slice of the weights that the partition holds.
+        push_format: layout of the pushes that the partition accepts.
+        address: address of the server.
+        timeout_s: seconds that connecting and each step of the handshake may take.
 
     Raises:
         ServerGoneError: the server cannot be reached.
-        FrameError: the server there does not belong to this run.
+        FrameError: the server at this address does not belong to this run.
         SharedMemoryError: worker and server cannot share memory.
     """
 
@@ -41,7 +41,7 @@ class ShmLane:
     ) -> None:
         if address.path is None or segment.file is None:
             raise SharedMemoryError(
-                f"no memory can be shared: {segment.fault or 'the server listens on no Unix socket'}"
+                f"no memory can be shared: {segment.fault or 'the server does not listen on a Unix socket'}"
             )
         self._worker = worker
         self._push_format = push_format
@@ -55,67 +55,79 @@ class ShmLane:
         except BaseException:
             self._connection.close()
             raise
-        self._reads_itself = stores_are_ordered()
+        self._copies_itself = stores_are_ordered()  # without asking the server
         self._processors = len(allowed_processors())
-        self._patient = False  # whether its thread waits for its turn when an answer wakes it
-        self._arrived: dict[int, Frame] = {}  # answers of other slots, that came first
+        self._patient = False  # the scheduling of the lane's thread; see `set_patient`
+        self._arrived: dict[int, Frame] = {}  # answers by slot that arrived while another slot's was awaited
 
     def pull(self, slot: int, timeout_s: float) -> Version:
-        """From shared memory; a server that never pauses is asked to copy. See `Lane.pull`."""
-        if self._reads_itself and (version := self._published.snapshot(self._weights[slot])):
+        """Copy the weights from shared memory, or ask the server to copy if it changes them all the time."""
+        if self._copies_itself and (version := self._published.snapshot(self._weights[slot])):
             return version
         self._connection.limit(timeout_s)
         self._connection.send(Frame(FrameKind.PULL, slot, 0, False, self._incarnation, 0).pack())
-        return _checked(self.answer(slot), FrameKind.WEIGHTS, slot, self._incarnation, 0).version
+        return self._answer(FrameKind.WEIGHTS, slot).version
 
     def version(self, timeout_s: float) -> Version:
-        """From shared memory; see `Lane.version`."""
+        """Read the version from shared memory."""
         del timeout_s
         return self._published.version
 
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
-        """One message; see `Lane.push`."""
+        """Send one frame with everything that is not in shared memory."""
         payload = self._push_format.payload(gradient, shared=True)
         size = sum(map(len, payload))
         frame = Frame.of_push(
-            gradient, slot, wants and not self._reads_itself, self._incarnation, size, current_processor()
+            gradient, slot, wants and not self._copies_itself, self._incarnation, size, current_processor()
         )
         self._connection.send(frame.pack(), *payload)
         return _ShmPending(self, slot, wants)
 
     def receipt(self, slot: int, wants: bool, timeout_s: float) -> Receipt:
-        """Of the push from that slot."""
+        """Wait for the receipt of the push from a slot; see `Pending.receipt`."""
         self._connection.limit(timeout_s)
-        frame = _checked(self.answer(slot), FrameKind.RECEIPT, slot, self._incarnation, 0)
-        receipt = frame.receipt(self._worker)
-        # Where workers have to share processors, who is answered had better not stop the thread that answers the rest.
-        self._wake(patiently=self._published.poller > self._processors)
-        if wants and self._reads_itself:
+        receipt = self._answer(FrameKind.RECEIPT, slot).receipt(self._worker)
+        # If there are more workers than processors, a worker that wakes should not preempt the server's polling thread,
+        # which still has to answer the others.
+        self._set_patient(self._published.num_polled > self._processors)
+        if wants and self._copies_itself:
             return Receipt(receipt.worker, receipt.batch, receipt.outcome, self.pull(slot, timeout_s))
         return receipt
 
-    def _wake(self, patiently: bool) -> None:
-        if patiently != self._patient:
-            wake(patiently)
-            self._patient = patiently
+    def _set_patient(self, patient: bool) -> None:
+        if patient != self._patient:
+            set_patient(patient)
+            self._patient = patient
 
-    def answer(self, slot: int) -> Frame:
-        """The next frame of that slot."""
+    def _answer(self, kind: FrameKind, slot: int) -> Frame:
+        """Wait for the next frame of a slot.
+
+        Raises:
+            FrameError: the frame is of another kind or server, or has a payload.
+        """
+        frame = self._next(slot)
+        found = (frame.kind, frame.slot, frame.incarnation, frame.payload)
+        expected = (kind, slot, self._incarnation, 0)
+        if found != expected:
+            raise FrameError(f"the server answered {found}, expected {expected}: kind, slot, incarnation, payload")
+        return frame
+
+    def _next(self, slot: int) -> Frame:
         if slot in self._arrived:
             return self._arrived.pop(slot)
-        while (frame := self._connection.frame()).slot != slot:
+        while (frame := self._connection.receive_header()).slot != slot:
             if frame.slot >= len(self._weights) or frame.slot in self._arrived:
-                raise FrameError(f"the server answered slot {frame.slot} of {len(self._weights)} twice, or too often")
+                raise FrameError(f"the server answered slot {frame.slot} of {len(self._weights)}, which awaits nothing")
             self._arrived[frame.slot] = frame
         return frame
 
     def hang_up(self) -> None:
-        """See `Lane.hang_up`."""
+        """Implement `Lane.hang_up`."""
         self._connection.hang_up()
 
     def close(self) -> None:
-        """See `Lane.close`."""
-        self._wake(patiently=False)
+        """Implement `Lane.close`."""
+        self._set_patient(False)
         self._connection.close()
 
 
@@ -129,10 +141,3 @@ class _ShmPending:
 
     def receipt(self, timeout_s: float) -> Receipt:
         return self._lane.receipt(self._slot, self._wants, timeout_s)
-
-
-def _checked(frame: Frame, kind: FrameKind, slot: int, incarnation: int, payload: int) -> Frame:
-    came = (frame.kind, frame.slot, frame.incarnation, frame.payload)
-    if came != (kind, slot, incarnation, payload):
-        raise FrameError(f"the server answered with {came}, expected {(kind, slot, incarnation, payload)}")
-    return frame

@@ -22,17 +22,32 @@ __all__ = ["TcpLane"]
 
 
 class _Fault(NamedTuple):
-    """Why a lane ended. An exception, if kept, would keep alive the frames of its traceback and the worker's memory."""
+    """The error that ended a lane.
 
-    kind: type[LaneError]
+    It is kept as values, because an exception's traceback would keep the worker's memory alive.
+    """
+
+    error: type[LaneError]
     message: str
 
 
-_Reply = Future[Frame | _Fault]
+_Answer = Future[Frame | _Fault]
+
+
+class _Expected(NamedTuple):
+    """An answer that the server still has to send."""
+
+    answer: _Answer
+    payload: int  # length of its payload, in bytes
 
 
 class TcpLane:
-    """The way to a server on another node; see `ShmLane` for the arguments."""
+    """A worker's lane to a server on another node. See `ShmLane` for the arguments.
+
+    Raises:
+        ServerGoneError: the server cannot be reached, or does not listen on the network.
+        FrameError: the server at this address does not belong to this run.
+    """
 
     kind: LaneKind = "tcp"
 
@@ -40,7 +55,7 @@ class TcpLane:
         self, worker: str, segment: Segment, part: slice, push_format: PushFormat, address: Address, timeout_s: float
     ) -> None:
         if address.port is None:
-            raise ServerGoneError("the server listens on no network: use lane auto or ray")
+            raise ServerGoneError("the server does not listen on the network: set scaling.lane to auto or ray")
         self._worker = worker
         self._push_format = push_format
         self._incarnation = address.incarnation
@@ -52,90 +67,90 @@ class TcpLane:
         except BaseException:
             self._connection.close()
             raise
-        self._connection.limit(None)  # from here on `_result` limits every wait, and closing ends it
-        self._lock = Lock()
-        self._wanted: dict[tuple[FrameKind, int], tuple[_Reply, int]] = {}  # answers that are to come, their bytes
-        self._fault: _Fault | None = None  # after which no answer comes
+        self._connection.limit(None)  # from here on `wait_for` limits each wait
+        self._lock = Lock()  # so that no request is added to `_expected` after `_fail`
+        self._expected: dict[tuple[FrameKind, int], _Expected] = {}  # by kind of the answer and slot
+        self._fault: _Fault | None = None  # after it no answer comes
         self._sending = ThreadPoolExecutor(1, "psgd-send")
         self._receiving = Thread(target=self._receive, name="psgd-receive", daemon=True)
         self._receiving.start()
 
     def pull(self, slot: int, timeout_s: float) -> Version:
-        """See `Lane.pull`."""
+        """Implement `Lane.pull`."""
         frame = Frame(FrameKind.PULL, slot, 0, True, self._incarnation, 0)
-        return self.result(self._exchange(frame, [], FrameKind.WEIGHTS), timeout_s).version
+        return self.wait_for(self._send(frame, [], FrameKind.WEIGHTS), timeout_s).version
 
     def version(self, timeout_s: float) -> Version:
-        """See `Lane.version`."""
+        """Implement `Lane.version`."""
         frame = Frame(FrameKind.ASK, 0, 0, False, self._incarnation, 0)
-        return self.result(self._exchange(frame, [], FrameKind.VERSION), timeout_s).version
+        return self.wait_for(self._send(frame, [], FrameKind.VERSION), timeout_s).version
 
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
-        """See `Lane.push`."""
+        """Implement `Lane.push`."""
         payload = self._push_format.payload(gradient, shared=False)
         frame = Frame.of_push(gradient, slot, wants, self._incarnation, sum(map(len, payload)))
-        return _TcpPending(self, self._exchange(frame, payload, FrameKind.RECEIPT), self._worker)
+        return _TcpPending(self, self._send(frame, payload, FrameKind.RECEIPT), self._worker)
 
-    def _exchange(self, frame: Frame, payload: Sequence[memoryview], answer: FrameKind) -> _Reply:
-        """Have something sent; what comes back is the answer of that kind for the same slot."""
-        reply: _Reply = Future()
-        weights = self._weights[frame.slot].nbytes if frame.wants else 0
+    def _send(self, frame: Frame, payload: Sequence[memoryview], kind: FrameKind) -> _Answer:
+        """Queue a frame for sending, and return its answer, of that kind and of the same slot, to be waited for."""
+        expected = _Expected(Future(), self._weights[frame.slot].nbytes if frame.wants else 0)
         with self._lock:
             if self._fault:
-                raise self._fault.kind(self._fault.message)
-            self._wanted[answer, frame.slot] = reply, weights
-        self._sending.submit(self._send, frame.pack(), *payload)
-        return reply
+                raise self._fault.error(self._fault.message)
+            self._expected[kind, frame.slot] = expected
+        self._sending.submit(self._send_parts, frame.pack(), *payload)
+        return expected.answer
 
-    def _send(self, *parts: bytes | memoryview) -> None:
+    def _send_parts(self, *parts: bytes | memoryview) -> None:
         try:
             self._connection.send(*parts)
         except LaneError:
-            self._connection.hang_up()  # the receiving thread sees it, and says so to everybody who waits
+            self._connection.hang_up()  # this ends the receiving thread, which then fails all expected answers
 
     def _receive(self) -> None:
         try:
             while True:
-                self._answer(self._connection.frame())
+                self._receive_answer(self._connection.receive_header())
         except LaneError as error:
             self._fail(_Fault(type(error), str(error)))
 
-    def _answer(self, frame: Frame) -> None:
-        key = frame.kind, frame.slot
-        if key not in self._wanted or frame.incarnation != self._incarnation:
-            raise FrameError(f"the server sent {frame}, which nobody asked for")
-        reply, weights = self._wanted[key]
-        if frame.payload != weights:
-            raise FrameError(f"the server sent {frame.payload} bytes of weights, expected {weights}")
-        if weights:
+    def _receive_answer(self, frame: Frame) -> None:
+        key = (frame.kind, frame.slot)
+        if key not in self._expected or frame.incarnation != self._incarnation:
+            raise FrameError(f"the server sent {frame}, which answers no request")
+        answer, payload = self._expected[key]
+        if frame.payload != payload:
+            raise FrameError(f"the server sent {frame.payload} bytes of weights, expected {payload}")
+        if payload:
             self._connection.receive(self._weights[frame.slot].data.cast("B"))
-        del self._wanted[key]  # not before: whoever waits is to be told if the server hangs up in the middle
-        reply.set_result(frame)
+        del self._expected[key]  # only now, so that `_fail` reaches this answer if the payload breaks off
+        answer.set_result(frame)
 
     def _fail(self, fault: _Fault) -> None:
+        """Give the fault as the answer to all requests, of now and later."""
         with self._lock:
             self._fault = fault
-            for reply, _ in self._wanted.values():
-                reply.set_result(fault)
-            self._wanted.clear()
+            for answer, _ in self._expected.values():
+                answer.set_result(fault)
+            self._expected.clear()
 
     @staticmethod
-    def result(reply: _Reply, timeout_s: float) -> Frame:
-        """What came back."""
+    def wait_for(answer: _Answer, timeout_s: float) -> Frame:
+        """Return the answer's header, or raise the error that ended the lane."""
         try:
-            frame = reply.result(timeout_s)
+            frame = answer.result(timeout_s)
         except TimeoutError as error:
             raise LaneTimeoutError(f"no answer from the server within {timeout_s} s (see failure.timeout_s)") from error
         if isinstance(frame, _Fault):
-            raise frame.kind(frame.message)
+            raise frame.error(frame.message)
         return frame
 
     def hang_up(self) -> None:
-        """See `Lane.hang_up`."""
+        """Implement `Lane.hang_up`."""
         self._connection.hang_up()
 
     def close(self) -> None:
-        """See `Lane.close`."""
+        """Implement `Lane.close`."""
         self._connection.hang_up()
         self._sending.shutdown(cancel_futures=True)
         self._receiving.join()
@@ -143,12 +158,12 @@ class TcpLane:
 
 
 class _TcpPending:
-    __slots__ = ("_lane", "_reply", "_worker")
+    __slots__ = ("_answer", "_lane", "_worker")
 
-    def __init__(self, lane: TcpLane, reply: _Reply, worker: str) -> None:
+    def __init__(self, lane: TcpLane, answer: _Answer, worker: str) -> None:
         self._lane = lane
-        self._reply = reply
+        self._answer = answer
         self._worker = worker
 
     def receipt(self, timeout_s: float) -> Receipt:
-        return self._lane.result(self._reply, timeout_s).receipt(self._worker)
+        return self._lane.wait_for(self._answer, timeout_s).receipt(self._worker)
