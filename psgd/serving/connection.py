@@ -1,10 +1,9 @@
 """The server's end of one worker's connection: it receives the worker's frames and sends the answers.
 
-Each worker has a thread in the server, except those that a `SharedPoller` serves. The thread of a worker on the same
-machine follows the worker from processor to processor: with one server and one batch in hand, the thread has work just
-when its worker has none. One thread for all workers would run where it ran last, beside another worker that computes,
-while the processor of the waiting worker idles; a thread that the kernel places often does the same. `ServerHost` lets
-only one thread at a time call the server.
+Each worker has a thread in the server, except the workers that a `SharedPoller` serves. The thread of a worker on the
+same machine follows the worker to its processor, which is idle while the worker waits for its receipt. Left to itself,
+the kernel often runs a thread where it ran last, beside another worker that computes. `ServerHost` lets only one thread
+at a time call the server.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ UNREAD = "the worker sends requests but does not read the answers"
 
 
 class WorkerConnection:
-    """One worker's connection.
+    """A connection to one worker. Only one thread may receive from it; any thread may answer.
 
     Args:
         host: the server.
@@ -82,13 +81,13 @@ class WorkerConnection:
         self._answers: _Answers = (_DirectAnswers if segment else _QueuedAnswers)(stream)
 
     def run(self, is_machine_full: Callable[[], bool]) -> None:
-        """Serve frames until the connection is closed, with this thread on the worker's processor where that is faster.
+        """Serve frames until the connection is closed. The calling thread must serve only this connection.
 
-        The calling thread must serve this connection only.
+        The thread moves to the worker's processor if the worker waits for its receipts there, or if no other processor
+        is free.
 
         Args:
-            is_machine_full: returns True if every processor of this machine has a worker. A worker that does not wait
-                after its pushes is followed only then: a free processor is the better place for this thread.
+            is_machine_full: returns True if every processor of this machine has a worker.
         """
         everywhere = allowed_processors()
         here = NOWHERE
@@ -161,15 +160,15 @@ class WorkerConnection:
                 self._busy[slot] = True
                 self._num_pushes_there = self._num_pushes_there + 1 if frame.processor == self._processor else 1
                 self._processor = frame.processor
-                host.push(gradient, partial(self._receipt, slot, frame.wants))
+                host.push(gradient, partial(self._answer_push, slot, frame.wants))
             case FrameKind.PULL:
                 into, weights = self._weights_buffer(slot)
                 self._answers.put(_header(FrameKind.WEIGHTS, slot, host.pull(into), _length(weights)), weights)
             case _:
                 self._answers.put(_header(FrameKind.VERSION, slot, host.server.version, 0), None)
 
-    def _receipt(self, slot: int, wants: bool, receipt: Receipt) -> Callable[[], None]:
-        """Prepare the answer to a push, with the weights of now, and return the function that sends it."""
+    def _answer_push(self, slot: int, wants: bool, receipt: Receipt) -> Callable[[], None]:
+        """Prepare the answer to a push, with the current weights if wanted, and return the function that sends it."""
         self._busy[slot] = False
         weights = None
         if wants:
@@ -189,11 +188,11 @@ class WorkerConnection:
 class _Answers(Protocol):
     """Sends the answers to one worker. Any thread may call it."""
 
-    fault: str  # reason why sending has failed; "": it has not. After a fault the socket is shut down
+    fault: str  # reason why sending has failed, after which the socket is shut down; "": it has not failed
 
     @property
     def backlog(self) -> int:
-        """Number of answers that wait to be sent."""
+        """Return the number of answers that wait to be sent."""
 
     def put(self, header: bytes, weights: memoryview | None) -> None:
         """Send an answer, now or later, without waiting for the worker."""
@@ -205,7 +204,7 @@ class _Answers(Protocol):
 class _DirectAnswers:
     """Sends each answer in the calling thread, for answers without weights.
 
-    A socket has room for the headers of a worker that reads its answers, so sending never waits.
+    If the worker reads its answers, the socket's buffer always has room for another header, so sending never waits.
     """
 
     backlog = 0

@@ -31,8 +31,8 @@ Reply = Callable[[Receipt], Callable[[], None] | None]
 class ServerHost:
     """Lets any thread call a server, one at a time, and passes on what becomes due.
 
-    A server that fails in the middle of a call may be left half changed. Then every method raises `RunError`, the
-    driver notices that when it asks for the next report, and restores the server elsewhere.
+    The state of a server that fails in the middle of a call may be half changed. So every later method raises
+    `RunError`; the driver notices that when it asks for the next report, and restores the server in a new process.
 
     Args:
         server: the server. From now on only this host may call it.
@@ -45,8 +45,8 @@ class ServerHost:
         self.server = server
         self._server_lock = ServerLock()
         self._replies: dict[tuple[str, BatchId], list[Reply]] = {}  # of pushes without a receipt, oldest first
-        self._epochs = server.epochs
-        self._epoch_ended = Event()  # since the last report
+        self._epochs = server.epochs  # complete epochs at the last `_notify`
+        self._epoch_ended = Event()  # an epoch has ended since the last report
         self._snapshot: Future[tuple[ServerState, NDArray[np.void]]] | None = None  # to be filled between two rounds
 
     def pull(self, into: FloatArray) -> Version:
@@ -85,36 +85,36 @@ class ServerHost:
                 self._notify()
             else:
                 self._replies.setdefault((gradient.worker, gradient.batch), []).append(reply)
-                due = self._due(receipts)
+                due = self._prepare_answers(receipts)
         _send(due)
 
     def join(self, worker: str) -> None:
         """Announce that the worker gets a lease."""
         with self._server_lock:
-            due = self._due(self.server.join(worker, time.monotonic()))
+            due = self._prepare_answers(self.server.join(worker, time.monotonic()))
         _send(due)
 
     def leave(self, worker: str) -> None:
         """Announce that the worker has no lease any more."""
         with self._server_lock:
-            due = self._due(self.server.leave(worker, time.monotonic()))
+            due = self._prepare_answers(self.server.leave(worker, time.monotonic()))
         _send(due)
 
     def skip(self, batch: BatchId, examples: int) -> None:
         """Skip a batch of `examples` examples: it counts as done without a gradient."""
         with self._server_lock:
-            due = self._due(self.server.skip(batch, examples, time.monotonic()))
+            due = self._prepare_answers(self.server.skip(batch, examples, time.monotonic()))
         _send(due)
 
     def change(self, settings: Settings) -> Version:
         """Change the settings of a running job. Return the version from which the new settings apply."""
         with self._server_lock:
-            due = self._due(self.server.change(settings, time.monotonic()))
+            due = self._prepare_answers(self.server.change(settings, time.monotonic()))
             version = self.server.version
         _send(due)
         return version
 
-    def _due(self, receipts: tuple[Receipt, ...]) -> list[Callable[[], None] | None]:
+    def _prepare_answers(self, receipts: tuple[Receipt, ...]) -> list[Callable[[], None] | None]:
         """Prepare the answers that are due, and return the functions that send them."""
         due = []
         for receipt in receipts:
@@ -160,7 +160,7 @@ class ServerHost:
         wanted: Future[tuple[ServerState, NDArray[np.void]]] = Future()
         with self._server_lock:
             self._snapshot = wanted
-            self._due(())
+            self._prepare_answers(())
         try:
             # Unlike `wait_for`, this never cancels the future: a round that closes at the time limit may be about to
             # fill it, and the journal that was taken for it would be lost.
@@ -175,9 +175,9 @@ class ServerHost:
 
 
 class ServerLock:
-    """A lock around each call of the server, which can be taken no more after a call has failed.
+    """A lock around each call of a server. It cannot be taken any more after a call has failed.
 
-    A `StateUnchangedError` is no failure in this sense.
+    A call that raises `StateUnchangedError` has not failed in this sense.
 
     Raises:
         RunError: on entering, after a call has failed.

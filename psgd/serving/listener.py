@@ -75,7 +75,7 @@ class Listener:
         self.port: int | None = None
         self._processors = len(allowed_processors())
         self._closing = Event()
-        self._lock = Lock()  # guards the attributes below, and starting anything after `_closing` is set
+        self._lock = Lock()  # guards `_streams`, `_num_local` and `_poller`
         self._sockets: list[socket.socket] = []  # listening
         self._streams: set[socket.socket] = set()  # of the open connections
         self._num_local = 0  # workers on this machine that are served by a thread of their own
@@ -311,7 +311,7 @@ class HandshakeStream:
 
     Raises:
         TimeoutError: in every method, after the deadline.
-        FrameError: in the methods that receive, if the worker breaks the handshake off.
+        FrameError: in the methods that receive, if the worker closes the connection or sends something else.
     """
 
     def __init__(self, stream: socket.socket, deadline: float) -> None:

@@ -54,7 +54,7 @@ __all__ = [
     "works",
 ]
 
-LaneCase = Literal["shm", "polled", "tcp"]  # polled: the shm lane to a server that uses its shared poller
+LaneCase = Literal["shm", "polled", "tcp"]  # a lane's kind; polled: shm, with the server's shared poller
 LANE_CASES: list[LaneCase] = ["shm", "polled", "tcp"]
 LIMIT_S = 10.0  # seconds to wait for events that take almost no time
 NUM_PARAMETERS = 90
@@ -66,7 +66,7 @@ GRID = EpochGrid((50, 40), 900)
 DC_ASGD = {"correction": {"name": "dc_asgd"}}
 INT8 = {"compression": {"name": "int8"}}
 PULL = Frame(FrameKind.PULL, 0, 0, True, 1, 0)
-BIG = {"partition": Partition(0, 0, 4_000_000, 4_000_000), "num_parameters": 4_000_000}  # more than a socket buffers
+BIG = {"partition": Partition(0, 0, 4_000_000, 4_000_000), "num_parameters": 4_000_000}  # more than sockets buffer
 
 Lane = ShmLane | TcpLane
 Harnesses = Callable[..., "ServerHarness"]
@@ -90,17 +90,17 @@ class Log(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
-        self._news = Condition()
+        self._new_line = Condition()
 
     def emit(self, record: logging.LogRecord) -> None:
-        with self._news:
+        with self._new_line:
             self.lines.append(record.getMessage())
-            self._news.notify_all()
+            self._new_line.notify_all()
 
     def wait(self, pattern: str, times: int = 1) -> None:
         """Wait until `times` lines match a pattern."""
-        with self._news:
-            found = self._news.wait_for(lambda: self.count(pattern) >= times, LIMIT_S)
+        with self._new_line:
+            found = self._new_line.wait_for(lambda: self.count(pattern) >= times, LIMIT_S)
         assert found, f"no {pattern!r} in {self.lines}"
 
     def count(self, pattern: str) -> int:
@@ -108,20 +108,24 @@ class Log(logging.Handler):
 
 
 class _Listener(Listener):
-    """Lets a test wait until the server has forgotten all its connections."""
+    """Lets a test wait until connections are closed."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._left = Condition()
+        self._stream_closed = Condition()
 
     def _forget(self, stream: socket.socket) -> None:
         super()._forget(stream)
-        with self._left:
-            self._left.notify_all()
+        with self._stream_closed:
+            self._stream_closed.notify_all()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds, which is tested whenever a connection was closed."""
+        with self._stream_closed:
+            assert self._stream_closed.wait_for(condition, LIMIT_S)
 
     def wait_until_all_left(self) -> None:
-        with self._left:
-            assert self._left.wait_for(lambda: not self._streams, LIMIT_S)
+        self.wait_until(lambda: not self._streams)
 
 
 class _Host(ServerHost):
@@ -386,7 +390,7 @@ def works(harness: ServerHarness, position: int = 0, kind: LaneCase = "shm") -> 
 
 
 def open_files() -> set[tuple[int, int]]:
-    """Return the open files of this process as (descriptor, inode)."""
+    """Return the open files of this process as (device, inode)."""
     found = set()
     for file in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
         with suppress(OSError):  # the descriptor of the listing itself

@@ -37,7 +37,7 @@ OUTCOMES = tuple(Outcome)  # outcome by the code of a receipt
 CODES = {outcome: code for code, outcome in enumerate(OUTCOMES)}
 LENGTHS = Struct("<QQ")  # lengths of the two arrays of an encoded gradient
 VERSION = Struct("<IQ")  # incarnation, updates
-SMALL = 16_384  # values of a partition up to which every push fits into a socket's buffer
+SMALL = 16_384  # largest number of values for which every push fits into a socket's buffer
 ALIGNMENT = 8  # bytes; each array in a payload begins at a multiple of it
 
 
@@ -61,7 +61,7 @@ class Frame(NamedTuple):
     kind: FrameKind
     slot: int  # number of the worker's slot
     code: int  # of a push: index in ENCODINGS; of a receipt: index in OUTCOMES
-    wants: bool  # of a push: the new weights are to come with the receipt
+    wants: bool  # weights are wanted with the answer
     incarnation: int  # of the server
     payload: int  # bytes that follow the header
     batch: BatchId = BatchId(0, 0, 0)
@@ -161,7 +161,14 @@ class Frame(NamedTuple):
 
     @classmethod
     def of_receipt(cls, receipt: Receipt, slot: int, wants: bool, payload: int) -> Frame:
-        """Return the header of a receipt. `wants` is True if `payload` bytes of weights come with it."""
+        """Return the header of a receipt.
+
+        Args:
+            receipt: the receipt.
+            slot: number of the slot from which the push came.
+            wants: True if the push wanted the new weights.
+            payload: length of the weights that follow, in bytes; 0 if they are in shared memory.
+        """
         _, batch, outcome, version = receipt
         return cls(FrameKind.RECEIPT, slot, CODES[outcome], wants, version.incarnation, payload, batch, 0, version)
 

@@ -44,7 +44,10 @@ def has_shared_memory() -> bool:
 
 
 def stores_are_ordered() -> bool:
-    """Return True if other processors see this processor's stores in order; `PublishedVector.snapshot` needs that."""
+    """Return True if other processors see stores in the order in which a processor makes them.
+
+    `PublishedVector.snapshot` is correct only on such processors.
+    """
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -63,7 +66,7 @@ def free_memory() -> int:
         return sys.maxsize
     lines = MEMINFO.read_text(encoding="ascii").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return max(0, min([free, *(_left(group) for group in _control_groups())]))
+    return max(0, min([free, *(_free_in(group) for group in _control_groups())]))
 
 
 def _control_groups() -> Iterator[Path]:
@@ -75,7 +78,7 @@ def _control_groups() -> Iterator[Path]:
             yield from (own, *own.parents[: len(Path(path).parts) - 1])
 
 
-def _left(group: Path) -> int:
+def _free_in(group: Path) -> int:
     """Return the bytes that a cgroup may still use; `sys.maxsize` if it has no limit.
 
     The inactive page cache counts as free: the kernel counts it as used, but drops it before it kills a process.
@@ -100,8 +103,8 @@ class Segment:
     Args:
         num_parameters: values of the whole weights.
         slots: number of slots: batches that the worker may have in hand.
-        file: descriptor of another process's segment, which is mapped and then closed; None: create a segment, which is
-            private memory where no memory can be shared.
+        file: descriptor of another process's segment, which is mapped and then closed; None: create a segment. It is
+            private memory if memory cannot be shared.
 
     Attributes:
         slots: the slots, as views of the memory.
@@ -119,8 +122,8 @@ class Segment:
         self.fault = ""
         memory: mmap.mmap | bytearray
         try:
-            shared = _create("psgd-segment", size) if file is None else _received(file, size)
-            memory = _mapped(shared, size)
+            shared = _create("psgd-segment", size) if file is None else _check_received(file, size)
+            memory = _map(shared, size)
             self.file = shared
         except SharedMemoryError as error:
             if file is not None:
@@ -161,8 +164,8 @@ class PublishedVector:
     def __init__(self, size: int, file: int | None = None) -> None:
         length = HEADER + 4 * size
         owned = file is None
-        self.file = _create("psgd-weights", length) if file is None else _received(file, length)
-        memory = _mapped(self.file, length, mmap.PROT_READ | (mmap.PROT_WRITE if owned else 0))
+        self.file = _create("psgd-weights", length) if file is None else _check_received(file, length)
+        memory = _map(self.file, length, mmap.PROT_READ | (mmap.PROT_WRITE if owned else 0))
         if owned:
             fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)  # no other process can write to it
         else:
@@ -238,7 +241,7 @@ def _create(name: str, size: int) -> int:
     return file
 
 
-def _mapped(file: int, size: int, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
+def _map(file: int, size: int, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
     """Return the file as memory. Close it if it cannot be mapped."""
     try:
         return mmap.mmap(file, size, prot=prot)
@@ -247,7 +250,7 @@ def _mapped(file: int, size: int, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) 
         raise SharedMemoryError(f"shared memory of {size} bytes cannot be mapped: {error}") from error
 
 
-def _received(file: int, size: int) -> int:
+def _check_received(file: int, size: int) -> int:
     """Return a descriptor that another process has passed, or close it and raise SharedMemoryError.
 
     A process that reads behind the end of a mapped file is killed. So the file must be long enough and never shrink.

@@ -26,13 +26,10 @@ class ServerConnection:
 
     Args:
         stream: connected socket.
-
-    Attributes:
-        stream: the socket.
     """
 
     def __init__(self, stream: socket.socket) -> None:
-        self.stream = stream
+        self._stream = stream
         self._header = memoryview(bytearray(HEADER_SIZE))
         self._limit_s: float | None = None
 
@@ -45,7 +42,7 @@ class ServerConnection:
     def tcp(cls, host: str, port: int, timeout_s: float) -> Self:
         """Connect to a port of the network within `timeout_s` seconds."""
         connection = cls._open(socket.AF_INET, (host, port), timeout_s)
-        connection.stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
     @classmethod
@@ -68,13 +65,13 @@ class ServerConnection:
     def limit(self, timeout_s: float | None) -> None:
         """Set how many seconds each later call may wait; None: until the connection is closed."""
         if timeout_s != self._limit_s:
-            limit(self.stream, timeout_s)
+            limit(self._stream, timeout_s)
             self._limit_s = timeout_s
 
     def send(self, *parts: bytes | memoryview) -> None:
         """Send all parts, one after the other."""
         try:
-            send(self.stream, *parts)
+            send(self._stream, *parts)
         except BlockingIOError as error:
             raise LaneTimeoutError(f"the server did not read a message within {self._limit_s} s") from error
         except OSError as error:
@@ -83,7 +80,7 @@ class ServerConnection:
     def receive(self, into: memoryview) -> None:
         """Receive bytes until `into` is full."""
         try:
-            got = receive(self.stream, into)
+            got = receive(self._stream, into)
         except BlockingIOError as error:
             raise LaneTimeoutError(f"no answer from the server within {self._limit_s} s") from error
         except OSError as error:
@@ -143,7 +140,7 @@ class ServerConnection:
     def _pass(self, file: int) -> None:
         """Pass a descriptor to the server."""
         try:
-            socket.send_fds(self.stream, [b"\0"], [file])
+            socket.send_fds(self._stream, [b"\0"], [file])
         except OSError as error:
             raise ServerGoneError(f"{GONE}: {error}") from error
 
@@ -152,7 +149,7 @@ class ServerConnection:
         if not shared:
             return self.receive_bytes(WELCOME_SIZE), []
         try:
-            welcome, files, _, _ = socket.recv_fds(self.stream, WELCOME_SIZE, 1)
+            welcome, files, _, _ = socket.recv_fds(self._stream, WELCOME_SIZE, 1)
         except BlockingIOError as error:
             raise LaneTimeoutError(f"no answer from the server within {self._limit_s} s") from error
         except OSError as error:
@@ -163,9 +160,9 @@ class ServerConnection:
 
     def hang_up(self) -> None:
         """Shut the connection down, which ends the waits of all threads. `close` must follow."""
-        shut(self.stream)
+        shut(self._stream)
 
     def close(self) -> None:
         """Close the socket. No thread may use it any more: the kernel may give its number to a new file."""
         self.hang_up()
-        self.stream.close()
+        self._stream.close()

@@ -59,7 +59,6 @@ class TcpLane:
         self._worker = worker
         self._push_format = push_format
         self._incarnation = address.incarnation
-        self._timeout_s = timeout_s
         self._weights: list[FloatArray] = [slot.weights[part] for slot in segment.slots]
         self._connection = ServerConnection.tcp(address.host, address.port, timeout_s)
         try:
@@ -70,7 +69,7 @@ class TcpLane:
         self._connection.limit(None)  # from here on `wait_for` limits each wait
         self._lock = Lock()  # so that no request is added to `_expected` after `_fail`
         self._expected: dict[tuple[FrameKind, int], _Expected] = {}  # by kind of the answer and slot
-        self._fault: _Fault | None = None  # after it no answer comes
+        self._fault: _Fault | None = None  # the error that has ended the lane
         self._sending = ThreadPoolExecutor(1, "psgd-send")
         self._receiving = Thread(target=self._receive, name="psgd-receive", daemon=True)
         self._receiving.start()
@@ -92,7 +91,13 @@ class TcpLane:
         return _TcpPending(self, self._send(frame, payload, FrameKind.RECEIPT), self._worker)
 
     def _send(self, frame: Frame, payload: Sequence[memoryview], kind: FrameKind) -> _Answer:
-        """Queue a frame for sending, and return its answer, of that kind and of the same slot, to be waited for."""
+        """Begin to send a frame, and return the answer for which `wait_for` waits.
+
+        Args:
+            frame: header of the frame.
+            payload: parts of its payload.
+            kind: kind of the answer, which has the same slot.
+        """
         expected = _Expected(Future(), self._weights[frame.slot].nbytes if frame.wants else 0)
         with self._lock:
             if self._fault:
@@ -127,7 +132,7 @@ class TcpLane:
         answer.set_result(frame)
 
     def _fail(self, fault: _Fault) -> None:
-        """Give the fault as the answer to all requests, of now and later."""
+        """End the lane: all expected answers, and all later requests, get this fault."""
         with self._lock:
             self._fault = fault
             for answer, _ in self._expected.values():

@@ -21,6 +21,7 @@ from psgd_workers.errors import SharedMemoryError
 from psgd_workers.messages import FloatArray, Version
 from psgd_workers.transport import memory
 from psgd_workers.transport.memory import PublishedVector, Segment
+from tests.support.server_harness import open_files
 
 if not memory.has_shared_memory():
     pytest.skip("needs Linux' anonymous shared memory", allow_module_level=True)
@@ -99,16 +100,6 @@ def is_open(file: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def open_files() -> set[tuple[int, int]]:
-    """Return the open files of this process as (descriptor, inode)."""
-    found = set()
-    for file in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
-        with suppress(OSError):  # the descriptor of the listing itself
-            status = os.fstat(file)
-            found.add((status.st_dev, status.st_ino))
-    return found
 
 
 # Segment

@@ -157,8 +157,7 @@ def test_workers_that_share_processors_do_not_interrupt_the_thread_that_answers_
     another = pushed(harness.lane(kind, "one-too-many"))
     assert policy() == (os.SCHED_BATCH if patient else os.SCHED_OTHER)
     another.lane.close()
-    with harness.listener._left:
-        assert harness.listener._left.wait_for(lambda: len(harness.listener._streams) == len(processors), LIMIT_S)
+    harness.listener.wait_until(lambda: len(harness.streams()) == len(processors))
     assert policy() == os.SCHED_OTHER
 
 
@@ -193,8 +192,7 @@ def test_a_servers_thread_follows_any_worker_while_no_processor_is_free(
     assert affinity() == {processor}
     for other in others:
         other.lane.close()
-    with harness.listener._left:
-        assert harness.listener._left.wait_for(lambda: harness.listener._num_local == 1, LIMIT_S)
+    harness.listener.wait_until(lambda: harness.listener._num_local == 1)
     assert affinity() == processors
 
 
@@ -577,7 +575,7 @@ def test_the_memory_of_a_worker_that_was_gone_before_its_receipt_is_let_go(harne
         harness.host, harness.push_format, harness.part, ours, harness.hello("shm"), segment
     )
     its.close()
-    served._receipt(0, False, Receipt("by-hand", FIRST, Outcome.APPLIED, V1))()
+    served._answer_push(0, False, Receipt("by-hand", FIRST, Outcome.APPLIED, V1))()
     assert "Broken pipe" in served._answers.fault
     segment.close()
     ours.close()
