@@ -226,19 +226,19 @@ class ErrorFeedback:
 
     def __init__(self, compressor: Compressor, size: int) -> None:
         self._compressor = compressor
-        self._error = np.zeros(size, np.float32)  # e: sum of the errors of earlier pushes
+        self._error = np.zeros(size, np.float32)  # e: values that no push has carried yet
         self._corrected = np.empty(size, np.float32)  # p = g + e
         self._next_error = np.empty(size, np.float32)  # p - c, of the push that has no outcome yet
         self._under_way = False
 
     @property
     def norm(self) -> float:
-        """Return the Euclidean norm of the memory: of the gradients that were computed but not sent yet."""
+        """Return the Euclidean norm of e: of the values that were computed and that no push has carried yet."""
         with np.errstate(over="ignore"):
             return float(np.linalg.norm(self._error))
 
     def encode(self, gradient: FloatArray) -> Encoded:
-        """Compress the sum of a gradient and the errors of earlier pushes.
+        """Compress the sum of a gradient and the error of the earlier pushes.
 
         p = g + e;  c = C(p);  p - c becomes e if the push is taken.
 

@@ -34,7 +34,7 @@ class Pending(Protocol):
 class Lane(Protocol):
     """A worker's way to one partition: it sends gradients from the slots of a segment and writes weights into them.
 
-    After any method has raised a `LaneError`, only `close` may be called.
+    After a method has raised a `LaneError`, only `hang_up` and `close` may be called.
     """
 
     kind: LaneKind

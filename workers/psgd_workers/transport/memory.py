@@ -155,7 +155,7 @@ class PublishedVector:
 
     Attributes:
         values: the weights, `[size]`, float32.
-        file: descriptor to pass to workers, of the owner.
+        file: the owner's descriptor, to pass to workers.
 
     Raises:
         SharedMemoryError: `file` is not such a vector, or no memory can be shared.
@@ -208,8 +208,8 @@ class PublishedVector:
             into: vector `[size]` that is overwritten.
 
         Returns:
-            The version that was copied; None: the values changed during each of three copies, and `into` holds a
-            mixture of versions.
+            The version that was copied; None: the values changed during each of three attempts, and `into` must not be
+            used.
         """
         counts = self._counts
         for _ in range(SNAPSHOTS):
