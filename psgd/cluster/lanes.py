@@ -22,7 +22,8 @@ from psgd_workers.transport.frames import PushFormat
 from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.lane import Connect, Lane, LaneKind, Pending
 from psgd_workers.transport.memory import Segment
-from psgd_workers.transport.sockets import ShmLane, TcpLane
+from psgd_workers.transport.shm import ShmLane
+from psgd_workers.transport.tcp import TcpLane
 from psgd_workers.worker import Route
 
 __all__ = ["RayLane", "push_format_of", "route"]

@@ -1,9 +1,9 @@
-"""The server's end of one worker's connection: a thread that takes its frames, and how it is answered.
+"""The server's end of one worker's connection: it receives the worker's frames and sends the answers.
 
-Each worker has a thread here, instead of all of them one loop, and that thread follows its worker from core to core:
-with one server and one batch in hand, it has work just when its worker has none. A loop runs where it ran last, beside
-another worker that computes, while the core of the one that waits for it idles; so does, often, a thread that is left
-to the kernel. `ServerHost` lets one thread at a time touch the server.
+Each worker has a thread in the server, except the workers that a `SharedPoller` serves. The thread of a worker on the
+same machine follows the worker to its processor, which is idle while the worker waits for its receipt. Left to itself,
+the kernel often runs a thread where it ran last, beside another worker that computes. `ServerHost` lets only one thread
+at a time call the server.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ __all__ = ["WorkerConnection"]
 
 log = logging.getLogger("psgd.lanes")
 
-SETTLED = 8  # pushes in a row from one processor, after which a worker is taken to stay there
-CUT = "it hung up in the middle of a frame"
-GREEDY = "it asks for more and does not read what it is answered"
+SETTLED = 8  # pushes in a row from one processor, after which the worker is assumed to stay there
+INCOMPLETE = "the worker closed it in the middle of a frame"
+UNREAD = "the worker sends requests but does not read the answers"
 
 
 class WorkerConnection:
-    """One worker's connection.
+    """A connection to one worker. Only one thread may receive from it; any thread may answer.
 
     Args:
-        host: of its server.
-        form: of its pushes.
-        part: the partition's slice of the weights.
-        stream: after the handshake; blocking.
-        hello: who it is.
-        segment: its memory, if that is shared.
+        host: the server.
+        push_format: layout of the pushes that the partition accepts.
+        part: slice of the weights that the partition holds.
+        stream: blocking socket, after the handshake.
+        hello: the worker's message of the handshake.
+        segment: the worker's memory; None: it is not shared.
 
     Attributes:
-        frame_s: that the rest of a frame may take, once it has begun to come; None: any time.
+        frame_s: seconds that the rest of a header or payload may take after its first bytes; None: no limit.
     """
 
     def __init__(
@@ -67,83 +67,90 @@ class WorkerConnection:
         self._worker = hello.worker
         self._incarnation = host.server.version.incarnation
         self._shared = [Slot(slot.weights[part], slot.gradient[part]) for slot in segment.slots] if segment else None
-        # What comes inline for a slot, and later the weights that go back: never both at once.
+        # One buffer for each slot: it holds the payload of the slot's push, and later the weights of the answer.
         self._sizes = push_format.sizes(segment is not None)
         limit = max(self._sizes[-1], 0 if segment else 4 * push_format.size)
         self._inline = [np.empty(limit, np.uint8).data for _ in range(hello.slots)]
-        self._busy = [False] * hello.slots  # a push whose receipt is not given
-        # With one server and one batch in hand, a worker that has pushed leaves its processor to that server.
-        self._leaves = hello.slots == 1 and push_format.size == hello.num_parameters
-        self._seen, self._times = NOWHERE, 0  # the processor that the last push came from, and how often in a row
+        self._busy = [False] * hello.slots  # True for a slot whose push has no receipt yet
+        # With one server and one batch in hand, the worker waits after each push, and its processor is free.
+        self._worker_waits = hello.slots == 1 and push_format.size == hello.num_parameters
+        self._processor = NOWHERE  # from which the last push came
+        self._num_pushes_there = 0  # pushes in a row from that processor
         self._header = memoryview(bytearray(HEADER_SIZE))
         self.frame_s: float | None = None
-        self._answers: _Answers = (_Direct if segment else _Queued)(stream)
+        self._answers: _Answers = (_DirectAnswers if segment else _QueuedAnswers)(stream)
 
-    def run(self, is_full: Callable[[], bool]) -> None:
-        """Take frames until either end hangs up, on the worker's processor; to be called by a thread of its own.
+    def run(self, is_machine_full: Callable[[], bool]) -> None:
+        """Serve frames until the connection is closed. The calling thread must serve only this connection.
+
+        The thread moves to the worker's processor if the worker waits for its receipts there, or if no other processor
+        is free.
 
         Args:
-            is_full: whether every processor has a worker. Where one is free, it had better do what can be done beside
-                the worker: its next batch, or another server's work.
+            is_machine_full: returns True if every processor of this machine has a worker.
         """
         everywhere = allowed_processors()
         here = NOWHERE
-        while self.take():
-            # A worker that goes from one to the next is not followed: to move costs more than a few pushes gain.
-            stays = self._times >= SETTLED and self._seen in everywhere and (self._leaves or is_full())
-            if (there := self._seen if stays else NOWHERE) != here:
-                run_on({there} if stays else everywhere)
+        while self.serve_frame():
+            # A worker that often changes its processor is not followed: each move costs more than a few pushes gain.
+            is_settled = self._num_pushes_there >= SETTLED and self._processor in everywhere
+            follows = is_settled and (self._worker_waits or is_machine_full())
+            if (there := self._processor if follows else NOWHERE) != here:
+                run_on({there} if follows else everywhere)
                 here = there
 
-    def take(self) -> bool:
-        """Wait for a frame and take it; false: either end has hung up, and whatever was wrong is in the log.
+    def serve_frame(self) -> bool:
+        """Wait for one frame and serve it.
 
-        A push whose receipt is not given then stays where it is.
+        Returns:
+            False if the connection is closed now. If something was wrong, the log says what. A push without a receipt
+            stays in the server's state.
         """
         try:
-            if self._next():
+            if self._receive_and_serve():
                 return True
             if self._answers.fault:
-                self._say(self._answers.fault)
+                self._log_closed(self._answers.fault)
         except (FrameError, PushRefusedError, OSError) as error:
-            self._say(str(error))
-        except Exception:  # our own: its worker need not wait for what never comes, nor the others of its crowd
-            log.exception("the connection of %s was closed by the server's own fault", self._worker)
+            self._log_closed(str(error))
+        except Exception:  # a fault of the server: close the connection, so that the worker does not wait in vain
+            log.exception("the connection of %s was closed because of a fault in the server", self._worker)
         shut(self._stream)
         self._answers.close()
         return False
 
-    def _say(self, why: str) -> None:
+    def _log_closed(self, why: str) -> None:
         log.warning("the connection of %s was closed: %s", self._worker, why)
 
-    def _next(self) -> bool:
-        """Take one frame; false: there is none any more."""
+    def _receive_and_serve(self) -> bool:
+        """Receive one frame and serve it. Return False if the worker has closed the connection."""
         got = receive(self._stream, self._header, self.frame_s)
         if not got:
             return False
         if got < HEADER_SIZE:
-            raise FrameError(CUT)
+            raise FrameError(INCOMPLETE)
         frame = Frame.unpack(self._header)
         self._check(frame)
         payload = self._inline[frame.slot][: frame.payload]
         if frame.payload and receive(self._stream, payload, self.frame_s) < frame.payload:
-            raise FrameError(CUT)
-        self._take(frame, payload)
+            raise FrameError(INCOMPLETE)
+        self._serve(frame, payload)
         return True
 
     def _check(self, frame: Frame) -> None:
+        """Raise FrameError if no worker of this server would send such a header now."""
         if frame.incarnation != self._incarnation:
-            raise FrameError(f"a frame for incarnation {frame.incarnation}, and this is {self._incarnation}")
+            raise FrameError(f"a frame is for incarnation {frame.incarnation}, and this server is {self._incarnation}")
         if frame.slot >= len(self._busy) or (self._busy[frame.slot] and frame.kind is not FrameKind.ASK):
-            raise FrameError(f"a frame from slot {frame.slot}, which does not exist, or whose receipt is not given")
-        if self._answers.backlog > len(self._busy) + 1:  # an answer for each slot, and a version
-            raise FrameError(GREEDY)
+            raise FrameError(f"a frame is from slot {frame.slot}, which does not exist or still waits for a receipt")
+        if self._answers.backlog > len(self._busy) + 1:  # one answer for each slot, and one version
+            raise FrameError(UNREAD)
         if frame.kind is FrameKind.PUSH:
             self._push_format.check(frame, self._sizes)
         elif frame.kind not in (FrameKind.PULL, FrameKind.ASK) or frame.payload:
-            raise FrameError(f"a frame {frame.kind.name} with {frame.payload} bytes of payload, which no worker sends")
+            raise FrameError(f"no worker sends a frame {frame.kind.name} with {frame.payload} bytes of payload")
 
-    def _take(self, frame: Frame, payload: memoryview) -> None:
+    def _serve(self, frame: Frame, payload: memoryview) -> None:
         slot = frame.slot
         host = self._host
         match frame.kind:
@@ -151,27 +158,27 @@ class WorkerConnection:
                 shared = self._shared[slot] if self._shared else None
                 gradient = self._push_format.gradient(frame, payload, self._worker, shared)
                 self._busy[slot] = True
-                self._times = self._times + 1 if frame.processor == self._seen else 1
-                self._seen = frame.processor
-                host.push(gradient, partial(self._receipt, slot, frame.wants))
+                self._num_pushes_there = self._num_pushes_there + 1 if frame.processor == self._processor else 1
+                self._processor = frame.processor
+                host.push(gradient, partial(self._answer_push, slot, frame.wants))
             case FrameKind.PULL:
-                into, weights = self._room(slot)
+                into, weights = self._weights_buffer(slot)
                 self._answers.put(_header(FrameKind.WEIGHTS, slot, host.pull(into), _length(weights)), weights)
             case _:
                 self._answers.put(_header(FrameKind.VERSION, slot, host.server.version, 0), None)
 
-    def _receipt(self, slot: int, wants: bool, receipt: Receipt) -> Callable[[], None]:
-        """Prepare the answer to a push, at the instant it is due."""
+    def _answer_push(self, slot: int, wants: bool, receipt: Receipt) -> Callable[[], None]:
+        """Prepare the answer to a push, with the current weights if wanted, and return the function that sends it."""
         self._busy[slot] = False
         weights = None
         if wants:
-            into, weights = self._room(slot)
+            into, weights = self._weights_buffer(slot)
             np.copyto(into, self._host.server.published)
         header = Frame.of_receipt(receipt, slot, wants, _length(weights)).pack()
         return partial(self._answers.put, header, weights)
 
-    def _room(self, slot: int) -> tuple[FloatArray, memoryview | None]:
-        """Where weights for the worker are put, and what of that is sent: nothing, in memory that it shares."""
+    def _weights_buffer(self, slot: int) -> tuple[FloatArray, memoryview | None]:
+        """Return the vector for the weights of a slot, and the bytes of it to send; None if the vector is shared."""
         if self._shared:
             return self._shared[slot].weights, None
         payload = self._inline[slot][: 4 * self._push_format.size]
@@ -179,41 +186,44 @@ class WorkerConnection:
 
 
 class _Answers(Protocol):
-    """What goes back to a worker, from any thread."""
+    """Sends the answers to one worker. Any thread may call it."""
 
-    fault: str  # why nothing does any more: `run` is to end
+    fault: str  # reason why sending has failed, after which the socket is shut down; "": it has not failed
 
     @property
     def backlog(self) -> int:
-        """Answers that are not sent."""
+        """Return the number of answers that wait to be sent."""
 
     def put(self, header: bytes, weights: memoryview | None) -> None:
         """Send an answer, now or later, without waiting for the worker."""
 
     def close(self) -> None:
-        """Nothing is sent any more."""
+        """Send no more. The caller may close the socket afterwards."""
 
 
-class _Direct:
-    """Answers of a header each: a socket whose reader reads takes them at once."""
+class _DirectAnswers:
+    """Sends each answer in the calling thread, for answers without weights.
+
+    If the worker reads its answers, the socket's buffer always has room for another header, so sending never waits.
+    """
 
     backlog = 0
 
     def __init__(self, stream: socket.socket) -> None:
-        self.fault = ""  # an exception would keep alive what its traceback passed, a worker's memory included
+        self.fault = ""  # text, because an exception's traceback would keep the worker's memory alive
         self._stream = stream
-        self._lock = Lock()  # a closed socket's number may be another's
+        self._lock = Lock()  # so that nothing is sent after `close`, when the kernel may reuse the socket's number
         self._open = True
 
     def put(self, header: bytes, weights: memoryview | None) -> None:
-        assert weights is None, "they are in the worker's memory"
+        assert weights is None, "weights are written to the worker's memory"
         with self._lock:
             if not self._open:
                 return
             try:
                 self._stream.send(header, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                self.fault = GREEDY
+                self.fault = UNREAD
             except OSError as error:
                 self.fault = str(error)
             if self.fault:
@@ -224,11 +234,11 @@ class _Direct:
             self._open = False
 
 
-class _Queued:
-    """Answers that bring weights: a thread sends them as fast as they are read."""
+class _QueuedAnswers:
+    """Sends answers in a thread of its own, as fast as the worker reads them, for answers with weights."""
 
     def __init__(self, stream: socket.socket) -> None:
-        self.fault = ""  # an exception would keep alive what its traceback passed, a worker's memory included
+        self.fault = ""  # text, because an exception's traceback would keep the worker's memory alive
         self._stream = stream
         self._queue = SimpleQueue[tuple[bytes | memoryview, ...]]()
         self._thread = Thread(target=self._send, name="psgd-answers", daemon=True)

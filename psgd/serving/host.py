@@ -1,4 +1,4 @@
-"""The host: one `ParameterServer`, the threads that call it, and everybody who waits for something of it."""
+"""The host of one `ParameterServer`: it makes the server's calls serial and passes on receipts, reports and states."""
 
 from __future__ import annotations
 
@@ -21,90 +21,101 @@ from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Versio
 
 __all__ = ["Reply", "ServerHost"]
 
-REPORT_S = 0.2  # a waiting report is given after this time at the latest
+REPORT_S = 0.2  # seconds after which a waiting report is returned at the latest
 
-# Called once, at the instant the receipt is due, when nobody else may call the server: it copies what is to go back.
-# What it returns, if there is anything left to do, sends that; others may call the server meanwhile.
+# Called once, as soon as the receipt is due, while no other thread can call the server: it copies the weights that the
+# answer needs. It may return a function that sends the answer; the host calls that when other threads can go on.
 Reply = Callable[[Receipt], Callable[[], None] | None]
 
 
 class ServerHost:
-    """Calls the server serially, for any thread, and hands out what becomes due.
+    """Lets any thread call a server, one at a time, and passes on what becomes due.
 
-    A server that fails in the middle of a call may be in no state at all: nobody can call it again, so that the driver
-    hears of it with its next report, and restores it elsewhere.
+    The state of a server that fails in the middle of a call may be half changed. So every later method raises
+    `RunError`; the driver notices that when it asks for the next report, and restores the server in a new process.
 
     Args:
-        server: which nobody else calls any more.
+        server: the server. From now on only this host may call it.
 
     Raises:
-        RunError: by every method, once the server has failed.
+        RunError: in every method, after the server has failed.
     """
 
     def __init__(self, server: ParameterServer) -> None:
         self.server = server
-        self._lock_server = ServerLock()
-        self._replies: dict[tuple[str, BatchId], list[Reply]] = {}  # of pushes that wait, oldest first
-        self._epochs = server.epochs
-        self._news = Event()  # an epoch is complete
-        self._snapshot: Future[tuple[ServerState, NDArray[np.void]]] | None = None  # wanted between rounds
+        self._server_lock = ServerLock()
+        self._replies: dict[tuple[str, BatchId], list[Reply]] = {}  # of pushes without a receipt, oldest first
+        self._epochs = server.epochs  # complete epochs at the last `_notify`
+        self._epoch_ended = Event()  # an epoch has ended since the last report
+        self._snapshot: Future[tuple[ServerState, NDArray[np.void]]] | None = None  # to be filled between two rounds
 
     def pull(self, into: FloatArray) -> Version:
-        """Copy the published weights `[partition size]`."""
-        with self._lock_server:
+        """Copy the published weights.
+
+        Args:
+            into: vector `[partition size]` that is overwritten.
+
+        Returns:
+            The version of the weights.
+        """
+        with self._server_lock:
             np.copyto(into, self.server.published)
             return self.server.version
 
     def epoch_weights(self, epochs: int | None) -> FloatArray:
-        """See `ParameterServer.epoch_weights`."""
-        with self._lock_server:
+        """Return the weights at the end of an epoch; see `ParameterServer.epoch_weights`."""
+        with self._server_lock:
             return self.server.epoch_weights(epochs)
 
     def push(self, gradient: Gradient, reply: Reply) -> None:
-        """Take a gradient.
+        """Push a gradient.
+
+        Args:
+            gradient: the push. The server may read its vectors until the receipt.
+            reply: called with the receipt, at once or in a later call.
 
         Raises:
-            PushRefusedError: the push is not one of this partition's; the state is as before.
+            PushRefusedError: the push does not fit this partition. The state is unchanged, and `reply` is not called.
         """
-        with self._lock_server:
+        with self._server_lock:
             self.server.check(gradient)
             receipts = self.server.push(gradient, time.monotonic())
-            if receipts and not self._replies:  # the usual case: nobody waits, so the one receipt is this push's
+            if receipts and not self._replies:  # the usual case: no push waits, so the one receipt is for this push
                 due = [reply(receipts[0])]
-                self._tell()
+                self._notify()
             else:
                 self._replies.setdefault((gradient.worker, gradient.batch), []).append(reply)
-                due = self._due(receipts)
+                due = self._prepare_answers(receipts)
         _send(due)
 
     def join(self, worker: str) -> None:
-        """The worker gets a lease."""
-        with self._lock_server:
-            due = self._due(self.server.join(worker, time.monotonic()))
+        """Announce that the worker gets a lease."""
+        with self._server_lock:
+            due = self._prepare_answers(self.server.join(worker, time.monotonic()))
         _send(due)
 
     def leave(self, worker: str) -> None:
-        """The worker has no lease any more."""
-        with self._lock_server:
-            due = self._due(self.server.leave(worker, time.monotonic()))
+        """Announce that the worker has no lease any more."""
+        with self._server_lock:
+            due = self._prepare_answers(self.server.leave(worker, time.monotonic()))
         _send(due)
 
     def skip(self, batch: BatchId, examples: int) -> None:
-        """Do without a batch."""
-        with self._lock_server:
-            due = self._due(self.server.skip(batch, examples, time.monotonic()))
+        """Skip a batch of `examples` examples: it counts as done without a gradient."""
+        with self._server_lock:
+            due = self._prepare_answers(self.server.skip(batch, examples, time.monotonic()))
         _send(due)
 
     def change(self, settings: Settings) -> Version:
-        """Go on by other settings, from the version that is returned."""
-        with self._lock_server:
-            due = self._due(self.server.change(settings, time.monotonic()))
+        """Change the settings of a running job. Return the version from which the new settings apply."""
+        with self._server_lock:
+            due = self._prepare_answers(self.server.change(settings, time.monotonic()))
             version = self.server.version
         _send(due)
         return version
 
-    def _due(self, receipts: tuple[Receipt, ...]) -> list[Callable[[], None] | None]:
-        """Prepare the answers that are due."""
+    def _prepare_answers(self, receipts: tuple[Receipt, ...]) -> list[Callable[[], None] | None]:
+        """Prepare the answers that are due, and return the functions that send them."""
         due = []
         for receipt in receipts:
             key = (receipt.worker, receipt.batch)
@@ -113,51 +124,64 @@ class ServerHost:
             if not waiting:
                 del self._replies[key]
             due.append(reply(receipt))
-        self._tell()
+        self._notify()
         return due
 
-    def _tell(self) -> None:
-        """Tell who waits for anything but an answer."""
+    def _notify(self) -> None:
+        """Notify the waiting report if an epoch has ended, and fill the wanted snapshot if no round is open."""
         if self.server.epochs != self._epochs:
             self._epochs = self.server.epochs
-            self._news.set()
+            self._epoch_ended.set()
         if self._snapshot is not None and self.server.can_save:
             self._snapshot.set_result((self.server.state(), self.server.journal.take()))
             self._snapshot = None
 
     async def report(self, wait: bool) -> Report:
-        """At once, or when an epoch completes, or after a moment."""
+        """Return the server's report.
+
+        Args:
+            wait: True to wait until an epoch ends, at most `REPORT_S` seconds.
+        """
         if wait:
-            await asyncio.to_thread(self._news.wait, REPORT_S)
-        with self._lock_server:
-            self._news.clear()
+            await asyncio.to_thread(self._epoch_ended.wait, REPORT_S)
+        with self._server_lock:
+            self._epoch_ended.clear()
             return self.server.report()
 
     async def snapshot(self, timeout_s: float) -> tuple[ServerState, NDArray[np.void]]:
-        """The state between two rounds, and the journal until then.
+        """Return the server's state between two rounds, and its journal up to this state.
+
+        Args:
+            timeout_s: longest wait until a round closes, in seconds.
 
         Raises:
             StorageError: no round closed in time.
         """
         wanted: Future[tuple[ServerState, NDArray[np.void]]] = Future()
-        with self._lock_server:
+        with self._server_lock:
             self._snapshot = wanted
-            self._due(())
+            self._prepare_answers(())
         try:
-            # Unlike `wait_for`, this never cancels what a round that closes at this very moment is about to fill: the
-            # journal that was taken for it would be lost.
+            # Unlike `wait_for`, this never cancels the future: a round that closes at the time limit may be about to
+            # fill it, and the journal that was taken for it would be lost.
             await asyncio.wait([asyncio.wrap_future(wanted)], timeout=timeout_s)
         finally:
-            with self._lock_server:
+            with self._server_lock:
                 if self._snapshot is wanted:
                     self._snapshot = None
         if not wanted.done():
-            raise StorageError(f"no round closed within {timeout_s} s, and half a round is no state")
+            raise StorageError(f"no round closed within {timeout_s} s, and the state within a round cannot be saved")
         return wanted.result()
 
 
 class ServerLock:
-    """Whose turn it is to call the server; nobody's any more, once something broke in the middle of one."""
+    """A lock around each call of a server. It cannot be taken any more after a call has failed.
+
+    A call that raises `StateUnchangedError` has not failed in this sense.
+
+    Raises:
+        RunError: on entering, after a call has failed.
+    """
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -167,7 +191,7 @@ class ServerLock:
         self._lock.acquire()
         if self._fault:
             self._lock.release()
-            raise RunError(f"this server failed in the middle of a call: {self._fault}; its log says more")
+            raise RunError(f"this server failed in the middle of a call: {self._fault}; its log has the details")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None and not isinstance(error, StateUnchangedError):

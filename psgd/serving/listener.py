@@ -1,8 +1,8 @@
-"""The listener: where a server's workers come in, by the shm and tcp lanes.
+"""The listener: it accepts the connections of a server's workers on the shm and tcp lanes.
 
-A thread accepts, and each peer gets a thread of its own, which shakes hands and then takes frames; no other waits for
-it. Who is silent in the handshake is dropped after a moment, who sends what is no frame of this job is dropped at once,
-with a line in the log, and who does not read is sent no more than it was promised.
+A thread accepts connections. Each connection gets a thread of its own, which does the handshake and then serves frames,
+so that no worker waits for another. A connection is closed, with a line in the log, if its handshake fails or takes too
+long, if the worker sends bytes that are no frame of this job, or if it sends requests without reading the answers.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from psgd_workers.transport.streams import shut
 
 __all__ = ["Listener"]
 
-HANDSHAKE_S = 5.0
-JOIN_S = 5.0  # for a thread to end that was hung up on
-HANDSHAKES = 64  # at a time; more wait in the kernel's queue
-MAX_SLOTS = 8  # of one worker: a pipeline's depth and one
-BACKLOG = 1024
-RETRY_S = 1.0  # after a worker could not be accepted
-SILENCE_S, PROBES = 60, 5  # after which a worker on another node is asked for a sign of life, and how often
+HANDSHAKE_S = 5.0  # seconds that a handshake may take
+JOIN_S = 5.0  # seconds to wait for a thread to end after its connection was shut down
+HANDSHAKES = 64  # handshakes at the same time; more connections wait in the kernel's queue
+MAX_SLOTS = 8  # slots of one worker: the depth of its pipeline plus one
+BACKLOG = 1024  # connections in the kernel's queue
+RETRY_S = 1.0  # seconds until the next attempt after a connection could not be accepted
+SILENCE_S = 60  # seconds of silence after which the kernel probes a connection to another node
+PROBES = 5  # unanswered probes after which the kernel closes the connection
 
 log = logging.getLogger("psgd.lanes")
 
@@ -43,16 +44,17 @@ class Listener:
     """Listens for a server's workers.
 
     Args:
-        host: whose workers those are.
-        form: of their pushes.
-        num_parameters: of the whole weights.
-        part: the partition's slice of them.
-        published: the server's weights, if they are in shared memory.
+        host: the server.
+        push_format: layout of the pushes that the partition accepts.
+        num_parameters: values of the whole weights.
+        part: slice of the weights that the partition holds.
+        published: the server's weights in shared memory; None: they are not in shared memory, and the server must not
+            listen on a Unix socket.
 
     Attributes:
-        key: what workers must have.
-        path: of the Unix socket; None: there is none.
-        port: of the network socket; None: there is none.
+        key: secret that workers prove to have in the handshake.
+        path: name of the Unix socket; None: there is none.
+        port: port of the network socket; None: there is none.
     """
 
     def __init__(
@@ -73,18 +75,18 @@ class Listener:
         self.port: int | None = None
         self._processors = len(allowed_processors())
         self._closing = Event()
-        self._lock = Lock()  # of what follows
-        self._sockets: list[socket.socket] = []  # that listen
-        self._streams: set[socket.socket] = set()  # of peers
-        self._local = 0  # workers of this machine, each served by a thread of its own
+        self._lock = Lock()  # guards `_streams`, `_num_local` and `_poller`
+        self._sockets: list[socket.socket] = []  # listening
+        self._streams: set[socket.socket] = set()  # of the open connections
+        self._num_local = 0  # workers on this machine that are served by a thread of their own
         self._threads: set[Thread] = set()
         self._poller: SharedPoller | None = None
 
     def listen_unix(self) -> None:
-        """On a Unix socket in Linux' abstract namespace: it has no file, so none is left behind.
+        """Listen on a Unix socket in Linux' abstract namespace: it has no file that could be left behind.
 
         Raises:
-            ListenError: the system gives no Unix socket.
+            ListenError: the system provides no Unix socket.
         """
         path = f"psgd-{secrets.token_hex(8)}"
         try:
@@ -94,14 +96,14 @@ class Listener:
         self.path = path
 
     def listen_tcp(self, host: str, ports: tuple[int, int] | None) -> None:
-        """On one port of this machine.
+        """Listen on one port of this machine.
 
         Args:
-            host: the machine's own address.
-            ports: first and last of those allowed; None: any.
+            host: address of this machine.
+            ports: first and last allowed port; None: the kernel chooses one.
 
         Raises:
-            ListenError: no port is free, or the address is not this machine's.
+            ListenError: no allowed port is free, or `host` is not an address of this machine.
         """
         first, last = ports or (0, 0)
         for port in range(first, last + 1):
@@ -117,7 +119,7 @@ class Listener:
     def _listen(self, family: int, to: str | tuple[str, int], shared: bool) -> socket.socket:
         listening = socket.socket(family, socket.SOCK_STREAM)
         try:
-            if family == socket.AF_INET:  # a predecessor's connections may linger on the port for a minute
+            if family == socket.AF_INET:  # the kernel keeps connections of an earlier server for a minute
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(to)
             listening.listen(BACKLOG)
@@ -132,16 +134,21 @@ class Listener:
         return listening
 
     def address(self, node: str, host: str) -> Address:
-        """What workers are told."""
+        """Return the address that workers need, with the key.
+
+        Args:
+            node: Ray's id of this node.
+            host: network address of this machine.
+        """
         incarnation = self._host.server.version.incarnation
         return Address(node, self.path, host, self.port, incarnation, self.key)
 
     def close(self) -> None:
-        """Hang up on everybody, and listen no more."""
+        """Stop listening, close all connections and wait until their threads have ended."""
         with self._lock:
             self._closing.set()
             for stream in (*self._sockets, *self._streams):
-                shut(stream)  # which ends its thread
+                shut(stream)  # this ends the stream's thread
             if self._poller is not None:
                 self._poller.close()
                 self._poller = None
@@ -152,6 +159,12 @@ class Listener:
             listening.close()
 
     def _start(self, name: str, work: Callable[..., None], *arguments: object) -> None:
+        """Start a thread for which `close` waits.
+
+        Raises:
+            RuntimeError: the system allows no more threads.
+        """
+
         def run() -> None:
             try:
                 work(*arguments)
@@ -171,69 +184,72 @@ class Listener:
         while True:
             handshakes.acquire()
             try:
-                self._let_in(listening.accept()[0], shared, handshakes)
-            except (OSError, RuntimeError, MemoryError) as error:  # too many files or threads, say: better luck later
+                self._start_serving(listening.accept()[0], shared, handshakes)
+            except (OSError, RuntimeError, MemoryError) as error:  # for example, too many open files: try again later
                 handshakes.release()
                 if self._closing.is_set():
                     return
                 log.warning("cannot accept a worker: %s", error)
                 self._closing.wait(RETRY_S)
 
-    def _let_in(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> None:
+    def _start_serving(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> None:
         with self._lock:
             self._streams.add(stream)
             if self._closing.is_set():
                 shut(stream)
             try:
-                self._start("psgd-peer", self._serve, stream, shared, handshakes)
+                self._start("psgd-connection", self._serve, stream, shared, handshakes)
             except RuntimeError:
                 self._streams.discard(stream)
                 stream.close()
                 raise
 
     def _serve(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> None:
-        """One peer, from its first word to its last, unless the crowd takes it over."""
-        crowded = False
+        """Serve one connection from the handshake until it is closed, unless the shared poller takes it over."""
+        is_polled = False
         try:
-            crowded = self._served_by_poller(stream, shared, handshakes)
+            connection = self._admit(stream, shared, handshakes)
+            if connection is None:
+                return
+            is_polled = shared and self._push_format.is_small and self._hand_over(connection, stream)
+            if not is_polled:
+                self._serve_here(connection, shared)
         finally:
-            if not crowded:
+            if not is_polled:
                 self._forget(stream)
 
-    def _served_by_poller(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> bool:
-        connection = self._admit(stream, shared, handshakes)
-        if connection is None:
-            return False
-        if shared and self._push_format.is_small:
-            try:
-                with self._lock:
-                    if not self._closing.is_set():
-                        self._join_poller(connection, stream)
-                        return True
-            except (OSError, RuntimeError) as error:  # too many files or threads, say: this thread is there already
-                log.warning("a worker is served by a thread of its own: %s", error)
-        self._serve_alone(connection, shared)
-        return False
-
-    def _serve_alone(self, connection: WorkerConnection, shared: bool) -> None:
-        with self._lock:
-            self._local += shared
+    def _hand_over(self, connection: WorkerConnection, stream: socket.socket) -> bool:
+        """Let the shared poller serve a connection. Return False if it cannot."""
         try:
-            connection.run(self._is_full)
+            with self._lock:
+                if self._closing.is_set():
+                    return False
+                self._add_to_poller(connection, stream)
+                return True
+        except (OSError, RuntimeError) as error:  # for example, too many open files or threads
+            log.warning("a worker is served by a thread of its own: %s", error)
+            return False
+
+    def _serve_here(self, connection: WorkerConnection, shared: bool) -> None:
+        """Serve a connection in this thread until it is closed."""
+        with self._lock:
+            self._num_local += shared
+        try:
+            connection.run(self._is_machine_full)
         finally:
             with self._lock:
-                self._local -= shared
+                self._num_local -= shared
 
-    def _is_full(self) -> bool:
-        """Whether every processor of this machine has a worker."""
-        return self._local >= self._processors
+    def _is_machine_full(self) -> bool:
+        """Return True if every processor of this machine has a worker."""
+        return self._num_local >= self._processors
 
-    def _join_poller(self, connection: WorkerConnection, stream: socket.socket) -> None:
+    def _add_to_poller(self, connection: WorkerConnection, stream: socket.socket) -> None:
         if self._poller is None:
-            assert self._published is not None, "local workers share it"
+            assert self._published is not None, "a worker shares memory, so the server must"
             poller = SharedPoller(self._published, self._forget)
             try:
-                self._start("psgd-crowd", poller.run)
+                self._start("psgd-poller", poller.run)
             except RuntimeError:
                 poller.release()
                 raise
@@ -246,12 +262,13 @@ class Listener:
         stream.close()
 
     def _admit(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> WorkerConnection | None:
+        """Do the handshake and return the connection; None if it fails, for a reason that is logged."""
         try:
             return self._shake_hands(stream, shared)
         except TimeoutError:
-            log.warning("a peer was dropped: it did not finish its handshake within %s s", HANDSHAKE_S)
+            log.warning("a new connection was closed: its handshake was not finished within %s s", HANDSHAKE_S)
         except (LaneError, OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: no more threads
-            log.warning("a peer was dropped in its handshake: %s", error)
+            log.warning("a new connection was closed in its handshake: %s", error)
         finally:
             handshakes.release()
         return None
@@ -267,28 +284,34 @@ class Listener:
         if shared:
             assert self._published is not None
             socket.send_fds(stream, [welcome], [self._published.file])
-            segment = Segment(self._num_parameters, hello.slots, handshake.descriptor())
+            segment = Segment(self._num_parameters, hello.slots, handshake.recv_descriptor())
             handshake.send(b"\0")
         else:
             _keep_alive(stream)
             handshake.send(welcome)
-        stream.settimeout(None)  # from here on closing ends every wait
+        stream.settimeout(None)  # from here on only closing ends a wait
         return WorkerConnection(self._host, self._push_format, self._part, stream, hello, segment)
 
     def _check(self, hello: Hello, shared: bool) -> None:
+        """Raise FrameError if the worker expects another server or another layout of its memory."""
         expected = (self._host.server.version.incarnation, self._num_parameters, shared)
         if (hello.incarnation, hello.num_parameters, hello.shared) != expected or not 0 < hello.slots <= MAX_SLOTS:
             raise FrameError(
-                f"{hello.worker} expects incarnation, values, sharing {hello.incarnation}, {hello.num_parameters}, "
-                f"{hello.shared} in {hello.slots} slots; here they are {expected}, and slots 1 to {MAX_SLOTS}"
+                f"{hello.worker} has {hello.slots} slots and (incarnation, values, shared) = "
+                f"{(hello.incarnation, hello.num_parameters, hello.shared)}; expected 1 to {MAX_SLOTS} and {expected}"
             )
 
 
 class HandshakeStream:
-    """A handshake's words, all of them before a deadline of the machine's monotonic clock.
+    """Sends and receives the messages of a handshake, all of them before one deadline.
+
+    Args:
+        stream: socket of the connection.
+        deadline: latest time on the monotonic clock, in seconds.
 
     Raises:
-        TimeoutError: they came too late.
+        TimeoutError: in every method, after the deadline.
+        FrameError: in the methods that receive, if the worker closes the connection or sends something else.
     """
 
     def __init__(self, stream: socket.socket, deadline: float) -> None:
@@ -296,38 +319,41 @@ class HandshakeStream:
         self._deadline = deadline
 
     def _limit(self) -> None:
+        """Let the next call of the socket wait until the deadline."""
         left = self._deadline - monotonic()
         if left <= 0:
             raise TimeoutError
         self._stream.settimeout(left)
 
     def send(self, data: bytes) -> None:
+        """Send all bytes."""
         self._limit()
         self._stream.sendall(data)
 
     def recv(self, size: int) -> bytes:
+        """Receive `size` bytes."""
         data = b""
         while len(data) < size:
             self._limit()
             more = self._stream.recv(size - len(data))
             if not more:
-                raise FrameError("it hung up")
+                raise FrameError("the worker closed the connection")
             data += more
         return data
 
-    def descriptor(self) -> int:
-        """The one file descriptor that comes with one byte."""
+    def recv_descriptor(self) -> int:
+        """Receive one byte with one file descriptor, and return the descriptor."""
         self._limit()
         byte, files, _, _ = socket.recv_fds(self._stream, 1, 1)
         if len(byte) != 1 or len(files) != 1:
             for file in files:
                 os.close(file)
-            raise FrameError(f"it passed {len(files)} descriptors of its memory, expected 1")
+            raise FrameError(f"the worker passed {len(files)} descriptors of its memory, expected 1")
         return files[0]
 
 
 def _keep_alive(stream: socket.socket) -> None:
-    """Send small messages at once, and find out when a machine is gone that could not say so."""
+    """Let the kernel send small messages without delay, and close the connection if the other machine is gone."""
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", SILENCE_S), ("TCP_KEEPINTVL", SILENCE_S), ("TCP_KEEPCNT", PROBES)):

@@ -1,7 +1,7 @@
 """One thread that serves all local workers whose pushes are small.
 
-A small push takes mostly the interpreter's time, which only one thread can have at a time. With a thread for each
-worker, threads would wait for each other, and a busy server would do half as much.
+A small push costs mostly the interpreter's time, which only one thread can use at a time. With a thread for each
+worker, threads would wait for each other, and a busy server would apply half as many pushes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SharedPoller:
     """Waits for frames on many connections with epoll. Linux only, like shared memory.
 
     Args:
-        published: the server's weights; the number of polled connections is published with them.
+        published: the server's weights. The number of connections that are polled is published with them.
         forget: called with the socket of a closed connection.
     """
 
@@ -39,14 +39,14 @@ class SharedPoller:
         self._ended = False
         self._connections: dict[int, tuple[WorkerConnection, socket]] = {}
         self._poll = select.epoll()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC)
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC)  # `close` writes to it, which ends the wait for frames
         self._poll.register(self._bell, select.EPOLLIN)
 
     def add(self, connection: WorkerConnection, stream: socket) -> None:
         """Serve a connection from now on. Any thread may call this.
 
         Raises:
-            OSError: the kernel has no room for it, or the polling thread has ended; the connection is unchanged.
+            OSError: the kernel cannot poll one more, or the polling thread has ended. The connection is unchanged.
         """
         with self._lock:
             if self._ended:
@@ -58,7 +58,7 @@ class SharedPoller:
         connection.frame_s = FRAME_S
         limit(stream, FRAME_S)
         self._connections[number] = connection, stream
-        self._count()  # before the first answer, so that it is counted
+        self._count()  # before the worker gets its first answer, so that it reads the new number
         try:
             self._poll.register(stream, select.EPOLLIN)
         except OSError:
@@ -69,38 +69,38 @@ class SharedPoller:
             raise
 
     def _count(self) -> None:
-        self._published.poller = len(self._connections)
+        self._published.num_polled = len(self._connections)
 
     def run(self) -> None:
         """Serve all connections until `close`."""
         try:
-            self._take_turns()
-        except Exception:  # a fault of our own: close the connections, so that no worker waits for this thread
+            self._poll_until_closed()
+        except Exception:  # a fault of the server: close the connections, so that no worker waits in vain
             log.exception("all connections with small pushes were closed: the server's polling thread failed")
         with self._lock:
             self._ended = True
         for number, (connection, stream) in list(self._connections.items()):
             shut(stream)
-            while connection.take():  # the frames that have arrived already
+            while connection.serve_frame():  # the frames that had arrived before
                 pass
-            self._leave(number)
+            self._remove(number)
         self.release()
 
-    def _take_turns(self) -> None:
-        rung = False
-        while not rung:
+    def _poll_until_closed(self) -> None:
+        is_closed = False
+        while not is_closed:
             for number, _ in self._poll.poll():
                 if number == self._bell:
-                    rung = True
-                elif not self._connections[number][0].take():
-                    self._leave(number)
+                    is_closed = True
+                elif not self._connections[number][0].serve_frame():
+                    self._remove(number)
 
     def release(self) -> None:
-        """Close the poller's file descriptors. The thread must not run, or have ended."""
+        """Close the poller's file descriptors. `run` calls this; only a poller that never runs needs it."""
         self._poll.close()
         os.close(self._bell)
 
-    def _leave(self, number: int) -> None:
+    def _remove(self, number: int) -> None:
         stream = self._connections.pop(number)[1]
         self._count()
         self._poll.unregister(stream)

@@ -23,7 +23,8 @@ from psgd_workers.transport.frames import PushFormat
 from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.lane import Lane, LaneKind
 from psgd_workers.transport.memory import PublishedVector, Segment
-from psgd_workers.transport.sockets import ShmLane, TcpLane
+from psgd_workers.transport.shm import ShmLane
+from psgd_workers.transport.tcp import TcpLane
 from tests.benchmarks.process_group import SPAWN
 
 __all__ = ["BareServer", "BareWorker", "Mark", "Stop", "stop_flag"]

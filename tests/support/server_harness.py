@@ -1,4 +1,4 @@
-"""A server with its listener, and what tests reach it by: lanes, and sockets by hand."""
+"""A server with its listener, and its connections in tests: lanes, and sockets that a test uses by hand."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from psgd_workers.transport import frames
 from psgd_workers.transport.frames import Frame, FrameKind, PushFormat
 from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
 from psgd_workers.transport.memory import PublishedVector, Segment
-from psgd_workers.transport.sockets import ShmLane, TcpLane
+from psgd_workers.transport.shm import ShmLane
+from psgd_workers.transport.tcp import TcpLane
 
 __all__ = [
     "BIG",
     "DC_ASGD",
     "FIRST",
     "INT8",
-    "KINDS",
+    "LANE_CASES",
     "LIMIT_S",
     "NUM_PARAMETERS",
     "PART",
@@ -41,7 +42,7 @@ __all__ = [
     "SECOND",
     "V1",
     "Harnesses",
-    "Kinds",
+    "LaneCase",
     "ServerHarness",
     "WorkerHarness",
     "batch",
@@ -53,11 +54,11 @@ __all__ = [
     "works",
 ]
 
-Kinds = Literal["shm", "crowd", "tcp"]  # crowd: the shm lane to a small partition
-KINDS: list[Kinds] = ["shm", "crowd", "tcp"]
-LIMIT_S = 10.0  # for what takes no time
+LaneCase = Literal["shm", "polled", "tcp"]  # a lane's kind; polled: shm, with the server's shared poller
+LANE_CASES: list[LaneCase] = ["shm", "polled", "tcp"]
+LIMIT_S = 10.0  # seconds to wait for events that take almost no time
 NUM_PARAMETERS = 90
-PART = Partition(0, 8, 75, 60)  # odd sizes, and 7 buffers at the end
+PART = Partition(0, 8, 75, 60)  # odd sizes, with 7 buffers at the end
 V1 = Version(1, 0)
 FIRST = BatchId(0, 0, 0)
 SECOND = BatchId(0, 0, 1)
@@ -65,7 +66,7 @@ GRID = EpochGrid((50, 40), 900)
 DC_ASGD = {"correction": {"name": "dc_asgd"}}
 INT8 = {"compression": {"name": "int8"}}
 PULL = Frame(FrameKind.PULL, 0, 0, True, 1, 0)
-BIG = {"partition": Partition(0, 0, 4_000_000, 4_000_000), "num_parameters": 4_000_000}  # more than sockets hold
+BIG = {"partition": Partition(0, 0, 4_000_000, 4_000_000), "num_parameters": 4_000_000}  # more than sockets buffer
 
 Lane = ShmLane | TcpLane
 Harnesses = Callable[..., "ServerHarness"]
@@ -84,21 +85,22 @@ def exactly(stream: socket.socket, size: int) -> bytes:
 
 
 class Log(logging.Handler):
-    """The log lines of the listener."""
+    """Collects the log lines of the server's connections."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
-        self._news = Condition()
+        self._new_line = Condition()
 
     def emit(self, record: logging.LogRecord) -> None:
-        with self._news:
+        with self._new_line:
             self.lines.append(record.getMessage())
-            self._news.notify_all()
+            self._new_line.notify_all()
 
     def wait(self, pattern: str, times: int = 1) -> None:
-        with self._news:
-            found = self._news.wait_for(lambda: self.count(pattern) >= times, LIMIT_S)
+        """Wait until `times` lines match a pattern."""
+        with self._new_line:
+            found = self._new_line.wait_for(lambda: self.count(pattern) >= times, LIMIT_S)
         assert found, f"no {pattern!r} in {self.lines}"
 
     def count(self, pattern: str) -> int:
@@ -106,24 +108,28 @@ class Log(logging.Handler):
 
 
 class _Listener(Listener):
-    """Lets a test wait until nobody is served who has hung up."""
+    """Lets a test wait until connections are closed."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._left = Condition()
+        self._stream_closed = Condition()
 
     def _forget(self, stream: socket.socket) -> None:
         super()._forget(stream)
-        with self._left:
-            self._left.notify_all()
+        with self._stream_closed:
+            self._stream_closed.notify_all()
 
-    def all_gone(self) -> None:
-        with self._left:
-            assert self._left.wait_for(lambda: not self._streams, LIMIT_S)
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until a condition holds, which is tested whenever a connection was closed."""
+        with self._stream_closed:
+            assert self._stream_closed.wait_for(condition, LIMIT_S)
+
+    def wait_until_all_left(self) -> None:
+        self.wait_until(lambda: not self._streams)
 
 
 class _Host(ServerHost):
-    """Lets a test wait for pushes that arrive."""
+    """Lets a test wait until pushes arrive."""
 
     def __init__(self, server: ParameterServer) -> None:
         super().__init__(server)
@@ -135,13 +141,14 @@ class _Host(ServerHost):
 
 
 class ServerHarness:
-    """The server's side.
+    """A server, its listener, and the lanes and sockets that a test connects to it.
 
     Args:
         spec: the job.
-        partition: the server's.
-        num_parameters: of the whole weights.
-        tcp, unix: where to listen.
+        partition: partition of the server.
+        num_parameters: values of the whole weights.
+        tcp: True to listen on the network.
+        unix: True to listen on a Unix socket.
     """
 
     def __init__(
@@ -160,13 +167,14 @@ class ServerHarness:
         self.weights = randoms(0, num_parameters)[self.part]
         self.published = PublishedVector(self.size)
         self.log = Log()
-        self.errors: list[threading.ExceptHookArgs] = []  # that nobody handled
+        self.errors: list[threading.ExceptHookArgs] = []  # that were not caught in their threads
         self._lanes: list[Lane] = []
         self._sockets: list[socket.socket] = []
-        self._segment = Segment(num_parameters, 2)  # of sockets by hand
+        self._segment = Segment(num_parameters, 2)  # memory for sockets that a test uses by hand
         self._small = frames.SMALL
         self._policy = os.sched_getscheduler(0)
-        self._excepthook, threading.excepthook = threading.excepthook, self.errors.append
+        self._excepthook = threading.excepthook
+        threading.excepthook = self.errors.append
         logging.getLogger("psgd.lanes").addHandler(self.log)
         encoding = "" if spec.compression.name == "none" else spec.compression.name
         self.push_format = PushFormat(self.size, partition.num_trainable, encoding, spec.worker_options.sends_weights)
@@ -184,12 +192,12 @@ class ServerHarness:
         return listener
 
     def reference(self, published: PublishedVector | None = None) -> ParameterServer:
-        """The same server, to be called directly."""
+        """Return an equal server that a test calls directly."""
         return ParameterServer(self.spec, self.partition, self.weights, GRID, V1, published)
 
     def report(self) -> Report:
         """Return the server's report."""
-        with self.host._lock_server:
+        with self.host._server_lock:
             return self.server.report()
 
     def join(self, *workers: str) -> None:
@@ -197,12 +205,12 @@ class ServerHarness:
             self.host.join(worker)
 
     def arrived(self, pushes: int = 1) -> None:
-        """Wait until the server has them."""
+        """Wait until that many more pushes have arrived."""
         for _ in range(pushes):
             assert self.host.arrived.acquire(timeout=LIMIT_S), "no push arrived"
 
     def streams(self) -> list[socket.socket]:
-        """The server's ends of its workers' connections."""
+        """Return the server's sockets to its workers."""
         return list(self.listener._streams)
 
     def untouched(self) -> bool:
@@ -210,6 +218,7 @@ class ServerHarness:
         return self.server.version == V1 and not self.settled() and self._unchanged()
 
     def settled(self) -> int:
+        """Return the number of batches that the server has settled."""
         report = self.report()
         return sum(int(bitmap.sum()) for bitmap in report.settled.values()) + 90 * report.epochs
 
@@ -218,21 +227,22 @@ class ServerHarness:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """The server does nothing meanwhile."""
-        with self.host._lock_server:
+        """Let the server do nothing meanwhile."""
+        with self.host._server_lock:
             yield
 
     def lane(
         self,
-        kind: Kinds,
+        kind: LaneCase,
         worker: str = "worker-0",
         slots: int = 3,
         address: Address | None = None,
         timeout_s: float = LIMIT_S,
     ) -> WorkerHarness:
+        """Connect a worker."""
         segment = Segment(self.num_parameters, slots)
         lane_class: type[Lane] = TcpLane if kind == "tcp" else ShmLane
-        self._choose(kind)
+        self._set_polled(kind)
         try:
             lane = lane_class(worker, segment, self.part, self.push_format, address or self.address, timeout_s)
         finally:
@@ -240,18 +250,18 @@ class ServerHarness:
         self._lanes.append(lane)
         return WorkerHarness(self, worker, segment, lane)
 
-    def _choose(self, kind: Kinds) -> None:
-        """Choose the server of the next connections: a thread for each, or the shared poller."""
-        frames.SMALL = self._small if kind == "crowd" else 0
+    def _set_polled(self, kind: LaneCase) -> None:
+        """Let the server serve the next connections with its shared poller, or each with a thread of its own."""
+        frames.SMALL = self._small if kind == "polled" else 0
 
     def forget(self, client: WorkerHarness) -> None:
-        """Its lane is closed."""
+        """Do not close a worker's lane again at the end."""
         self._lanes.remove(client.lane)
 
-    def unconnected(self, kind: Kinds) -> socket.socket:
-        """A socket that is to be connected."""
+    def unconnected(self, kind: LaneCase) -> socket.socket:
+        """Return a socket that is not connected yet."""
         stream = socket.socket(socket.AF_INET if kind == "tcp" else socket.AF_UNIX, socket.SOCK_STREAM)
-        self._choose(kind)
+        self._set_polled(kind)
         self._sockets.append(stream)
         stream.settimeout(LIMIT_S)
         return stream
@@ -260,32 +270,32 @@ class ServerHarness:
         of_unix = stream.family == socket.AF_UNIX
         stream.connect(f"\0{self.listener.path}" if of_unix else ("127.0.0.1", self.listener.port))
 
-    def connected(self, kind: Kinds) -> socket.socket:
-        """A socket on which nothing was said yet."""
+    def connected(self, kind: LaneCase) -> socket.socket:
+        """Return a connected socket on which nothing was sent yet."""
         stream = self.unconnected(kind)
         self.connect(stream)
         return stream
 
-    def hello(self, kind: Kinds, **changes: Any) -> Hello:
+    def hello(self, kind: LaneCase, **changes: Any) -> Hello:
         hello = Hello.new(1, self.num_parameters, 2, kind != "tcp", "by-hand")
         return hello._replace(**changes)
 
-    def greeted(self, kind: Kinds, **changes: Any) -> socket.socket:
-        """A socket on which a hello was sent, with these changes."""
+    def greeted(self, kind: LaneCase, **changes: Any) -> socket.socket:
+        """Return a connected socket on which a hello with these changes was sent."""
         stream = self.connected(kind)
         self.greet(stream, kind, **changes)
         return stream
 
-    def greet(self, stream: socket.socket, kind: Kinds, **changes: Any) -> None:
+    def greet(self, stream: socket.socket, kind: LaneCase, **changes: Any) -> None:
         greeting = Greeting.unpack(exactly(stream, GREETING_SIZE))
         stream.sendall(self.hello(kind, **changes).pack(self.listener.key, greeting))
 
-    def shaken(self, kind: Kinds) -> socket.socket:
-        """A socket on which frames may be sent."""
+    def shaken(self, kind: LaneCase) -> socket.socket:
+        """Return a connected socket on which frames may be sent."""
         (stream,) = self.all_shaken(kind, 1)
         return stream
 
-    def all_shaken(self, kind: Kinds, count: int) -> list[socket.socket]:
+    def all_shaken(self, kind: LaneCase, count: int) -> list[socket.socket]:
         """Return `count` connections whose handshakes ran at the same time."""
         streams = [self.connected(kind) for _ in range(count)]
         for stream in streams:
@@ -296,7 +306,7 @@ class ServerHarness:
             assert [stream.recv(1) for stream in streams] == [b"\0"] * count
         return streams
 
-    def finish(self, stream: socket.socket, kind: Kinds) -> None:
+    def finish(self, stream: socket.socket, kind: LaneCase) -> None:
         """Finish a handshake after the hello."""
         if kind == "tcp":
             exactly(stream, WELCOME_SIZE)
@@ -307,14 +317,14 @@ class ServerHarness:
         socket.send_fds(stream, [b"\0"], [self._segment.file])
 
     def close(self) -> None:
-        """All of it, within the limit; nothing of the loop's may be left."""
+        """Close everything, and check that the server forgets all connections in time."""
         os.sched_setscheduler(0, self._policy, os.sched_param(0))  # a lane may have changed it
         for lane in self._lanes:
             lane.close()
         for stream in self._sockets:
             stream.close()
         self.listener.close()
-        self.listener.all_gone()
+        self.listener.wait_until_all_left()
         frames.SMALL = self._small
         threading.excepthook = self._excepthook
         self.published.close()
@@ -323,7 +333,7 @@ class ServerHarness:
 
 
 class WorkerHarness:
-    """A worker's side: its lane, its memory, and gradients made as `Worker` makes them."""
+    """A worker: its lane, its memory, and gradients made as `Worker` makes them."""
 
     def __init__(self, harness: ServerHarness, worker: str, segment: Segment, lane: Lane) -> None:
         self.worker = worker
@@ -338,7 +348,7 @@ class WorkerHarness:
         self._trainable = trainable
 
     def weights(self, slot: int) -> FloatArray:
-        """The partition's, as they lie in the slot."""
+        """Return the partition's weights in a slot."""
         return self.segment.slots[slot].weights[self._harness.part]
 
     def gradient(self, slot: int, batch: BatchId, read: Version, seed: int = 1) -> Gradient:
@@ -348,18 +358,18 @@ class WorkerHarness:
         norm = gradient_norm(values, self._trainable)
         _, gradient, _ = sender.gradients(batch, 10, [read] * 3, values, weights, 0.5, norm, 0.01)
         sender.settle([])
-        return gradient._replace(others=())  # the stage has one partition, cut out of the weights for its odd sizes
+        return gradient._replace(others=())  # the harness has only one of the three partitions
 
 
 def header(harness: ServerHarness, **changes: Any) -> Frame:
-    """Of a push that is taken, but for the changes."""
+    """Return the header of a push that the server would accept, but with these changes."""
     size = harness.push_format.sizes(shared=False)[-1]
     frame = Frame(FrameKind.PUSH, 0, 0, False, 1, size, FIRST, 10, V1, 0.5, 1.0, 0.01, number=1)
     return frame._replace(**changes)
 
 
 def closed(stream: socket.socket) -> bool:
-    """Return True if the other end closes the connection within the limit, whatever it sends before."""
+    """Return True if the other end closes the connection in time, whatever it sends before."""
     with suppress(ConnectionResetError, BrokenPipeError):
         while stream.recv(2**20):
             pass
@@ -370,8 +380,8 @@ def batch(position: int) -> BatchId:
     return GRID.batch(0, position)
 
 
-def works(harness: ServerHarness, position: int = 0, kind: Kinds = "shm") -> None:
-    """A worker comes, and its push is applied."""
+def works(harness: ServerHarness, position: int = 0, kind: LaneCase = "shm") -> None:
+    """Check that a new worker can connect and that its push is applied."""
     client = harness.lane(kind, "worker-7")
     read = client.lane.pull(0, LIMIT_S)
     receipt = client.lane.push(client.gradient(0, batch(position), read), 0, wants=True).receipt(LIMIT_S)
@@ -380,10 +390,10 @@ def works(harness: ServerHarness, position: int = 0, kind: Kinds = "shm") -> Non
 
 
 def open_files() -> set[tuple[int, int]]:
-    """Return the open files of this process as (descriptor, inode)."""
+    """Return the open files of this process as (device, inode)."""
     found = set()
     for file in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
-        with suppress(OSError):  # the listing's own
+        with suppress(OSError):  # the descriptor of the listing itself
             status = os.fstat(file)
             found.add((status.st_dev, status.st_ino))
     return found

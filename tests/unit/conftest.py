@@ -12,7 +12,7 @@ from tests.support.server_harness import Harnesses, ServerHarness
 
 @pytest.fixture
 def harnesses() -> Iterator[Harnesses]:
-    """Servers; after the test nothing of them is left, and no error of theirs went by unhandled."""
+    """Return a function that starts a server. After the test, check that no thread and no uncaught error is left."""
     opened: list[ServerHarness] = []
 
     def harness(mode: str = "async", workers: int = 1, sections: Any = None, **options: Any) -> ServerHarness:

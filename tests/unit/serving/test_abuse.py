@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from psgd.serving import listener as listener_module
-from psgd.serving import poller as poller
+from psgd.serving import poller
 from psgd_workers.errors import ServerGoneError, SharedMemoryError
 from psgd_workers.messages import Outcome, Version
 from psgd_workers.transport import memory
@@ -30,12 +30,12 @@ from tests.support.server_harness import (
     BIG,
     FIRST,
     INT8,
-    KINDS,
+    LANE_CASES,
     LIMIT_S,
     PULL,
     V1,
     Harnesses,
-    Kinds,
+    LaneCase,
     batch,
     closed,
     exactly,
@@ -44,15 +44,15 @@ from tests.support.server_harness import (
 )
 
 if not memory.has_shared_memory():
-    pytest.skip("needs Linux' nameless shared memory", allow_module_level=True)
+    pytest.skip("needs Linux' anonymous shared memory", allow_module_level=True)
 
 
 QUESTION = PULL._replace(kind=FrameKind.ASK, slot=1, wants=False)
-CROWD = 50
+NUM_STREAMS = 50  # connections at the same time
 
 
 def mutated(rng: np.random.Generator, frame: Frame, number: int) -> bytes:
-    """A damaged header; every other one has the right checksum."""
+    """Return a damaged header; the checksum is right if `number` is odd."""
     data = bytearray(frame.pack())
     for _ in range(rng.integers(1, 4)):
         place = int(rng.integers(HEADER_SIZE))
@@ -62,23 +62,23 @@ def mutated(rng: np.random.Generator, frame: Frame, number: int) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_damaged_frames_change_nothing_and_stop_nobody(harnesses: Harnesses, kind: Kinds) -> None:
-    """The undamaged push is refused, as not finite and read elsewhere, so that no damage may have it applied."""
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_damaged_frames_change_nothing_and_stop_nobody(harnesses: Harnesses, kind: LaneCase) -> None:
+    """The undamaged push is refused: it is not finite and of another version. So no damage can get it applied."""
     harness = harnesses()
     push = header(harness, payload=harness.push_format.sizes(kind != "tcp")[-1], norm=nan, version=Version(99, 9))
     rng = np.random.default_rng(0)
-    streams = harness.all_shaken(kind, CROWD)
+    streams = harness.all_shaken(kind, NUM_STREAMS)
     dropped = 0
-    for turn in range(1000 // CROWD):
+    for turn in range(1000 // NUM_STREAMS):
         for number, stream in enumerate(streams):
             frame = (push, PULL, PULL._replace(kind=FrameKind.ASK, wants=False))[(turn + number) % 3]
             with suppress(ConnectionResetError, BrokenPipeError):
                 stream.sendall(mutated(rng, frame, number) + bytes(frame.payload))
                 stream.sendall(QUESTION.pack())
         streams = [stream for stream in streams if is_answered(stream)]
-        dropped += CROWD - len(streams)
-        streams += harness.all_shaken(kind, CROWD - len(streams))
+        dropped += NUM_STREAMS - len(streams)
+        streams += harness.all_shaken(kind, NUM_STREAMS - len(streams))
     assert dropped > 400
     harness.log.wait("the connection of by-hand was closed", times=dropped)
     assert harness.untouched()
@@ -86,7 +86,7 @@ def test_damaged_frames_change_nothing_and_stop_nobody(harnesses: Harnesses, kin
 
 
 def is_answered(stream: socket.socket) -> bool:
-    """Whether a connection still tells the version, after other things that were asked."""
+    """Return True if a connection still answers with the version, after the answers to earlier requests."""
     with suppress(ConnectionResetError, BrokenPipeError):
         while answer := exactly(stream, HEADER_SIZE):
             frame = Frame.unpack(answer)
@@ -98,7 +98,7 @@ def is_answered(stream: socket.socket) -> bool:
     return False
 
 
-# Workers that die, are slow or too many
+# Workers that die, are slow, or are too many
 
 
 KILLED = """
@@ -110,9 +110,9 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize(("kind", "sections"), [("tcp", {}), ("tcp", INT8), ("shm", INT8), ("crowd", INT8)])
+@pytest.mark.parametrize(("kind", "sections"), [("tcp", {}), ("tcp", INT8), ("shm", INT8), ("polled", INT8)])
 def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
-    harnesses: Harnesses, kind: Kinds, sections: Any
+    harnesses: Harnesses, kind: LaneCase, sections: Any
 ) -> None:
     harness = harnesses(sections=sections)
     stream = harness.shaken(kind)
@@ -122,48 +122,48 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, pass_fds=[stream.fileno()], **pipes) as worker:
         assert worker.stdout is not None
-        stream.close()  # the other process' is the only one now
+        stream.close()  # now only the other process has the socket
         assert select.select([worker.stdout], [], [], 2 * LIMIT_S)[0]
         assert len(harness.streams()) == 1
         worker.send_signal(signal.SIGKILL)
         assert worker.wait(LIMIT_S) == -signal.SIGKILL
-    harness.log.wait("the connection of by-hand was closed: it hung up in the middle of a frame")
-    harness.listener.all_gone()
+    harness.log.wait("the connection of by-hand was closed: the worker closed it in the middle of a frame")
+    harness.listener.wait_until_all_left()
     assert harness.streams() == []
     assert harness.untouched()
     works(harness, kind=kind)
 
 
-def test_a_worker_that_sends_half_a_frame_keeps_nobody_of_its_crowd_waiting(
+def test_a_worker_that_sends_half_a_frame_keeps_no_other_polled_worker_waiting(
     monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
 ) -> None:
     monkeypatch.setattr(poller, "FRAME_S", 0.05)
     harness = harnesses()
-    stream = harness.shaken("crowd")
+    stream = harness.shaken("polled")
     stream.sendall(header(harness, payload=0).pack()[:-1])
     assert closed(stream)
     harness.log.wait("the connection of by-hand was closed: .*temporarily unavailable")
-    works(harness, kind="crowd")
+    works(harness, kind="polled")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LANE_CASES)
 def test_who_pushes_to_a_server_that_fails_does_not_wait(
-    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: LaneCase
 ) -> None:
     harness = harnesses()
-    crews = [harness.lane(kind, worker) for worker in ("worker-0", "worker-1")]
+    clients = [harness.lane(kind, worker) for worker in ("worker-0", "worker-1")]
 
     def breaks(*arguments: Any) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(harness.server._optimizer, "step", breaks)
-    for position, client in enumerate(crews):
+    for position, client in enumerate(clients):
         with pytest.raises(ServerGoneError, match="the server is gone"):
             client.lane.push(client.gradient(0, batch(position), V1), 0, wants=False).receipt(LIMIT_S)
-        harness.log.wait(f"the connection of {client.worker} was closed by the server's own fault")
+        harness.log.wait(f"the connection of {client.worker} was closed because of a fault in the server")
 
 
-def test_who_finds_no_room_in_the_crowd_has_a_thread_of_its_own(
+def test_a_worker_that_cannot_be_polled_has_a_thread_of_its_own(
     monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
 ) -> None:
     class Full:
@@ -178,20 +178,20 @@ def test_who_finds_no_room_in_the_crowd_has_a_thread_of_its_own(
         self._watched, self._poll = self._poll, Full()  # type: ignore[attr-defined, assignment]
 
     def run(self: poller.SharedPoller) -> None:
-        """Of nobody."""
+        """Serve no connection."""
 
     monkeypatch.setattr(poller.SharedPoller, "__init__", make)
     monkeypatch.setattr(poller.SharedPoller, "run", run)
-    worker = harness.lane("crowd")
+    worker = harness.lane("polled")
     harness.log.wait("a worker is served by a thread of its own: no room")
     (served,) = harness.streams()
-    assert served.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO) == 0, "it may be silent as long as it computes"
+    assert served.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO) == 0, "a worker may be silent while it computes"
     assert worker.lane.pull(0, LIMIT_S) == V1
     receipt = worker.lane.push(worker.gradient(0, FIRST, V1), 0, wants=True).receipt(LIMIT_S)
     assert receipt.outcome is Outcome.APPLIED
 
 
-def test_a_crowd_that_fails_keeps_nobody_waiting_and_who_comes_later_has_a_thread_of_its_own(
+def test_a_poller_that_fails_keeps_nobody_waiting_and_later_workers_have_threads_of_their_own(
     harnesses: Harnesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Breaking:
@@ -215,19 +215,19 @@ def test_a_crowd_that_fails_keeps_nobody_waiting_and_who_comes_later_has_a_threa
     epoll = select.epoll
     monkeypatch.setattr("psgd.serving.poller.select.epoll", Breaking)
     harness = harnesses()
-    crews = [harness.lane("crowd", worker) for worker in ("worker-0", "worker-1")]
-    for number, client in enumerate(crews):  # from here on both are in the crowd
+    clients = [harness.lane("polled", worker) for worker in ("worker-0", "worker-1")]
+    for number, client in enumerate(clients):  # from here on both are polled
         client.lane.push(client.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
     served = harness.listener._poller
     assert served is not None
     served._poll.armed = True  # type: ignore[attr-defined]
-    receipt = crews[0].lane.push(crews[0].gradient(0, batch(2), V1), 0, wants=False).receipt(LIMIT_S)
-    assert receipt.outcome is Outcome.APPLIED, "what was taken is answered"
+    receipt = clients[0].lane.push(clients[0].gradient(0, batch(2), V1), 0, wants=False).receipt(LIMIT_S)
+    assert receipt.outcome is Outcome.APPLIED, "a push that was taken is answered"
     harness.log.wait("all connections with small pushes were closed: the server's polling thread failed")
-    for client in crews:
+    for client in clients:
         with pytest.raises(ServerGoneError, match="the server is gone"):
             client.lane.push(client.gradient(0, batch(3), V1), 0, wants=False).receipt(LIMIT_S)
-    works(harness, 5, kind="crowd")
+    works(harness, 5, kind="polled")
     harness.log.wait("a worker is served by a thread of its own: the polling thread has ended")
 
 
@@ -239,17 +239,17 @@ def test_a_worker_that_does_not_read_its_weights_keeps_nobody_waiting(harnesses:
     works(harness, 1, "shm")
     answer = Frame.unpack(exactly(slow, HEADER_SIZE))
     assert (answer.kind, answer.version, answer.payload) == (FrameKind.WEIGHTS, V1, 4 * harness.size)
-    assert exactly(slow, answer.payload) == harness.weights.tobytes(), "as they were when it asked"
+    assert exactly(slow, answer.payload) == harness.weights.tobytes(), "the weights are those of the request's time"
 
 
 def test_a_worker_that_asks_and_never_reads_is_dropped(harnesses: Harnesses) -> None:
     harness = harnesses(**BIG)
-    greedy = harness.shaken("tcp")
+    never_reads = harness.shaken("tcp")
     other = harness.lane("tcp")
     with suppress(ConnectionResetError, BrokenPipeError):
         for _ in range(100):
-            greedy.sendall(PULL.pack())
-    harness.log.wait("by-hand was closed: it asks for more and does not read what it is answered")
+            never_reads.sendall(PULL.pack())
+    harness.log.wait("by-hand was closed: the worker sends requests but does not read the answers")
     assert other.lane.pull(0, LIMIT_S) == V1
 
 
@@ -262,7 +262,7 @@ def test_a_worker_that_reads_late_but_all_may_have_all_its_slots_answered(harnes
     assert is_answered(late)
 
 
-def test_silent_peers_in_the_network_do_not_keep_workers_of_this_machine_out(
+def test_silent_connections_from_the_network_do_not_keep_workers_of_this_machine_out(
     monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
 ) -> None:
     monkeypatch.setattr(listener_module, "HANDSHAKES", 3)
@@ -278,25 +278,25 @@ def test_silent_peers_in_the_network_do_not_keep_workers_of_this_machine_out(
     works(harness, 1, "tcp")
 
 
-def test_a_crowd_of_silent_peers_is_dropped_and_workers_get_in(
+def test_many_silent_connections_are_closed_and_workers_get_in(
     monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
 ) -> None:
     monkeypatch.setattr(listener_module, "HANDSHAKES", 20)
     monkeypatch.setattr(listener_module, "HANDSHAKE_S", 0.1)
     harness = harnesses()
     silent = [harness.connected("tcp") for _ in range(60)]
-    harness.log.wait("did not finish its handshake within 0.1 s", times=50)
-    monkeypatch.setattr(listener_module, "HANDSHAKE_S", LIMIT_S)  # the worker is not hurried
+    harness.log.wait("handshake was not finished within 0.1 s", times=50)
+    monkeypatch.setattr(listener_module, "HANDSHAKE_S", LIMIT_S)  # the worker has enough time
     works(harness, 0, "tcp")
     assert all(map(closed, silent[:50]))
 
 
 @contextmanager
 def no_more_files() -> Iterator[None]:
-    """This process can open nothing meanwhile."""
+    """Take all file descriptors that this process may open."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
-    gc.collect()  # what earlier tests have left is not to be closed meanwhile
+    gc.collect()  # so that no file of an earlier test is closed meanwhile
     gc.disable()
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, limits[1]))  # noqa: PTH208
     try:
@@ -311,9 +311,9 @@ def no_more_files() -> Iterator[None]:
         gc.enable()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LANE_CASES)
 def test_a_server_without_descriptors_goes_on_and_takes_workers_when_it_has_some(
-    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: LaneCase
 ) -> None:
     monkeypatch.setattr(listener_module, "RETRY_S", 0.05)
     harness = harnesses()
@@ -332,16 +332,16 @@ def test_a_server_without_descriptors_goes_on_and_takes_workers_when_it_has_some
     assert len(exactly(waiting, GREETING_SIZE)) == GREETING_SIZE
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LANE_CASES)
 def test_a_server_without_threads_takes_workers_when_it_has_some(
-    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: LaneCase
 ) -> None:
     monkeypatch.setattr(listener_module, "RETRY_S", 0.05)
     harness = harnesses()
     starts = Thread.start
 
     def fails_twice(thread: Thread) -> None:
-        if thread.name == "psgd-peer" and harness.log.count("cannot accept a worker: can't start new thread") < 2:
+        if thread.name == "psgd-connection" and harness.log.count("cannot accept a worker: can't start new thread") < 2:
             raise RuntimeError("can't start new thread")
         starts(thread)
 
@@ -358,7 +358,7 @@ def test_a_server_that_cannot_take_a_workers_memory_drops_it(harnesses: Harnesse
     with no_more_files():
         socket.send_fds(stream, [b"\0"], [file])
         assert closed(stream)
-    harness.log.wait("it passed 0 descriptors of its memory")
+    harness.log.wait("the worker passed 0 descriptors of its memory")
     os.close(file)
     works(harness)
 

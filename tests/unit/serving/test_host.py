@@ -26,7 +26,7 @@ SECOND = BatchId(0, 0, 1)
 
 
 def hosting(test: Callable[[ServerHost], Coroutine[Any, Any, None]], mode: str = "async") -> None:
-    """Run that with a server; in lock-step, of two workers that have leases."""
+    """Run a test with the host of a server whose two workers have leases."""
 
     async def run() -> None:
         spec = job(mode, 2)
@@ -40,7 +40,7 @@ def hosting(test: Callable[[ServerHost], Coroutine[Any, Any, None]], mode: str =
 
 
 def ignore(receipt: Receipt) -> None:
-    """Nobody waits."""
+    """Ignore the receipt."""
 
 
 def fill_epoch(host: ServerHost) -> None:
@@ -190,14 +190,14 @@ def test_nor_of_a_reply_that_fails_after_the_step(kind: type[Exception]) -> None
 
 
 def test_a_server_that_fails_in_the_middle_of_a_step_is_called_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of its weights are a step further than the others: only a restored one knows what it contains."""
+    """Half of its weights may be a step ahead of the others: it cannot know which batches they contain."""
 
     async def test(host: ServerHost) -> None:
         monkeypatch.setattr(host.server._optimizer, "step", breaks)
         with pytest.raises(MemoryError):
             host.push(push(FIRST, V0), ignore)
         monkeypatch.undo()
-        told = "this server failed in the middle of a call: MemoryError: no room; its log says more"
+        told = "this server failed in the middle of a call: MemoryError: no room; its log has the details"
         with pytest.raises(RunError, match=told):
             host.push(push(SECOND, V0), ignore)
         with pytest.raises(RunError, match=told):
@@ -234,7 +234,7 @@ def test_what_sends_a_receipt_holds_up_nobody() -> None:
 
 @pytest.fixture
 def restless() -> Iterator[None]:
-    """Threads that take turns as often as they can."""
+    """Let the interpreter switch threads as often as it can."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -243,7 +243,7 @@ def restless() -> Iterator[None]:
 
 @pytest.mark.usefixtures("restless")
 def test_threads_that_push_at_once_are_served_one_after_the_other() -> None:
-    """Every batch once, and no step lost: the weights are then what one thread would have made."""
+    """Every batch is applied once and no step is lost: the weights are those that one thread would have made."""
     given: list[Receipt] = []
     grid = EpochGrid((2000,), 2000)
     size = 1000
@@ -257,7 +257,7 @@ def test_threads_that_push_at_once_are_served_one_after_the_other() -> None:
         for position in positions:
             read = host.pull(into)
             worker = f"worker-{number}"
-            assert (into == into[0]).all(), "in the middle of a step"
+            assert (into == into[0]).all(), "these weights are of two versions"
             gradient = push(grid.batch(0, position), read, worker=worker, values=ones)
             host.push(gradient, given.append)
 
@@ -289,7 +289,7 @@ def test_a_snapshot_waits_until_the_round_closes() -> None:
         await asyncio.sleep(0)
         assert not snapshot.done()
         host.push(push(SECOND, V0, worker="worker-1"), ignore)
-        host.push(push(BatchId(0, 0, 2), Version(1, 1)), ignore)  # the next round is open before anybody looks
+        host.push(push(BatchId(0, 0, 2), Version(1, 1)), ignore)  # the next round opens before the snapshot is awaited
         state, records = await snapshot
         assert state.metadata["version"] == [1, 1]
         assert state.arrays["weights"].tolist() == pytest.approx((START - np.float32(0.1)).tolist())
@@ -301,7 +301,7 @@ def test_a_snapshot_waits_until_the_round_closes() -> None:
 def test_a_snapshot_of_a_round_that_does_not_close_is_given_up_and_the_journal_goes_on() -> None:
     async def test(host: ServerHost) -> None:
         host.push(push(FIRST, V0), ignore)
-        with pytest.raises(StorageError, match=r"no round closed within 0\.01 s, and half a round is no state"):
+        with pytest.raises(StorageError, match=r"no round closed within 0\.01 s, and the state within a round cannot"):
             await host.snapshot(0.01)
         host.push(push(SECOND, V0, worker="worker-1"), ignore)
         _, records = await host.snapshot(LIMIT_S)
@@ -312,7 +312,7 @@ def test_a_snapshot_of_a_round_that_does_not_close_is_given_up_and_the_journal_g
 
 @pytest.mark.parametrize("hops", range(6))
 def test_a_round_that_closes_as_time_runs_out_is_in_one_journal_or_the_next(hops: int) -> None:
-    """The loop comes round that often between the time limit and the push that closes the round."""
+    """The event loop runs `hops` times between the time limit and the push that closes the round."""
     given: list[Receipt] = []
 
     async def test(host: ServerHost) -> None:

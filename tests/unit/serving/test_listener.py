@@ -22,13 +22,13 @@ from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind
 from psgd_workers.transport.handshake import GREETING_SIZE, HELLO_SIZE, WELCOME_SIZE, Greeting
 from tests.support.server_harness import (
     FIRST,
-    KINDS,
+    LANE_CASES,
     LIMIT_S,
     PART,
     PULL,
     V1,
     Harnesses,
-    Kinds,
+    LaneCase,
     ServerHarness,
     batch,
     closed,
@@ -39,57 +39,57 @@ from tests.support.server_harness import (
 )
 
 if not memory.has_shared_memory():
-    pytest.skip("needs Linux' nameless shared memory", allow_module_level=True)
+    pytest.skip("needs Linux' anonymous shared memory", allow_module_level=True)
 
 
 # Handshakes
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_without_the_key_is_dropped(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_a_worker_without_the_key_is_dropped(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
-    with pytest.raises(ServerGoneError, match="closed the connection; its log says why"):
+    with pytest.raises(ServerGoneError, match="closed the connection; the server's log says why"):
         harness.lane(kind, address=harness.address._replace(key=bytes(32)))
-    harness.log.wait("dropped in its handshake: a peer without this run's key")
+    harness.log.wait("closed in its handshake: the worker does not have this run's key")
     works(harness, kind=kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LANE_CASES)
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"incarnation": 2}, "expects incarnation, values, sharing 2, 90, .* in 2 slots; here they are .1, 90"),
+        ({"incarnation": 2}, "has 2 slots and .incarnation, values, shared. = .2, 90, .*; expected 1 to 8 and .1, 90"),
         ({"num_parameters": 91}, "1, 91"),
         ({"num_parameters": 2**60}, f"1, {2**60}"),
-        ({"slots": 0}, "in 0 slots"),
-        ({"slots": 9}, "in 9 slots; .* slots 1 to 8"),
+        ({"slots": 0}, "has 0 slots"),
+        ({"slots": 9}, "has 9 slots .* expected 1 to 8"),
     ],
 )
 def test_a_worker_of_another_job_or_server_is_dropped(
-    harnesses: Harnesses, kind: Kinds, changes: dict[str, int], reason: str
+    harnesses: Harnesses, kind: LaneCase, changes: dict[str, int], reason: str
 ) -> None:
     harness = harnesses()
     assert closed(harness.greeted(kind, **changes))
-    harness.log.wait(f"dropped in its handshake: by-hand .*{reason}")
+    harness.log.wait(f"closed in its handshake: by-hand .*{reason}")
     works(harness, kind=kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_who_shares_memory_comes_by_the_unix_socket_and_nobody_else(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_who_shares_memory_comes_by_the_unix_socket_and_nobody_else(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
     assert closed(harness.greeted(kind, shared=kind == "tcp"))
-    harness.log.wait("dropped in its handshake: by-hand expects")
+    harness.log.wait("closed in its handshake: by-hand has 2 slots")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_hello_that_was_overheard_opens_nothing(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_a_hello_that_was_overheard_opens_nothing(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
     greeting = Greeting.unpack(exactly(harness.connected(kind), GREETING_SIZE))
     overheard = harness.hello(kind).pack(harness.listener.key, greeting)
     thief = harness.connected(kind)
     thief.sendall(overheard)
     assert closed(thief)
-    harness.log.wait("a peer without this run's key")
+    harness.log.wait("the worker does not have this run's key")
 
 
 def test_a_name_that_is_no_text_is_dropped(harnesses: Harnesses, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,27 +105,27 @@ def test_a_name_that_is_no_text_is_dropped(harnesses: Harnesses, monkeypatch: py
 
     stream.sendall(harness.hello("tcp", worker=Bytes()).pack(harness.listener.key, greeting))
     assert closed(stream)
-    harness.log.wait("dropped in its handshake: 'utf-8' codec")
+    harness.log.wait("closed in its handshake: 'utf-8' codec")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LANE_CASES)
 @pytest.mark.parametrize("bytes_sent", [0, 1, HELLO_SIZE - 1])
 def test_who_falls_silent_in_the_handshake_is_dropped(
-    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds, bytes_sent: int
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: LaneCase, bytes_sent: int
 ) -> None:
     monkeypatch.setattr(listener_module, "HANDSHAKE_S", 0.1)
     harness = harnesses()
     stream = harness.connected(kind)
     stream.sendall(bytes(bytes_sent))
     assert closed(stream)
-    harness.log.wait("a peer was dropped: it did not finish its handshake within 0.1 s")
+    harness.log.wait("a new connection was closed: its handshake was not finished within 0.1 s")
 
 
 def test_who_does_not_pass_its_memory_is_dropped(monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses) -> None:
     monkeypatch.setattr(listener_module, "HANDSHAKE_S", 0.1)
     harness = harnesses()
     assert closed(harness.greeted("shm"))
-    harness.log.wait("did not finish its handshake within 0.1 s")
+    harness.log.wait("handshake was not finished within 0.1 s")
 
 
 def no_file(harness: ServerHarness) -> list[int]:
@@ -151,11 +151,11 @@ def memory_of(slots: int, more: int = 0, seals: int = fcntl.F_SEAL_SHRINK) -> Ca
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        (no_file, "it passed 0 descriptors of its memory, expected 1"),
+        (no_file, "the worker passed 0 descriptors of its memory, expected 1"),
         (a_pipe, "is no shared memory"),
-        (memory_of(3), "shared memory of 24576 bytes came.*; expected 16384"),
-        (memory_of(2, more=-1), "shared memory of 16383 bytes came"),
-        (memory_of(2, seals=0), "seals 0x0; expected 16384 bytes, sealed in size"),
+        (memory_of(3), "shared memory of 24576 bytes with.*; expected 16384"),
+        (memory_of(2, more=-1), "shared memory of 16383 bytes with"),
+        (memory_of(2, seals=0), "seals 0x0 was passed; expected 16384 bytes, sealed in size"),
         (memory_of(2, seals=fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE), "cannot be mapped"),
     ],
 )
@@ -170,7 +170,7 @@ def test_memory_that_is_none_is_refused(
     passed = files(harness)
     socket.send_fds(stream, [b"\0"], passed)
     assert closed(stream)
-    harness.log.wait(f"dropped in its handshake: .*{reason}")
+    harness.log.wait(f"closed in its handshake: .*{reason}")
     stream.close()
     for file in (its, *passed):
         os.close(file)
@@ -182,7 +182,7 @@ def test_memory_that_is_none_is_refused(
 
 
 def broken(frame: Frame, place: int, value: int) -> bytes:
-    """With another byte, and the right checksum."""
+    """Return the header with another byte, and with the right checksum."""
     fields = bytearray(frame.pack()[: HEADER_SIZE - 4])
     fields[place] = value
     return bytes(fields) + struct.pack("<I", crc32(fields))
@@ -190,17 +190,17 @@ def broken(frame: Frame, place: int, value: int) -> bytes:
 
 BAD_FRAMES: dict[str, tuple[Callable[[ServerHarness, Frame], bytes], str]] = {
     "garbage": (lambda harness, push: b"GET / HTTP/1.1\r\n".ljust(HEADER_SIZE), "begins with b'GET '"),
-    "checksum": (lambda harness, push: push.pack()[:-1] + b"\0", "checksum"),
+    "checksum": (lambda harness, push: push.pack()[:-1] + b"\0", "checksum of a frame's header is wrong"),
     "format": (lambda harness, push: broken(push, 4, 2), "format 2"),
     "unknown kind": (lambda harness, push: broken(push, 5, 9), "of kind 9"),
     "receipt": (
         lambda harness, push: push._replace(kind=FrameKind.RECEIPT).pack(),
-        "RECEIPT with .* which no worker sends",
+        "no worker sends a frame RECEIPT with",
     ),
     "weights": (lambda harness, push: push._replace(kind=FrameKind.WEIGHTS).pack(), "WEIGHTS with"),
     "full pull": (lambda harness, push: PULL._replace(payload=4).pack() + bytes(4), "PULL with 4 bytes of payload"),
     "full ask": (lambda harness, push: PULL._replace(kind=FrameKind.ASK, payload=2**63).pack(), "ASK with"),
-    "incarnation": (lambda harness, push: push._replace(incarnation=2).pack(), "for incarnation 2, and this is 1"),
+    "incarnation": (lambda harness, push: push._replace(incarnation=2).pack(), "2, and this server is 1"),
     "slot": (lambda harness, push: push._replace(slot=2).pack(), "from slot 2, which does not exist"),
     "slot of ask": (lambda harness, push: PULL._replace(kind=FrameKind.ASK, slot=255).pack(), "from slot 255"),
     "code": (lambda harness, push: push._replace(code=3).pack(), "values of code 3, expected 0"),
@@ -228,10 +228,10 @@ BAD_FRAMES: dict[str, tuple[Callable[[ServerHarness, Frame], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LANE_CASES)
 @pytest.mark.parametrize("name", BAD_FRAMES)
 def test_what_no_worker_sends_ends_its_connection_and_changes_nothing(
-    harnesses: Harnesses, kind: Kinds, name: str
+    harnesses: Harnesses, kind: LaneCase, name: str
 ) -> None:
     harness = harnesses()
     other = harness.lane(kind)
@@ -239,7 +239,7 @@ def test_what_no_worker_sends_ends_its_connection_and_changes_nothing(
     (make, reason) = BAD_FRAMES[name]
     push = header(harness, payload=harness.push_format.sizes(kind != "tcp")[-1])
     stream.sendall(make(harness, push))
-    with suppress(ConnectionResetError, BrokenPipeError):  # the header alone may have ended it
+    with suppress(ConnectionResetError, BrokenPipeError):  # the server may have closed it after the header
         stream.sendall(bytes(push.payload))
     assert closed(stream)
     harness.log.wait(f"the connection of by-hand was closed: .*{reason}")
@@ -249,9 +249,11 @@ def test_what_no_worker_sends_ends_its_connection_and_changes_nothing(
     assert receipt.outcome is Outcome.APPLIED
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LANE_CASES)
 @pytest.mark.parametrize("again", [FrameKind.PUSH, FrameKind.PULL])
-def test_a_slot_whose_receipt_is_not_given_takes_nothing(harnesses: Harnesses, kind: Kinds, again: FrameKind) -> None:
+def test_a_slot_whose_receipt_is_not_given_takes_nothing(
+    harnesses: Harnesses, kind: LaneCase, again: FrameKind
+) -> None:
     harness = harnesses("bsp", 2)
     harness.join("by-hand", "worker-0")
     stream = harness.shaken(kind)
@@ -261,31 +263,31 @@ def test_a_slot_whose_receipt_is_not_given_takes_nothing(harnesses: Harnesses, k
     size = push.payload if again is FrameKind.PUSH else 0
     stream.sendall(push._replace(kind=again, batch=batch(1), payload=size).pack())
     assert closed(stream)
-    harness.log.wait("from slot 0, which does not exist, or whose receipt is not given")
-    assert harness.untouched() is False, "what was pushed before is kept"
+    harness.log.wait("from slot 0, which does not exist or still waits for a receipt")
+    assert harness.untouched() is False, "the earlier push is kept"
     assert harness.settled() == 1
     other = harness.lane(kind)
     receipt = other.lane.push(other.gradient(0, batch(2), V1), 0, wants=True).receipt(LIMIT_S)
     assert (receipt.outcome, receipt.version) == (Outcome.APPLIED, Version(1, 1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LANE_CASES)
 @pytest.mark.parametrize(
     ("lengths", "arrays", "reason"),
     [
         ((3, 4), [1, 2, 3, 0, 0, 0, 0, 0], "3 indices for 4 values"),
-        ((2, 2), [2, 1, 0, 0], "indices are not strictly ascending"),
-        ((2, 2), [1, 1, 0, 0], "indices are not strictly ascending"),
+        ((2, 2), [2, 1, 0, 0], "not strictly ascending"),
+        ((2, 2), [1, 1, 0, 0], "not strictly ascending"),
         ((2, 2), [1, 60, 0, 0], "index 60, expected one below 60"),
         ((61, 1), [0] * 4, "61 values of 60"),
         ((2**64 - 1, 1), [0] * 4, f"{2**64 - 1} values of 60"),
-        ((2, 10), [1, 2, 0, 0], "10 values of 60, in 36 bytes"),
-        ((2, 8), [1, 2, 0, 0], "a push is 24 bytes short"),
-        ((0, 0), [0] * 4, "ends with 16 bytes behind its vectors, expected 0"),
+        ((2, 10), [1, 2, 0, 0], "10 values of 60 in 36 bytes"),
+        ((2, 8), [1, 2, 0, 0], "a push is 24 bytes too short"),
+        ((0, 0), [0] * 4, "has 16 bytes after its vectors, expected 0"),
     ],
 )
 def test_an_encoded_push_that_lies_about_its_arrays_ends_its_connection(
-    harnesses: Harnesses, kind: Kinds, lengths: tuple[int, int], arrays: list[int], reason: str
+    harnesses: Harnesses, kind: LaneCase, lengths: tuple[int, int], arrays: list[int], reason: str
 ) -> None:
     harness = harnesses(sections={"compression": {"name": "top_k", "ratio": 0.2}})
     stream = harness.shaken(kind)
@@ -327,7 +329,7 @@ def test_a_server_cannot_listen_on_another_machines_address(harnesses: Harnesses
 
 
 def test_a_restarted_server_gets_its_port_back(harnesses: Harnesses) -> None:
-    """The old one hung up first, so that the kernel keeps its connections for a minute."""
+    """The earlier server closes its connections first, so that the kernel keeps them for a minute."""
     harness = harnesses()
     client = harness.lane("tcp")
     port = harness.address.port
@@ -348,24 +350,24 @@ def test_a_closed_listener_leaves_nothing(harnesses: Harnesses) -> None:
     files = open_files()
     listener = harness.listener = harness.listen()
     harness.address = listener.address("node", "127.0.0.1")
-    crews = [harness.lane(kind) for kind in KINDS]
-    for client in crews:
+    clients = [harness.lane(kind) for kind in LANE_CASES]
+    for client in clients:
         client.lane.pull(0, LIMIT_S)
-    silent = [harness.connected(kind) for kind in KINDS]
-    asked = [harness.greeted(kind) for kind in KINDS]
+    silent = [harness.connected(kind) for kind in LANE_CASES]
+    asked = [harness.greeted(kind) for kind in LANE_CASES]
     for stream in silent:
         assert exactly(stream, GREETING_SIZE)
     passed = socket.recv_fds(asked[0], WELCOME_SIZE, 1)[1]
     listener.close()
-    harness.listener.all_gone()
+    harness.listener.wait_until_all_left()
     assert all(map(closed, [*silent, *asked]))
-    for client in crews:
+    for client in clients:
         client.lane.close()
         harness.forget(client)
     for stream in (*silent, *asked):
         stream.close()
     for file in passed:
         os.close(file)
-    del crews, client  # mapped memory holds on to a descriptor
+    del clients, client  # mapped memory keeps a descriptor open
     assert open_files() <= files
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("psgd-")]

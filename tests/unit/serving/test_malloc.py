@@ -25,7 +25,7 @@ def copy():
 
 if sys.argv[1] == "returned":
     return_large_blocks()
-for _ in range(2):  # the first one freed is what teaches the C library to keep the next
+for _ in range(2):  # when the first one is freed, the C library begins to keep such blocks
     np.ones({SIZE}, np.uint8)
 before = resident()
 barrier = threading.Barrier({THREADS} + 1)
@@ -43,7 +43,7 @@ for thread in threads:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no such setting")
 @pytest.mark.parametrize(("how", "returned"), [("returned", True), ("kept", False)])
 def test_large_blocks_are_given_back_when_they_are_freed(how: str, returned: bool) -> None:
-    # What the caller's environment says of malloc would decide instead.
+    # Settings of malloc in the environment would outrank those that are tested.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", PROGRAM, how]
     grown = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60)

@@ -1,1 +1,1 @@
-"""A gradient as a flat vector: its layout, its cutting by partition, its compression."""
+"""Gradients as flat vectors: their layout, their slices by partition, and their compression."""

@@ -1,6 +1,6 @@
-"""Gradient compression with error feedback: what a compressor leaves out of one push goes into the next.
+"""Gradient compression with error feedback: the error of one push is added to the next gradient.
 
-p = g + e;  c = C(p) travels;  e ← p - c.  The learning rate stays on the server. A biased compressor (top-k, sign) may
+p = g + e;  c = C(p) is sent;  e ← p - c.  The learning rate stays on the server. A biased compressor (top-k, sign) may
 stall or diverge by itself; with the error memory e it converges like plain SGD, to first order.
 
 References:
@@ -48,31 +48,33 @@ INT8_MIN_STEP = np.finfo(np.float32).tiny  # the smallest float32 of full precis
 
 
 class Compressor(Protocol):
-    """Encodes slices; keeps nothing, so one may serve many slices."""
+    """Encodes slices of gradients. It has no state, so one compressor may encode many slices."""
 
     def encode(self, values: FloatArray) -> Encoded:
-        """Compress.
+        """Compress a slice.
 
         Args:
-            values: `[size]` with size ≥ 1, left as they are. If some are not finite, this neither raises nor warns,
-                and what is encoded has no meaning: whoever pushes it must have it refused.
+            values: gradient `[size]`, float32, with size ≥ 1; not changed. If some values are not finite, this neither
+                raises nor warns, and the result has no meaning: the server must refuse such a push by its norm.
 
         Returns:
-            New arrays, none of them a view of `values`.
+            The compressed slice, in new arrays that are no views of `values`.
         """
 
 
 class Fp16:
-    """IEEE half precision: half the bytes. Arrays: the values `[size]` float16.
+    """IEEE half precision, with half the bytes.
+
+    Arrays: the values `[size]`, float16.
 
     |C(v) - v| ≤ 2⁻¹¹·|v| per value of magnitude 2⁻¹⁴ to 65504, and ≤ 2⁻²⁵ below.
     """
 
     @np.errstate(invalid="ignore")
     def encode(self, values: FloatArray) -> Encoded:
-        """Round each value to the nearest float16."""
-        # Beyond ±65504 float16 has only inf, which would poison the weights and the error memory alike. Saturated, the
-        # value's remainder is finite: it stays in the memory and follows with the next pushes.
+        """Round each value to the nearest float16; see `Compressor.encode`."""
+        # Beyond ±65504 float16 has only inf, which would spoil both the weights and the error memory. A clipped value
+        # leaves a finite error, which stays in the memory and is sent with the next pushes.
         halves = values.clip(-FP16_MAX, FP16_MAX).astype(np.float16)
         return Encoded("fp16", values.size, (halves,))
 
@@ -83,12 +85,15 @@ class Fp16:
 
 
 class TopK:
-    """The largest values, the rest as 0. Arrays: indices `[k]` uint32, ascending; the values there `[k]` float32.
+    """The k values of largest magnitude; all others become 0.
+
+    Arrays: the indices `[k]`, uint32, ascending; the values at these indices `[k]`, float32.
 
     ‖C(v) - v‖² ≤ (1 - k/d)·‖v‖² with k = max(1, ⌈ratio·d⌉) of d values.
 
     Args:
-        ratio: share of the values that travel, in (0, 1]. A value travels in 8 bytes: above ½, nothing is saved.
+        ratio: share of the values that are sent, in (0, 1]. Lower → fewer bytes, larger error. One value takes 8 bytes,
+            so that a ratio above ½ saves nothing.
     """
 
     def __init__(self, ratio: float) -> None:
@@ -96,12 +101,12 @@ class TopK:
 
     @np.errstate(invalid="ignore")
     def encode(self, values: FloatArray) -> Encoded:
-        """Pick the k values of largest magnitude; of equal ones, those that come first."""
+        """Pick the k values of largest magnitude, and the first ones among equal values; see `Compressor.encode`."""
         count = max(1, ceil(self._ratio * values.size))
-        # We partition values, not indices: which of equal values argpartition picks depends on the CPU's vector units.
-        magnitudes = np.fmin(np.abs(values), np.inf)  # nan counts as inf, or there would be no k largest
-        place = values.size - count
-        threshold = np.partition(magnitudes, place)[place]
+        # Not argpartition: which of several equal values it picks depends on the CPU's vector units.
+        magnitudes = np.fmin(np.abs(values), np.inf)  # nan counts as inf, so that there always are k largest values
+        position = values.size - count
+        threshold = np.partition(magnitudes, position)[position]
         picked = magnitudes > threshold
         picked[np.flatnonzero(magnitudes == threshold)[: count - np.count_nonzero(picked)]] = True
         indices = np.flatnonzero(picked)
@@ -111,9 +116,9 @@ class TopK:
     def decode(encoded: Encoded, out: FloatArray) -> None:
         indices, values = _checked(encoded, (np.uint32, None), (np.float32, None))
         if len(indices) != len(values):
-            raise EncodingError(f"a top_k gradient came with {len(indices)} indices for {len(values)} values")
+            raise EncodingError(f"a top_k gradient has {len(indices)} indices for {len(values)} values")
         if not (indices[1:] > indices[:-1]).all():
-            raise EncodingError("a top_k gradient's indices are not strictly ascending")
+            raise EncodingError("the indices of a top_k gradient are not strictly ascending")
         if len(indices) and indices[-1] >= out.size:
             raise EncodingError(f"a top_k gradient has index {indices[-1]}, expected one below {out.size}")
         out[:] = 0
@@ -121,15 +126,17 @@ class TopK:
 
 
 class ScaledSign:
-    """One bit per value. Arrays: the scale `[1]` float32; the signs `[⌈size/8⌉]` uint8, packed, 1 for +.
+    """The sign of each value times their mean magnitude, with one bit per value.
 
-    C(v) = (‖v‖₁/d)·sign v, so ‖C(v) - v‖² = (1 - ‖v‖₁²/(d·‖v‖²))·‖v‖². Here sign 0 is +, as a bit has no third value;
-    the equality needs every |sign v| to be 1.
+    Arrays: the scale `[1]`, float32; the signs `[⌈size/8⌉]`, uint8, packed, with bit 1 for +.
+
+    C(v) = (‖v‖₁/d)·sign v of d values, so ‖C(v) - v‖² = (1 - ‖v‖₁²/(d·‖v‖²))·‖v‖². The sign of 0 is +, because one bit
+    has two values; the equality needs |sign v| = 1 everywhere.
     """
 
     @np.errstate(over="ignore", invalid="ignore")
     def encode(self, values: FloatArray) -> Encoded:
-        """Take the mean magnitude, and each value's sign."""
+        """Take the mean magnitude and the sign of each value; see `Compressor.encode`."""
         scale = np.abs(values).mean(dtype=np.float64)  # a float32 sum of large finite values may overflow
         return Encoded("scaled_sign", values.size, (np.array([scale], np.float32), np.packbits(values >= 0)))
 
@@ -140,17 +147,20 @@ class ScaledSign:
 
 
 class Int8:
-    """A quarter of the bytes. Arrays: the steps `[⌈size/1024⌉]` float32, one per block; multiples `[size]` int8.
+    """Whole multiples of a step size for each block of 1024 values, with a quarter of the bytes.
 
-    C(v) = s·round(v/s) with s = max|v|/127 over the value's block: |C(v) - v| ≤ s/2. Rounding is to the nearest, ties
-    to even: the same values give the same bits. Single values are rounded with a bias, which error feedback repays.
+    Arrays: the step sizes `[⌈size/1024⌉]`, float32; the multiples `[size]`, int8.
+
+    C(v) = s·round(v/s) with s = max|v|/127 over the block of the value, so |C(v) - v| ≤ s/2. Rounding is to nearest,
+    ties to even, so that the same values give the same bits. It is biased for a single value; error feedback corrects
+    that.
     """
 
     @np.errstate(over="ignore", invalid="ignore")
     def encode(self, values: FloatArray) -> Encoded:
-        """Round each value to a multiple of its block's step."""
+        """Round each value to a multiple of its block's step size; see `Compressor.encode`."""
         largest = np.maximum.reduceat(np.abs(values), np.arange(0, values.size, INT8_BLOCK))
-        # The lower bound serves a block of zeros, and of values whose step float32 could not hold precisely.
+        # The lower bound avoids a division by zero in a block of zeros, and step sizes that float32 holds imprecisely.
         steps = np.maximum(largest / np.float32(INT8_MAX), INT8_MIN_STEP)
         multiples = np.rint(values / _per_value(steps, values.size)).astype(np.int8)
         return Encoded("int8", values.size, (steps, multiples))
@@ -161,7 +171,7 @@ class Int8:
         np.multiply(_per_value(steps, encoded.size), multiples, out=out)
 
 
-ARRAYS: dict[str, tuple[np.dtype[Any], ...]] = {  # that each kind travels as
+ARRAYS: dict[str, tuple[np.dtype[Any], ...]] = {  # dtypes of the arrays by compression
     "fp16": (np.dtype(np.float16),),
     "top_k": (np.dtype(np.uint32), np.dtype(np.float32)),
     "scaled_sign": (np.dtype(np.float32), np.dtype(np.uint8)),
@@ -177,32 +187,32 @@ DECODERS: dict[str, Callable[[Encoded, FloatArray], None]] = {
 
 @np.errstate(over="ignore", invalid="ignore")
 def decode(encoded: Encoded, out: FloatArray) -> None:
-    """Write the values that `encoded` stands for.
+    """Decode a compressed slice.
 
     Args:
-        encoded: from the wire: all of its form is checked before anything is written. Its values are not; whether a
-            gradient is finite is told by its norm.
-        out: `[encoded.size]`, overwritten.
+        encoded: slice as it was received. Its sizes, dtypes and indices are checked before anything is written. Its
+            values are not checked: a gradient that is not finite is recognised by its norm.
+        out: vector `[encoded.size]`, float32, that is overwritten.
 
     Raises:
-        EncodingError: the kind is unknown, or sizes, dtypes or indices do not fit it or `out`.
+        EncodingError: the compression is unknown, or sizes, dtypes or indices are not valid for it or for `out`.
     """
     decoder = DECODERS.get(encoded.kind)
     if decoder is None:
-        raise EncodingError(f"a gradient came compressed as {encoded.kind!r}, expected one of {', '.join(DECODERS)}")
+        raise EncodingError(f"a gradient is compressed as {encoded.kind!r}, expected one of {', '.join(DECODERS)}")
     if encoded.size != out.size:
-        raise EncodingError(f"a {encoded.kind} gradient of {encoded.size} values came for a slice of {out.size}")
+        raise EncodingError(f"a {encoded.kind} gradient has {encoded.size} values, expected {out.size}")
     decoder(encoded, out)
 
 
 class ErrorFeedback:
-    """The error memory of one worker for one partition's slice: a worker's only state.
+    """The error memory of one worker's slot for one partition: the only state that a worker keeps.
 
-    Each `encode` is answered by `taken()` or `refused()`, as the push's receipt says, before the next. A push that is
-    not finite must be refused (a server rejects it by its norm), so that what came of it never enters the memory.
+    After each `encode`, and before the next, the caller calls `taken` or `refused`, as the receipt of the push says. A
+    push that is not finite must be refused (a server rejects it by its norm): its error must not enter the memory.
 
     Args:
-        compressor: C.
+        compressor: the compressor C.
         size: length of the slice.
 
     Example:
@@ -216,52 +226,52 @@ class ErrorFeedback:
 
     def __init__(self, compressor: Compressor, size: int) -> None:
         self._compressor = compressor
-        self._error = np.zeros(size, np.float32)  # e
-        self._wanted = np.empty(size, np.float32)  # p
-        self._next_error = np.empty(size, np.float32)  # p - c, while a push is under way
+        self._error = np.zeros(size, np.float32)  # e: values that no push has carried yet
+        self._corrected = np.empty(size, np.float32)  # p = g + e
+        self._next_error = np.empty(size, np.float32)  # p - c, of the push that has no outcome yet
         self._under_way = False
 
     @property
     def norm(self) -> float:
-        """Euclidean norm of the memory: how much gradient was computed and has not travelled."""
+        """Return the Euclidean norm of e: of the values that were computed and that no push has carried yet."""
         with np.errstate(over="ignore"):
             return float(np.linalg.norm(self._error))
 
     def encode(self, gradient: FloatArray) -> Encoded:
-        """Compress the gradient and what earlier pushes left out.
+        """Compress the sum of a gradient and the error of the earlier pushes.
 
         p = g + e;  c = C(p);  p - c becomes e if the push is taken.
 
         Args:
-            gradient: `[size]`, left as it is.
+            gradient: g, `[size]`, float32; not changed.
 
         Returns:
             c, in new arrays.
         """
         assert not self._under_way, "the last push was neither taken nor refused"
         with np.errstate(over="ignore", invalid="ignore"):
-            np.add(gradient, self._error, out=self._wanted)
-            encoded = self._compressor.encode(self._wanted)
+            np.add(gradient, self._error, out=self._corrected)
+            encoded = self._compressor.encode(self._corrected)
             decode(encoded, self._next_error)
-            np.subtract(self._wanted, self._next_error, out=self._next_error)
+            np.subtract(self._corrected, self._next_error, out=self._next_error)
         self._under_way = True
         return encoded
 
     def taken(self) -> None:
-        """The push is in the server's state, or will be: keep what it left out."""
+        """Keep the error of the last push: the server's state contains the push."""
         assert self._under_way, "no push is under way"
         assert np.isfinite(self._next_error).all(), "a push that is not finite was taken"
         self._error, self._next_error = self._next_error, self._error
         self._under_way = False
 
     def refused(self) -> None:
-        """The push is lost, its batch maybe to come again: the memory stays as it was before it."""
+        """Forget the error of the last push: the server's state does not contain the push, or that is in doubt."""
         assert self._under_way, "no push is under way"
         self._under_way = False
 
 
 def build_compressor(spec: CompressionSpec) -> Compressor | None:
-    """The compressor that `spec` describes; None if gradients travel as they are."""
+    """Return the compressor that `spec` describes; None if gradients are not compressed."""
     match spec:
         case NoCompression():
             return None
@@ -276,18 +286,21 @@ def build_compressor(spec: CompressionSpec) -> Compressor | None:
 
 
 def _checked(encoded: Encoded, *expected: tuple[type[np.generic], int | None]) -> tuple[NDArray[Any], ...]:
-    """The arrays, if they are of these dtypes and lengths; None is any length."""
-    came = [(array.dtype, array.shape) for array in encoded.arrays]
-    fits = len(came) == len(expected) and all(
+    """Return the arrays. Raise EncodingError if a dtype or a length is not the expected one; None allows any length."""
+    found = [(array.dtype, array.shape) for array in encoded.arrays]
+    fits = len(found) == len(expected) and all(
         dtype == np.dtype(kind) and len(shape) == 1 and length in (None, shape[0])
-        for (dtype, shape), (kind, length) in zip(came, expected, strict=True)
+        for (dtype, shape), (kind, length) in zip(found, expected, strict=True)
     )
     if not fits:
-        wanted = ", ".join(f"{kind.__name__}[{'k' if length is None else length}]" for kind, length in expected)
-        found = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in came) or "nothing"
-        raise EncodingError(f"a {encoded.kind} gradient of {encoded.size} values came as {found}, expected {wanted}")
+        expected_text = ", ".join(f"{kind.__name__}[{'k' if length is None else length}]" for kind, length in expected)
+        found_text = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in found) or "no arrays"
+        raise EncodingError(
+            f"a {encoded.kind} gradient of {encoded.size} values has {found_text}, expected {expected_text}"
+        )
     return encoded.arrays
 
 
 def _per_value(steps: FloatArray, size: int) -> FloatArray:
+    """Return the step size of each value's block."""
     return np.repeat(steps, INT8_BLOCK)[:size]

@@ -1,4 +1,4 @@
-"""The layout of the flat vector that servers hold and lanes carry: the slice and shape of each named tensor."""
+"""Layout of the flat vector that servers hold and lanes carry: slice and shape of each named tensor."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 class Layout:
     """Names, shapes and order of the tensors in a flat vector: trained parameters first, then buffers.
 
-    A *buffer* is state that a step changes without a gradient, such as a batch normalisation's running mean. It lies
-    in the same vector behind the parameters, and no optimizer changes it.
+    A *buffer* is state that a step changes without a gradient, such as the running mean of a batch normalisation. It
+    lies in the same vector after the parameters, and no optimizer changes it.
+
+    Attributes:
+        names: names of the tensors, in their order in the vector.
+        shapes: shapes of the tensors, in the same order.
+        num_trainable: number of values before the first buffer.
+        num_parameters: length of the flat vector, with buffers.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    num_trainable: int  # values before the first buffer
-    num_parameters: int = field(init=False, repr=False, compare=False)  # length of the flat vector, with buffers
+    num_trainable: int
+    num_parameters: int = field(init=False, repr=False, compare=False)
     _parts: tuple[slice, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -42,11 +48,15 @@ class Layout:
     def of(cls, tensors: Mapping[str, NDArray[Any]], buffers: Collection[str] = ()) -> Layout:
         """Return the layout of `tensors` in their order, with the tensors named in `buffers` last.
 
+        Args:
+            tensors: tensors by name.
+            buffers: names of the tensors that are buffers.
+
         Raises:
             ModelError: a name in `buffers` is not among the tensors, or no tensor is trainable.
         """
         if unknown := set(buffers) - set(tensors):
-            raise ModelError(f"buffers {sorted(unknown)} are not among the weights {list(tensors)}")
+            raise ModelError(f"the model's buffers {sorted(unknown)} are not among its weights {list(tensors)}")
         names = sorted(tensors, key=lambda name: name in buffers)
         shapes = tuple(tuple(np.shape(tensors[name])) for name in names)
         trainable = sum(prod(shape) for name, shape in zip(names, shapes, strict=True) if name not in buffers)
@@ -55,7 +65,14 @@ class Layout:
         return cls(tuple(names), shapes, trainable)
 
     def views(self, flat: NDArray[Scalar]) -> dict[str, NDArray[Scalar]]:
-        """Return the named tensors as views of a flat vector `[num_parameters]`: writes go to the vector."""
+        """Return the named tensors as views of a flat vector: writing to them writes to the vector.
+
+        Args:
+            flat: vector `[num_parameters]`.
+
+        Raises:
+            ModelError: the vector has another length.
+        """
         if flat.shape != (self.num_parameters,):
             raise ModelError(
                 f"a flat vector of shape {flat.shape} does not fit this layout of {self.num_parameters} values"

@@ -1,4 +1,4 @@
-"""The sender: cuts a whole gradient into what each partition is sent, and remembers what compression left out."""
+"""The sender: it cuts a gradient into one push for each partition, and keeps the errors of their compression."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from psgd_workers.spec import WorkerOptions
 
 __all__ = ["TAKEN", "PartSender", "Sender", "gradient_norm"]
 
-TAKEN = (Outcome.APPLIED, Outcome.BUFFERED)
+TAKEN = (Outcome.APPLIED, Outcome.BUFFERED)  # outcomes of pushes that the server's state contains
 
 
 class PartSender:
-    """Cuts one slot's gradients for one partition, and remembers what compression left out of them.
+    """Makes the pushes of one slot to one partition, and keeps the errors of their compression.
 
     Args:
-        partition: its number.
-        part: its slice of the weights.
+        partition: number of the partition.
+        part: slice of the weights that the partition holds.
         num_trainable: values of the weights before the first buffer.
-        rules: what the job wants beyond gradients.
+        worker_options: compression, and whether pushes carry the weights.
 
     Attributes:
-        number: of the newest push; 0 before the first.
-        carries: number of the newest push that is known to be taken, if gradients are compressed: what was left out of
-            it goes into the next. 0: there is none.
+        number: number of the newest push; 0 before the first.
+        carries: number of the newest push that the server is known to have taken and whose compression error the next
+            push carries; 0: there is none, or gradients are not compressed.
     """
 
     def __init__(self, partition: int, part: slice, num_trainable: int, worker_options: WorkerOptions) -> None:
@@ -37,43 +37,44 @@ class PartSender:
         self._partition = partition
         self._part = part
         self._sends_weights = worker_options.sends_weights
-        self._trained = max(0, min(int(part.stop), num_trainable) - int(part.start))  # values that are no buffers
+        # Values of the part that are no buffers.
+        self._trained = max(0, min(int(part.stop), num_trainable) - int(part.start))
         compressor = build_compressor(worker_options.compression)
         self._memory = ErrorFeedback(compressor, self._trained) if compressor and self._trained else None
 
     @property
     def residual_norm(self) -> float:
-        """Euclidean norm of what compression has left out of the pushes so far."""
+        """Return the Euclidean norm of the compression errors that no push has carried yet."""
         return self._memory.norm if self._memory else 0.0
 
     def cut(self, whole: Gradient, values: FloatArray, weights: FloatArray, reads: Sequence[Version]) -> Gradient:
-        """Return what the partition is sent; `settle` must follow, once it is known what became of it.
+        """Return the push to the partition. `settle` must follow before the next one.
 
         Args:
-            whole: facts about the whole gradient.
-            values: `[num_parameters]`, the gradient.
-            weights: `[num_parameters]`, what it was computed from.
-            reads: the version of each partition that it was computed from.
+            whole: push of the whole gradient, from which all scalar fields are taken.
+            values: gradient `[num_parameters]`, float32.
+            weights: weights `[num_parameters]`, float32, that the gradient was computed from.
+            reads: version of each partition that the gradient was computed from.
         """
-        mine = values[self._part]
-        place = self._partition
+        part_values = values[self._part]
+        partition = self._partition
         trained = self._trained
         memory = self._memory
         self.number = whole.number
         return whole._replace(
-            read=reads[place],
-            values=memory.encode(mine[:trained]) if memory else mine,
-            buffers=mine[trained:] if memory and trained < len(mine) else None,
+            read=reads[partition],
+            values=memory.encode(part_values[:trained]) if memory else part_values,
+            buffers=part_values[trained:] if memory and trained < len(part_values) else None,
             weights_read=weights[self._part] if self._sends_weights else None,
-            others=(*reads[:place], *reads[place + 1 :]),
+            others=(*reads[:partition], *reads[partition + 1 :]),
             carries=self.carries,
         )
 
     def settle(self, taken: bool) -> None:
-        """Keep what the newest push left out if it was taken; otherwise what was left out before it is still left out.
+        """Keep the compression error of the newest push if the server took it; otherwise keep the error from before.
 
         Args:
-            taken: false also while that is in doubt.
+            taken: True if the server's state contains the push; False if it does not, or if that is in doubt.
         """
         if self._memory is None:
             return
@@ -85,14 +86,14 @@ class PartSender:
 
 
 class Sender:
-    """Cuts the gradients of one slot of a worker's pipeline for every partition.
+    """Makes the pushes of one slot of a worker's pipeline, one for each partition.
 
     Args:
-        worker: its name.
-        slot: its number.
-        parts: each partition's slice of the weights.
+        worker: name of the worker.
+        slot: number of the slot.
+        parts: slice of the weights that each partition holds.
         num_trainable: values of the weights before the first buffer.
-        rules: what the job wants beyond gradients.
+        worker_options: compression, and whether pushes carry the weights.
     """
 
     def __init__(
@@ -100,9 +101,9 @@ class Sender:
     ) -> None:
         self._worker = worker
         self._slot = slot
-        self._number = 0  # of the newest push
+        self._number = 0  # number of the newest push
         self._parts = [PartSender(number, part, num_trainable, worker_options) for number, part in enumerate(parts)]
-        # One partition, and nothing but the gradient to send: the usual case.
+        # The usual case: one partition, and a push that carries nothing but the gradient.
         self._plain = (
             len(parts) == 1
             and build_compressor(worker_options.compression) is None
@@ -111,7 +112,7 @@ class Sender:
 
     @property
     def residual_norm(self) -> float:
-        """Euclidean norm of what compression has left out of the pushes so far."""
+        """Return the Euclidean norm of the compression errors that no push has carried yet."""
         return sqrt(sum(part.residual_norm**2 for part in self._parts))
 
     def gradients(
@@ -125,17 +126,18 @@ class Sender:
         norm: float,
         compute_s: float,
     ) -> list[Gradient]:
-        """Return what each partition is sent; `settle` must follow, once it is known what became of them.
+        """Return the pushes of one gradient, by partition. `settle` must follow before the next one.
 
         Args:
-            batch: what the gradient was computed of.
-            examples: how many those are.
-            reads: the version of each partition that it was computed from.
-            values: `[num_parameters]`, the gradient; the messages hold views of it.
-            weights: `[num_parameters]`, what it was computed from; likewise, if the job's correction asks for them.
-            loss: mean over the examples.
-            norm: `gradient_norm` of it.
-            compute_s: seconds spent on it.
+            batch: batch of which the gradient was computed.
+            examples: number of examples of the batch.
+            reads: version of each partition that the gradient was computed from.
+            values: gradient `[num_parameters]`, float32. The pushes hold views of it.
+            weights: weights `[num_parameters]`, float32, that the gradient was computed from. The pushes hold views of
+                them if the job's correction needs the weights.
+            loss: mean loss over the examples.
+            norm: norm of the gradient, from `gradient_norm`.
+            compute_s: seconds that computing the gradient took.
         """
         self._number += 1
         whole = Gradient(
@@ -144,9 +146,11 @@ class Sender:
         return [whole] if self._plain else [part.cut(whole, values, weights, reads) for part in self._parts]
 
     def settle(self, outcomes: Sequence[Outcome]) -> None:
-        """Note what became of the gradients sent last, by partition; those beyond the last outcome are in doubt.
+        """Note the outcomes of the newest pushes.
 
-        What is in doubt counts as refused: what was left out before it is still left out.
+        Args:
+            outcomes: outcomes by partition. Pushes to partitions beyond the last outcome are in doubt, and treated as
+                refused: the compression error from before them is kept.
         """
         if self._plain:
             return
@@ -155,9 +159,13 @@ class Sender:
 
 
 def gradient_norm(values: FloatArray, num_trainable: int) -> float:
-    """Euclidean norm of the trained part; inf if that is too long for float32, nan if anything is not finite.
+    """Return the Euclidean norm of the trained values; inf or nan if it overflows float32 or a value is not finite.
 
-    Overflow is an answer here: the caller keeps NumPy from warning of it.
+    An overflow is no error here: the caller silences NumPy's warning.
+
+    Args:
+        values: gradient `[num_parameters]`, float32, with buffers last.
+        num_trainable: values before the first buffer.
     """
     if num_trainable == len(values):
         return sqrt(np.dot(values, values))

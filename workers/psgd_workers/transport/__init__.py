@@ -1,1 +1,1 @@
-"""How a gradient reaches a server: the lane port, sockets, shared memory and what they carry."""
+"""Transport of gradients and weights between workers and servers: the lane port, its sockets and shared memory."""

@@ -9,7 +9,7 @@ import os
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 
-__all__ = ["NOWHERE", "allowed_processors", "current_processor", "run_on", "wake"]
+__all__ = ["NOWHERE", "allowed_processors", "current_processor", "run_on", "set_patient"]
 
 NOWHERE = 0xFFFF  # stands for an unknown processor; no processor has this number
 
@@ -27,20 +27,20 @@ def allowed_processors() -> set[int]:
 
 
 def run_on(processors: AbstractSet[int]) -> None:
-    """Restrict this thread to `processors`. No-op if the process may use none of them any more."""
+    """Restrict this thread to `processors`. No-op if the process may no longer use any of them."""
     with suppress(OSError):
         os.sched_setaffinity(0, processors)
 
 
-def wake(patiently: bool) -> None:
+def set_patient(patient: bool) -> None:
     """Choose whether this thread, when it wakes, waits for its time slice instead of preempting another thread.
 
-    That is the policy SCHED_BATCH of sched(7). No-op on systems without it, and if the thread has a policy other than
-    SCHED_OTHER and SCHED_BATCH.
+    A patient thread has the policy SCHED_BATCH of sched(7). No-op on systems without this policy, and if the thread
+    has a policy other than SCHED_OTHER and SCHED_BATCH.
 
     Args:
-        patiently: True for SCHED_BATCH, False for SCHED_OTHER.
+        patient: True for SCHED_BATCH, False for SCHED_OTHER.
     """
     if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) in (os.SCHED_OTHER, os.SCHED_BATCH):
         with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH if patiently else os.SCHED_OTHER, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_BATCH if patient else os.SCHED_OTHER, os.sched_param(0))

@@ -1,8 +1,8 @@
-"""Frames: what the sockets of the shm and tcp lanes carry.
+"""Frames: the messages on the sockets of the shm and tcp lanes.
 
-A frame is a header of fixed size, which ends with a checksum of itself, and a payload of as many bytes as the header
-says: the vectors that do not lie in shared memory. What is not exactly a frame of this job is refused before anything
-is done with it. Numbers are little-endian.
+A frame is a header of fixed size, which ends with its own checksum, and a payload, whose length the header gives: the
+vectors that are not in shared memory. Bytes that are no frame of this job are refused before they are used. Numbers are
+little-endian.
 """
 
 from __future__ import annotations
@@ -27,55 +27,55 @@ __all__ = ["HEADER_SIZE", "Frame", "FrameKind", "PushFormat"]
 
 MAGIC = b"psgd"
 FORMAT = 1
-# Magic, format, kind, slot, code, wants, incarnation, payload, epoch, shard, index, examples, the version, loss, norm,
-# seconds, number, carries, processor.
+# Magic, format, kind, slot, code, wants, incarnation, payload, epoch, shard, index, examples, the version's incarnation
+# and updates, loss, norm, compute_s, number, carries, processor.
 FIELDS = Struct("<4sBBBBIIQIIIIIQdddQQH")
-HEADER = Struct(f"{FIELDS.format}I")  # and a checksum of them
+HEADER = Struct(f"{FIELDS.format}I")  # the fields, then their CRC-32
 HEADER_SIZE = HEADER.size
-ENCODINGS = ("", *ARRAYS)  # by the code of a push: how its values travel
-OUTCOMES = tuple(Outcome)  # by the code of a receipt
+ENCODINGS = ("", *ARRAYS)  # compression by the code of a push; "": values are not compressed
+OUTCOMES = tuple(Outcome)  # outcome by the code of a receipt
 CODES = {outcome: code for code, outcome in enumerate(OUTCOMES)}
-LENGTHS = Struct("<QQ")  # of an encoded gradient's arrays
+LENGTHS = Struct("<QQ")  # lengths of the two arrays of an encoded gradient
 VERSION = Struct("<IQ")  # incarnation, updates
-SMALL = 16_384  # values: any push fits into a socket's buffer
-ALIGNMENT = 8  # of each array in a payload, in bytes
+SMALL = 16_384  # largest number of values for which every push fits into a socket's buffer
+ALIGNMENT = 8  # bytes; each array in a payload begins at a multiple of it
 
 
 class FrameKind(IntEnum):
-    """What a frame is."""
+    """The kinds of frames."""
 
-    PUSH = 1  # a gradient, to the server
-    PULL = 2  # the weights are wanted
-    ASK = 3  # the version is wanted
-    RECEIPT = 4  # of a push, from the server
-    WEIGHTS = 5  # the answer to PULL
-    VERSION = 6  # the answer to ASK
+    PUSH = 1  # from the worker: a gradient
+    PULL = 2  # from the worker: a request for the weights
+    ASK = 3  # from the worker: a request for the version
+    RECEIPT = 4  # from the server: the answer to PUSH
+    WEIGHTS = 5  # from the server: the answer to PULL
+    VERSION = 6  # from the server: the answer to ASK
 
 
 KINDS = {kind.value: kind for kind in FrameKind}
 
 
 class Frame(NamedTuple):
-    """A header. Fields that say nothing in a frame of its kind are 0."""
+    """The header of a frame. Fields that a frame of its kind does not use are 0."""
 
     kind: FrameKind
-    slot: int  # of the worker's batches in hand
-    code: int  # of a push: how its values travel; of a receipt: the outcome
-    wants: bool  # of a push: whether the weights are to come with the receipt
+    slot: int  # number of the worker's slot
+    code: int  # of a push: index in ENCODINGS; of a receipt: index in OUTCOMES
+    wants: bool  # weights are wanted with the answer
     incarnation: int  # of the server
-    payload: int  # bytes that follow
+    payload: int  # bytes that follow the header
     batch: BatchId = BatchId(0, 0, 0)
     examples: int = 0
-    version: Version = Version(0, 0)  # of a push: that it was computed from; else the server's
+    version: Version = Version(0, 0)  # of a push: the version that it was computed from; of an answer: the server's
     loss: float = 0.0
     norm: float = 0.0
     compute_s: float = 0.0
-    number: int = 0  # of a push, as `Gradient` has it; so are the next
-    carries: int = 0
-    processor: int = NOWHERE  # of a push by a lane on one machine: where its worker is
+    number: int = 0  # of a push; see `Gradient`
+    carries: int = 0  # of a push; see `Gradient`
+    processor: int = NOWHERE  # of a push on the shm lane: the processor on which the worker runs
 
     def pack(self) -> bytes:
-        """The header as bytes."""
+        """Return the header as `HEADER_SIZE` bytes."""
         kind, slot, code, wants, incarnation, payload, batch, examples, version, *rest = self
         fields = FIELDS.pack(
             MAGIC, FORMAT, kind, slot, code, wants, incarnation, payload, *batch, examples, *version, *rest
@@ -87,13 +87,13 @@ class Frame(NamedTuple):
         """Read a header, `HEADER_SIZE` bytes.
 
         Raises:
-            FrameError: it is none.
+            FrameError: the bytes are no header: of another length or format, damaged, or of an unknown kind.
         """
         if len(header) != HEADER_SIZE:
-            raise FrameError(f"a frame's header of {len(header)} bytes, expected {HEADER_SIZE}")
+            raise FrameError(f"a frame has a header of {len(header)} bytes, expected {HEADER_SIZE}")
         (
             magic,
-            form,
+            format_number,
             kind,
             slot,
             code,
@@ -104,8 +104,8 @@ class Frame(NamedTuple):
             shard,
             index,
             examples,
-            read,
-            updates,
+            version_incarnation,
+            version_updates,
             loss,
             norm,
             compute_s,
@@ -114,12 +114,14 @@ class Frame(NamedTuple):
             processor,
             checksum,
         ) = HEADER.unpack(header)
-        if magic != MAGIC or form != FORMAT:
-            raise FrameError(f"a frame begins with {magic!r} and format {form}, expected {MAGIC!r} and {FORMAT}")
+        if magic != MAGIC or format_number != FORMAT:
+            raise FrameError(
+                f"a frame begins with {magic!r} and format {format_number}, expected {MAGIC!r} and {FORMAT}"
+            )
         if checksum != crc32(header[: FIELDS.size]):
-            raise FrameError("a frame's checksum is not that of its header")
+            raise FrameError("the checksum of a frame's header is wrong")
         if kind not in KINDS or wants > 1:
-            raise FrameError(f"a frame of kind {kind} that wants {wants}: there are kinds 1 to {len(KINDS)}")
+            raise FrameError(f"a frame of kind {kind} wants {wants}, expected a kind from 1 to {len(KINDS)} and 0 or 1")
         return cls(
             KINDS[kind],
             slot,
@@ -129,7 +131,7 @@ class Frame(NamedTuple):
             payload,
             BatchId(epoch, shard, index),
             examples,
-            Version(read, updates),
+            Version(version_incarnation, version_updates),
             loss,
             norm,
             compute_s,
@@ -142,45 +144,73 @@ class Frame(NamedTuple):
     def of_push(
         cls, gradient: Gradient, slot: int, wants: bool, incarnation: int, payload: int, processor: int = NOWHERE
     ) -> Frame:
-        """The header of a gradient."""
+        """Return the header of a push.
+
+        Args:
+            gradient: the push.
+            slot: number of the slot in which the gradient was computed.
+            wants: True if the new weights are to come with the receipt.
+            incarnation: incarnation of the server.
+            payload: length of the payload, in bytes.
+            processor: processor on which the worker runs.
+        """
         _, _, number, batch, examples, read, values, loss, norm, compute_s, _, _, _, carries = gradient
         code = ENCODINGS.index(values.kind) if isinstance(values, Encoded) else 0
-        of = batch, examples, read, loss, norm, compute_s, number, carries
-        return cls(FrameKind.PUSH, slot, code, wants, incarnation, payload, *of, processor)
+        fields = (batch, examples, read, loss, norm, compute_s, number, carries)
+        return cls(FrameKind.PUSH, slot, code, wants, incarnation, payload, *fields, processor)
 
     @classmethod
     def of_receipt(cls, receipt: Receipt, slot: int, wants: bool, payload: int) -> Frame:
-        """The header of a receipt."""
+        """Return the header of a receipt.
+
+        Args:
+            receipt: the receipt.
+            slot: number of the slot from which the push came.
+            wants: True if the push wanted the new weights.
+            payload: length of the weights that follow, in bytes; 0 if they are in shared memory.
+        """
         _, batch, outcome, version = receipt
         return cls(FrameKind.RECEIPT, slot, CODES[outcome], wants, version.incarnation, payload, batch, 0, version)
 
     def receipt(self, worker: str) -> Receipt:
-        """The receipt that this is.
+        """Return the receipt that this header carries.
+
+        Args:
+            worker: name of the worker that pushed.
 
         Raises:
-            FrameError: of no outcome there is.
+            FrameError: the frame is no receipt, or its code is no outcome.
         """
         if self.kind is not FrameKind.RECEIPT or self.code >= len(OUTCOMES):
-            raise FrameError(f"a receipt was expected, and {self.kind.name} with code {self.code} came")
+            raise FrameError(f"the server answered {self.kind.name} with code {self.code}, expected a receipt")
         return Receipt(worker, self.batch, OUTCOMES[self.code], self.version)
 
 
 class PushFormat(NamedTuple):
-    """What the pushes of a job to one partition look like."""
+    """Layout of the pushes that one partition of a job accepts."""
 
     size: int  # values of the partition
-    num_trainable: int  # ... before the first buffer
-    encoding: str = ""  # name of the compression; empty: values travel as they are
-    sends_weights: bool = False  # whether a push brings the weights along that it was computed from
-    partitions: int = 1  # of the job: a push ends with its versions of the others
+    num_trainable: int  # values of the partition before the first buffer
+    encoding: str = ""  # name of the compression; "": values are not compressed
+    sends_weights: bool = False  # a push also carries the weights that it was computed from
+    partitions: int = 1  # partitions of the job: a push ends with the versions of the others
 
     @property
     def is_small(self) -> bool:
-        """Whether pushes take the interpreter's time rather than memory's: one thread serves a machine's workers."""
+        """Return True if one thread is to serve all workers on the server's machine.
+
+        A small push costs mostly the interpreter's time, which threads can only take turns to use; a large push costs
+        mostly copying, which threads do in parallel.
+        """
         return self.size <= SMALL
 
     def payload(self, gradient: Gradient, shared: bool) -> list[memoryview]:
-        """What travels inline: everything but what lies in shared memory."""
+        """Return the parts of a push's payload: all its vectors that are not in shared memory, then the versions.
+
+        Args:
+            gradient: the push.
+            shared: True if worker and server share the worker's segment.
+        """
         vectors = [*_encoded(gradient.values)] if isinstance(gradient.values, Encoded) else [gradient.values]
         if shared and not self.encoding:
             vectors = []
@@ -194,38 +224,46 @@ class PushFormat(NamedTuple):
         return parts
 
     def check(self, frame: Frame, sizes: range) -> None:
-        """Refuse the header of a push that this partition does not take, before its payload is read.
-
-        Raises:
-            FrameError: other values than the job's, or a payload of none of those sizes.
-        """
-        if frame.code >= len(ENCODINGS) or ENCODINGS[frame.code] != self.encoding:
-            raise FrameError(f"a push with values of code {frame.code}, expected {ENCODINGS.index(self.encoding)}")
-        if frame.payload not in sizes:
-            raise FrameError(f"a push with {frame.payload} bytes of payload, expected {sizes[0]} to {sizes[-1]}")
-
-    def sizes(self, shared: bool) -> range:
-        """Of a payload, in bytes."""
-        beside = VERSION.size * (self.partitions - 1)
-        beside += 4 * self.size if self.sends_weights and not shared else 0
-        if not self.encoding:
-            exact = beside + (0 if shared else 4 * self.size)
-            return range(exact, exact + 1)
-        beside += 4 * (self.size - self.num_trainable)
-        longest = sum(dtype.itemsize for dtype in ARRAYS[self.encoding]) * self.num_trainable
-        return range(beside, beside + longest + LENGTHS.size + 2 * ALIGNMENT + 1)
-
-    def gradient(self, frame: Frame, payload: memoryview, worker: str, shared: Slot | None) -> Gradient:
-        """The push, as views of its payload and of shared memory.
+        """Check the header of a push, before its payload is read.
 
         Args:
-            frame: that `check` let pass.
-            payload: its payload.
-            worker: who sent it.
-            shared: the partition's part of the worker's memory; None: everything is in the payload.
+            frame: header of the push.
+            sizes: lengths that its payload may have, from `sizes`.
 
         Raises:
-            FrameError: the payload is not made as its lengths say.
+            FrameError: the push has another compression than the job, or a payload of another length.
+        """
+        if frame.code >= len(ENCODINGS) or ENCODINGS[frame.code] != self.encoding:
+            raise FrameError(f"a push has values of code {frame.code}, expected {ENCODINGS.index(self.encoding)}")
+        if frame.payload not in sizes:
+            raise FrameError(f"a push has {frame.payload} bytes of payload, expected {sizes[0]} to {sizes[-1]}")
+
+    def sizes(self, shared: bool) -> range:
+        """Return the lengths that the payload of a push may have, in bytes.
+
+        Args:
+            shared: True if worker and server share the worker's segment.
+        """
+        fixed = VERSION.size * (self.partitions - 1)
+        fixed += 4 * self.size if self.sends_weights and not shared else 0
+        if not self.encoding:
+            exact = fixed + (0 if shared else 4 * self.size)
+            return range(exact, exact + 1)
+        fixed += 4 * (self.size - self.num_trainable)
+        longest = sum(dtype.itemsize for dtype in ARRAYS[self.encoding]) * self.num_trainable
+        return range(fixed, fixed + longest + LENGTHS.size + 2 * ALIGNMENT + 1)
+
+    def gradient(self, frame: Frame, payload: memoryview, worker: str, shared: Slot | None) -> Gradient:
+        """Return a push, whose vectors are views of its payload and of shared memory.
+
+        Args:
+            frame: header that `check` has accepted.
+            payload: payload of the frame.
+            worker: name of the worker that sent it.
+            shared: the partition's slice of the worker's slot; None: all vectors are in the payload.
+
+        Raises:
+            FrameError: the payload is shorter or longer than its contents.
         """
         values: FloatArray | Encoded
         buffers = weights_read = None
@@ -260,7 +298,7 @@ class PushFormat(NamedTuple):
 
 
 def _encoded(encoded: Encoded) -> Iterator[NDArray[Any]]:
-    """Lengths, then the arrays, each filled up to the alignment."""
+    """Yield the lengths, then each array and its padding."""
     lengths = [len(array) for array in encoded.arrays]
     yield np.array([*lengths, 0][:2], "<u8")
     for array in encoded.arrays:
@@ -269,29 +307,31 @@ def _encoded(encoded: Encoded) -> Iterator[NDArray[Any]]:
 
 
 def _decoded(payload: memoryview, kind: str, size: int) -> tuple[Encoded, memoryview]:
+    """Return the encoded values at the start of a payload, and the rest of it."""
     if len(payload) < LENGTHS.size:
-        raise FrameError(f"an encoded push of {len(payload)} bytes, expected at least {LENGTHS.size}")
+        raise FrameError(f"an encoded push has {len(payload)} bytes, expected at least {LENGTHS.size}")
     lengths = LENGTHS.unpack_from(payload)
     payload = payload[LENGTHS.size :]
     arrays: list[NDArray[Any]] = []
     for dtype, length in zip(ARRAYS[kind], lengths, strict=False):
-        taken = ceil(length * dtype.itemsize / ALIGNMENT) * ALIGNMENT
-        if length > size or taken > len(payload):
-            raise FrameError(f"an encoded push says it has {length} values of {size}, in {len(payload)} bytes")
+        padded = ceil(length * dtype.itemsize / ALIGNMENT) * ALIGNMENT
+        if length > size or padded > len(payload):
+            raise FrameError(f"an encoded push announces {length} values of {size} in {len(payload)} bytes")
         arrays.append(np.frombuffer(payload, dtype, length))
-        payload = payload[taken:]
+        payload = payload[padded:]
     return Encoded(kind, size, tuple(arrays)), payload
 
 
 def _vector(payload: memoryview, size: int) -> tuple[FloatArray, memoryview]:
+    """Return the vector at the start of a payload, and the rest of it."""
     if len(payload) < 4 * size:
-        raise FrameError(f"a push is {4 * size - len(payload)} bytes short")
+        raise FrameError(f"a push is {4 * size - len(payload)} bytes too short")
     return np.frombuffer(payload, np.float32, size), payload[4 * size :]
 
 
 def _versions(payload: memoryview, count: int) -> tuple[Version, ...]:
-    """Read the versions that end a payload."""
+    """Return the versions at the end of a payload."""
     size = VERSION.size * count
     if len(payload) != size:
-        raise FrameError(f"a push ends with {len(payload)} bytes behind its vectors, expected {size}")
+        raise FrameError(f"a push has {len(payload)} bytes after its vectors, expected {size}")
     return tuple(Version(*version) for version in VERSION.iter_unpack(payload)) if count else ()

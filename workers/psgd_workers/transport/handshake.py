@@ -1,14 +1,16 @@
-"""How a worker and a server prove to each other that they belong to one run, before anything else is read.
+"""The handshake: worker and server prove to each other that they belong to one run, before any frame is read.
 
-The server greets with random bytes; the worker answers with who it is, random bytes of its own, and a keyed hash of
-all that; the server answers with a keyed hash of its own. The key, new for each server process, reaches workers over
-Ray, and never travels here.
+The server greets with random bytes. The worker answers with its name, its layout, random bytes of its own and a keyed
+hash of all of them. The server answers with a keyed hash of the worker's random bytes. Each server process has a new
+key, which workers receive over Ray; the key itself is never sent over this connection.
 
     server → GREETING   magic, format, nonce
-    worker → HELLO      incarnation, values, slots, worker, shared, nonce, HMAC-SHA256
-    server → WELCOME    HMAC-SHA256          with the published weights' descriptor, if shared
-    worker → one byte                        with its segment's descriptor, if shared
-    server → one byte                        it is mapped: frames may come
+    worker → HELLO      incarnation, values, slots, shared, worker, nonce, HMAC-SHA256
+    server → WELCOME    HMAC-SHA256          and, if memory is shared, the descriptor of the published weights
+    worker → one byte                        only if memory is shared: with the descriptor of the worker's segment
+    server → one byte                        only if memory is shared: the segment is mapped
+
+Then the worker may send frames.
 """
 
 from __future__ import annotations
@@ -25,29 +27,29 @@ __all__ = ["GREETING_SIZE", "HELLO_SIZE", "KEY_SIZE", "WELCOME_SIZE", "Address",
 MAGIC = b"psgd-lane"
 FORMAT = 1
 KEY_SIZE = NONCE_SIZE = PROOF_SIZE = 32
-GREETING = Struct(f"<9sB{NONCE_SIZE}s")
-FACTS = Struct(f"<IQH?64s{NONCE_SIZE}s")
+GREETING = Struct(f"<9sB{NONCE_SIZE}s")  # magic, format, nonce
+FIELDS = Struct(f"<IQH?64s{NONCE_SIZE}s")  # of `Hello`, in their order
 GREETING_SIZE = GREETING.size
-HELLO_SIZE = FACTS.size + PROOF_SIZE
+HELLO_SIZE = FIELDS.size + PROOF_SIZE
 WELCOME_SIZE = PROOF_SIZE
 
 
 class Address(NamedTuple):
-    """Where a server listens."""
+    """The address of a server, and the key that its workers need."""
 
-    node: str  # Ray's id
-    path: str | None  # name of its Unix socket, in Linux' abstract namespace; None: it shares no memory
+    node: str  # Ray's id of the server's node
+    path: str | None  # name of its Unix socket in Linux' abstract namespace; None: the server shares no memory
     host: str
-    port: int | None  # None: it listens on no network
+    port: int | None  # None: the server does not listen on the network
     incarnation: int
     key: bytes
 
     def __repr__(self) -> str:
-        return f"Address({self.node!r}, {self.path!r}, {self.host!r}, {self.port})"  # keys get into no log
+        return f"Address({self.node!r}, {self.path!r}, {self.host!r}, {self.port})"  # logs must not show the key
 
 
 class Greeting(NamedTuple):
-    """The server's first words."""
+    """The server's first message."""
 
     nonce: bytes
 
@@ -62,17 +64,17 @@ class Greeting(NamedTuple):
     def unpack(cls, data: bytes) -> Greeting:
         magic, form, nonce = GREETING.unpack(data)
         if (magic, form) != (MAGIC, FORMAT):
-            raise FrameError(f"who listens there greets with {magic!r} {form}: no psgd server of format {FORMAT}")
+            raise FrameError(f"the server is no psgd server of format {FORMAT}: it greets with {magic!r} {form}")
         return cls(nonce)
 
 
 class Hello(NamedTuple):
-    """Who a worker is, and what its memory looks like."""
+    """The worker's first message: its name, and the size of its memory."""
 
-    incarnation: int  # of the server it expects
-    num_parameters: int  # of the whole weights
-    slots: int  # batches in hand
-    shared: bool  # whether it passes its memory on
+    incarnation: int  # of the server that the worker expects
+    num_parameters: int  # values of the whole weights
+    slots: int  # slots of the worker's segment: batches that it may have in hand
+    shared: bool  # the worker shares its segment
     worker: str
     nonce: bytes
 
@@ -81,29 +83,30 @@ class Hello(NamedTuple):
         return cls(incarnation, num_parameters, slots, shared, worker, secrets.token_bytes(NONCE_SIZE))
 
     def pack(self, key: bytes, greeting: Greeting) -> bytes:
-        """With the proof that its sender has the key."""
+        """Return the message, which ends with a proof that the worker has the key."""
         *numbers, worker, nonce = self
-        fields = FACTS.pack(*numbers, worker.encode(), nonce)
+        fields = FIELDS.pack(*numbers, worker.encode(), nonce)
         return fields + proof(key, b"worker", greeting.nonce, fields)
 
     @classmethod
     def unpack(cls, data: bytes, key: bytes, greeting: Greeting) -> Hello:
-        """Check, then read.
+        """Check the proof, then read the message.
 
         Raises:
             FrameError: the sender does not have the key.
+            UnicodeDecodeError: the worker's name is not UTF-8.
         """
-        fields = data[: FACTS.size]
-        if not hmac.compare_digest(data[FACTS.size :], proof(key, b"worker", greeting.nonce, fields)):
-            raise FrameError("a peer without this run's key")
-        incarnation, num_parameters, slots, shared, worker, nonce = FACTS.unpack(fields)
+        fields = data[: FIELDS.size]
+        if not hmac.compare_digest(data[FIELDS.size :], proof(key, b"worker", greeting.nonce, fields)):
+            raise FrameError("the worker does not have this run's key")
+        incarnation, num_parameters, slots, shared, worker, nonce = FIELDS.unpack(fields)
         return cls(incarnation, num_parameters, slots, shared, worker.rstrip(b"\0").decode(), nonce)
 
     def welcome(self, key: bytes) -> bytes:
-        """The server's proof that it has the key too."""
+        """Return the server's answer: its proof that it has the key too."""
         return proof(key, b"server", self.nonce)
 
 
 def proof(key: bytes, *parts: bytes) -> bytes:
-    """HMAC-SHA256 of the parts, of which none but the last may vary in length."""
+    """Return the HMAC-SHA256 of the parts, joined. Only the last part may vary in length."""
     return hmac.digest(key, b"".join(parts), "sha256")

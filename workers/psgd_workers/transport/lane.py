@@ -1,4 +1,4 @@
-"""The lane: how a worker reaches one server. A port of few verbs; every transport is an implementation of it."""
+"""The lane: the port by which a worker reaches one server. Each transport implements it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ LaneKind = Literal["shm", "tcp", "ray"]
 
 
 class Pending(Protocol):
-    """A push under way."""
+    """A push that was sent and has no receipt yet."""
 
     def receipt(self, timeout_s: float) -> Receipt:
-        """Wait for the receipt: the only place where a consistency mode makes a worker wait.
+        """Wait for the receipt. A consistency mode makes a worker wait here and nowhere else.
 
-        If the push wanted weights, its slot holds them now, and the receipt's version is theirs: that of the step which
-        it tells of, or a later one.
+        If the push wanted weights, they are in its slot when this returns, and the receipt's version is the version of
+        these weights: that of the step that contains the push, or a later one.
+
+        Args:
+            timeout_s: longest wait, in seconds.
 
         Raises:
             LaneTimeoutError: no receipt came within the limit. The push may have been applied or not.
@@ -29,37 +32,52 @@ class Pending(Protocol):
 
 
 class Lane(Protocol):
-    """One worker's way to one partition, from a segment's slots and back into them.
+    """A worker's way to one partition: it sends gradients from the slots of a segment and writes weights into them.
 
-    After an error it is not used again.
+    After a method has raised a `LaneError`, only `hang_up` and `close` may be called.
     """
 
     kind: LaneKind
 
     def pull(self, slot: int, timeout_s: float) -> Version:
-        """Copy the partition's published weights into its part of a slot's weights; never waits for a mode.
+        """Copy the partition's published weights into a slot. A consistency mode never delays this.
+
+        Args:
+            slot: number of the slot whose weights are overwritten, in the partition's slice.
+            timeout_s: longest wait, in seconds.
 
         Returns:
-            The version that was read, never a mixture of two.
+            The version of the copied weights; they are never a mixture of two versions.
+
+        Raises:
+            LaneError: the lane failed; see `Pending.receipt`.
         """
 
     def version(self, timeout_s: float) -> Version:
-        """The partition's version now, without its weights."""
+        """Return the partition's version now, without its weights.
+
+        Raises:
+            LaneError: the lane failed; see `Pending.receipt`.
+        """
 
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
-        """Send a gradient; returns at once, so that pushes to several partitions overlap.
+        """Begin to send a gradient and return without waiting, so that pushes to several partitions overlap.
 
         Args:
-            gradient: its vectors are the slot's, or encoded; all of them stay as they are until the receipt.
-            slot: what it was computed in.
-            wants: whether the weights are to come with the receipt.
+            gradient: the push. Its vectors are views of the slot, or encoded; the caller must not change them before
+                the receipt.
+            slot: number of the slot in which the gradient was computed.
+            wants: True if the new weights are to come with the receipt.
+
+        Raises:
+            LaneError: the lane failed; see `Pending.receipt`.
         """
 
     def hang_up(self) -> None:
-        """Wait no more for a server that is gone without a word; calls under way in other threads end in an error."""
+        """End the calls under way in other threads with a `LaneError`: the server is known to be gone."""
 
     def close(self) -> None:
-        """Let go of the server; pushes under way are in doubt."""
+        """Close the lane. A push without a receipt may have been applied or not."""
 
 
-Connect = Callable[[Segment], Lane]  # raises LaneError: this lane does not work here
+Connect = Callable[[Segment], Lane]  # opens a lane; raises LaneError if the lane does not work here

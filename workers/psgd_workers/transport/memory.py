@@ -1,8 +1,9 @@
-"""Memory that worker and server of one node share: nameless, so that nothing is left of it when its last user is gone.
+"""Memory that worker and server on one node share.
 
-A worker owns one `Segment`: for each batch it may have in hand, the weights it reads and the gradient it writes. A
-server owns one `PublishedVector`: the weights that workers are shown, with a counter that tells a reader whether what
-it copied was of one version. Both are `memfd_create` files, sealed in their size, and travel as file descriptors.
+A worker owns one `Segment`: for each batch that it may have in hand, the weights that it reads and the gradient that it
+writes. A server owns one `PublishedVector`: the weights that workers read, with a counter by which a reader knows that
+its copy is of one version. Both are `memfd_create` files whose size is sealed. They are passed on as file descriptors
+and have no name, so that the kernel frees them when the last process that uses them has ended.
 """
 
 from __future__ import annotations
@@ -26,47 +27,50 @@ __all__ = ["PublishedVector", "Segment", "Slot", "free_memory", "has_shared_memo
 MEMINFO = Path("/proc/meminfo")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
-CGROUP_FILES = (  # limit, what is used of it, and the name of the page cache in memory.stat: in versions 2 and 1
+CGROUP_FILES = (  # limit, usage, and the name of the page cache in memory.stat; for versions 2 and 1
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 PAGE = mmap.PAGESIZE
-HEADER = 64  # bytes before a published vector's values: a cache line
-SNAPSHOTS = 3  # attempts of a reader before it lets the server copy
-SEQUENCE, INCARNATION, UPDATES, CROWD = range(4)  # places in the header, 8 bytes each
-F_SEAL_FUTURE_WRITE = 0x0010  # Linux 5.1; no constant of Python's before 3.13
+HEADER = 64  # bytes before the values of a published vector: one cache line
+SNAPSHOTS = 3  # attempts of a reader, after which it asks the server for a copy
+SEQUENCE, INCARNATION, UPDATES, NUM_POLLED = range(4)  # indices of the header's fields, 8 bytes each
+F_SEAL_FUTURE_WRITE = 0x0010  # since Linux 5.1; the module fcntl has it since Python 3.13
 
 
 def has_shared_memory() -> bool:
-    """Whether this system has nameless shared memory that can be sealed: Linux."""
+    """Return True if this system has anonymous shared memory that can be sealed, as Linux has."""
     return hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS")
 
 
 def stores_are_ordered() -> bool:
-    """Whether others see this processor's stores in their order, which a reader beside a writer relies on."""
+    """Return True if other processors see stores in the order in which a processor makes them.
+
+    `PublishedVector.snapshot` is correct only on such processors.
+    """
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def _check_free(needed: int) -> None:
-    """Refuse what would not fit, before the kernel has to kill somebody for it."""
+    """Raise SharedMemoryError if `needed` bytes are not free. Otherwise the kernel might kill a process for them."""
     free = free_memory()
     if needed > free:
         raise SharedMemoryError(
-            f"{needed / 2**20:,.1f} MiB of shared memory are needed, and {free / 2**20:,.1f} MiB are free"
+            f"{needed / 2**20:,.1f} MiB of shared memory are needed, but only {free / 2**20:,.1f} MiB are free"
         )
 
 
 def free_memory() -> int:
-    """Return the bytes that this machine, or this container, can still give; all there are, if the system says none."""
+    """Return the free bytes of this machine, or of this container; `sys.maxsize` if the system does not tell."""
     if not MEMINFO.exists():
         return sys.maxsize
     lines = MEMINFO.read_text(encoding="ascii").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return max(0, min([free, *(_left(group) for group in _control_groups())]))
+    return max(0, min([free, *(_free_in(group) for group in _control_groups())]))
 
 
 def _control_groups() -> Iterator[Path]:
-    """Yield the folders of this process' memory cgroups: its own, and those around it, which may be smaller."""
+    """Yield the folder of this process's memory cgroup, and of each group around it, whose limit may be lower."""
     for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines() if OWN_CGROUPS.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):  # version 2 has one group for everything
@@ -74,10 +78,10 @@ def _control_groups() -> Iterator[Path]:
             yield from (own, *own.parents[: len(Path(path).parts) - 1])
 
 
-def _left(group: Path) -> int:
-    """Return the bytes that a cgroup has left; all there are, if it has no limit.
+def _free_in(group: Path) -> int:
+    """Return the bytes that a cgroup may still use; `sys.maxsize` if it has no limit.
 
-    The page cache counts as used, but what of it was not read lately is given up before a process is killed.
+    The inactive page cache counts as free: the kernel counts it as used, but drops it before it kills a process.
     """
     for limit, used, cache in CGROUP_FILES:
         if (group / limit).exists() and (text := (group / limit).read_text(encoding="ascii").strip()) != "max":
@@ -87,39 +91,39 @@ def _left(group: Path) -> int:
 
 
 class Slot(NamedTuple):
-    """Where a worker has one batch in hand."""
+    """A worker's memory for one batch in hand."""
 
-    weights: FloatArray  # [num_parameters], as read
-    gradient: FloatArray  # [num_parameters]
+    weights: FloatArray  # [num_parameters], float32: the weights that were pulled
+    gradient: FloatArray  # [num_parameters], float32
 
 
 class Segment:
-    """A worker's memory: `slots` times [weights | gradient], contiguous over all partitions.
+    """A worker's memory: for each slot the weights and the gradient of all partitions.
 
     Args:
         num_parameters: values of the whole weights.
-        slots: batches in hand.
-        file: descriptor of another process's segment, to be mapped; it is closed. None: a new one, shared if the
-            system can.
+        slots: number of slots: batches that the worker may have in hand.
+        file: descriptor of another process's segment, which is mapped and then closed; None: create a segment. It is
+            private memory if memory cannot be shared.
 
     Attributes:
-        slots: what lies in it.
-        file: descriptor to pass on; None: this memory is private.
-        fault: why it is private.
+        slots: the slots, as views of the memory.
+        file: descriptor to pass to another process; None: this memory is private, or the descriptor is closed.
+        fault: reason why this memory is private; "" if it is shared.
 
     Raises:
         SharedMemoryError: `file` is not such a segment.
     """
 
     def __init__(self, num_parameters: int, slots: int, file: int | None = None) -> None:
-        stride = -(-num_parameters * 4 // PAGE) * PAGE  # of one vector, in bytes
+        stride = -(-num_parameters * 4 // PAGE) * PAGE  # bytes of one vector, in whole pages
         size = 2 * slots * stride
         self.file: int | None = None
         self.fault = ""
         memory: mmap.mmap | bytearray
         try:
-            shared = _create("psgd-segment", size) if file is None else _received(file, size)
-            memory = _mapped(shared, size)
+            shared = _create("psgd-segment", size) if file is None else _check_received(file, size)
+            memory = _map(shared, size)
             self.file = shared
         except SharedMemoryError as error:
             if file is not None:
@@ -132,25 +136,26 @@ class Segment:
             self.close()  # the mapping stays
 
     def close(self) -> None:
-        """Keep the memory, which lives as long as its arrays, and let go of the descriptor."""
+        """Close the descriptor. The memory lives as long as its arrays."""
         if self.file is not None:
             os.close(self.file)
             self.file = None
 
 
 class PublishedVector:
-    """A server's weights, read by others while they change.
+    """A server's weights in shared memory, which workers read while the server changes them.
 
-    Before a change the counter is made odd, after it even; a copy between two equal even counts is of one version.
+    This is a sequence lock: the server increments a counter before and after each change, so that it is odd during a
+    change. A copy is of one version if the counter was the same even number before and after copying.
 
     Args:
-        size: values.
-        file: descriptor of a server's vector, to be read; it is closed. None: a new one, to be written by this process
-            alone.
+        size: values of the partition.
+        file: descriptor of a server's vector, which is mapped for reading and then closed; None: create a vector that
+            only this process can write.
 
     Attributes:
-        values: `[size]`.
-        file: descriptor to pass on.
+        values: the weights, `[size]`, float32.
+        file: the owner's descriptor, to pass to workers.
 
     Raises:
         SharedMemoryError: `file` is not such a vector, or no memory can be shared.
@@ -159,50 +164,52 @@ class PublishedVector:
     def __init__(self, size: int, file: int | None = None) -> None:
         length = HEADER + 4 * size
         owned = file is None
-        self.file = _create("psgd-weights", length) if file is None else _received(file, length)
-        memory = _mapped(self.file, length, mmap.PROT_READ | (mmap.PROT_WRITE if owned else 0))
+        self.file = _create("psgd-weights", length) if file is None else _check_received(file, length)
+        memory = _map(self.file, length, mmap.PROT_READ | (mmap.PROT_WRITE if owned else 0))
         if owned:
-            fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)  # nobody else ever writes to it
+            fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)  # no other process can write to it
         else:
             os.close(self.file)
         self._counts = memoryview(memory)[:HEADER].cast("q")
         self.values: FloatArray = np.frombuffer(memory, np.float32, size, HEADER)
 
     def close(self) -> None:
-        """Let go of the owner's descriptor; the memory lives as long as its array."""
+        """Close the owner's descriptor. The memory lives as long as its array."""
         os.close(self.file)
 
     def begin(self) -> None:
-        """The values are about to change."""
+        """Announce that the values are about to change."""
         self._counts[SEQUENCE] += 1
 
     def end(self, version: Version) -> None:
-        """They have changed, and are of that version now."""
+        """Announce that the values have changed and now are of `version`."""
         self._counts[INCARNATION], self._counts[UPDATES] = version
         self._counts[SEQUENCE] += 1
 
     @property
     def version(self) -> Version:
-        """The newest that was published. The incarnation never changes, so one word decides."""
+        """Return the newest published version."""
+        # One vector has one incarnation, so the two reads cannot be of different versions.
         return Version(self._counts[INCARNATION], self._counts[UPDATES])
 
     @property
-    def poller(self) -> int:
-        """Workers of this machine that the owner serves with one thread; it alone sets this."""
-        return self._counts[CROWD]
+    def num_polled(self) -> int:
+        """Number of workers that the owner's `SharedPoller` serves. Only the owner may set it."""
+        return self._counts[NUM_POLLED]
 
-    @poller.setter
-    def poller(self, workers: int) -> None:
-        self._counts[CROWD] = workers
+    @num_polled.setter
+    def num_polled(self, workers: int) -> None:
+        self._counts[NUM_POLLED] = workers
 
     def snapshot(self, into: FloatArray) -> Version | None:
-        """Copy the values as they were at one version.
+        """Copy the values of one version.
 
         Args:
-            into: `[size]`, overwritten.
+            into: vector `[size]` that is overwritten.
 
         Returns:
-            That version; None: they changed during each of three copies, and `into` holds nothing of use.
+            The version that was copied; None: the values changed during each of three attempts, and `into` must not be
+            used.
         """
         counts = self._counts
         for _ in range(SNAPSHOTS):
@@ -212,17 +219,18 @@ class PublishedVector:
                 version = Version(counts[INCARNATION], counts[UPDATES])
                 if counts[SEQUENCE] == before:
                     return version
-            os.sched_yield()  # the writer may be waiting for this very core
+            os.sched_yield()  # the writer may be waiting for this processor
         return None
 
 
 def _create(name: str, size: int) -> int:
+    """Return the descriptor of a new memory file of `size` bytes, whose size is sealed."""
     if not has_shared_memory():
-        raise SharedMemoryError("this system has no nameless shared memory, as Linux has")
+        raise SharedMemoryError("this system has no anonymous shared memory: only Linux has it")
     try:
         _check_free(size)
         file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except OSError as error:  # too many open files, say
+    except OSError as error:  # for example, too many open files
         raise SharedMemoryError(f"no memory can be shared: {error}") from error
     try:
         os.ftruncate(file, size)
@@ -233,8 +241,8 @@ def _create(name: str, size: int) -> int:
     return file
 
 
-def _mapped(file: int, size: int, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
-    """The file as memory; it is closed if that fails."""
+def _map(file: int, size: int, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
+    """Return the file as memory. Close it if it cannot be mapped."""
     try:
         return mmap.mmap(file, size, prot=prot)
     except OSError as error:
@@ -242,17 +250,20 @@ def _mapped(file: int, size: int, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) 
         raise SharedMemoryError(f"shared memory of {size} bytes cannot be mapped: {error}") from error
 
 
-def _received(file: int, size: int) -> int:
-    """Check what came: a shorter file, or one that could shrink, would kill whoever reads behind its end."""
+def _check_received(file: int, size: int) -> int:
+    """Return a descriptor that another process has passed, or close it and raise SharedMemoryError.
+
+    A process that reads behind the end of a mapped file is killed. So the file must be long enough and never shrink.
+    """
     found = os.fstat(file).st_size
     try:
         seals = fcntl.fcntl(file, fcntl.F_GET_SEALS)
     except OSError as error:
         os.close(file)
-        raise SharedMemoryError(f"what came is no shared memory: {error}") from error
+        raise SharedMemoryError(f"the descriptor that was passed is no shared memory: {error}") from error
     if found != size or not seals & fcntl.F_SEAL_SHRINK:
         os.close(file)
         raise SharedMemoryError(
-            f"shared memory of {found} bytes came, seals {seals:#x}; expected {size} bytes, sealed in size"
+            f"shared memory of {found} bytes with seals {seals:#x} was passed; expected {size} bytes, sealed in size"
         )
     return file

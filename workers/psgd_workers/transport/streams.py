@@ -21,7 +21,7 @@ def limit(stream: socket.socket, timeout_s: float | None) -> None:
 
     Args:
         stream: socket to limit.
-        timeout_s: seconds that a call may wait; None: until the connection is closed.
+        timeout_s: seconds that a call may wait; None: without limit, until the connection is closed.
     """
     seconds, rest = divmod(0 if timeout_s is None else max(1, round(timeout_s * SECOND)), SECOND)
     timeval = pack("@ll", seconds, rest)
@@ -62,7 +62,7 @@ def receive(stream: socket.socket, into: memoryview, rest_s: float | None = None
     deadline = inf if rest_s is None else monotonic() + rest_s
     while count and got < len(into):
         if monotonic() >= deadline:
-            raise TimeoutError(f"the rest of a message did not come within {rest_s} s")
+            raise TimeoutError(f"the rest of a message did not arrive within {rest_s} s")
         got += (count := stream.recv_into(into[got:]))
     return got
 

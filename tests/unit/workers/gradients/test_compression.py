@@ -55,7 +55,7 @@ def normal(size: int, seed: int = 0) -> FloatArray:
 
 
 def decoded(encoded: Encoded) -> FloatArray:
-    """The values, written over NaN: what decode leaves out shows."""
+    """Decode over NaN, so that values that `decode` does not write are seen."""
     out = np.full(encoded.size, np.nan, np.float32)
     decode(encoded, out)
     return out
@@ -275,27 +275,27 @@ MULTIPLES = np.zeros(9, np.int8)
 TWO = np.ones(2, np.float32)
 MALFORMED = {
     "unknown kind": (Encoded("gzip", 9, (HALVES,)), "compressed as 'gzip', expected one of fp16, top_k, scaled_sign"),
-    "too short for the slice": (Encoded("fp16", 8, (HALVES[:8],)), "fp16 gradient of 8 values came for a slice of 9"),
-    "fp16 without arrays": (Encoded("fp16", 9, ()), "came as nothing, expected float16[9]"),
-    "fp16 with an array too many": (Encoded("fp16", 9, (HALVES, HALVES)), "came as float16[9], float16[9], expected"),
-    "fp16 of other length": (Encoded("fp16", 9, (HALVES[:8],)), "came as float16[8], expected float16[9]"),
-    "fp16 of one value": (Encoded("fp16", 9, (HALVES[:1],)), "came as float16[1], expected float16[9]"),
-    "fp16 of other type": (Encoded("fp16", 9, (MULTIPLES,)), "came as int8[9], expected float16[9]"),
-    "fp16 of other byte order": (Encoded("fp16", 9, (HALVES.astype(">f2"),)), "came as >f2[9], expected float16[9]"),
-    "fp16 of other shape": (Encoded("fp16", 9, (HALVES[:, None],)), "came as float16[9, 1], expected float16[9]"),
-    "top_k with more values": (Encoded("top_k", 9, (uint32(1), TWO)), "with 1 indices for 2 values"),
+    "too short for the slice": (Encoded("fp16", 8, (HALVES[:8],)), "fp16 gradient has 8 values, expected 9"),
+    "fp16 without arrays": (Encoded("fp16", 9, ()), "has no arrays, expected float16[9]"),
+    "fp16 with an array too many": (Encoded("fp16", 9, (HALVES, HALVES)), "has float16[9], float16[9], expected"),
+    "fp16 of other length": (Encoded("fp16", 9, (HALVES[:8],)), "has float16[8], expected float16[9]"),
+    "fp16 of one value": (Encoded("fp16", 9, (HALVES[:1],)), "has float16[1], expected float16[9]"),
+    "fp16 of other type": (Encoded("fp16", 9, (MULTIPLES,)), "has int8[9], expected float16[9]"),
+    "fp16 of other byte order": (Encoded("fp16", 9, (HALVES.astype(">f2"),)), "has >f2[9], expected float16[9]"),
+    "fp16 of other shape": (Encoded("fp16", 9, (HALVES[:, None],)), "has float16[9, 1], expected float16[9]"),
+    "top_k with more values": (Encoded("top_k", 9, (uint32(1), TWO)), "has 1 indices for 2 values"),
     "top_k beyond the slice": (Encoded("top_k", 9, (uint32(1, 9), TWO)), "has index 9, expected one below 9"),
     "top_k unsorted": (Encoded("top_k", 9, (uint32(9, 1), TWO)), "not strictly ascending"),
     "top_k twice": (Encoded("top_k", 9, (uint32(3, 3), TWO)), "not strictly ascending"),
-    "top_k signed": (Encoded("top_k", 9, (np.array([-1, 2]), TWO)), "came as int64[2], float32[2], expected uint32[k]"),
-    "top_k in float64": (Encoded("top_k", 9, (uint32(1, 2), np.ones(2))), "came as uint32[2], float64[2], expected"),
-    "sign without scale": (Encoded("scaled_sign", 9, (BITS,)), "came as uint8[2], expected float32[1], uint8[2]"),
-    "sign with two scales": (Encoded("scaled_sign", 9, (TWO, BITS)), "came as float32[2], uint8[2], expected"),
-    "sign with few bits": (Encoded("scaled_sign", 9, (SCALE, BITS[:1])), "came as float32[1], uint8[1], expected"),
-    "sign unpacked": (Encoded("scaled_sign", 9, (SCALE, BITS > 0)), "came as float32[1], bool[2], expected"),
-    "int8 with two steps": (Encoded("int8", 9, (TWO, MULTIPLES)), "came as float32[2], int8[9], expected float32[1]"),
-    "int8 unsigned": (Encoded("int8", 9, (SCALE, MULTIPLES.view(np.uint8))), "came as float32[1], uint8[9], expected"),
-    "int8 too long": (Encoded("int8", 9, (SCALE, np.zeros(10, np.int8))), "came as float32[1], int8[10], expected"),
+    "top_k signed": (Encoded("top_k", 9, (np.array([-1, 2]), TWO)), "has int64[2], float32[2], expected uint32[k]"),
+    "top_k in float64": (Encoded("top_k", 9, (uint32(1, 2), np.ones(2))), "has uint32[2], float64[2], expected"),
+    "sign without scale": (Encoded("scaled_sign", 9, (BITS,)), "has uint8[2], expected float32[1], uint8[2]"),
+    "sign with two scales": (Encoded("scaled_sign", 9, (TWO, BITS)), "has float32[2], uint8[2], expected"),
+    "sign with few bits": (Encoded("scaled_sign", 9, (SCALE, BITS[:1])), "has float32[1], uint8[1], expected"),
+    "sign unpacked": (Encoded("scaled_sign", 9, (SCALE, BITS > 0)), "has float32[1], bool[2], expected"),
+    "int8 with two steps": (Encoded("int8", 9, (TWO, MULTIPLES)), "has float32[2], int8[9], expected float32[1]"),
+    "int8 unsigned": (Encoded("int8", 9, (SCALE, MULTIPLES.view(np.uint8))), "has float32[1], uint8[9], expected"),
+    "int8 too long": (Encoded("int8", 9, (SCALE, np.zeros(10, np.int8))), "has float32[1], int8[10], expected"),
 }
 
 
@@ -314,7 +314,7 @@ def test_top_k_of_nothing_is_zeros() -> None:
 @each_compressor
 def test_decode_refuses_another_partitions_gradient(compressor: Compressor) -> None:
     encoded = compressor.encode(normal(12))
-    with pytest.raises(EncodingError, match="12 values came for a slice of 9"):
+    with pytest.raises(EncodingError, match="has 12 values, expected 9"):
         decode(encoded, np.empty(9, np.float32))
 
 
@@ -326,7 +326,7 @@ def descend(
     steps: int,
     feedback: bool,
 ) -> FloatArray:
-    """SGD with and without the memory."""
+    """Run SGD, with the error memory or without it, and return the weights."""
     memory = ErrorFeedback(compressor, len(weights))
     for step in range(steps):
         gradient = gradient_at(weights, step)

@@ -15,7 +15,7 @@ shapes = st.lists(st.lists(st.integers(1, 4), max_size=3).map(tuple), min_size=1
 
 
 def tensors_of(shapes: list[tuple[int, ...]]) -> dict[str, FloatArray]:
-    """Tensors t0, t1, ... holding 0, 1, 2, ... through all of them."""
+    """Return tensors t0, t1, ... whose values count 0, 1, 2, ... through all of them."""
     flat = np.arange(sum(map(prod, shapes)), dtype=np.float32)
     pieces = np.split(flat, np.cumsum([prod(shape) for shape in shapes])[:-1])
     return {f"t{i}": piece.reshape(shape) for i, (piece, shape) in enumerate(zip(pieces, shapes, strict=True))}
@@ -63,7 +63,7 @@ def test_a_vector_of_another_length_is_refused() -> None:
 
 
 def test_a_buffer_that_is_no_tensor_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"buffers \['c'\] are not among the weights \['a', 'b'\]"):
+    with pytest.raises(ModelError, match=r"buffers \['c'\] are not among its weights \['a', 'b'\]"):
         Layout.of({"a": np.zeros(3), "b": np.zeros(1)}, buffers=("b", "c"))
 
 

@@ -31,7 +31,7 @@ def sender(worker_options: WorkerOptions, parts: Sequence[slice] = PARTS) -> Sen
     return Sender("worker-0", 1, parts, TRAINABLE, worker_options)
 
 
-@pytest.mark.parametrize("rules", [WorkerOptions(), WorkerOptions(sends_weights=True), COMPRESSED], ids=str)
+@pytest.mark.parametrize("worker_options", [WorkerOptions(), WorkerOptions(sends_weights=True), COMPRESSED], ids=str)
 @pytest.mark.parametrize("parts", [PARTS, [slice(0, SIZE)]], ids=["3 servers", "1 server"])
 def test_the_pushes_of_a_slot_are_counted_from_one_alike_for_every_partition(
     worker_options: WorkerOptions, parts: Sequence[slice]
@@ -45,12 +45,12 @@ def test_the_pushes_of_a_slot_are_counted_from_one_alike_for_every_partition(
 
 def test_each_partition_is_sent_its_slice_and_the_versions_of_the_others_in_their_order() -> None:
     pushes = sent(sender(WorkerOptions(sends_weights=True)))
-    for place, (push, part) in enumerate(zip(pushes, PARTS, strict=True)):
+    for partition, (push, part) in enumerate(zip(pushes, PARTS, strict=True)):
         assert isinstance(push.values, np.ndarray)
         np.testing.assert_array_equal(push.values, randoms(0)[part])
         np.testing.assert_array_equal(push.weights_read, -randoms(0)[part])
-        assert push.read == READS[place]
-        assert push.others == tuple(READS[:place] + READS[place + 1 :])
+        assert push.read == READS[partition]
+        assert push.others == tuple(READS[:partition] + READS[partition + 1 :])
     assert sent(sender(WorkerOptions(), [slice(0, SIZE)]), reads=READS[:1])[0].others == ()
 
 

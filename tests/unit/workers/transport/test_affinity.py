@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from psgd_workers.transport import affinity as processor
-from psgd_workers.transport.affinity import NOWHERE, allowed_processors, current_processor, run_on, wake
+from psgd_workers.transport import affinity
+from psgd_workers.transport.affinity import NOWHERE, allowed_processors, current_processor, run_on, set_patient
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux' scheduler")
 
@@ -35,19 +35,19 @@ def test_a_processor_that_is_not_there_changes_nothing(allowed: set[int]) -> Non
 
 
 def test_where_the_system_does_not_say_a_thread_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "_getcpu", None)
+    monkeypatch.setattr(affinity, "_getcpu", None)
     monkeypatch.delattr(os, "sched_getaffinity")
     assert current_processor() == NOWHERE
     assert allowed_processors() == set()
     monkeypatch.undo()
 
 
-def test_who_wakes_patiently_is_alone_in_that_and_can_be_as_before() -> None:
+def test_patience_is_of_one_thread_and_can_be_ended() -> None:
     before = os.sched_getscheduler(0)
     assert before == os.SCHED_OTHER
     with ThreadPoolExecutor(1) as thread:
-        for patiently, policy in [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)]:
-            thread.submit(wake, patiently).result()
+        for patient, policy in [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)]:
+            thread.submit(set_patient, patient).result()
             assert thread.submit(os.sched_getscheduler, 0).result() == policy
             assert os.sched_getscheduler(0) == before
 
@@ -55,9 +55,9 @@ def test_who_wakes_patiently_is_alone_in_that_and_can_be_as_before() -> None:
 def test_a_policy_that_somebody_chose_is_left_alone() -> None:
     def under_another() -> tuple[int, int]:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        wake(patiently=True)
+        set_patient(patient=True)
         between = os.sched_getscheduler(0)
-        wake(patiently=False)
+        set_patient(patient=False)
         return between, os.sched_getscheduler(0)
 
     with ThreadPoolExecutor(1) as thread:
@@ -70,8 +70,8 @@ def test_where_no_policy_can_be_chosen_nothing_changes(monkeypatch: pytest.Monke
 
     before = os.sched_getscheduler(0)
     monkeypatch.setattr(os, "sched_setscheduler", refuse)
-    wake(patiently=True)
+    set_patient(patient=True)
     monkeypatch.delattr(os, "SCHED_BATCH")
-    wake(patiently=True)
+    set_patient(patient=True)
     monkeypatch.undo()
     assert os.sched_getscheduler(0) == before

@@ -95,10 +95,10 @@ def test_a_header_of_another_length_is_refused(length: int) -> None:
     [
         (0, b"P", r"begins with b'Psgd' and format 1, expected b'psgd' and 1"),
         (4, b"\2", r"begins with b'psgd' and format 2"),
-        (5, b"\0", "of kind 0 .* there are kinds 1 to 6"),
+        (5, b"\0", "of kind 0 .* a kind from 1 to 6"),
         (5, b"\7", "of kind 7"),
-        (8, b"\2", "that wants 2"),
-        (9, b"\1", "that wants 257"),
+        (8, b"\2", "wants 2, expected .* 0 or 1"),
+        (9, b"\1", "wants 257"),
     ],
 )
 def test_what_no_frame_says_is_refused_whatever_its_checksum(place: int, value: bytes, message: str) -> None:
@@ -118,7 +118,7 @@ def test_any_flipped_bit_is_noticed() -> None:
 
 
 def damaged(rng: np.random.Generator) -> Iterator[bytes]:
-    """100,000 headers: flipped bits, overwritten bytes, cut and random ones, and mutations with the right checksum."""
+    """Yield 100,000 headers: with flipped bits, overwritten bytes, cut off, random; some have the right checksum."""
     good = np.frombuffer(FRAME.pack(), np.uint8)
     flipped = np.tile(good, (30_000, 1))
     for _ in range(4):
@@ -181,7 +181,7 @@ def randoms(size: int, seed: int) -> FloatArray:
 def made(
     compression: CompressionSpec, weights: bool, trainable: int = TRAINABLE, others: tuple[Version, ...] = ()
 ) -> tuple[PushFormat, Slot, Gradient]:
-    """The pushes of such a job, a slot, and what was computed in it."""
+    """Return the push format of a job with these settings, a slot, and a push from that slot."""
     slot = Slot(randoms(SIZE, 1), randoms(SIZE, 2))
     compressor = build_compressor(compression)
     values: FloatArray | Encoded = slot.gradient
@@ -252,7 +252,7 @@ def test_a_push_of_another_form_is_refused_by_its_header(compression: Compressio
     with pytest.raises(FrameError, match=f"expected .*{longest}"):
         push_format.check(frame._replace(payload=longest + 1), push_format.sizes(shared))
     if not shared:
-        with pytest.raises(FrameError, match="a push with 100 bytes of payload"):
+        with pytest.raises(FrameError, match="a push has 100 bytes of payload"):
             push_format.check(frame._replace(payload=100), push_format.sizes(shared))
 
 
@@ -269,7 +269,7 @@ def test_a_payload_of_any_other_length_is_refused(
         with pytest.raises(FrameError):
             push_format.gradient(frame, memoryview(sent)[:length], "worker-0", None)
     size = 12 * len(others)
-    with pytest.raises(FrameError, match=f"ends with {size + 1} bytes behind its vectors, expected {size}"):
+    with pytest.raises(FrameError, match=f"has {size + 1} bytes after its vectors, expected {size}"):
         push_format.gradient(frame, memoryview(sent + b"\0"), "worker-0", None)
 
 
@@ -283,7 +283,7 @@ def test_damaged_encoded_payloads_are_refused_or_decoded(compression: Compressio
     refused = 0
     for number in range(1500):
         bad = good.copy()
-        end = 16 if number % 2 else len(good)  # the lengths, or anything
+        end = 16 if number % 2 else len(good)  # damage only the lengths, or any part
         bad[rng.integers(end, size=3)] = rng.integers(256, size=3) if number % 3 else rng.integers(40, size=3)
         try:
             came = push_format.gradient(frame, bad.data, "worker-0", None)

@@ -48,13 +48,13 @@ def test_another_programs_greeting_is_refused(place: int) -> None:
 
 
 def test_a_peer_without_the_key_is_refused() -> None:
-    with pytest.raises(FrameError, match="without this run's key"):
+    with pytest.raises(FrameError, match="does not have this run's key"):
         Hello.unpack(HELLO.pack(OTHER_KEY, GREETING), KEY, GREETING)
 
 
 def test_an_answer_to_another_greeting_is_refused() -> None:
     overheard = HELLO.pack(KEY, GREETING)
-    with pytest.raises(FrameError, match="without this run's key"):
+    with pytest.raises(FrameError, match="does not have this run's key"):
         Hello.unpack(overheard, KEY, Greeting.new())
 
 
@@ -63,19 +63,19 @@ def test_no_bit_of_an_answer_can_be_changed() -> None:
     for place in range(HELLO_SIZE):
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
-        with pytest.raises(FrameError, match="without this run's key"):
+        with pytest.raises(FrameError, match="does not have this run's key"):
             Hello.unpack(bytes(changed), KEY, GREETING)
 
 
 @pytest.mark.parametrize("length", [0, 1, HELLO_SIZE - 33, HELLO_SIZE - 32, HELLO_SIZE - 1, HELLO_SIZE + 1])
 def test_an_answer_of_another_length_is_refused(length: int) -> None:
     data = HELLO.pack(KEY, GREETING) + b"\0"
-    with pytest.raises(FrameError, match="without this run's key"):
+    with pytest.raises(FrameError, match="does not have this run's key"):
         Hello.unpack(data[:length], KEY, GREETING)
 
 
 def test_random_bytes_are_no_answer() -> None:
-    with pytest.raises(FrameError, match="without this run's key"):
+    with pytest.raises(FrameError, match="does not have this run's key"):
         Hello.unpack(secrets.token_bytes(HELLO_SIZE), KEY, GREETING)
 
 
@@ -88,7 +88,7 @@ def test_only_who_has_the_key_can_welcome_a_worker() -> None:
 
 
 def test_a_worker_cannot_be_made_to_prove_what_a_server_proves() -> None:
-    """A false server greets with the nonce of a hello that it has to welcome."""
+    """A false server relays the nonce of another worker's hello, whose welcome it needs, as its own greeting."""
     relayed = HELLO.pack(KEY, Greeting(HELLO.nonce))
     assert HELLO.welcome(KEY) not in relayed
 

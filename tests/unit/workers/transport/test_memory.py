@@ -21,13 +21,14 @@ from psgd_workers.errors import SharedMemoryError
 from psgd_workers.messages import FloatArray, Version
 from psgd_workers.transport import memory
 from psgd_workers.transport.memory import PublishedVector, Segment
+from tests.support.server_harness import open_files
 
 if not memory.has_shared_memory():
-    pytest.skip("needs Linux' nameless shared memory", allow_module_level=True)
+    pytest.skip("needs Linux' anonymous shared memory", allow_module_level=True)
 
 PAGE = mmap.PAGESIZE
-SIZE = 100_003  # values of a vector that takes long enough to copy
-SNAPSHOTS = 100  # of different versions
+SIZE = 100_003  # values: copying takes long enough that a writer interferes
+SNAPSHOTS = 100  # snapshots of different versions to take
 LIMIT_S = 20.0
 
 WRITER = """
@@ -74,7 +75,7 @@ sys.stdin.read()
 
 @contextmanager
 def process(script: str, channel: socket.socket, *arguments: int) -> Iterator[subprocess.Popen[str]]:
-    """A process that is given one end of a channel; it is killed in the end."""
+    """Start a process that gets one end of a channel, and kill it at the end."""
     command = [sys.executable, "-c", script, *map(str, (channel.fileno(), *arguments))]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, pass_fds=[channel.fileno()], **pipes) as running:  # type: ignore[call-overload]
@@ -99,16 +100,6 @@ def is_open(file: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def open_files() -> set[tuple[int, int]]:
-    """Return the open files of this process as (descriptor, inode)."""
-    found = set()
-    for file in map(int, os.listdir("/proc/self/fd")):  # noqa: PTH208
-        with suppress(OSError):  # the listing's own
-            status = os.fstat(file)
-            found.add((status.st_dev, status.st_ino))
-    return found
 
 
 # Segment
@@ -157,7 +148,7 @@ def test_memory_outlives_its_descriptor() -> None:
     assert not is_open(received)
     segment.close()
     assert not is_open(file)
-    segment.close()  # closes nobody else's
+    segment.close()  # a second call must not close the file that has got this number
     segment.slots[0].weights[:] = 7
     slots = other.slots
     del other, segment
@@ -191,10 +182,10 @@ def on_disk(size: int) -> int:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (unsealed, r"seals 0x0; expected 8192 bytes, sealed in size"),
+        (unsealed, r"seals 0x0 was passed; expected 8192 bytes, sealed in size"),
         (lambda size: sealed(size, fcntl.F_SEAL_GROW), "seals 0x4"),
-        (lambda size: sealed(size - PAGE), "shared memory of 4096 bytes came"),
-        (lambda size: sealed(size + PAGE), "shared memory of 12288 bytes came"),
+        (lambda size: sealed(size - PAGE), "shared memory of 4096 bytes with"),
+        (lambda size: sealed(size + PAGE), "shared memory of 12288 bytes with"),
         (lambda size: sealed(size, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE), "cannot be mapped"),
         (pipe, "is no shared memory"),
         (on_disk, "is no shared memory"),
@@ -210,7 +201,7 @@ def test_a_descriptor_that_is_no_such_segment_is_refused_and_closed(make: Callab
 def test_a_vector_of_another_length_is_refused_and_closed() -> None:
     vector = PublishedVector(10)
     file = os.dup(vector.file)
-    with pytest.raises(SharedMemoryError, match=r"shared memory of 104 bytes came.*expected 108 bytes"):
+    with pytest.raises(SharedMemoryError, match=r"shared memory of 104 bytes with.*expected 108 bytes"):
         PublishedVector(11, file)
     assert not is_open(file)
     vector.close()
@@ -241,8 +232,8 @@ def no_room(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("break_it", "fault"),
     [
-        (too_little, r"[1-9][\d.]+ MiB of shared memory are needed, and 1\.0 MiB are free"),
-        (another_system, "this system has no nameless shared memory"),
+        (too_little, r"[1-9][\d.]+ MiB of shared memory are needed, but only 1\.0 MiB are free"),
+        (another_system, "this system has no anonymous shared memory"),
         (too_many_files, "no memory can be shared: .*Too many open files"),
         (no_room, "no memory can be shared: .*No space left"),
     ],
@@ -271,7 +262,10 @@ MIB = 2**20
 
 @pytest.fixture
 def limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A machine with 900 MiB free; groups by folder: limit (None: none), used MiB and unused page cache in MiB."""
+    """Return a function that simulates a machine with 900 MiB free and these cgroups.
+
+    The cgroups are given by folder, each with its limit (None: no limit), usage and inactive page cache, in MiB.
+    """
     (tmp_path / "meminfo").write_text("MemTotal:  1024000 kB\nMemFree:  10 kB\nMemAvailable:  921600 kB\n")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "own")
@@ -395,7 +389,7 @@ def test_a_copy_during_which_the_values_changed_is_made_again_twice(
     vector.close()
 
 
-@pytest.mark.skipif(not memory.stores_are_ordered(), reason="readers ask the server on such processors")
+@pytest.mark.skipif(not memory.stores_are_ordered(), reason="on such processors readers ask the server for a copy")
 def test_a_snapshot_beside_a_writer_that_never_stops_is_of_one_version() -> None:
     mine, its = socket.socketpair()
     mine.settimeout(LIMIT_S)
@@ -434,10 +428,10 @@ def test_nothing_is_left_of_memory_whose_processes_were_killed() -> None:
 
 
 def users(inodes: set[int]) -> set[int]:
-    """The processes that have one of these memfd files open or mapped."""
+    """Return the processes that have one of these memfd files open or mapped."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is somebody else's
+        with suppress(OSError):  # the process has ended, or belongs to another user
             mapped = [
                 fields[4]
                 for fields in map(str.split, (folder / "maps").read_text().splitlines())

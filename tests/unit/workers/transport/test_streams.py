@@ -10,7 +10,7 @@ import pytest
 from psgd_workers.transport.streams import limit, receive, send, shut
 
 LIMIT_S = 10.0
-MUCH = 2**22  # bytes, more than a socket's buffers hold
+MUCH = 2**22  # bytes: more than the buffers of a socket hold
 
 
 @pytest.fixture
@@ -70,16 +70,16 @@ def test_what_has_begun_to_come_must_come_soon(pair: Pair) -> None:
 
     with ThreadPoolExecutor(1) as pool:
         dripping = pool.submit(drip)
-        with pytest.raises(TimeoutError, match=r"the rest of a message did not come within 0\.05 s"):
+        with pytest.raises(TimeoutError, match=r"the rest of a message did not arrive within 0\.05 s"):
             receive(other, memoryview(bytearray(2000)), rest_s=0.05)
         stop.set()
         dripping.result(LIMIT_S)
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_shutting_ends_a_wait_at_either_end(pair: Pair, who: int) -> None:
+@pytest.mark.parametrize("end", [0, 1])
+def test_shutting_ends_a_wait_at_either_end(pair: Pair, end: int) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(receive, pair[0], memoryview(bytearray(1)))
-        shut(pair[who])
+        shut(pair[end])
         assert waiting.result(LIMIT_S) == 0
-    shut(pair[who])  # again does no harm
+    shut(pair[end])  # a second call does no harm

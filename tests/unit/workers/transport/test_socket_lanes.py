@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from psgd.core.server.partitions import Partition
-from psgd.serving import connection as connection
+from psgd.serving import connection
 from psgd_workers.errors import FrameError, LaneError, LaneTimeoutError, ServerGoneError, SharedMemoryError
 from psgd_workers.messages import Outcome, Receipt, Version
-from psgd_workers.transport import memory, sockets
+from psgd_workers.transport import memory, shm
 from psgd_workers.transport.affinity import NOWHERE
 from psgd_workers.transport.frames import HEADER_SIZE
 from psgd_workers.transport.handshake import HELLO_SIZE, WELCOME_SIZE, Greeting, Hello
@@ -28,14 +28,14 @@ from tests.support.server_harness import (
     DC_ASGD,
     FIRST,
     INT8,
-    KINDS,
+    LANE_CASES,
     LIMIT_S,
     NUM_PARAMETERS,
     PART,
     SECOND,
     V1,
     Harnesses,
-    Kinds,
+    LaneCase,
     WorkerHarness,
     batch,
     exactly,
@@ -43,14 +43,14 @@ from tests.support.server_harness import (
 )
 
 if not memory.has_shared_memory():
-    pytest.skip("needs Linux' nameless shared memory", allow_module_level=True)
+    pytest.skip("needs Linux' anonymous shared memory", allow_module_level=True)
 
 
 # Lanes
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reads_itself", [True, False], ids=["", "copied"])
+@pytest.mark.parametrize("kind", LANE_CASES)
+@pytest.mark.parametrize("copies_itself", [True, False], ids=["", "copied"])
 @pytest.mark.parametrize(
     "sections",
     [
@@ -66,9 +66,9 @@ if not memory.has_shared_memory():
     ids=lambda sections: "-".join(section["name"] for section in sections.values()),
 )
 def test_a_lane_gives_the_bits_of_a_server_called_directly(
-    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds, sections: Any, reads_itself: bool
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: LaneCase, sections: Any, copies_itself: bool
 ) -> None:
-    monkeypatch.setattr(sockets, "stores_are_ordered", lambda: reads_itself)
+    monkeypatch.setattr(shm, "stores_are_ordered", lambda: copies_itself)
     harness = harnesses(sections=sections)
     direct = harness.reference()
     client = harness.lane(kind)
@@ -91,8 +91,8 @@ def test_a_lane_gives_the_bits_of_a_server_called_directly(
     assert outside[PART.stop :].tolist() == [5] * (NUM_PARAMETERS - PART.stop)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pushes_of_several_slots_are_answered_whatever_is_asked_for_first(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_pushes_of_several_slots_are_answered_whatever_is_asked_for_first(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
     direct = harness.reference()
     client = harness.lane(kind)
@@ -114,36 +114,36 @@ WHOLE = {"partition": Partition(0, 0, NUM_PARAMETERS, NUM_PARAMETERS)}
         ("shm", WHOLE, 1, True),
         ("shm", WHOLE, 2, False),
         ("shm", {}, 1, False),
-        ("crowd", WHOLE, 1, False),
+        ("polled", WHOLE, 1, False),
         ("tcp", WHOLE, 1, False),
     ],
-    ids=["waits", "computes-ahead", "has-other-servers", "crowd", "tcp"],
+    ids=["waits", "computes-ahead", "has-other-servers", "polled", "tcp"],
 )
 def test_a_servers_thread_follows_a_worker_that_waits_for_it_alone(
-    processors: set[int], harnesses: Harnesses, kind: Kinds, given: dict[str, Any], slots: int, follows: bool
+    processors: set[int], harnesses: Harnesses, kind: LaneCase, given: dict[str, Any], slots: int, follows: bool
 ) -> None:
-    name = "psgd-crowd" if kind == "crowd" else "psgd-peer"
+    name = "psgd-poller" if kind == "polled" else "psgd-connection"
     harness = harnesses(**given)
     client = harness.lane(kind, slots=slots)
     positions = count()
     for processor in sorted(processors)[:3]:
         os.sched_setaffinity(0, {processor})
-        for _ in range(connection.SETTLED + 1):  # what it does after a push is done at the next one's receipt
+        for _ in range(connection.SETTLED + 1):  # the thread moves after a push, before it answers the next
             gradient = client.gradient(0, batch(next(positions)), harness.server.version, seed=0)
             client.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
         (thread,) = (one for one in threading.enumerate() if one.name == name)
         assert os.sched_getaffinity(thread.native_id or 0) == ({processor} if follows else processors)
 
 
-@pytest.mark.parametrize(("kind", "patient"), [("shm", False), ("crowd", True), ("tcp", False)])
+@pytest.mark.parametrize(("kind", "patient"), [("shm", False), ("polled", True), ("tcp", False)])
 def test_workers_that_share_processors_do_not_interrupt_the_thread_that_answers_all_of_them(
-    processors: set[int], harnesses: Harnesses, kind: Kinds, patient: bool
+    processors: set[int], harnesses: Harnesses, kind: LaneCase, patient: bool
 ) -> None:
     harness = harnesses()
     positions = count()
 
     def pushed(client: WorkerHarness) -> WorkerHarness:
-        """Who is answered is counted."""
+        """Push once: only a worker that was answered is sure to be counted."""
         gradient = client.gradient(0, batch(next(positions)), harness.server.version, seed=0)
         client.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
         return client
@@ -157,15 +157,14 @@ def test_workers_that_share_processors_do_not_interrupt_the_thread_that_answers_
     another = pushed(harness.lane(kind, "one-too-many"))
     assert policy() == (os.SCHED_BATCH if patient else os.SCHED_OTHER)
     another.lane.close()
-    with harness.listener._left:
-        assert harness.listener._left.wait_for(lambda: len(harness.listener._streams) == len(processors), LIMIT_S)
+    harness.listener.wait_until(lambda: len(harness.streams()) == len(processors))
     assert policy() == os.SCHED_OTHER
 
 
 def test_a_closed_lane_leaves_its_thread_as_it_was(processors: set[int], harnesses: Harnesses) -> None:
     harness = harnesses()
     for number in range(len(processors) + 1):
-        client = harness.lane("crowd", f"worker-{number}")
+        client = harness.lane("polled", f"worker-{number}")
         client.lane.push(client.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
     assert os.sched_getscheduler(0) == os.SCHED_BATCH
     client.lane.close()
@@ -173,13 +172,13 @@ def test_a_closed_lane_leaves_its_thread_as_it_was(processors: set[int], harness
 
 
 @pytest.mark.parametrize(("given", "slots"), [(WHOLE, 2), ({}, 1)], ids=["computes-ahead", "has-other-servers"])
-def test_or_one_that_does_not_while_no_processor_is_free(
+def test_a_servers_thread_follows_any_worker_while_no_processor_is_free(
     processors: set[int], harnesses: Harnesses, given: dict[str, Any], slots: int
 ) -> None:
     harness = harnesses(**given)
     client = harness.lane("shm", slots=slots)
     positions = count()
-    (thread,) = (one for one in threading.enumerate() if one.name == "psgd-peer")
+    (thread,) = (one for one in threading.enumerate() if one.name == "psgd-connection")
     processor = min(processors)
     os.sched_setaffinity(0, {processor})
     others = [harness.lane("shm", f"worker-{number}") for number in range(1, len(processors) + 1)]
@@ -193,8 +192,7 @@ def test_or_one_that_does_not_while_no_processor_is_free(
     assert affinity() == {processor}
     for other in others:
         other.lane.close()
-    with harness.listener._left:
-        assert harness.listener._left.wait_for(lambda: harness.listener._local == 1, LIMIT_S)
+    harness.listener.wait_until(lambda: harness.listener._num_local == 1)
     assert affinity() == processors
 
 
@@ -204,14 +202,14 @@ def test_a_servers_thread_does_not_follow_a_worker_that_moves_on(
     first, second, *_ = [*processors, *processors]
     seen = [*[first] * (connection.SETTLED + 1), second, NOWHERE, NOWHERE, NOWHERE]
     where = iter(seen)
-    monkeypatch.setattr(sockets, "current_processor", lambda: next(where))
+    monkeypatch.setattr(shm, "current_processor", lambda: next(where))
     harness = harnesses(**WHOLE)
     client = harness.lane("shm", slots=1)
     found = []
     for number in range(len(seen)):
         gradient = client.gradient(0, batch(number), harness.server.version, seed=number)
         client.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
-        (thread,) = (one for one in threading.enumerate() if one.name == "psgd-peer")
+        (thread,) = (one for one in threading.enumerate() if one.name == "psgd-connection")
         found.append(os.sched_getaffinity(thread.native_id or 0))
     assert found[connection.SETTLED] == {first}
     assert found[-1] == processors
@@ -220,14 +218,14 @@ def test_a_servers_thread_does_not_follow_a_worker_that_moves_on(
 
 @pytest.fixture
 def processors() -> Iterator[set[int]]:
-    """Those that this thread may run on, again after the test."""
+    """Return the processors that this thread may run on, and allow all of them again after the test."""
     allowed = os.sched_getaffinity(0)
     yield allowed
     os.sched_setaffinity(0, allowed)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_push_that_wants_no_weights_leaves_the_slots_as_they_are(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_a_push_that_wants_no_weights_leaves_the_slots_as_they_are(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
     client = harness.lane(kind)
     client.weights(0)[:] = 3
@@ -235,33 +233,34 @@ def test_a_push_that_wants_no_weights_leaves_the_slots_as_they_are(harnesses: Ha
     assert client.weights(0).tolist() == [3] * harness.size
 
 
-@pytest.mark.parametrize("kinds", [("shm", "shm"), ("crowd", "crowd"), ("tcp", "tcp"), ("shm", "tcp")])
+@pytest.mark.parametrize("kinds", [("shm", "shm"), ("polled", "polled"), ("tcp", "tcp"), ("shm", "tcp")])
 def test_a_parked_receipt_comes_when_the_last_worker_has_pushed(
-    harnesses: Harnesses, kinds: tuple[Kinds, Kinds]
+    harnesses: Harnesses, kinds: tuple[LaneCase, LaneCase]
 ) -> None:
     harness = harnesses("bsp", 2)
     harness.join("worker-0", "worker-1")
     direct = harness.reference()
     for worker in ("worker-0", "worker-1"):
         direct.join(worker, now=0.0)
-    crews = [harness.lane(kind, f"worker-{number}") for number, kind in enumerate(kinds)]
+    clients = [harness.lane(kind, f"worker-{number}") for number, kind in enumerate(kinds)]
     for step in range(3):
-        gradients = [client.gradient(step, batch(2 * step + n), Version(1, step), n) for n, client in enumerate(crews)]
+        read = Version(1, step)
+        gradients = [client.gradient(step, batch(2 * step + n), read, n) for n, client in enumerate(clients)]
         assert direct.push(gradients[0], now=1.0) == ()
         expected = direct.push(gradients[1], now=1.0)
-        first = crews[0].lane.push(gradients[0], step, wants=True)
+        first = clients[0].lane.push(gradients[0], step, wants=True)
         harness.arrived()
         assert harness.report().parked == {"worker-0"}
-        second = crews[1].lane.push(gradients[1], step, wants=True)
+        second = clients[1].lane.push(gradients[1], step, wants=True)
         harness.arrived()
         assert (first.receipt(LIMIT_S), second.receipt(LIMIT_S)) == expected
-        for client in crews:
+        for client in clients:
             assert client.weights(step).tobytes() == direct.published.tobytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LANE_CASES)
 def test_a_worker_whose_push_is_parked_may_ask_for_the_version_and_pull_elsewhere(
-    harnesses: Harnesses, kind: Kinds
+    harnesses: Harnesses, kind: LaneCase
 ) -> None:
     harness = harnesses("bsp", 2)
     harness.join("worker-0", "worker-1")
@@ -285,8 +284,8 @@ def test_a_server_that_is_always_in_the_middle_is_asked_for_a_copy(harnesses: Ha
     assert client.weights(2).tobytes() == harness.weights.tobytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_pushed_again_over_a_new_connection_is_a_duplicate(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_a_batch_pushed_again_over_a_new_connection_is_a_duplicate(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
     for outcome in (Outcome.APPLIED, Outcome.DUPLICATE):
         client = harness.lane(kind)
@@ -294,9 +293,9 @@ def test_a_batch_pushed_again_over_a_new_connection_is_a_duplicate(harnesses: Ha
         client.lane.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_was_pushed_before_a_worker_hung_up_is_in_the_step(harnesses: Harnesses, kind: Kinds) -> None:
-    """Its memory is read when the round closes, long after its connection is gone."""
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_what_was_pushed_before_a_worker_hung_up_is_in_the_step(harnesses: Harnesses, kind: LaneCase) -> None:
+    """The server reads the worker's memory when the round closes, long after the connection is gone."""
     harness = harnesses("bsp", 2)
     harness.join("worker-0", "worker-1")
     direct = harness.reference()
@@ -317,8 +316,8 @@ def test_what_was_pushed_before_a_worker_hung_up_is_in_the_step(harnesses: Harne
 
 
 @contextmanager
-def false_server(kind: Kinds, answer: Callable[[socket.socket], object]) -> Iterator[dict[str, Any]]:
-    """Where somebody listens who is no server of this run; yields what changes in its address."""
+def false_server(kind: LaneCase, answer: Callable[[socket.socket], object]) -> Iterator[dict[str, Any]]:
+    """Listen as a server that does not belong to this run. Yield the changed fields of the address."""
     listening = socket.socket(socket.AF_UNIX if kind != "tcp" else socket.AF_INET)
     listening.bind(("127.0.0.1", 0) if kind == "tcp" else f"\0psgd-false-{os.getpid()}")
     listening.listen()
@@ -338,32 +337,32 @@ def false_server(kind: Kinds, answer: Callable[[socket.socket], object]) -> Iter
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_gives_nothing_to_a_server_without_the_key(harnesses: Harnesses, kind: Kinds) -> None:
-    heard: list[bytes] = []
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_a_worker_gives_nothing_to_a_server_without_the_key(harnesses: Harnesses, kind: LaneCase) -> None:
+    received: list[bytes] = []
 
     def pretend(stream: socket.socket) -> None:
         stream.sendall(Greeting.new().pack())
-        heard.append(exactly(stream, HELLO_SIZE))
+        received.append(exactly(stream, HELLO_SIZE))
         if kind != "tcp":
             socket.send_fds(stream, [bytes(WELCOME_SIZE)], [harness.published.file])
         else:
             stream.sendall(bytes(WELCOME_SIZE))
         message, files, _, _ = socket.recv_fds(stream, 1, 1)
-        heard.append(message)
+        received.append(message)
         assert files == []
 
     harness = harnesses()
     with (
         false_server(kind, pretend) as changes,
-        pytest.raises(FrameError, match="who answers there does not have this run's key"),
+        pytest.raises(FrameError, match="the server at this address does not have this run's key"),
     ):
         harness.lane(kind, address=harness.address._replace(**changes))
-    assert [len(message) for message in heard] == [HELLO_SIZE, 0]
+    assert [len(message) for message in received] == [HELLO_SIZE, 0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_does_not_wait_for_a_server_that_says_nothing(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_a_worker_does_not_wait_for_a_server_that_says_nothing(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
     began = time.monotonic()
     with (
@@ -374,8 +373,8 @@ def test_a_worker_does_not_wait_for_a_server_that_says_nothing(harnesses: Harnes
     assert time.monotonic() - began < LIMIT_S / 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
 
     def welcome(stream: socket.socket) -> None:
@@ -389,8 +388,8 @@ def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(harnesses: Harn
         harness.lane(kind, address=harness.address._replace(**changes))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_where_nobody_listens_is_a_lane_error(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_where_nobody_listens_is_a_lane_error(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
     harness.listener.close()
     with pytest.raises(ServerGoneError, match="cannot reach the server at"):
@@ -401,21 +400,22 @@ def test_where_nobody_listens_is_a_lane_error(harnesses: Harnesses, kind: Kinds)
     ("kind", "change", "error"), [("shm", {"path": None}, SharedMemoryError), ("tcp", {"port": None}, ServerGoneError)]
 )
 def test_a_lane_that_a_server_does_not_offer_is_refused(
-    harnesses: Harnesses, kind: Kinds, change: dict[str, None], error: type[LaneError]
+    harnesses: Harnesses, kind: LaneCase, change: dict[str, None], error: type[LaneError]
 ) -> None:
     harness = harnesses(tcp=False)
-    with pytest.raises(error, match="the server listens on no"):
+    with pytest.raises(error, match="the server does not listen on"):
         harness.lane(kind, address=harness.address._replace(**change))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LANE_CASES)
 def test_an_answer_that_breaks_the_protocol_is_told_apart_from_a_server_that_is_gone(
-    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: LaneCase
 ) -> None:
     monkeypatch.setattr(connection, "_header", lambda *arguments: bytes(HEADER_SIZE))
     harness = harnesses()
     client = harness.lane(kind)
-    monkeypatch.setattr(memory.PublishedVector, "snapshot", lambda *arguments: None)  # the weights are asked for
+    # So that the lane asks the server for the weights.
+    monkeypatch.setattr(memory.PublishedVector, "snapshot", lambda *arguments: None)
     with pytest.raises(FrameError, match="a frame begins with"):
         client.lane.pull(0, LIMIT_S)
 
@@ -423,8 +423,8 @@ def test_an_answer_that_breaks_the_protocol_is_told_apart_from_a_server_that_is_
 # Endings
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_server_that_goes_while_a_receipt_is_awaited_is_a_lane_error(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_a_server_that_goes_while_a_receipt_is_awaited_is_a_lane_error(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses("bsp", 2)
     harness.join("worker-0", "worker-1")
     client = harness.lane(kind)
@@ -439,14 +439,14 @@ def test_a_server_that_goes_while_a_receipt_is_awaited_is_a_lane_error(harnesses
         client.lane.push(client.gradient(2, batch(2), V1), 2, wants=True).receipt(60 * LIMIT_S)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_receipt_of_a_server_that_is_gone_without_a_word_is_not_waited_for(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_a_receipt_is_not_waited_for_after_hanging_up(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses("bsp", 2)
     harness.join("worker-0", "worker-1")
     client = harness.lane(kind)
     pending = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=True)
     harness.arrived()
-    hanging_up = threading.Timer(0.1, client.lane.hang_up)  # most likely while it waits; right in any case
+    hanging_up = threading.Timer(0.1, client.lane.hang_up)  # most likely during the wait, but it need not be
     hanging_up.start()
     with pytest.raises(ServerGoneError, match="the server is gone") as error:
         pending.receipt(60 * LIMIT_S)
@@ -468,8 +468,8 @@ def test_a_server_that_goes_in_the_middle_of_its_weights_is_a_lane_error(harness
     assert not isinstance(error.value, LaneTimeoutError)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_receipt_in_time_is_a_timeout(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_no_receipt_in_time_is_a_timeout(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses("bsp", 2)
     harness.join("worker-0", "worker-1")
     client = harness.lane(kind)
@@ -480,9 +480,11 @@ def test_no_receipt_in_time_is_a_timeout(harnesses: Harnesses, kind: Kinds) -> N
     assert 0.1 <= time.monotonic() - began < LIMIT_S / 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_server_that_hangs_is_a_timeout(monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: Kinds) -> None:
-    monkeypatch.setattr(sockets, "stores_are_ordered", lambda: False)  # shm asks, too
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_a_server_that_hangs_is_a_timeout(
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: LaneCase
+) -> None:
+    monkeypatch.setattr(shm, "stores_are_ordered", lambda: False)  # so that the shm lane asks the server, too
     harness = harnesses()
     client = harness.lane(kind)
     began = time.monotonic()
@@ -494,7 +496,7 @@ def test_a_server_that_hangs_is_a_timeout(monkeypatch: pytest.MonkeyPatch, harne
 def test_a_push_that_the_server_does_not_take_can_be_given_up(
     monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
 ) -> None:
-    """The network's sending thread is in the middle of it."""
+    """The lane's sending thread is in the middle of the push."""
     harness = harnesses(**BIG)
     given_up = threading.Event()
 
@@ -512,7 +514,7 @@ def test_a_push_that_the_server_does_not_take_can_be_given_up(
     client.lane.close()
     given_up.set()
     assert time.monotonic() - began < LIMIT_S / 2
-    harness.log.wait("of worker-0 was closed: it hung up in the middle of a frame")
+    harness.log.wait("of worker-0 was closed: the worker closed it in the middle of a frame")
     assert harness.untouched()
 
 
@@ -525,8 +527,8 @@ def no_gc() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_gc")
-@pytest.mark.parametrize("kind", ["shm", "crowd"])
-def test_the_memory_of_a_worker_that_has_hung_up_is_let_go(harnesses: Harnesses, kind: Kinds) -> None:
+@pytest.mark.parametrize("kind", ["shm", "polled"])
+def test_the_memory_of_a_worker_that_has_hung_up_is_let_go(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
     before = mapped()
     for position in range(5):
@@ -536,15 +538,15 @@ def test_the_memory_of_a_worker_that_has_hung_up_is_let_go(harnesses: Harnesses,
         client.lane.close()
         harness.forget(client)
         del client
-        harness.listener.all_gone()
+        harness.listener.wait_until_all_left()
         assert harness.streams() == []
         assert mapped() == before
 
 
 @pytest.mark.usefixtures("no_gc")
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_memory_of_a_worker_whose_server_is_gone_is_let_go(harnesses: Harnesses, kind: Kinds) -> None:
-    """It may be large, and a worker that has lost its server soon needs as much again."""
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_the_memory_of_a_worker_whose_server_is_gone_is_let_go(harnesses: Harnesses, kind: LaneCase) -> None:
+    """The memory may be large, and a worker that has lost its server soon needs as much again."""
     harness = harnesses("bsp", 2)
     harness.join("worker-0", "worker-1")
     before = mapped()
@@ -556,7 +558,7 @@ def test_the_memory_of_a_worker_whose_server_is_gone_is_let_go(harnesses: Harnes
         pending.receipt(LIMIT_S)
     with pytest.raises(ServerGoneError, match="the server is gone"):
         client.lane.push(client.gradient(1, SECOND, V1), 1, wants=True).receipt(LIMIT_S)
-    harness.host.leave("worker-1")  # the server itself needs it until the step
+    harness.host.leave("worker-1")  # the server needs the memory until the step
     client.lane.close()
     harness.forget(client)
     del client, pending
@@ -573,7 +575,7 @@ def test_the_memory_of_a_worker_that_was_gone_before_its_receipt_is_let_go(harne
         harness.host, harness.push_format, harness.part, ours, harness.hello("shm"), segment
     )
     its.close()
-    served._receipt(0, False, Receipt("by-hand", FIRST, Outcome.APPLIED, V1))()
+    served._answer_push(0, False, Receipt("by-hand", FIRST, Outcome.APPLIED, V1))()
     assert "Broken pipe" in served._answers.fault
     segment.close()
     ours.close()
@@ -582,5 +584,5 @@ def test_the_memory_of_a_worker_that_was_gone_before_its_receipt_is_let_go(harne
 
 
 def mapped() -> int:
-    """Segments that this process has mapped."""
+    """Return the number of segments that this process has mapped."""
     return Path("/proc/self/maps").read_text(encoding="ascii").count("/memfd:psgd-segment")

@@ -1,0 +1,168 @@
+"""A worker's connection to one server: the socket and the handshake of both the shm and the tcp lane."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Self
+
+from psgd_workers.errors import FrameError, LaneTimeoutError, ServerGoneError
+from psgd_workers.transport.frames import HEADER_SIZE, Frame
+from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
+from psgd_workers.transport.memory import Segment
+from psgd_workers.transport.streams import limit, receive, send, shut
+
+__all__ = ["ServerConnection"]
+
+GONE = "the server is gone"
+CLOSED = f"{GONE}: it closed the connection; the server's log says why"
+
+
+class ServerConnection:
+    """A socket to one server, blocking, with a time limit in the kernel.
+
+    Every method that sends or receives raises `LaneTimeoutError` when the limit is over, and `ServerGoneError` when the
+    connection is closed or fails.
+
+    Args:
+        stream: connected socket.
+    """
+
+    def __init__(self, stream: socket.socket) -> None:
+        self._stream = stream
+        self._header = memoryview(bytearray(HEADER_SIZE))
+        self._limit_s: float | None = None
+
+    @classmethod
+    def unix(cls, path: str, timeout_s: float) -> Self:
+        """Connect to a Unix socket in Linux' abstract namespace within `timeout_s` seconds."""
+        return cls._open(socket.AF_UNIX, "\0" + path, timeout_s)
+
+    @classmethod
+    def tcp(cls, host: str, port: int, timeout_s: float) -> Self:
+        """Connect to a port of the network within `timeout_s` seconds."""
+        connection = cls._open(socket.AF_INET, (host, port), timeout_s)
+        connection._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    @classmethod
+    def _open(cls, family: int, to: str | tuple[str, int], timeout_s: float) -> Self:
+        try:
+            stream = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:  # for example, too many open files
+            raise ServerGoneError(f"cannot reach the server at {to!r}: {error}") from error
+        try:
+            stream.settimeout(timeout_s)
+            stream.connect(to)
+            stream.settimeout(None)  # from here on `limit` sets limits
+        except OSError as error:
+            stream.close()
+            raise ServerGoneError(f"cannot reach the server at {to!r}: {error}") from error
+        connection = cls(stream)
+        connection.limit(timeout_s)
+        return connection
+
+    def limit(self, timeout_s: float | None) -> None:
+        """Set how many seconds each later call may wait; None: until the connection is closed."""
+        if timeout_s != self._limit_s:
+            limit(self._stream, timeout_s)
+            self._limit_s = timeout_s
+
+    def send(self, *parts: bytes | memoryview) -> None:
+        """Send all parts, one after the other."""
+        try:
+            send(self._stream, *parts)
+        except BlockingIOError as error:
+            raise LaneTimeoutError(f"the server did not read a message within {self._limit_s} s") from error
+        except OSError as error:
+            raise ServerGoneError(f"{GONE}: {error}") from error
+
+    def receive(self, into: memoryview) -> None:
+        """Receive bytes until `into` is full."""
+        try:
+            got = receive(self._stream, into)
+        except BlockingIOError as error:
+            raise LaneTimeoutError(f"no answer from the server within {self._limit_s} s") from error
+        except OSError as error:
+            raise ServerGoneError(f"{GONE}: {error}") from error
+        if got < len(into):
+            raise ServerGoneError(CLOSED)
+
+    def receive_bytes(self, size: int) -> bytes:
+        """Receive `size` bytes."""
+        data = bytearray(size)
+        self.receive(memoryview(data))
+        return bytes(data)
+
+    def receive_header(self) -> Frame:
+        """Receive the header of the next frame.
+
+        Raises:
+            FrameError: the bytes are no header.
+        """
+        self.receive(self._header)
+        return Frame.unpack(self._header)
+
+    def shake_hands(self, address: Address, worker: str, segment: Segment, shared: bool) -> int | None:
+        """Do the worker's part of the handshake.
+
+        Args:
+            address: address of the server, with the key.
+            worker: name of the worker.
+            segment: memory of the worker.
+            shared: True to share the segment and the published weights.
+
+        Returns:
+            The descriptor of the server's published weights; None if nothing is shared.
+
+        Raises:
+            FrameError: the server does not belong to this run.
+        """
+        greeting = Greeting.unpack(self.receive_bytes(GREETING_SIZE))
+        num_parameters = len(segment.slots[0].weights)
+        hello = Hello.new(address.incarnation, num_parameters, len(segment.slots), shared, worker)
+        self.send(hello.pack(address.key, greeting))
+        welcome, files = self._welcome(shared)
+        try:
+            if welcome != hello.welcome(address.key):
+                raise FrameError("the server at this address does not have this run's key")
+            if not shared:
+                return None
+            if len(files) != 1 or segment.file is None:
+                raise FrameError(f"the server passed {len(files)} descriptors, expected 1")
+            self._pass(segment.file)
+            self.receive_bytes(1)
+            return files.pop()
+        finally:
+            for file in files:
+                os.close(file)
+
+    def _pass(self, file: int) -> None:
+        """Pass a descriptor to the server."""
+        try:
+            socket.send_fds(self._stream, [b"\0"], [file])
+        except OSError as error:
+            raise ServerGoneError(f"{GONE}: {error}") from error
+
+    def _welcome(self, shared: bool) -> tuple[bytes, list[int]]:
+        """Receive the server's answer to the hello, and the descriptors that come with it."""
+        if not shared:
+            return self.receive_bytes(WELCOME_SIZE), []
+        try:
+            welcome, files, _, _ = socket.recv_fds(self._stream, WELCOME_SIZE, 1)
+        except BlockingIOError as error:
+            raise LaneTimeoutError(f"no answer from the server within {self._limit_s} s") from error
+        except OSError as error:
+            raise ServerGoneError(f"{GONE}: {error}") from error
+        if not welcome:
+            raise ServerGoneError(CLOSED)
+        return welcome, files
+
+    def hang_up(self) -> None:
+        """Shut the connection down, which ends the waits of all threads. `close` must follow."""
+        shut(self._stream)
+
+    def close(self) -> None:
+        """Close the socket. No thread may use it any more: the kernel may give its number to a new file."""
+        self.hang_up()
+        self._stream.close()
