@@ -37,8 +37,8 @@ unit: .venv/dev.stamp ## fast tests, one file per module; those of the benchmark
 integration: .venv/dev.stamp ## tests on a real, local Ray cluster; as root, on several hosts in network namespaces, too
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration tests/hosts
 
-chaos: .venv/dev.stamp ## 20,000 seeded runs that everything befalls, kills at random on real Ray and of hosts, hosts cut off; about 40 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
+chaos: .venv/dev.stamp ## 20,000 simulated runs with random faults; processes and hosts killed or cut off on real Ray; about 40 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulation
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --hypothesis-profile anew tests/unit/core
 	$(BIN)/pytest -m chaos tests/integration tests/hosts
 
