@@ -34,8 +34,8 @@ class Record(NamedTuple):
     """One journal record, with the fields of `psgd.core.server.journal.record_type`."""
 
     kind: int  # a `RecordKind`
-    code: int  # index of the push's outcome in `Outcome`
-    name: bytes  # of the worker
+    outcome_code: int  # index of the push's outcome in `Outcome`
+    worker_name: bytes  # encoded
     slot: int  # of the worker's pipeline
     number: int  # of the push in its slot
     carries: int  # number of the push whose remainder, left out by compression, is in this push
@@ -62,11 +62,11 @@ class Record(NamedTuple):
 
     @property
     def worker(self) -> str:
-        return self.name.decode()
+        return self.worker_name.decode()
 
     @property
     def outcome(self) -> Outcome:
-        return OUTCOMES[self.code]
+        return OUTCOMES[self.outcome_code]
 
     @property
     def batch(self) -> BatchId:
@@ -91,14 +91,15 @@ class Record(NamedTuple):
 
     def __str__(self) -> str:
         """Return a description of the record and of the server's version after it."""
+        before = f"version {self.read_updates} of incarnation {self.read_incarnation}"
         after = f"version {self.updates} of incarnation {self.incarnation}"
         match self.kind:
             case RecordKind.PUSH:
                 batch = tuple(self.batch)
-                read = tuple(self.read)
-                return f"a push by {self.worker} of batch {batch}, computed from {read}: {self.outcome.value}, {after}"
+                push = f"a push by {self.worker} of batch {batch}, computed from {before}"
+                return f"{push}: {self.outcome.value}, {after}"
             case RecordKind.FORK:
-                return f"a fork from {tuple(self.read)}: {after}"
+                return f"a fork from {before}: {after}"
             case _:
                 return f"a {RecordKind(self.kind).name.lower()} of {self.worker or self.batch_index}: {after}"
 
@@ -248,7 +249,7 @@ class _ServerStarts:
         return starts[-1]
 
     def _check_servers(self, start: _Start, partitions: int) -> None:
-        """Raise an error if the weights were divided among another number of servers before."""
+        """Raise an error if the run had another number of servers when this incarnation started."""
         if start.servers not in (None, partitions):
             raise JournalError(
                 f"{self._url} was trained by {start.servers} servers before it was resumed with {partitions}. A run "
@@ -256,11 +257,14 @@ class _ServerStarts:
             )
 
     def to_read(self, newest: dict[int, int], branches: bool) -> list[tuple[_Start, int]]:
-        """Return the starts of the incarnations to read, each with the run's last incarnation while that server lived.
+        """Return the incarnations to read, oldest first.
 
         Args:
             newest: result of `trace_back`.
-            branches: True to include incarnations that are not in the lineage but before its end.
+            branches: True to include abandoned incarnations that are older than the session's last one in the lineage.
+
+        Returns:
+            Pairs of the start of an incarnation, and the last incarnation of the run in which that server was alive.
         """
         last = {self._all[number].session: number for number in sorted(newest)}  # in the lineage, by session
         found = []
@@ -324,7 +328,11 @@ class _SegmentFiles:
         return segments
 
     def _names(self, first: int, last: int, newest: int) -> tuple[list[str], list[str]]:
-        """Return the names of segments in the lineage, and after it, of the run's incarnations `first` to `last`."""
+        """Return the names of the segments that the run wrote in its incarnations `first` to `last`.
+
+        Returns:
+            The names up to the checkpoint with number `newest`, and the later ones, both oldest first.
+        """
         found = []
         for name in self._required | self._existing:
             match = SEGMENT.fullmatch(name)

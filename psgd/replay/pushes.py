@@ -1,6 +1,6 @@
 """The pushes of a run: finds the records of one push in the journals of several servers.
 
-The record names the version of every partition that the gradient was computed from.
+Each record of a push names the version of every partition that the gradient was computed from.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def _versions(contents: NDArray[np.int64]) -> tuple[Version, ...]:
 
 
 def _contradiction(one: NDArray[np.int64], other: NDArray[np.int64]) -> str:
+    """Return a message about two records of one push, given their `_contents`."""
     texts = [
         f"batch {tuple(contents[:3].tolist())} of {contents[3]} examples, computed from versions "
         f"{list(map(tuple, _versions(contents)))}"

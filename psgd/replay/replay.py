@@ -53,9 +53,7 @@ class Replay:
     updates: int  # number of updates in the replayed weights
     pushes: int  # number of pushes replayed, with any outcome
     incarnations: int  # number of incarnations replayed, without abandoned ones
-    agrees: (
-        bool | None
-    )  # True if the checkpoint's weights are the same, bit for bit; None: the replay stopped before it
+    agrees: bool | None  # True if the weights equal the checkpoint's, bit for bit; None: the replay stopped before it
     largest_difference: float  # to the checkpoint's weights, absolute; inf if only one of two values is finite
     tensor: str | None  # name of the tensor with the largest difference; None: there is no difference
     seconds: float  # duration of the replay

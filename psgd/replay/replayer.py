@@ -38,9 +38,7 @@ class Replayer:
         self._pushes = pushes
         self._worker = job.worker("replay")  # for all workers: a gradient depends only on batch and weights
         self._computed: dict[int, ComputedGradient] = {}  # by push, until every server has replayed it
-        self._ends: dict[
-            int, tuple[int, FloatArray]
-        ] = {}  # partition -> its updates and weights at the end of the replay
+        self._ends: dict[int, tuple[int, FloatArray]] = {}  # updates and weights at the end, by partition
         for push in range(len(pushes)):
             for server, read in zip(servers, pushes.reads(push), strict=True):
                 server.expect(read)

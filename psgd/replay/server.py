@@ -177,7 +177,7 @@ class ReplayServer:
     # Versions that gradients were computed from
 
     def expect(self, read: Version) -> None:
-        """Announce a gradient that was computed from this version, whose weights must be kept once they are reached."""
+        """Announce a gradient that was computed from this version. Its weights are kept once the replay reaches it."""
         self._pending_reads[read] += 1
 
     def weights_at(self, version: Version) -> FloatArray | None:
@@ -241,15 +241,17 @@ class ReplayServer:
         self._keep_weights()
 
     def knows_remainder(self, record: Record) -> bool:
-        """Return True if the remainder that compression left out of an earlier push, and that this push adds, is known.
+        """Return True if the remainder in this push is known, or if the push has none.
 
-        It is known if the earlier push was replayed, or if this push adds no remainder.
+        The remainder is what compression left out of an earlier push of the same slot. It is known if that push was
+        replayed.
         """
         sender = self._senders.get(self._key(record))
         return record.carries in (0, *((sender.number, sender.carries) if sender else ()))
 
     def _key(self, record: Record) -> tuple[int, bytes, int]:
-        return self._journal.session, record.name, record.slot
+        """Return the key of the record's sender in `_senders`."""
+        return self._journal.session, record.worker_name, record.slot
 
     def _cut(self, record: Record, computed: ComputedGradient) -> Gradient:
         """Cut this partition's part out of a gradient, and compress it, as the worker did."""
@@ -269,7 +271,7 @@ class ReplayServer:
         return sender.cut(whole, values, weights, reads)
 
     def _refused_gradient(self, record: Record) -> Gradient:
-        """Return a gradient that the server refuses as in the record. Its values matter only if they are not finite."""
+        """Return a gradient that the server refuses as in the record, for which its values do not matter."""
         norm = nan if record.outcome is Outcome.REJECTED else 0.0
         gradient = self._gradient(record, self._zeros, 0.0, norm)
         others = tuple(Version(*other) for other in record.others)

@@ -1,7 +1,7 @@
 """A cluster on a virtual clock: the production coordinator, servers and ledger, with simulated workers.
 
 It does for the core, in one thread, what `psgd.cluster` does on Ray. A gradient is computed when its worker begins it,
-and arrives when the worker's compute time has passed. No old version of the weights is stored for it.
+and arrives when the worker's compute time has passed, so that no old version of the weights has to be stored.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class VirtualCheckpoint(NamedTuple):
 
     states: tuple[ServerState, ...]  # by partition
     number: int  # of the checkpoint
-    updates: int  # as the coordinator's `Commit` says
-    requeued: int  # pushes requeued by the run so far
+    updates: int  # of the weights
+    requeued: int  # number of pushes requeued by the run so far
 
 
 class VirtualCluster(VirtualClock):
@@ -178,9 +178,9 @@ class VirtualCluster(VirtualClock):
 
     @property
     def in_flight(self) -> list[tuple[Version, ...]]:
-        """Versions by partition that each future gradient is computed from.
+        """For each gradient that is yet to arrive, the version of every partition that it is computed from.
 
-        A future gradient is one that is on its way, being computed, or not begun although its weights have arrived.
+        This includes gradients whose weights have arrived, but whose computation has not begun.
         """
         return [tuple(slot.reads) for worker in self.workers.values() for slot in worker.slots if slot.reads]
 
@@ -293,6 +293,7 @@ class VirtualCluster(VirtualClock):
         return self._incarnation
 
     def _partition_state(self, states: Sequence[ServerState], partition: int) -> ServerState:
+        """Return a partition's state from a checkpoint, which may be of another number of servers."""
         if len(states) == len(self.parts):
             return states[partition]
         if reason := disagreement(states):
@@ -425,9 +426,9 @@ class VirtualCluster(VirtualClock):
         self.tell_soon(Reported(server.report(), request.asked))
 
     def serve_pending(self, partition: int) -> None:
-        """Serve the requests that a change of a server's state may have made possible.
+        """Serve requests that were waiting for a change of a server's state.
 
-        These are a report at the end of an epoch, and a copy of the state for a checkpoint.
+        A waiting poll is answered when an epoch has ended. The state is copied for a checkpoint when it can be saved.
         """
         server = self.servers.get(partition)
         if server is None:

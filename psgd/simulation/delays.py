@@ -29,9 +29,7 @@ from psgd.spec import (
 __all__ = ["Constant", "Delays", "Exponential", "Gamma", "Linear", "Lognormal", "Measured", "Slow", "build_delays"]
 
 BLOCK = 256  # times drawn together; more → cheaper draws, and more of them are never used
-SHORTEST = float(
-    np.finfo(np.float64).tiny
-)  # seconds; replaces a time that underflows to 0, as a gamma of a small shape does
+SHORTEST = float(np.finfo(np.float64).tiny)  # seconds; replaces times that underflow to 0, as with a small gamma shape
 
 Times = NDArray[np.float64]  # [number], seconds
 
@@ -154,9 +152,8 @@ class Measured:
                 f"none of the journal's {len(records)} records holds the compute time of a gradient: name a run that "
                 "trained on at least one batch"
             )
-        numbered = sorted(
-            range(len(names)), key=lambda owner: (len(names[owner]), names[owner])
-        )  # worker-2 comes before worker-10
+        # In numerical order: worker-2 comes before worker-10.
+        numbered = sorted(range(len(names)), key=lambda owner: (len(names[owner]), names[owner]))
         return cls(tuple(timed["compute_s"][owners == owner].astype(np.float64) for owner in numbered))
 
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:

@@ -74,7 +74,7 @@ class Network:
                 self._arrive(worker, slot, arriving)
 
     def _disturb(self, worker: VirtualWorker, fault: PushFault) -> None:
-        """Do to the worker what the fault says."""
+        """Apply a fault to the worker."""
         match fault.worker:
             case "dies":
                 self._cluster.lose_worker(worker.name, fault.cause, fault.preempted)
@@ -91,7 +91,7 @@ class Network:
         refused = [partition for partition, part in gradients.items() if not self._push(partition, part)]
         if first and cluster.servers.get(0) is first and first.version.updates != updates:
             cluster.stepped()
-        if any(slot.batch == gradients[part].batch and slot.outcomes[part] is None for part in refused):
+        if any(slot.batch == gradients[number].batch and slot.outcomes[number] is None for number in refused):
             worker.lose_lane("no receipt came")
 
     def _push(self, partition: int, gradient: Gradient) -> bool:
@@ -130,6 +130,13 @@ class Network:
 
     @staticmethod
     def _expire(worker: VirtualWorker, push: int, slot: PipelineSlot, batch: BatchId) -> None:
-        """End the worker's lease if the receipts of its push, whose number counts from 1, have not all come."""
+        """End the worker's lease if a receipt of its push is still missing.
+
+        Args:
+            worker: the worker.
+            push: number of the push among those of the worker, from 1.
+            slot: slot of the push.
+            batch: batch of the push.
+        """
         if slot.batch == batch and push > worker.pushes - len(worker.slots):
             worker.lose_lane("no receipt in time")

@@ -291,8 +291,8 @@ def _compute_s(scenario: Scenario) -> Callable[[str, BatchId], float]:
         del batch
         source = sources.get(worker)
         if source is None:
-            generation, place = divmod(int(worker.removeprefix("worker-")), scenario.workers)
-            source = sources[worker] = scenario.delays.source(place, scenario.workers, scenario.seed + generation)
+            generation, index = divmod(int(worker.removeprefix("worker-")), scenario.workers)
+            source = sources[worker] = scenario.delays.source(index, scenario.workers, scenario.seed + generation)
         return source()
 
     return seconds

@@ -149,6 +149,7 @@ class _Trial:
         return len(self._job.shards.examples(batch))
 
     def _with(self, *overrides: str) -> JobSpec:
+        """Return the trial's job with some fields replaced."""
         return override_spec(self._job.spec, overrides)
 
     @property
@@ -157,6 +158,7 @@ class _Trial:
         return self._grid.num_batches
 
     def _run(self, spec: JobSpec, **options: Any) -> VirtualCluster:
+        """Train the trial epoch on a virtual cluster."""
         job = self._job
         problem = Problem(self._grid, job.weights, self._worker.gradient, job.layout.num_trainable, self._examples)
         run = VirtualCluster(spec, problem, _uneven_s, **options).run()

@@ -71,9 +71,9 @@ class RandomRun:
     lease_s: float  # virtual seconds of work in a lease
     faults: tuple[tuple[float, str], ...]  # (virtual seconds after the start of the driver's process, kind)
     unreliable_s: float  # virtual time until which messages are lost, doubled and delayed
-    lost: float  # share of the messages that are lost until then
-    late: float
-    doubled: float
+    lost: float  # until then, share of the messages that are lost
+    late: float  # ... that are delayed
+    doubled: float  # ... that arrive twice
     not_finite: int  # number of gradients that are not finite, at the start of the run
     evaluates: bool  # True if there is validation data
 
@@ -141,6 +141,7 @@ def _traits(mode: Mapping[str, Any]) -> ModeTraits:
 
 
 def _mode(random: Random, workers: int, servers: int) -> dict[str, Any]:
+    """Draw a consistency mode that works with this number of servers."""
     late = random.choice(("requeue", "discard"))
     modes: list[dict[str, Any]] = [
         {"mode": "async"},
@@ -211,12 +212,13 @@ class RandomFaults(FaultPlan):
         return self._cuts.get((worker, partition), 0.0) <= self._cluster.now
 
     def push(self, worker: str, number: int, partitions: int) -> PushFault:
-        """Draw the delays of each partition's part of a push, and add the fault that its worker is due."""
+        """Draw the delays of each partition's part of a push, and add the fault that is due for the worker, if any."""
         fault = self._next_push.pop(worker, None)
         copies = [self._copies(worker, partition, fault) for partition in range(partitions)]
         return PushFault(copies) if fault is None else PushFault(copies, "dies", fault)
 
     def _copies(self, worker: str, partition: int, fault: str | None) -> Sequence[float]:
+        """Draw the delays with which copies of one partition's part of a push arrive."""
         run = self._run
         if fault == "late":
             return (self._draw_delay_s(),)
@@ -392,7 +394,7 @@ def _resumed(spec: JobSpec, resume: VirtualCheckpoint | None) -> JobSpec:
 
 
 def _problem(run: RandomRun, first: bool) -> Problem:
-    """Return the toy problem. The loss of its first gradients may not be finite."""
+    """Return the toy problem, in which the loss of the first gradients may not be finite."""
     problem = one_hot(run.grid, run.epochs, run.spec.scaling.servers)
     gradient = problem.gradient
     not_finite = iter(range(run.not_finite if first else 0))

@@ -92,7 +92,9 @@ def test_a_push_is_done_with_its_last_record() -> None:
 )
 def test_journals_that_contradict_each_other_are_refused(other: dict[str, Any]) -> None:
     pushes(journal(pushed("a", 1, 4, 7)), journal(pushed("a", 1, 7, 4)))
-    with pytest.raises(JournalError, match=r"contradict each other about one push: one says batch .* another run: restore it"):
+    with pytest.raises(
+        JournalError, match=r"contradict each other about one push: one says batch .* another run: restore it"
+    ):
         pushes(journal(pushed("a", 1, 4, 7)), journal(other))
 
 
