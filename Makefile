@@ -38,7 +38,7 @@ integration: .venv/dev.stamp ## run the tests on a real, local Ray; as root on L
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration tests/hosts
 
 chaos: .venv/dev.stamp ## run 20,000 simulated runs with faults, and kill processes and hosts on real Ray; 40 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulation
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --hypothesis-profile anew tests/unit/core
 	$(BIN)/pytest -m chaos tests/integration tests/hosts
 

@@ -1,1 +1,1 @@
-"""A run recomputed from its journal, to be compared bit for bit."""
+"""Replay: recomputes a run from its journal, to compare its weights bit for bit."""

@@ -1,8 +1,9 @@
-"""The lineage of a checkpoint's part: which records of its server's journal it is made of, a stretch per incarnation.
+"""The lineage of a server's state: the journal records that led to it, in one `IncarnationJournal` per incarnation.
 
-A resumed run, and a server in the place of a lost one, is a new incarnation that goes on from a checkpoint. What the
-one before it did after that checkpoint is a branch that was given up. No state contains it; but workers may have read
-its weights for gradients that other servers took, and may carry on what compression left out of pushes to it.
+When a run is resumed or a lost server is restored, a new incarnation continues from a checkpoint. The records that the
+previous incarnation made after that checkpoint are an abandoned branch, which no later state of the server contains. A
+replay may still need it: workers may have computed gradients from its weights that other servers used, and may have
+added what compression left out of a push on the branch to a later push.
 """
 
 from __future__ import annotations
@@ -23,53 +24,53 @@ from psgd.store.checkpoints import Checkpoints, Manifest
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import BatchId, Outcome, Version
 
-__all__ = ["Record", "Segment", "Stretch", "read_lineage"]
+__all__ = ["IncarnationJournal", "Record", "Segment", "read_lineage"]
 
 SEGMENT = re.compile(r"(\d+)-(\d+)-server-(\d+)\.npy")
 OUTCOMES = tuple(Outcome)
 
 
 class Record(NamedTuple):
-    """One record, its fields those of `psgd.core.server.journal.record_type`."""
+    """One journal record, with the fields of `psgd.core.server.journal.record_type`."""
 
-    kind: int
-    code: int
-    name: bytes
-    slot: int
-    number: int
-    carries: int
-    now: float
+    kind: int  # a `RecordKind`
+    outcome_code: int  # index of the push's outcome in `Outcome`
+    worker_name: bytes  # encoded
+    slot: int  # of the worker's pipeline
+    number: int  # of the push in its slot
+    carries: int  # number of the push whose remainder, left out by compression, is in this push
+    now: float  # the server's clock, seconds
     epoch: int
     shard: int
-    place: int
+    batch_index: int  # index of the batch in its shard; in a record of kind CHANGE, index of the settings
     examples: int
-    read_incarnation: int
+    read_incarnation: int  # version that the gradient was computed from
     read_updates: int
-    incarnation: int
+    incarnation: int  # the server's version after the record
     updates: int
     loss: float
     compute_s: float
-    others: tuple[tuple[int, int], ...] = ()
+    others: tuple[tuple[int, int], ...] = ()  # versions read of the other partitions, in their order
 
     @classmethod
     def of(cls, records: NDArray[np.void]) -> Iterator[Record]:
-        """Read the records of a segment."""
+        """Yield the records of an array of `record_type`, in order."""
         fields = len(RECORD.names or ())
-        for told in records.tolist():
-            others = tuple(tuple(version) for versions in told[fields:] for version in versions.tolist())
-            yield cls._make((*told[:fields], others))
+        for row in records.tolist():
+            others = tuple(tuple(version) for versions in row[fields:] for version in versions.tolist())
+            yield cls._make((*row[:fields], others))
 
     @property
     def worker(self) -> str:
-        return self.name.decode()
+        return self.worker_name.decode()
 
     @property
     def outcome(self) -> Outcome:
-        return OUTCOMES[self.code]
+        return OUTCOMES[self.outcome_code]
 
     @property
     def batch(self) -> BatchId:
-        return BatchId(self.epoch, self.shard, self.place)
+        return BatchId(self.epoch, self.shard, self.batch_index)
 
     @property
     def read(self) -> Version:
@@ -80,109 +81,117 @@ class Record(NamedTuple):
         return Version(self.incarnation, self.updates)
 
     def reads(self, partition: int) -> tuple[Version, ...]:
-        """Return every partition's version that a gradient was computed from.
+        """Return the version of every partition that the push's gradient was computed from.
 
         Args:
-            partition: whose journal holds the record.
+            partition: partition whose journal holds the record.
         """
         others = [Version(*other) for other in self.others]
         return (*others[:partition], self.read, *others[partition:])
 
     def __str__(self) -> str:
-        """What happened, and what came of it."""
+        """Return a description of the record and of the server's version after it."""
+        before = f"version {self.read_updates} of incarnation {self.read_incarnation}"
         after = f"version {self.updates} of incarnation {self.incarnation}"
         match self.kind:
             case RecordKind.PUSH:
                 batch = tuple(self.batch)
-                read = tuple(self.read)
-                return f"a push by {self.worker} of batch {batch}, read at {read}: {self.outcome.value}, {after}"
+                push = f"a push by {self.worker} of batch {batch}, computed from {before}"
+                return f"{push}: {self.outcome.value}, {after}"
             case RecordKind.FORK:
-                return f"a fork from {tuple(self.read)}: {after}"
+                return f"a fork from {before}: {after}"
             case _:
-                return f"a {RecordKind(self.kind).name.lower()} of {self.worker or self.place}: {after}"
+                return f"a {RecordKind(self.kind).name.lower()} of {self.worker or self.batch_index}: {after}"
 
 
 class Segment(NamedTuple):
     """The records between two checkpoints."""
 
-    checkpoint: str  # at its end; perhaps never committed
-    kept: bool  # whether the lineage contains it; otherwise it was given up
+    checkpoint: str  # name of the checkpoint at its end, which may never have been committed
+    in_lineage: bool  # True if the state contains these records; False: they are part of an abandoned branch
     records: NDArray[np.void]  # of `record_type`
 
 
-class Stretch(NamedTuple):
-    """What one incarnation did."""
+class IncarnationJournal(NamedTuple):
+    """The journal of one incarnation of a server."""
 
-    session: int  # the run's incarnation when its driver started: workers bear their names for one session
-    incarnation: int
-    origin: str | None  # the checkpoint that it went on from; None: the initial weights
-    workers: int | dict[str, int] | None  # that it was asked for; None: as many as the run's first description says
+    session: int  # the run's incarnation when its driver started; names of workers are unique within a session
+    incarnation: int  # of the server
+    origin: str | None  # name of the checkpoint that it continued from; None: the initial weights
+    workers: int | dict[str, int] | None  # value of `scaling.workers` in this session; None: as in the run's job
     segments: tuple[Segment, ...]  # oldest first
 
     @property
-    def kept(self) -> bool:
-        """Return True if the lineage contains some of it."""
-        return any(segment.kept for segment in self.segments)
+    def in_lineage(self) -> bool:
+        """Return True if the state contains at least one of the segments."""
+        return any(segment.in_lineage for segment in self.segments)
 
 
-def read_lineage(run: RunDirectory, manifest: Manifest, partition: int, branches: bool = False) -> tuple[Stretch, ...]:
-    """Read the records that one server's state is made of, oldest incarnation first.
+def read_lineage(
+    run: RunDirectory, manifest: Manifest, partition: int, branches: bool = False
+) -> tuple[IncarnationJournal, ...]:
+    """Read the records that led to one server's state in a checkpoint.
 
     Args:
         run: the run directory.
-        manifest: of the checkpoint that holds the state.
-        partition: which server.
-        branches: whether to read what was given up as well, as far as the journal has it.
+        manifest: manifest of the checkpoint.
+        partition: partition of the server.
+        branches: True to read abandoned branches as well, as far as their records exist.
+
+    Returns:
+        The journals of the server's incarnations, oldest first.
 
     Raises:
-        JournalError: some are missing or damaged, or are not of this run.
+        JournalError: records are missing, damaged, or belong to another run.
     """
     events = run.read_lines("events.jsonl")
-    starts = _Starts(run, _starts(events), partition)
-    kept = starts.chain(manifest)
-    names = _Names(run, manifest, partition, [line["name"] for line in events if line["event"] == "checkpoint"])
-    stretches = []
-    for start, until in starts.played(kept, branches):
-        segments = names.segments(start.incarnation, until, kept.get(start.incarnation, -1), branches)
-        stretch = Stretch(start.session, start.incarnation, start.origin, start.workers, _known(segments))
-        _check_forks(run, stretch)
-        stretches.append(stretch)
-    return tuple(stretches)
+    starts = _ServerStarts(run, _read_starts(events), partition)
+    newest = starts.trace_back(manifest)
+    committed = [line["name"] for line in events if line["event"] == "checkpoint"]
+    files = _SegmentFiles(run, manifest, partition, committed)
+    journals = []
+    for start, last in starts.to_read(newest, branches):
+        found = files.read(start.incarnation, last, newest.get(start.incarnation, -1), branches)
+        segments = _cut_at_change(found)
+        journal = IncarnationJournal(start.session, start.incarnation, start.origin, start.workers, segments)
+        _check_forks(run, journal)
+        journals.append(journal)
+    return tuple(journals)
 
 
-def _known(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Cut a given-up branch at its first change: only those of the lineage have their settings in the checkpoint."""
+def _cut_at_change(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Cut an abandoned branch at its first change of settings, as the checkpoint only has the lineage's settings."""
     found: list[Segment] = []
     for segment in segments:
         changes = np.flatnonzero(segment.records["kind"] == RecordKind.CHANGE)
-        if not segment.kept and len(changes):
+        if not segment.in_lineage and len(changes):
             return (*found, segment._replace(records=segment.records[: changes[0]]))
         found.append(segment)
     return tuple(found)
 
 
 class _Start(NamedTuple):
-    """How an incarnation began."""
+    """The start of an incarnation: of all servers with the run, or of one server in place of a lost one."""
 
     session: int
     incarnation: int
-    origin: str | None  # the checkpoint that it went on from
+    origin: str | None  # name of the checkpoint that it continued from
     workers: int | dict[str, int] | None
-    servers: int | None  # how many the run had; None: as many as its checkpoint
-    lost: int | None  # whose place it took; None: all servers were started with the run
+    servers: int | None  # number of servers in the run; None: as many as the checkpoint has
+    lost: int | None  # partition of the lost server; None: all servers were started with the run
 
 
-def _starts(events: Iterable[dict[str, Any]]) -> dict[int, _Start]:
-    """By incarnation."""
+def _read_starts(events: Iterable[dict[str, Any]]) -> dict[int, _Start]:
+    """Return the starts that a run's events describe, by incarnation."""
     starts: dict[int, _Start] = {}
-    run: dict[str, Any] = {}  # the last one's start
+    run: dict[str, Any] = {}  # newest event "started"
     for line in events:
         match line["event"]:
             case "started":
                 run = line
                 origin = line["resumed"]
                 lost = None
-            case "server_started" if line["incarnation"] not in starts:  # else one of those that start with the run
+            case "server_started" if line["incarnation"] not in starts:  # else the server was started with the run
                 origin = line["checkpoint"]
                 lost = line["partition"]
             case _:
@@ -193,127 +202,155 @@ def _starts(events: Iterable[dict[str, Any]]) -> dict[int, _Start]:
     return starts
 
 
-class _Starts:
-    """The incarnations of one server among all of a run."""
+class _ServerStarts:
+    """The starts of one server's incarnations.
+
+    Args:
+        run: the run directory.
+        starts: starts of all incarnations of the run.
+        partition: partition of the server.
+    """
 
     def __init__(self, run: RunDirectory, starts: dict[int, _Start], partition: int) -> None:
         self._url = run.storage.url
         self._all = starts
-        self._mine = [starts[number] for number in sorted(starts) if starts[number].lost in (None, partition)]
+        self._own = [starts[number] for number in sorted(starts) if starts[number].lost in (None, partition)]
 
-    def chain(self, manifest: Manifest) -> dict[int, int]:
-        """Follow a checkpoint back to the initial weights.
+    def trace_back(self, manifest: Manifest) -> dict[int, int]:
+        """Follow a checkpoint's lineage back to the initial weights.
 
         Returns:
-            Incarnation of the server -> number of its newest checkpoint in the lineage.
+            For each incarnation of the server in the lineage, the number of its newest checkpoint in the lineage.
         """
         newest: dict[int, int] = {}
-        last: str | None = manifest.name
-        while last is not None:
-            number, incarnation = map(int, last.split("-"))
-            start = self._of(last, incarnation)
+        checkpoint: str | None = manifest.name
+        while checkpoint is not None:
+            number, incarnation = map(int, checkpoint.split("-"))
+            start = self._writer_of(checkpoint, incarnation)
             if start.incarnation in newest:
                 raise JournalError(
-                    f"{self._url}/events.jsonl says that incarnation {start.incarnation} went on from checkpoint "
-                    f"{last}, which it wrote itself: lines are another run's. Restore the file"
+                    f"{self._url}/events.jsonl says that incarnation {start.incarnation} continued from checkpoint "
+                    f"{checkpoint}, which it wrote itself: lines belong to another run. Restore the file"
                 )
             self._check_servers(start, manifest.partitions)
             newest[start.incarnation] = number
-            last = start.origin
+            checkpoint = start.origin
         return newest
 
-    def _of(self, checkpoint: str, incarnation: int) -> _Start:
-        """Return how the server began that wrote a checkpoint of that incarnation of the run."""
+    def _writer_of(self, checkpoint: str, incarnation: int) -> _Start:
+        """Return the start of the server that wrote its part of a checkpoint, in this incarnation of the run."""
         run = self._all.get(incarnation)
-        mine = [start for start in self._mine if run and run.session <= start.incarnation <= incarnation]
-        if not mine:
+        starts = [start for start in self._own if run and run.session <= start.incarnation <= incarnation]
+        if not starts:
             raise JournalError(
-                f"{self._url}/events.jsonl does not tell how incarnation {incarnation} started, which wrote "
-                f"checkpoint {checkpoint}: without that line nobody knows what it went on from. Restore the file"
+                f"{self._url}/events.jsonl lacks the start of incarnation {incarnation}, which wrote checkpoint "
+                f"{checkpoint}: a replay needs that line to know where the incarnation continued from. Restore the file"
             )
-        return mine[-1]
+        return starts[-1]
 
     def _check_servers(self, start: _Start, partitions: int) -> None:
-        """Every partition must have gone through the same."""
+        """Raise an error if the run had another number of servers when this incarnation started."""
         if start.servers not in (None, partitions):
             raise JournalError(
-                f"{self._url} was trained by {start.servers} servers before it was resumed with {partitions}: a "
-                "journal tells what one partition of the weights went through, and there is no replay of a run whose "
-                "weights were cut anew"
+                f"{self._url} was trained by {start.servers} servers before it was resumed with {partitions}. A run "
+                "cannot be replayed across a change of the number of servers, because each journal is of one partition"
             )
 
-    def played(self, kept: dict[int, int], branches: bool) -> list[tuple[_Start, int]]:
-        """Return each incarnation to be read, and the last of the run's before the server's next one."""
-        last = {self._all[number].session: number for number in sorted(kept)}  # of the server's, by session
+    def to_read(self, newest: dict[int, int], branches: bool) -> list[tuple[_Start, int]]:
+        """Return the incarnations to read, oldest first.
+
+        Args:
+            newest: result of `trace_back`.
+            branches: True to include abandoned incarnations that are older than the session's last one in the lineage.
+
+        Returns:
+            Pairs of the start of an incarnation, and the last incarnation of the run in which that server was alive.
+        """
+        last = {self._all[number].session: number for number in sorted(newest)}  # in the lineage, by session
         found = []
-        for start in self._mine:
-            if start.incarnation in kept or (branches and start.incarnation < last.get(start.session, 0)):
-                later = [other.incarnation for other in self._mine if other.incarnation > start.incarnation]
+        for start in self._own:
+            if start.incarnation in newest or (branches and start.incarnation < last.get(start.session, 0)):
+                later = [other.incarnation for other in self._own if other.incarnation > start.incarnation]
                 later += [other.session for other in self._all.values() if other.session > start.session]
                 found.append((start, min(later, default=max(self._all) + 1) - 1))
         return found
 
 
-class _Names:
-    """A server's segments that there are, and those there must be: one for each checkpoint that was committed."""
+class _SegmentFiles:
+    """The files of one server's journal: the existing ones, and the required ones.
+
+    Args:
+        run: the run directory.
+        manifest: manifest of the checkpoint to replay.
+        partition: partition of the server.
+        committed: names of all checkpoints that were committed, each of which requires a segment.
+    """
 
     def __init__(self, run: RunDirectory, manifest: Manifest, partition: int, committed: Sequence[str]) -> None:
         self._storage = run.storage
         self._partition = partition
         self._partitions = manifest.partitions
-        self._there = self._mine(run.storage.names("journal"))
+        self._existing = self._own(run.storage.names("journal"))
         checkpoints = Checkpoints(run.storage)
         manifests = [checkpoints.manifest(name) for name in checkpoints.committed()]
         self._checksums = {name: checksum for one in [*manifests, manifest] for name, checksum in one.journal.items()}
-        self._needed = {f"{name}-server-{partition}.npy" for name in committed} | self._mine(self._checksums)
+        self._required = {f"{name}-server-{partition}.npy" for name in committed} | self._own(self._checksums)
 
-    def _mine(self, names: Iterable[str]) -> set[str]:
+    def _own(self, names: Iterable[str]) -> set[str]:
+        """Return the names of this server's segments."""
         matches = ((name, SEGMENT.fullmatch(name)) for name in names)
         return {name for name, match in matches if match and int(match[3]) == self._partition}
 
-    def segments(self, incarnation: int, last: int, newest: int, branches: bool) -> list[Segment]:
+    def read(self, incarnation: int, last: int, newest: int, branches: bool) -> list[Segment]:
         """Read the segments of one incarnation of the server, oldest first.
 
         Args:
-            incarnation: of the server.
-            last: incarnation of the run until which that server was there.
-            newest: number of the newest of its checkpoints in the lineage.
-            branches: whether to go on after that, until a segment is missing or damaged.
-        """
-        kept, given_up = self._of(incarnation, last, newest)
-        if missing := sorted(set(kept).difference(self._there)):
-            raise JournalError(
-                f"{self._storage.url}/journal lacks {', '.join(missing)}: a replay needs every record. Restore what "
-                "was deleted"
-            )
-        found = [Segment(_checkpoint(name), True, self._read(name, incarnation)) for name in kept]
-        for name in takewhile(self._there.__contains__, given_up if branches else ()):
-            try:
-                found.append(Segment(_checkpoint(name), False, self._read(name, incarnation)))
-            except JournalError:  # its writer was killed; a replay that needs these records says so
-                break
-        return found
+            incarnation: incarnation of the server.
+            last: last incarnation of the run in which this server was alive.
+            newest: number of the server's newest checkpoint in the lineage.
+            branches: True to read later segments as well, until one is missing or damaged.
 
-    def _of(self, first: int, last: int, newest: int) -> tuple[list[str], list[str]]:
-        """Return the names of segments up to a checkpoint's number, and after it, of those incarnations of the run."""
+        Raises:
+            JournalError: a segment of the lineage is missing or damaged.
+        """
+        lineage, branch = self._names(incarnation, last, newest)
+        if missing := sorted(set(lineage).difference(self._existing)):
+            raise JournalError(
+                f"{self._storage.url}/journal lacks {', '.join(missing)}: a replay needs every record. Restore the "
+                "deleted files"
+            )
+        segments = [Segment(_checkpoint(name), True, self._read(name, incarnation)) for name in lineage]
+        for name in takewhile(self._existing.__contains__, branch if branches else ()):
+            try:
+                segments.append(Segment(_checkpoint(name), False, self._read(name, incarnation)))
+            except JournalError:  # its writer was killed; a replay that needs these records raises an error
+                break
+        return segments
+
+    def _names(self, first: int, last: int, newest: int) -> tuple[list[str], list[str]]:
+        """Return the names of the segments that the run wrote in its incarnations `first` to `last`.
+
+        Returns:
+            The names up to the checkpoint with number `newest`, and the later ones, both oldest first.
+        """
         found = []
-        for name in self._needed | self._there:
+        for name in self._required | self._existing:
             match = SEGMENT.fullmatch(name)
             if match and first <= int(match[2]) <= last:
                 found.append((int(match[1]), name))
         found.sort()
-        kept = [name for number, name in found if number <= newest]
-        return kept, [name for _, name in found[len(kept) :]]
+        lineage = [name for number, name in found if number <= newest]
+        return lineage, [name for _, name in found[len(lineage) :]]
 
     def _read(self, name: str, incarnation: int) -> NDArray[np.void]:
         """Read one segment and check it."""
         path = f"{self._storage.url}/journal/{name}"
         data = self._storage.read(f"journal/{name}")
-        checksum = self._checksums.get(name)  # those of checkpoints that were deleted are gone
+        checksum = self._checksums.get(name)  # None if the manifest with the checksum was deleted
         if checksum not in (None, sha256(data).hexdigest()):
             raise JournalError(
-                f"{path} is not what was committed with its checkpoint: it was changed, or is another run's. "
-                "Restore the file"
+                f"{path} is not the file that was committed with its checkpoint: it was changed, or belongs to another "
+                "run. Restore the file"
             )
         try:
             records: NDArray[np.void] = np.load(BytesIO(data), allow_pickle=False)
@@ -328,26 +365,27 @@ def _checkpoint(segment: str) -> str:
 
 
 def _check_records(path: str, records: NDArray[np.void], incarnation: int, partitions: int) -> None:
-    """They must be records of this format, and of that incarnation."""
+    """Raise an error unless all records are of a known type and of this incarnation."""
     known = records.dtype == record_type(partitions) and records.ndim == 1
     if not known or (records["kind"] >= len(RecordKind)).any() or (records["outcome"] >= len(OUTCOMES)).any():
         raise JournalError(
-            f"{path} has records that this psgd does not know: use the psgd that wrote it (see env.json)"
+            f"{path} has records that this version of psgd does not know: use the version that wrote it (see env.json)"
         )
-    if strangers := set(records["incarnation"].tolist()) - {incarnation}:
+    if others := set(records["incarnation"].tolist()) - {incarnation}:
         raise JournalError(
-            f"{path} has records of incarnation {min(strangers)}, not of {incarnation}: it is another run's. "
+            f"{path} has records of incarnation {min(others)}, not of {incarnation}: it belongs to another run. "
             "Restore the file"
         )
 
 
-def _check_forks(run: RunDirectory, stretch: Stretch) -> None:
-    """An incarnation that goes on from a checkpoint begins with a fork, another with none, and nothing else forks."""
-    kinds = np.concatenate([np.zeros(0, np.uint8), *(segment.records["kind"] for segment in stretch.segments)])
+def _check_forks(run: RunDirectory, journal: IncarnationJournal) -> None:
+    """Raise an error unless only a journal that continues from a checkpoint has a fork, as its first record."""
+    kinds = np.concatenate([np.zeros(0, np.uint8), *(segment.records["kind"] for segment in journal.segments)])
     forks = np.flatnonzero(kinds == RecordKind.FORK).tolist()
-    if forks != ([] if stretch.origin is None else [0]) and (stretch.kept or len(kinds)):
-        origin = "nothing" if stretch.origin is None else f"checkpoint {stretch.origin}"
+    if forks != ([] if journal.origin is None else [0]) and (journal.in_lineage or len(kinds)):
+        origin = "the initial weights" if journal.origin is None else f"checkpoint {journal.origin}"
         raise JournalError(
-            f"incarnation {stretch.incarnation} went on from {origin}, says {run.storage.url}/events.jsonl, but its "
-            f"{len(kinds)} journal records have forks at {forks}: records are missing, or another run's"
+            f"{run.storage.url}/events.jsonl says that incarnation {journal.incarnation} continued from {origin}, but "
+            f"its {len(kinds)} journal records have forks at {forks}: records are missing or belong to another run. "
+            "Restore the journal"
         )

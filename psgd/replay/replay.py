@@ -1,13 +1,14 @@
-"""Replay: a run recomputed in one process from its job, its data and its journal, to be compared bit for bit.
+"""Replay: recomputes a run in one process from its job, data and journal, to compare its weights bit for bit.
 
-The servers' orders are all that is not decided by seeds, and their journals have them. Every record reaches a
-`ParameterServer` again: a push with the gradient of the batch it names, at the weights of the versions it read, and
-with what compression left out of the push that it carries on. Sums of floats depend on their order, so the bits are the
-same only with the software of `env.json`, and as many BLAS threads as a worker had.
+Seeds decide everything in a run except the order in which each server handles its pushes, and the journals record this
+order. Each record is applied to a `ParameterServer` again. The gradient of a push is recomputed from the batch and the
+versions that the record names, plus the remainder that compression left out of the earlier push that it names. Sums of
+floats depend on their order. The bits are therefore the same only with the software of `env.json` and with the number
+of BLAS threads that a worker had.
 
-A lost server takes along the records since its last checkpoint. What others took of it meanwhile cannot be computed
-again: gradients read from those versions by living servers, and the remainders of pushes that living workers carry on.
-A replay that comes to one of them ends there, and says so.
+A server that is lost loses the records that it made after its last checkpoint. Two inputs can then not be recomputed:
+gradients that other servers used and that were computed from the lost versions, and the remainders of lost pushes that
+workers add to later ones. A replay that needs one of these inputs ends there with an error that names it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from psgd.core.server.partitions import Partition
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, DataError, JournalError, ModelError
 from psgd.job import OpenJob
-from psgd.replay.lineage import Stretch, read_lineage
+from psgd.replay.lineage import IncarnationJournal, read_lineage
 from psgd.replay.pushes import Pushes
 from psgd.replay.replayer import Replayer
 from psgd.replay.server import ReplayServer
@@ -45,32 +46,33 @@ __all__ = ["Replay", "replay"]
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What a replay came to."""
+    """The result of a replay."""
 
-    run: str  # its directory
-    checkpoint: str  # whose lineage was replayed
-    updates: int  # of the weights
-    pushes: int  # replayed, whatever their outcome
-    incarnations: int  # replayed, those that were given up left out
-    agrees: bool | None  # with the checkpoint's weights, bit for bit; None: it stopped before their version
-    largest_difference: float  # to them, absolute; inf if only one is finite
-    tensor: str | None  # where that is; None: they agree
-    seconds: float
+    run: str  # directory of the run
+    checkpoint: str  # name of the checkpoint whose lineage was replayed
+    updates: int  # number of updates in the replayed weights
+    pushes: int  # number of pushes replayed, with any outcome
+    incarnations: int  # number of incarnations replayed, without abandoned ones
+    agrees: bool | None  # True if the weights equal the checkpoint's, bit for bit; None: the replay stopped before it
+    largest_difference: float  # to the checkpoint's weights, absolute; inf if only one of two values is finite
+    tensor: str | None  # name of the tensor with the largest difference; None: there is no difference
+    seconds: float  # duration of the replay
 
     def __str__(self) -> str:
-        """One line for people."""
-        past = f"{self.pushes} pushes of {self.incarnations} incarnations, {self.updates} updates"
+        """Return the result in one line, for people."""
+        counts = f"{self.pushes} pushes of {self.incarnations} incarnations, {self.updates} updates"
         match self.agrees:
             case True:
-                told = f"checkpoint {self.checkpoint} agrees bit for bit"
+                verdict = f"checkpoint {self.checkpoint} agrees bit for bit"
             case False:
-                told = f"checkpoint {self.checkpoint} differs by up to {self.largest_difference:.3g}, in {self.tensor}"
+                difference = f"differs by up to {self.largest_difference:.3g}, in {self.tensor}"
+                verdict = f"checkpoint {self.checkpoint} {difference}"
             case None:
-                told = f"stopped before checkpoint {self.checkpoint}"
-        return f"{self.run}: {told}; {past}, replayed in {self.seconds:.1f} s"
+                verdict = f"stopped before checkpoint {self.checkpoint}"
+        return f"{self.run}: {verdict}; {counts}, replayed in {self.seconds:.1f} s"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, in the order of `psgd replay --json`."""
+        """Return the result as plain values, in the order of `psgd replay --json`."""
         return asdict(self)
 
 
@@ -79,36 +81,37 @@ def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = No
 
     Args:
         run: the run directory; it is only read.
-        until: stop once every server has made so many updates, each with the weights it has then.
-        out: where to write the replayed weights, named, as safetensors.
+        until: number of updates at which each server stops. None: the newest checkpoint.
+        out: file for the replayed weights, as safetensors with the names of the model's tensors. None: no file.
 
     Raises:
-        InputError: there is no such run, or its data or journal is not what it was trained with.
-        CheckpointError: no checkpoint is whole.
-        ReplayError: a record came out otherwise than in the run.
+        InputError: the run does not exist, or its data, model or journal has changed since the training.
+        CheckpointError: the run has no usable checkpoint.
+        ReplayError: a record comes out differently than in the run.
     """
     began = perf_counter()
     spec = run.read_spec()
     checkpoint = Checkpoints(run.storage).newest(refused=lambda _: None)
     if checkpoint is None:
-        raise CheckpointError(f"there is no committed checkpoint in {run.storage.url}, and so nothing to replay")
+        raise CheckpointError(f"{run.storage.url} holds no committed checkpoint, and so there is nothing to replay")
     manifest = checkpoint.manifest
     job = OpenJob.open(spec)
     _check(run, job, manifest, until)
     states = [checkpoint.state(partition) for partition in range(manifest.partitions)]
-    # A branch that was given up matters to other servers, and to workers that remember what they left out.
+    # Abandoned branches are needed if other servers used gradients computed from them, and if workers remember what
+    # compression left out.
     branches = manifest.partitions > 1 or not isinstance(spec.compression, NoCompression)
     lineages = [read_lineage(run, manifest, partition, branches) for partition in range(manifest.partitions)]
-    for segment in (segment for lineage in lineages for stretch in lineage for segment in stretch.segments):
+    for segment in (segment for lineage in lineages for journal in lineage for segment in journal.segments):
         _check_batches(run, job, segment.records)
     servers = [_server(job, state, lineage) for state, lineage in zip(states, lineages, strict=True)]
     with np.errstate(over="ignore", invalid="ignore"):
-        updates, weights = Replayer(job, servers, Pushes(lineages)).play(until)
+        updates, weights = Replayer(job, servers, Pushes(lineages)).run(until)
     saved = [int(state.metadata["version"][1]) for state in states]
     if until is None and updates != saved:
         raise JournalError(
-            f"the journal of {run.storage.url} ends at {_listed(updates)} updates, and checkpoint {manifest.name} has "
-            f"{_listed(saved)}: records are missing. Restore the journal"
+            f"the journal of {run.storage.url} ends at {_list(updates)} updates, but checkpoint {manifest.name} has "
+            f"{_list(saved)}: records are missing. Restore the journal"
         )
     if out is not None:
         Storage(str(out.absolute().parent)).write(out.name, save(job.layout.views(weights)))
@@ -128,20 +131,23 @@ def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = No
 
 
 def _check(run: RunDirectory, job: OpenJob, manifest: Manifest, until: int | None) -> None:
-    """Refuse what cannot come out the same."""
+    """Raise an error if the data or the model has changed, or if `until` is beyond the checkpoint."""
     url = run.storage.url
     if manifest.data_fingerprint != job.dataset.fingerprint:
         raise DataError(
-            f"the data of {url} is not what it was trained on: its fingerprint is {job.dataset.fingerprint}, and the "
-            f"checkpoint's {manifest.data_fingerprint}. Restore the data"
+            f"the data of {url} has changed since the training: its fingerprint is {job.dataset.fingerprint}, and the "
+            f"checkpoint's is {manifest.data_fingerprint}. Restore the data"
         )
     if manifest.layout != job.layout:
-        raise ModelError(f"the model of {url} has other tensors than it was trained with: restore its code")
+        raise ModelError(f"the model of {url} has other tensors than the model that was trained: restore its code")
     if until is not None and until > manifest.updates:
-        raise JournalError(f"--until {until}: the journal of {url} is committed up to {manifest.updates} updates")
+        raise JournalError(
+            f"--until {until}: the newest checkpoint of {url} has {manifest.updates} updates: give at most that many"
+        )
 
 
 def _check_batches(run: RunDirectory, job: OpenJob, segment: NDArray[np.void]) -> None:
+    """Raise an error if a push is of a batch that the job does not have."""
     sizes = np.array(job.shards.grid.batches_per_shard)
     pushes = segment[segment["kind"] == RecordKind.PUSH]
     known = pushes["shard"] < len(sizes)
@@ -149,30 +155,30 @@ def _check_batches(run: RunDirectory, job: OpenJob, segment: NDArray[np.void]) -
     if not known.all():
         epoch, shard, index = pushes[~known][["epoch", "shard", "index"]][0].tolist()
         raise JournalError(
-            f"the journal of {run.storage.url} tells of batch {index} of shard {shard} in epoch {epoch}, which "
-            "its job does not have: it is another run's. Restore the journal"
+            f"the journal of {run.storage.url} names batch {index} of shard {shard} in epoch {epoch}, which its job "
+            "does not have: the journal belongs to another run. Restore it"
         )
 
 
-def _server(job: OpenJob, state: ServerState, lineage: Sequence[Stretch]) -> ReplayServer:
+def _server(job: OpenJob, state: ServerState, lineage: Sequence[IncarnationJournal]) -> ReplayServer:
     partition = Partition(*state.metadata["partition"])
     changes = [Settings.model_validate(settings) for settings in state.metadata["changes"]]
     return ReplayServer(job, partition, lineage, changes)
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
 def _difference(layout: Layout, replayed: FloatArray, saved: FloatArray) -> tuple[float, str | None]:
-    """The largest one and its tensor; (0, None) if all bits are the same."""
-    found: dict[str, float] = {}
+    """Return the largest absolute difference and its tensor, or (0, None) if all bits are the same."""
+    differences: dict[str, float] = {}
     with np.errstate(over="ignore", invalid="ignore"):
-        for name, mine in layout.views(replayed).items():
-            theirs = layout.views(saved)[name]
-            if mine.tobytes() != theirs.tobytes():
-                differ = mine.view(np.uint32) != theirs.view(np.uint32)
-                distances = np.abs(mine[differ].astype(np.float64) - theirs[differ])
-                found[name] = float(np.where(np.isnan(distances), inf, distances).max())
-    tensor = max(found, key=lambda name: found[name], default=None)
-    return (0.0 if tensor is None else found[tensor]), tensor
+        for name, values in layout.views(replayed).items():
+            expected = layout.views(saved)[name]
+            if values.tobytes() != expected.tobytes():
+                differ = values.view(np.uint32) != expected.view(np.uint32)
+                distances = np.abs(values[differ].astype(np.float64) - expected[differ])
+                differences[name] = float(np.where(np.isnan(distances), inf, distances).max())
+    tensor = max(differences, key=lambda name: differences[name], default=None)
+    return (0.0 if tensor is None else differences[tensor]), tensor

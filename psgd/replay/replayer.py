@@ -1,9 +1,9 @@
-"""The player: a run's servers once more, and what its workers sent them.
+"""The replayer: replays the journals of all servers of a run together.
 
-Every server goes through its own journal. A gradient is computed once, from the versions of every partition that its
-records name, and each server steps on its slice of it in its own order. So a server may have to wait for another to
-come to a version; as each waited for nothing but its past in the run, one of them can always go on, unless records are
-missing.
+Every server replays its own journal, in order. A gradient is computed once, from the version of every partition that
+its records name, and each server steps on its own slice of it. A server may therefore have to wait until another one
+has reached a version. In the run each record depended only on earlier ones, so one of the servers can always proceed,
+unless records are missing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from psgd.errors import JournalError
 from psgd.job import OpenJob
 from psgd.replay.lineage import Record
-from psgd.replay.pushes import NONE, Pushes
-from psgd.replay.server import Computed, ReplayServer
+from psgd.replay.pushes import NO_PUSH, Pushes
+from psgd.replay.server import ComputedGradient, ReplayServer
 from psgd_workers.gradients.sender import gradient_norm
 from psgd_workers.messages import FloatArray, Version
 
@@ -24,93 +24,98 @@ __all__ = ["Replayer"]
 
 
 class Replayer:
-    """All servers, and what workers sent them.
+    """All servers of a run, and the pushes of its workers.
 
     Args:
-        job: of the run.
-        servers: by partition.
-        pushes: of their journals.
+        job: job of the run.
+        servers: servers by partition.
+        pushes: pushes recorded in the servers' journals.
     """
 
     def __init__(self, job: OpenJob, servers: Sequence[ReplayServer], pushes: Pushes) -> None:
         self._job = job
         self._servers = servers
         self._pushes = pushes
-        self._worker = job.worker("replay")  # computes for all of them: a gradient is a function of batch and weights
-        self._made: dict[int, Computed] = {}  # by push, while a server is still to take it
-        self._ends: dict[int, tuple[int, FloatArray]] = {}  # partition -> its updates and weights where it stopped
+        self._worker = job.worker("replay")  # for all workers: a gradient depends only on batch and weights
+        self._computed: dict[int, ComputedGradient] = {}  # by push, until every server has replayed it
+        self._ends: dict[int, tuple[int, FloatArray]] = {}  # updates and weights at the end, by partition
         for push in range(len(pushes)):
             for server, read in zip(servers, pushes.reads(push), strict=True):
                 server.expect(read)
         for server in servers:
             server.start()
 
-    def play(self, until: int | None) -> tuple[list[int], FloatArray]:
-        """Go through the journals, to their end or until every server made so many updates.
+    def run(self, until: int | None) -> tuple[list[int], FloatArray]:
+        """Replay the journals.
+
+        Args:
+            until: number of updates at which each server stops. None: replay the whole lineage.
 
         Returns:
-            The updates of each partition there, and the weights.
+            The number of updates of each partition, and the weights `[num_parameters]`.
 
         Raises:
-            JournalError: a gradient cannot be computed, as records are missing.
-            ReplayError: at the first record that comes out otherwise.
+            JournalError: a gradient cannot be computed, because records are missing.
+            ReplayError: a record comes out differently than in the run.
         """
-        while going := self._going(until):
-            # A server may need what another does after its end, or cannot do on a branch of which too little is known.
-            if not (self._step(going) or self._step(self._servers) or self._give_up()):
-                raise JournalError(self._stuck(going))
+        while unfinished := self._unfinished(until):
+            # A server may need a version that another one reaches after its end, or that can never be reached because
+            # the records of an abandoned branch are incomplete.
+            if not (self._advance(unfinished) or self._advance(self._servers) or self._abandon_a_branch()):
+                raise JournalError(self._explain_deadlock(unfinished))
         weights = np.empty_like(self._job.weights)
         for server in self._servers:
             weights[server.slice] = self._ends[server.number][1]
         return [self._ends[server.number][0] for server in self._servers], weights
 
-    def _going(self, until: int | None) -> list[ReplayServer]:
-        """The servers that are not at their end yet."""
+    def _unfinished(self, until: int | None) -> list[ReplayServer]:
+        """Note the end of each server that has reached it. Return the others."""
         for server in self._servers:
             if server.number in self._ends:
                 continue
             if server.on_lineage and until is not None and server.updates >= until:
-                self._ends[server.number] = server.updates, server.weights
+                self._ends[server.number] = (server.updates, server.weights)
             elif server.end is not None:
                 self._ends[server.number] = server.end
         return [server for server in self._servers if server.number not in self._ends]
 
-    def _step(self, servers: Sequence[ReplayServer]) -> bool:
-        """Let one record happen on each of them; return True if any could."""
-        moved = [self._again(server, server.next) for server in servers if server.next is not None]
-        return any(moved)
+    def _advance(self, servers: Sequence[ReplayServer]) -> bool:
+        """Replay the next record of each server if possible. Return True if any was replayed."""
+        replayed = [self._replay_record(server, server.next) for server in servers if server.next is not None]
+        return any(replayed)
 
-    def _again(self, server: ReplayServer, record: Record) -> bool:
-        push = self._pushes.number(server.number, server.place)
-        if push == NONE:
-            server.again(record, None)
+    def _replay_record(self, server: ReplayServer, record: Record) -> bool:
+        """Replay the next record of a server. Return False if its gradient cannot be computed yet."""
+        push = self._pushes.push_of(server.number, server.position)
+        if push == NO_PUSH:
+            server.replay(record, None)
             return True
         if not server.knows_remainder(record):
             return False
-        computed = self._made.get(push) or self._compute(push, record)
+        computed = self._computed.get(push) or self._compute(push, record)
         if computed is None:
             return False
-        server.again(record, computed)
-        if self._pushes.done(push):
-            del self._made[push]
+        server.replay(record, computed)
+        if self._pushes.count_off(push):
+            del self._computed[push]
         return True
 
-    def _compute(self, push: int, record: Record) -> Computed | None:
-        """Compute a gradient; None: what it was computed from did not come yet."""
+    def _compute(self, push: int, record: Record) -> ComputedGradient | None:
+        """Compute the gradient of a push. Return None if a version that it was computed from is not reached yet."""
         reads = self._pushes.reads(push)
-        weights = self._shown(reads)
+        weights = self._weights_at(reads)
         if weights is None:
             return None
         values = np.empty_like(self._job.weights)
         loss = self._worker.gradient(record.batch, weights, values)
         norm = gradient_norm(values, self._job.layout.num_trainable)
-        computed = self._made[push] = Computed(values, weights, reads, loss, norm)
-        self._forget(reads)
+        computed = self._computed[push] = ComputedGradient(values, weights, reads, loss, norm)
+        self._release(reads)
         return computed
 
-    def _shown(self, reads: Sequence[Version]) -> FloatArray | None:
-        """The weights of those versions; None: one of them did not come yet."""
-        slices = [server.shown(read) for server, read in zip(self._servers, reads, strict=True)]
+    def _weights_at(self, reads: Sequence[Version]) -> FloatArray | None:
+        """Return the weights at one version of each partition. Return None if one of them is not reached yet."""
+        slices = [server.weights_at(read) for server, read in zip(self._servers, reads, strict=True)]
         if len(slices) == 1:
             return slices[0]
         weights = np.empty_like(self._job.weights)
@@ -120,47 +125,49 @@ class Replayer:
             weights[server.slice] = values
         return weights
 
-    def _forget(self, reads: Sequence[Version]) -> None:
+    def _release(self, reads: Sequence[Version]) -> None:
+        """Count off a gradient of these versions, by partition."""
         for server, read in zip(self._servers, reads, strict=True):
-            server.forget(read)
+            server.release(read)
 
-    # What cannot be known
+    # Incomplete records
 
-    def _give_up(self) -> bool:
-        """Let one server leave a branch that was given up, and of which too little is known; True if there is one."""
+    def _abandon_a_branch(self) -> bool:
+        """Let one server skip the rest of an abandoned branch. Return False if no server is on one."""
         for server in self._servers:
-            if server.astray:
-                for place in server.give_up():
-                    self._drop(self._pushes.number(server.number, place))
+            if server.on_abandoned_branch:
+                for position in server.leave_branch():
+                    self._skip(self._pushes.push_of(server.number, position))
                 return True
         return False
 
-    def _drop(self, push: int) -> None:
+    def _skip(self, push: int) -> None:
         """Count off a record that is not replayed."""
-        if push != NONE and self._pushes.done(push) and self._made.pop(push, None) is None:
-            self._forget(self._pushes.reads(push))
+        if push != NO_PUSH and self._pushes.count_off(push) and self._computed.pop(push, None) is None:
+            self._release(self._pushes.reads(push))
 
-    def _stuck(self, servers: Sequence[ReplayServer]) -> str:
-        """Say why no server can go on: each has a push before it whose gradient cannot be computed."""
-        reasons = [(server, *self._lacks(server, server.next)) for server in servers if server.next]
-        server, lacks, _ = next((reason for reason in reasons if reason[2]), reasons[0])
+    def _explain_deadlock(self, servers: Sequence[ReplayServer]) -> str:
+        """Return a message that explains why no server can proceed: the gradient of its next push is unknown."""
+        reasons = [(server, *self._explain_wait(server, server.next)) for server in servers if server.next]
+        server, reason, _ = next((reason for reason in reasons if reason[2]), reasons[0])
         reached = min(other.updates for other in self._servers)
         return (
-            f"{server.told}; {lacks}. A lost server takes along the records since its last checkpoint; if none was "
-            f"lost, records are missing or another run's. --until {reached} replays what comes before"
+            f"{server.description}; {reason}. The records that a server made after its last checkpoint are lost with "
+            f"it. If no server was lost, records are missing or belong to another run. --until {reached} replays the "
+            "run up to this point"
         )
 
-    def _lacks(self, server: ReplayServer, record: Record) -> tuple[str, bool]:
-        """Say what a gradient cannot be computed without, and whether that can no longer come."""
+    def _explain_wait(self, server: ReplayServer, record: Record) -> tuple[str, bool]:
+        """Return the input that the next push of a server lacks, and True if that input can no longer come."""
         if not server.knows_remainder(record):
             return (
                 f"it carries on what compression left out of push {record.carries} of its worker's slot {record.slot}, "
-                f"which no record tells of",
+                "which no record describes",
                 True,
             )
-        reads = self._pushes.reads(self._pushes.number(server.number, server.place))
-        both = zip(self._servers, reads, strict=True)
-        missing = [(other, read) for other, read in both if other.shown(read) is None]
+        reads = self._pushes.reads(self._pushes.push_of(server.number, server.position))
+        pairs = zip(self._servers, reads, strict=True)
+        missing = [(other, read) for other, read in pairs if other.weights_at(read) is None]
         other, read = next((pair for pair in missing if pair[0].has_passed(pair[1])), missing[0])
         return (
             f"it was computed from version {read.updates} of incarnation {read.incarnation} of server {other.number}, "

@@ -1,4 +1,4 @@
-"""One server of a replay: it goes through its journal, and keeps what is still to be read of its weights."""
+"""One server of a replay. It replays its journal, and keeps weights from which gradients are yet to be computed."""
 
 from __future__ import annotations
 
@@ -16,141 +16,142 @@ from psgd.core.server.partitions import Partition
 from psgd.core.server.state import ServerState
 from psgd.errors import JournalError, ReplayError
 from psgd.job import OpenJob
-from psgd.replay.lineage import Record, Segment, Stretch
+from psgd.replay.lineage import IncarnationJournal, Record, Segment
 from psgd.spec import JobSpec, ScalingConfig, Settings
 from psgd_workers.gradients.sender import PartSender
 from psgd_workers.messages import FloatArray, Gradient, Outcome, Version
 
-__all__ = ["Computed", "ReplayServer"]
+__all__ = ["ComputedGradient", "ReplayServer"]
 
 
-class Computed(NamedTuple):
-    """A gradient, and what it was computed from."""
+class ComputedGradient(NamedTuple):
+    """A gradient, and the weights that it was computed from."""
 
     values: FloatArray  # [num_parameters]
     weights: FloatArray  # [num_parameters]
-    reads: Sequence[Version]  # by partition
+    reads: Sequence[Version]  # versions of the weights, by partition
     loss: float
-    norm: float
+    norm: float  # `gradient_norm` of the values
 
 
 class ReplayServer:
-    """One server, which goes through its journal.
+    """One server, which replays the records of its journal one after another.
 
-    A branch that was given up is played until its end, or until `give_up`; then the server goes on from the state that
-    it had at the checkpoint.
+    An abandoned branch is replayed to its end, or until `leave_branch`. Then the server continues from the state that
+    it had at the checkpoint where the branch begins.
 
     Args:
-        job: of the run.
-        partition: of the weights.
-        lineage: what happened.
-        changes: the settings that its records of changes number.
+        job: job of the run.
+        partition: partition of the server.
+        lineage: journals of the server's incarnations, oldest first.
+        changes: settings that the records of kind CHANGE refer to by their index.
 
     Attributes:
-        number: of the partition.
-        slice: of the weights.
-        place: of the next record, among all of the lineage.
-        next: that record; None: there is none, or not before `start`.
-        on_lineage: whether its weights are of the lineage, not of a branch that was given up.
-        updates: of the lineage's newest state that it came to.
-        end: its updates and weights where the lineage ends; None: it has not come there.
-        pushes: of the lineage so far.
-        incarnations: likewise.
+        number: number of the partition.
+        slice: the partition's slice of the weights.
+        position: position of the next record among all records of the lineage.
+        next: the next record. None: there is none, or `start` was not called yet.
+        on_lineage: True if the current weights belong to the lineage and not to an abandoned branch.
+        updates: number of updates in the newest state of the lineage so far.
+        end: number of updates and weights at the end of the lineage. None: the end is not reached yet.
+        pushes: number of pushes of the lineage replayed so far.
+        incarnations: number of incarnations of the lineage begun so far.
     """
 
     def __init__(
-        self, job: OpenJob, partition: Partition, lineage: Sequence[Stretch], changes: Sequence[Settings]
+        self, job: OpenJob, partition: Partition, lineage: Sequence[IncarnationJournal], changes: Sequence[Settings]
     ) -> None:
         self._job = job
         self._partition = partition
         self._changes = changes
-        self._where = f"server {partition.number}'s journal"
-        self._origins = Counter(stretch.origin for stretch in lineage)  # incarnations still to go on from each
-        self._saved: dict[str, ServerState] = {}  # by checkpoint: those that are in use
-        self._origin: ServerState  # of the incarnation that is about to fork
-        self._given_up = False  # the rest of its branch is skipped
-        self._skipped: list[int] = []  # places of records
-        self._readers = Counter[Version]()  # of each version, still to come
-        self._kept: dict[Version, FloatArray] = {}  # what workers were shown, while a gradient of it is still to come
+        self._name = f"server {partition.number}'s journal"
+        self._forks_left = Counter(journal.origin for journal in lineage)  # incarnations yet to begin, by checkpoint
+        self._saved: dict[str, ServerState] = {}  # states by checkpoint, while incarnations are yet to begin there
+        self._origin: ServerState  # state from which the incarnation is about to fork
+        self._skips_branch = False  # True while the rest of an abandoned branch is skipped
+        self._skipped: list[int] = []  # positions of the skipped records
+        self._pending_reads = Counter[Version]()  # number of gradients yet to be computed from each version
+        self._kept: dict[Version, FloatArray] = {}  # published weights from which gradients are yet to be computed
         self._senders: dict[tuple[int, bytes, int], PartSender] = {}  # by session, worker and slot
-        self._nothing = np.zeros(partition.stop - partition.start, np.float32)
+        self._zeros = np.zeros(partition.stop - partition.start, np.float32)
         self.number = partition.number
         self.slice = slice(partition.start, partition.stop)
         self.on_lineage = False
-        self.place = -1
+        self.position = -1
         self.updates = 0
         self.pushes = 0
         self.incarnations = 0
         self.end: tuple[int, FloatArray] | None = None
         self.next: Record | None = None
-        self._records = self._play(lineage)
+        self._records = self._iterate(lineage)
 
-    def _play(self, lineage: Sequence[Stretch]) -> Iterator[Record]:
-        """Yield the records to replay; what has to happen between two of them happens here."""
-        *_, last = (segment for stretch in lineage for segment in stretch.segments if segment.kept)
-        for stretch in lineage:
-            self._begin(stretch)
-            for segment in stretch.segments:
+    def _iterate(self, lineage: Sequence[IncarnationJournal]) -> Iterator[Record]:
+        """Yield the records to replay. Begin incarnations and save states at checkpoints between them."""
+        *_, last = (segment for journal in lineage for segment in journal.segments if segment.in_lineage)
+        for journal in lineage:
+            self._begin(journal)
+            for segment in journal.segments:
                 yield from self._segment_records(segment)
-                if segment.checkpoint in self._origins and not self._given_up:
+                if segment.checkpoint in self._forks_left and not self._skips_branch:
                     self._saved[segment.checkpoint] = self._state()
                 if segment is last:
-                    self.end = self.updates, self.weights
+                    self.end = (self.updates, self.weights)
 
     def _segment_records(self, segment: Segment) -> Iterator[Record]:
         self._segment = segment
         for record in Record.of(segment.records):
-            self.place += 1
-            if self._given_up and not segment.kept:
-                self._skipped.append(self.place)
+            self.position += 1
+            if self._skips_branch and not segment.in_lineage:
+                self._skipped.append(self.position)
             else:
                 yield record
 
-    def _begin(self, stretch: Stretch) -> None:
-        """Begin an incarnation: with the initial weights, or with a checkpoint's state, from which it is to fork."""
-        origin = stretch.origin
-        self._stretch = stretch
-        self._given_up = origin is not None and origin not in self._saved
-        self._senders = {key: sender for key, sender in self._senders.items() if key[0] == stretch.session}
+    def _begin(self, journal: IncarnationJournal) -> None:
+        """Begin an incarnation, from the initial weights or from the state at the checkpoint where it forks."""
+        origin = journal.origin
+        self._journal = journal
+        self._skips_branch = origin is not None and origin not in self._saved
+        self._senders = {key: sender for key, sender in self._senders.items() if key[0] == journal.session}
         if origin is None:
             weights = self._job.weights[self.slice]
-            version = Version(stretch.incarnation, 0)
+            version = Version(journal.incarnation, 0)
             self._server = ParameterServer(self._spec(), self._partition, weights, self._job.shards.grid, version)
-            self._note(stretch.kept)
-            self.incarnations += stretch.kept
-        elif self._given_up:
-            if stretch.kept:
+            self._note_state(journal.in_lineage)
+            self.incarnations += journal.in_lineage
+        elif self._skips_branch:
+            if journal.in_lineage:
                 raise JournalError(
-                    f"{self._where} goes on from checkpoint {origin}, and has no segment that ends there. Restore what "
-                    "was deleted"
+                    f"{self._name} continues from checkpoint {origin}, but has no segment that ends there. Restore the "
+                    "deleted segment"
                 )
         else:
-            self._origins[origin] -= 1
-            self._origin = self._saved[origin] if self._origins[origin] else self._saved.pop(origin)
-            if not any(len(segment.records) for segment in stretch.segments):  # they were lost, the state is known
+            self._forks_left[origin] -= 1
+            self._origin = self._saved[origin] if self._forks_left[origin] else self._saved.pop(origin)
+            if not any(len(segment.records) for segment in journal.segments):  # lost, but the first state is known
                 self._fork(0.0)
-                self._note(kept=False)
+                self._note_state(in_lineage=False)
 
     def _state(self) -> ServerState:
-        """Return what the checkpoint holds at which the server has arrived."""
+        """Return the current state, as the checkpoint at this point holds it."""
         if not self._server.can_save:
             raise ReplayError(
-                f"record {self.place} of {self._where} is the last before a checkpoint, and the replay is in the "
-                "middle of a round there, which no checkpoint can be. Records before it are missing or another run's"
+                f"record {self.position} of {self._name} is the last one before a checkpoint, but the replay is in the "
+                "middle of a round there, in which no checkpoint is made. Earlier records are missing or belong to "
+                "another run"
             )
         return self._server.state()
 
     def start(self) -> None:
-        """Come to the first record; every version that will be read is to be expected before."""
-        self._turn()
+        """Go to the first record. Call `expect` for every version that will be read before this."""
+        self._go_to_next()
 
-    def _turn(self) -> None:
+    def _go_to_next(self) -> None:
         self.next = next(self._records, None)
 
     def _spec(self) -> JobSpec:
-        """The job as the present incarnation was given it."""
+        """Return the job as it was given to the current incarnation."""
         spec = self._job.spec
-        workers = self._stretch.workers
+        workers = self._journal.workers
         if workers is None:
             return spec
         scaling = ScalingConfig.model_validate(spec.scaling.model_dump() | {"workers": workers})
@@ -158,59 +159,59 @@ class ReplayServer:
 
     @property
     def weights(self) -> FloatArray:
-        """A copy of its weights, `[partition size]`."""
+        """Copy of the server's weights, `[partition size]`."""
         return self._server.weights
 
     @property
-    def astray(self) -> bool:
-        """Return True if the next record is of a branch that was given up."""
-        return self.next is not None and not self._segment.kept
+    def on_abandoned_branch(self) -> bool:
+        """Return True if the next record belongs to an abandoned branch."""
+        return self.next is not None and not self._segment.in_lineage
 
-    def give_up(self) -> list[int]:
-        """Leave the branch that the next record is of; return the places of its records that are not replayed."""
-        self._given_up = True
-        self._skipped = [self.place]
-        self._turn()
+    def leave_branch(self) -> list[int]:
+        """Skip the rest of the abandoned branch of the next record. Return the positions of the skipped records."""
+        self._skips_branch = True
+        self._skipped = [self.position]
+        self._go_to_next()
         return self._skipped
 
-    # Versions that are read
+    # Versions that gradients were computed from
 
     def expect(self, read: Version) -> None:
-        """Keep this version once it comes: a gradient was computed from it."""
-        self._readers[read] += 1
+        """Announce a gradient that was computed from this version. Its weights are kept once the replay reaches it."""
+        self._pending_reads[read] += 1
 
-    def shown(self, version: Version) -> FloatArray | None:
-        """Return what workers were shown at that version; None: it did not come yet."""
+    def weights_at(self, version: Version) -> FloatArray | None:
+        """Return the weights published at an expected version, or None if it is not reached yet."""
         return self._kept.get(version)
 
     def has_passed(self, version: Version) -> bool:
-        """Return True if that version can no longer come."""
-        return self.next is None or self._stretch.incarnation > version.incarnation
+        """Return True if the replay can no longer reach this version."""
+        return self.next is None or self._journal.incarnation > version.incarnation
 
-    def forget(self, read: Version) -> None:
-        """Count off a gradient of this version: it is computed, or never will be."""
-        self._readers[read] -= 1
-        if not self._readers[read]:
-            del self._readers[read]
+    def release(self, read: Version) -> None:
+        """Count off an announced gradient of this version, which was computed or is skipped."""
+        self._pending_reads[read] -= 1
+        if not self._pending_reads[read]:
+            del self._pending_reads[read]
             self._kept.pop(read, None)
 
-    def _keep(self) -> None:
-        """Keep the weights that workers are shown now, if a gradient of them is to come."""
+    def _keep_weights(self) -> None:
+        """Keep the weights that are published now, if gradients are yet to be computed from them."""
         version = self._server.version
-        if version not in self._kept and self._readers[version]:
+        if version not in self._kept and self._pending_reads[version]:
             self._kept[version] = self._server.published.copy()
 
     # Records
 
-    def again(self, record: Record, computed: Computed | None) -> None:
-        """Let the next record happen.
+    def replay(self, record: Record, computed: ComputedGradient | None) -> None:
+        """Replay the next record.
 
         Args:
-            record: which.
-            computed: the gradient, of a push that was taken.
+            record: the record.
+            computed: gradient of the record's push. None: the record is no push, or a push that the server refused.
 
         Raises:
-            ReplayError: it came out otherwise than in the run.
+            ReplayError: the record comes out differently than in the run.
         """
         worker = record.worker
         now = record.now
@@ -226,36 +227,41 @@ class ReplayServer:
             case RecordKind.SKIP:
                 self._server.skip(record.batch, record.examples, now)
             case RecordKind.PUSH:
-                self._server.push(self._cut(record, computed) if computed else self._refused(record), now)
-                self.pushes += self._segment.kept
+                self._server.push(self._cut(record, computed) if computed else self._refused_gradient(record), now)
+                self.pushes += self._segment.in_lineage
         self._compare(record)
-        self._note(self._segment.kept)
-        self._turn()
+        self._note_state(self._segment.in_lineage)
+        self._go_to_next()
 
-    def _note(self, kept: bool) -> None:
-        """Note how far the server has come."""
-        self.on_lineage = kept
-        if kept:
+    def _note_state(self, in_lineage: bool) -> None:
+        """Note the server's number of updates, and keep its weights if they are needed."""
+        self.on_lineage = in_lineage
+        if in_lineage:
             self.updates = self._server.version.updates
-        self._keep()
+        self._keep_weights()
 
     def knows_remainder(self, record: Record) -> bool:
-        """Return True if the push that this one carries on was replayed, or if it carries on none."""
+        """Return True if the remainder in this push is known, or if the push has none.
+
+        The remainder is what compression left out of an earlier push of the same slot. It is known if that push was
+        replayed.
+        """
         sender = self._senders.get(self._key(record))
         return record.carries in (0, *((sender.number, sender.carries) if sender else ()))
 
     def _key(self, record: Record) -> tuple[int, bytes, int]:
-        return self._stretch.session, record.name, record.slot
+        """Return the key of the record's sender in `_senders`."""
+        return self._journal.session, record.worker_name, record.slot
 
-    def _cut(self, record: Record, computed: Computed) -> Gradient:
-        """Cut what this server was sent out of a gradient, as its worker did."""
+    def _cut(self, record: Record, computed: ComputedGradient) -> Gradient:
+        """Cut this partition's part out of a gradient, and compress it, as the worker did."""
         job = self._job
         key = self._key(record)
         sender = self._senders.get(key)
         if sender is None:
             sender = PartSender(self.number, self.slice, job.layout.num_trainable, job.spec.worker_options)
             self._senders[key] = sender
-        came_late = record.number < sender.number  # after its worker had given it up, and pushed the next
+        came_late = record.number < sender.number  # its worker had abandoned it and pushed the next one
         if came_late:
             sender = deepcopy(sender)
         if sender.number:
@@ -264,44 +270,59 @@ class ReplayServer:
         whole = self._gradient(record, values, loss, norm)
         return sender.cut(whole, values, weights, reads)
 
-    def _refused(self, record: Record) -> Gradient:
-        """Return a gradient that comes out as that record: of what is refused only finiteness is looked at."""
+    def _refused_gradient(self, record: Record) -> Gradient:
+        """Return a gradient that the server refuses as in the record, for which its values do not matter."""
         norm = nan if record.outcome is Outcome.REJECTED else 0.0
-        gradient = self._gradient(record, self._nothing, 0.0, norm)
+        gradient = self._gradient(record, self._zeros, 0.0, norm)
         others = tuple(Version(*other) for other in record.others)
-        return gradient._replace(weights_read=self._nothing, others=others, carries=record.carries)
+        return gradient._replace(weights_read=self._zeros, others=others, carries=record.carries)
 
     @staticmethod
     def _gradient(record: Record, values: FloatArray, loss: float, norm: float) -> Gradient:
-        of = record.slot, record.number, record.batch, record.examples, record.read
-        return Gradient(record.worker, *of, values, loss, norm, record.compute_s)
+        return Gradient(
+            record.worker,
+            record.slot,
+            record.number,
+            record.batch,
+            record.examples,
+            record.read,
+            values,
+            loss,
+            norm,
+            record.compute_s,
+        )
 
     def _compare(self, record: Record) -> None:
-        """The server's own record of it must be the same, but for what only the run could measure."""
+        """Compare a record with the one that the replay made, except for its loss and compute time.
+
+        Raises:
+            ReplayError: they differ.
+        """
         (made,) = Record.of(self._server.journal.take()[-1:])
         if made._replace(loss=record.loss, compute_s=record.compute_s) != record:
             raise ReplayError(
-                f"{self.told}; the replay came to {made}. Records before it are missing or another run's, or psgd or "
-                "its libraries are not those of env.json"
+                f"{self.description}; the replay came to {made}. Earlier records are missing or belong to another run, "
+                "or psgd or its libraries have other versions than env.json says"
             )
 
     @property
-    def told(self) -> str:
-        """What the next record says, for messages."""
-        return f"record {self.place} of {self._where} is {self.next}"
+    def description(self) -> str:
+        """Description of the next record, for messages."""
+        return f"record {self.position} of {self._name} is {self.next}"
 
     def _fork(self, now: float) -> None:
-        """A new incarnation, from the state that the server had at its checkpoint."""
+        """Start the incarnation from the state that the server had at its checkpoint."""
         state = self._origin
-        incarnation = self._stretch.incarnation
+        incarnation = self._journal.incarnation
         spec = self._spec().model_copy(update=dict(Settings.model_validate(state.metadata["settings"])))
         self._server = ParameterServer.restore(spec, self._job.shards.grid, state, incarnation, now)
-        self.incarnations += self._stretch.kept
+        self.incarnations += self._journal.in_lineage
 
     def _settings(self, record: Record) -> Settings:
-        if record.place >= len(self._changes):
+        """Return the settings to which a record of kind CHANGE refers."""
+        if record.batch_index >= len(self._changes):
             raise JournalError(
-                f"record {self.place} of {self._where} is a change to settings {record.place}, and the checkpoint "
-                f"tells of {len(self._changes)}: the journal is another run's. Restore it"
+                f"record {self.position} of {self._name} is a change to settings {record.batch_index}, but the "
+                f"checkpoint holds only {len(self._changes)}: the journal belongs to another run. Restore it"
             )
-        return self._changes[record.place]
+        return self._changes[record.batch_index]

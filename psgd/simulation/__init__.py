@@ -1,1 +1,1 @@
-"""The core on a virtual clock: simulator, replay, verify."""
+"""The production core on a virtual clock: `psgd simulate` and `psgd verify`."""

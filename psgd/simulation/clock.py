@@ -1,4 +1,4 @@
-"""The virtual clock: a heap of (time, number, callback), so that a simulated run is a function of its arguments."""
+"""The virtual clock: a heap of scheduled callbacks, which makes a simulated run a function of its arguments."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ __all__ = ["VirtualClock", "without_collector"]
 
 
 class VirtualClock:
-    """A queue of callbacks in the order of their time; callbacks of one instant run in the order of their scheduling.
+    """A queue of callbacks that runs them in the order of their time.
+
+    Callbacks scheduled for the same time run in the order in which they were scheduled.
 
     Attributes:
-        now: the present time, in virtual seconds.
+        now: current time, in virtual seconds.
     """
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []  # (time, number, callback, ...)
         self._numbers = count()
 
-    def at(self, time_s: float, happen: Callable[..., None], *arguments: Any) -> None:
-        """Schedule a callback at a time, in virtual seconds."""
-        heappush(self._heap, (time_s, next(self._numbers), happen, arguments))
+    def at(self, time_s: float, callback: Callable[..., None], *arguments: Any) -> None:
+        """Schedule a callback for `time_s`, in virtual seconds."""
+        heappush(self._heap, (time_s, next(self._numbers), callback, arguments))
 
-    def after(self, delay_s: float, happen: Callable[..., None], *arguments: Any) -> None:
-        """Schedule a callback after a delay, in virtual seconds."""
-        self.at(self.now + delay_s, happen, *arguments)
+    def after(self, delay_s: float, callback: Callable[..., None], *arguments: Any) -> None:
+        """Schedule a callback `delay_s` virtual seconds from now."""
+        self.at(self.now + delay_s, callback, *arguments)
 
     def advance(self, until: float) -> bool:
-        """Advance to the next callback and run it, or to `until` if that comes first.
+        """Advance to the next callback and run it, or advance to `until` if that is earlier.
+
+        Args:
+            until: time in virtual seconds.
 
         Returns:
             True if a callback ran.
@@ -42,16 +47,17 @@ class VirtualClock:
             assert until < float("inf"), "no callback is scheduled, and there is no deadline"
             self.now = max(self.now, until)
             return False
-        self.now, _, happen, arguments = heappop(self._heap)
-        happen(*arguments)
+        self.now, _, callback, arguments = heappop(self._heap)
+        callback(*arguments)
         return True
 
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Turn Python's cyclic garbage collector off for a while.
+    """Turn Python's cyclic garbage collector off inside a `with` block.
 
-    A simulation makes no cyclic garbage, and searching for it among 1,000 workers takes an eighth of the time."""
+    A simulation makes no cyclic garbage, and with 1,000 workers the search for it takes an eighth of the time.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:

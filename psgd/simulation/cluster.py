@@ -1,7 +1,7 @@
-"""A cluster on a virtual clock: the production coordinator, servers and ledger, and workers that take their time.
+"""A cluster on a virtual clock: the production coordinator, servers and ledger, with simulated workers.
 
-Does for the core what `psgd.cluster` does on Ray, in one thread. A gradient is computed when its worker begins, and
-arrives when the worker's compute time has passed, so no version of the weights has to be kept but what workers hold.
+It does for the core, in one thread, what `psgd.cluster` does on Ray. A gradient is computed when its worker begins it,
+and arrives when the worker's compute time has passed, so that no old version of the weights has to be stored.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from psgd.simulation.faults import FaultPlan
 from psgd.simulation.network import Network
 from psgd.simulation.observer import ClusterObserver
 from psgd.simulation.problem import Problem, Timing
-from psgd.simulation.worker import Readers, Validation, VirtualWorker
+from psgd.simulation.worker import RunningComputations, Validation, VirtualWorker
 from psgd.spec import JobSpec
 from psgd_workers.loop import PipelineSlot
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Version
@@ -61,44 +61,44 @@ from psgd_workers.messages import BatchId, FloatArray, Gradient, Version
 __all__ = ["VirtualCheckpoint", "VirtualCluster"]
 
 MAX_EVENTS = 1 << 40
-USUAL = Timing()
+DEFAULT_TIMING = Timing()
 
 
 class VirtualCheckpoint(NamedTuple):
     """A committed checkpoint."""
 
     states: tuple[ServerState, ...]  # by partition
-    number: int
-    updates: int
-    requeued: int
+    number: int  # of the checkpoint
+    updates: int  # of the weights
+    requeued: int  # number of pushes requeued by the run so far
 
 
 class VirtualCluster(VirtualClock):
-    """One run.
+    """A cluster that runs one job.
 
     Args:
-        spec: the job; its model and data are not looked at.
-        problem: what is trained.
-        compute_s: (worker, batch) -> virtual seconds of one gradient.
-        timing: how long everything else takes.
-        start_s: worker -> virtual seconds that its process takes to start. None: as `timing` says.
-        faults: what fails. None: nothing.
-        events: (virtual time, event) each, told to the coordinator besides what happens by itself.
-        resume: the checkpoint to continue from.
-        incarnation: the newest incarnation of a server before this run.
+        spec: the job. Its model and data are ignored.
+        problem: training problem.
+        compute_s: function (worker, batch) -> virtual seconds of one gradient.
+        timing: durations of everything else.
+        start_s: function worker -> virtual seconds that its process takes to start. None: `timing.start_s`.
+        faults: plan of what fails. None: nothing fails.
+        events: (virtual time, event) pairs that are sent to the coordinator in addition to the cluster's own events.
+        resume: checkpoint to continue from. None: the initial weights.
+        incarnation: newest incarnation of any server before this run.
         lease_s: virtual seconds of work in a lease.
-        observers: told what the run does.
-        server: the class of the servers.
-        server_observer: partition -> observer of a server that starts now. None: servers have none.
+        observers: observers of the run.
+        server: class of the servers.
+        server_observer: function partition -> observer of a server that starts now. None: servers have no observer.
 
     Attributes:
-        now: virtual seconds.
-        parts: of the weights, by partition.
-        servers: by partition, while there is one.
-        workers: those that live, by name.
-        checkpoint: the newest committed one.
-        finish: how it ended.
-        dead: true once the driver was killed.
+        now: current time in virtual seconds.
+        parts: each partition's slice of the weights.
+        servers: live servers by partition.
+        workers: live workers by name.
+        checkpoint: newest checkpoint committed by this run, or None.
+        finish: the coordinator's last action, which says how the run ended. None: it has not ended.
+        dead: True once the driver was killed.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class VirtualCluster(VirtualClock):
         problem: Problem,
         compute_s: Callable[[str, BatchId], float],
         *,
-        timing: Timing = USUAL,
+        timing: Timing = DEFAULT_TIMING,
         start_s: Callable[[str], float] | None = None,
         faults: FaultPlan | None = None,
         events: Sequence[tuple[float, Event]] = (),
@@ -149,43 +149,50 @@ class VirtualCluster(VirtualClock):
         self.dead = False
         self._deadline = float("inf")
         self._incarnation = incarnation
-        self._began_servers: set[int] = set()  # partitions that had a server
-        self._told_epochs: dict[int, int] = {}
-        self._polls: dict[int, AskReport] = {}
-        self._asked: dict[int, list[AskReport]] = {}  # of servers that are not there yet
-        self._saving: int | None = None
-        self._states: dict[int, ServerState] = {}
+        self._started_partitions: set[int] = set()  # partitions that have had a server in this run
+        self._reported_epochs: dict[int, int] = {}  # complete epochs in the last report, by partition
+        self._polls: dict[int, AskReport] = {}  # requests that wait for the end of an epoch, by partition
+        self._unanswered: dict[int, list[AskReport]] = {}  # requests to servers that are being restored
+        self._saving: int | None = None  # number of the newest checkpoint that was begun
+        self._states: dict[int, ServerState] = {}  # states copied for that checkpoint
         stop_at = spec.worker_options.stop_at
-        self.readers = Readers(stop_at) if timing.interrupts and stop_at is not None else None
+        self.computations = RunningComputations(stop_at) if timing.interrupts and stop_at is not None else None
         for at, event in events:
             self.after(at, self._tell, event)
         self._faults.begin(self)
 
     @property
     def weights(self) -> FloatArray:
-        """All partitions' weights, `[num_parameters]`."""
+        """Copy of the weights of all partitions, `[num_parameters]`."""
         return np.concatenate([self.servers[partition].weights for partition in range(len(self.parts))])
 
     @property
     def status(self) -> RunStatus:
-        """The run now, as its coordinator describes it."""
+        """The coordinator's current description of the run."""
         return self.coordinator.status(self.now)
 
     @property
     def newest_checkpoint(self) -> VirtualCheckpoint | None:
-        """The newest committed one, of this run or the one it resumed."""
+        """Newest checkpoint that was committed by this run or by the run that it resumed."""
         return self.checkpoint or self._resume
 
     @property
     def in_flight(self) -> list[tuple[Version, ...]]:
-        """By partition, the versions that each gradient to come is made of: computed, begun, or whose weights wait."""
+        """For each gradient that is yet to arrive, the version of every partition that it is computed from.
+
+        This includes gradients whose weights have arrived, but whose computation has not begun.
+        """
         return [tuple(slot.reads) for worker in self.workers.values() for slot in worker.slots if slot.reads]
 
     def run(self, max_events: int = MAX_EVENTS, max_s: float = float("inf")) -> Self:
-        """Run to the end, or to the driver's death.
+        """Run until the job ends or the driver is killed.
+
+        Args:
+            max_events: largest number of events.
+            max_s: largest number of virtual seconds.
 
         Raises:
-            RunError: neither came in so many events and virtual seconds.
+            RunError: the run did not end within these limits.
         """
         self._tell(Started())
         with np.errstate(over="ignore", invalid="ignore"), without_collector():
@@ -197,33 +204,40 @@ class VirtualCluster(VirtualClock):
                 if not self.advance(self._deadline):
                     self._tell(Tick())
         raise RunError(
-            f"no end after {max_events} events or {max_s} s, at {self.now:.3f} s in phase {self.status.phase}"
+            f"the simulated run did not end within {max_events} events and {max_s} virtual seconds: at "
+            f"{self.now:.3f} s it is in phase {self.status.phase}"
         )
 
     def stop(self) -> None:
-        """End the run in good order."""
+        """Ask the coordinator to end the run in good order."""
         self.after(0.0, self._tell, Stop("stopped"))
 
     def kill_driver(self) -> None:
-        """The driver is no more, and everything it started ends with it."""
+        """Kill the driver, which ends the workers and servers that it started."""
         self.dead = True
 
     def _tell(self, event: Event) -> None:
+        """Let the coordinator handle an event now, and carry out its actions."""
         for observer in self.observers:
-            observer.told(self, event)
+            observer.event_received(self, event)
         for action in self.coordinator.handle(event, self.now):
             self.act(action)
         deadline = self.coordinator.next_deadline()
         self._deadline = float("inf") if deadline is None else deadline
 
     def tell_soon(self, event: Event, delay_s: float | None = None) -> None:
-        """Let the coordinator hear of something after a call's time, or after `delay_s`."""
+        """Send an event to the coordinator.
+
+        Args:
+            event: the event.
+            delay_s: virtual seconds until it arrives. None: `timing.call_s`.
+        """
         self.after(self.timing.call_s if delay_s is None else delay_s, self._tell, event)
 
     # Actions
 
     def act(self, action: Action) -> None:
-        """Do what the coordinator wants, if the fault plan allows it."""
+        """Carry out an action of the coordinator, if the fault plan allows it."""
         if self._faults.allows(action):
             _ACTIONS[type(action)](self, action)
         for observer in self.observers:
@@ -234,74 +248,78 @@ class VirtualCluster(VirtualClock):
 
     def _on_start_server(self, action: StartServer) -> None:
         partition = action.partition
-        if partition in self._began_servers:
+        if partition in self._started_partitions:
             self._end_server(partition)
-            asked = self._asked[partition] = []
-            self.after(self.timing.restore_s, self._restore, partition, asked)
+            unanswered = self._unanswered[partition] = []
+            self.after(self.timing.restore_s, self._restore, partition, unanswered)
         else:
             self.start_server(partition)
 
-    def _restore(self, partition: int, asked: list[AskReport]) -> None:
-        if self._asked.get(partition) is not asked:
-            return  # it was started anew meanwhile
-        del self._asked[partition]
+    def _restore(self, partition: int, unanswered: list[AskReport]) -> None:
+        if self._unanswered.get(partition) is not unanswered:
+            return  # the server was killed or started again in the meantime
+        del self._unanswered[partition]
         self.start_server(partition)
-        for ask in asked:
-            self.act(ask)
+        for request in unanswered:
+            self.act(request)
 
     def start_server(self, partition: int) -> None:
-        """A server is there, of the newest checkpoint or, if there is none, of the initial weights."""
+        """Start a server from the newest checkpoint or, if there is none, from the initial weights."""
         origin = self.newest_checkpoint
-        state = self._state(origin.states, partition) if origin else None
+        state = self._partition_state(origin.states, partition) if origin else None
         incarnation = self._next_incarnation(partition, origin)
         spec = self._spec
         grid = self.problem.grid
-        watching = self._server_observer and self._server_observer(partition)
+        server_observer = self._server_observer and self._server_observer(partition)
         if state:
-            server = self._server.restore(spec, grid, state, incarnation, self.now, observer=watching)
+            server = self._server.restore(spec, grid, state, incarnation, self.now, observer=server_observer)
         else:
             weights = self.problem.weights[self.parts[partition]]
             version = Version(incarnation, 0)
-            server = self._server(spec, self._partitions[partition], weights, grid, version, observer=watching)
+            server = self._server(spec, self._partitions[partition], weights, grid, version, observer=server_observer)
         self.servers[partition] = server
-        self._told_epochs[partition] = server.epochs
+        self._reported_epochs[partition] = server.epochs
         for observer in self.observers:
             observer.started(self, partition)
 
     def _next_incarnation(self, partition: int, origin: VirtualCheckpoint | None) -> int:
-        """Return the incarnation of a new server. Servers that start with the run share one."""
-        if partition in self._began_servers:
+        """Return the incarnation of a new server. All servers that start with the run have the same one."""
+        if partition in self._started_partitions:
             self._incarnation += 1
-        elif not self._began_servers:
+        elif not self._started_partitions:
             saved = max(state.metadata["version"][0] for state in origin.states) if origin else 0
             self._incarnation = max(saved, self._incarnation) + 1
-        self._began_servers.add(partition)
+        self._started_partitions.add(partition)
         return self._incarnation
 
-    def _state(self, states: Sequence[ServerState], partition: int) -> ServerState:
+    def _partition_state(self, states: Sequence[ServerState], partition: int) -> ServerState:
+        """Return a partition's state from a checkpoint, which may be of another number of servers."""
         if len(states) == len(self.parts):
             return states[partition]
         if reason := disagreement(states):
-            raise ResumeError(f"a checkpoint of {len(states)} servers cannot be cut for {len(self.parts)}: {reason}")
+            raise ResumeError(
+                f"a checkpoint of {len(states)} servers cannot be cut for {len(self.parts)}: {reason}. "
+                f"Resume it with {len(states)} servers"
+            )
         return repartition(states, self._partitions[partition])
 
-    def kill_server(self, partition: int, heard_s: float | None = None) -> None:
-        """End a server's process. Workers that wait for its answer learn of that at once.
+    def kill_server(self, partition: int, detection_s: float | None = None) -> None:
+        """Kill a server. Workers that wait for its answer lose their lane immediately.
 
         Args:
-            partition: the server's partition.
-            heard_s: virtual seconds until the driver hears of it; None: `timing.death_s`.
+            partition: partition of the server.
+            detection_s: virtual seconds until the driver is informed. None: `timing.death_s`.
         """
         self._end_server(partition)
-        self.tell_soon(ServerLost(partition, "scripted"), self.timing.death_s if heard_s is None else heard_s)
+        self.tell_soon(ServerLost(partition, "scripted"), self.timing.death_s if detection_s is None else detection_s)
 
     def _end_server(self, partition: int) -> None:
         self.servers.pop(partition, None)
         self._polls.pop(partition, None)
-        self._asked.pop(partition, None)
+        self._unanswered.pop(partition, None)
         for worker in list(self.workers.values()):
             if any(slot.batch is not None and slot.outcomes[partition] is None for slot in worker.slots):
-                worker.lose_lane("its server is gone")
+                worker.lose_lane("the server is gone")
 
     def _on_start_worker(self, action: StartWorker) -> None:
         spec = self._spec
@@ -318,12 +336,12 @@ class VirtualCluster(VirtualClock):
         self.kill(action.worker)
 
     def kill(self, name: str) -> None:
-        """A worker is no more; its push under way is lost."""
+        """Kill a worker without informing the driver. Its push under way is lost."""
         if worker := self.workers.pop(name, None):
             worker.alive = False
 
     def lose_worker(self, name: str, cause: str = "scripted", preempted: bool = False) -> None:
-        """A worker dies, and the driver hears of it a little later."""
+        """Kill a worker, and inform the driver `timing.death_s` later."""
         self.kill(name)
         self.tell_soon(WorkerLost(name, cause, preempted), self.timing.death_s)
 
@@ -334,21 +352,21 @@ class VirtualCluster(VirtualClock):
     def _on_leave(self, action: Leave) -> None:
         for partition, server in list(self.servers.items()):
             self._network.deliver(partition, server.leave(action.worker, self.now))
-            self.notice(partition)
+            self.serve_pending(partition)
 
     def _on_change(self, action: ChangeServer) -> None:
         if server := self.servers.get(action.partition):
             self._network.deliver(action.partition, server.change(action.settings, self.now))
-            self.notice(action.partition)
+            self.serve_pending(action.partition)
 
     def _on_grant(self, action: Grant) -> None:
-        if worker := self.workers.get(action.worker):  # else it died, and the driver is about to hear of it
+        if worker := self.workers.get(action.worker):  # else it died, and the driver is about to be informed
             self.after(self.timing.call_s, worker.queue, action.lease)
 
     def _on_evaluate(self, action: Evaluate) -> None:
         try:
             parts = [self.servers[partition].epoch_weights(action.epochs) for partition in range(len(self.parts))]
-        except (KeyError, WeightsNotKeptError):  # a partition has no server, or it keeps no such weights
+        except (KeyError, WeightsNotKeptError):  # a partition has no server, or its server does not keep these weights
             self.tell_soon(EvaluationLost(action.worker, action.epochs))
             return
         if worker := self.workers.get(action.worker):
@@ -358,31 +376,31 @@ class VirtualCluster(VirtualClock):
         if worker := self.workers.get(action.worker):
             worker.cancel(action.lease)
 
-    def _on_ask(self, action: AskReport) -> None:
-        if action.partition in self._asked:
-            self._asked[action.partition].append(action)
+    def _on_ask_report(self, action: AskReport) -> None:
+        if action.partition in self._unanswered:
+            self._unanswered[action.partition].append(action)
         elif action.partition not in self.servers:
-            pass  # it dies with the question
+            pass  # the server is dead, and so the request is lost
         elif action.wait:
             self._polls[action.partition] = action
             self.after(self.timing.poll_s, self._answer_poll, action)
-            self.notice(action.partition)
+            self.serve_pending(action.partition)
         else:
             self.after(self.timing.call_s, self._answer, action)
 
     def _on_skip(self, action: Skip) -> None:
         for partition, server in list(self.servers.items()):
             self._network.deliver(partition, server.skip(action.batch, self.problem.examples(action.batch), self.now))
-            self.notice(partition)
+            self.serve_pending(partition)
 
     def _on_note(self, action: Note) -> None:
-        """Nobody writes it down here."""
+        """Ignore a note: the virtual cluster has no event log."""
 
     def _on_save(self, action: Save) -> None:
         self._saving = action.checkpoint
         self._states = {}
         for partition in self.servers:
-            self.notice(partition)
+            self.serve_pending(partition)
 
     def _on_commit(self, action: Commit) -> None:
         states = tuple(self._states[partition] for partition in sorted(self._states))
@@ -392,27 +410,30 @@ class VirtualCluster(VirtualClock):
 
     # Servers
 
-    def _answer_poll(self, ask: AskReport) -> None:
-        if self._polls.get(ask.partition) == ask:
-            del self._polls[ask.partition]
-            self._answer(ask)
+    def _answer_poll(self, request: AskReport) -> None:
+        if self._polls.get(request.partition) == request:
+            del self._polls[request.partition]
+            self._answer(request)
 
-    def _answer(self, ask: AskReport) -> None:
-        server = self.servers.get(ask.partition)
+    def _answer(self, request: AskReport) -> None:
+        server = self.servers.get(request.partition)
         if server is None:
             return
-        self._told_epochs[ask.partition] = server.epochs
+        self._reported_epochs[request.partition] = server.epochs
         records = server.journal.take()
         for observer in self.observers:
-            observer.journalled(self, ask.partition, records)
-        self.tell_soon(Reported(server.report(), ask.asked))
+            observer.journalled(self, request.partition, records)
+        self.tell_soon(Reported(server.report(), request.asked))
 
-    def notice(self, partition: int) -> None:
-        """Serve who waits for an epoch's end, or for a moment at which the state can be saved."""
+    def serve_pending(self, partition: int) -> None:
+        """Serve requests that were waiting for a change of a server's state.
+
+        A waiting poll is answered when an epoch has ended. The state is copied for a checkpoint when it can be saved.
+        """
         server = self.servers.get(partition)
         if server is None:
             return
-        if server.epochs != self._told_epochs[partition] and partition in self._polls:
+        if server.epochs != self._reported_epochs[partition] and partition in self._polls:
             self._answer_poll(self._polls[partition])
         if self._saving is not None and partition not in self._states and server.can_save:
             state = self._states[partition] = server.state()
@@ -421,29 +442,29 @@ class VirtualCluster(VirtualClock):
             self.tell_soon(Saved(partition, self._saving, server.version.updates, server.epochs))
 
     def stepped(self) -> None:
-        """The first partition's server has made a step."""
-        if self.readers:
-            self.readers.call_off(self.servers[0].version.updates)
+        """React to a step of the first partition's server."""
+        if self.computations:
+            self.computations.call_off_stale(self.servers[0].version.updates)
         for observer in self.observers:
             observer.stepped(self)
 
-    # What surrounds workers
+    # The workers' environment
 
     def versions(self, worker: str) -> list[Version] | None:
-        """See `Network.versions`."""
+        """Call `Network.versions`."""
         return self._network.versions(worker)
 
     def pull(self, worker: str) -> tuple[list[Version], FloatArray] | None:
-        """See `Network.pull`."""
+        """Call `Network.pull`."""
         return self._network.pull(worker)
 
     def push(self, worker: VirtualWorker, slot: PipelineSlot, gradients: Sequence[Gradient]) -> None:
-        """See `Network.push`."""
+        """Call `Network.push`."""
         self._network.push(worker, slot, gradients)
 
 
 _ACTIONS: dict[type[Any], Callable[[VirtualCluster, Any], None]] = {
-    AskReport: VirtualCluster._on_ask,
+    AskReport: VirtualCluster._on_ask_report,
     Cancel: VirtualCluster._on_cancel,
     ChangeServer: VirtualCluster._on_change,
     Commit: VirtualCluster._on_commit,

@@ -1,4 +1,4 @@
-"""`psgd simulate`, after its arguments are parsed."""
+"""The command `psgd simulate`, after its arguments were parsed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ from psgd.errors import RunNotFoundError, StorageError
 from psgd.job import OpenJob
 from psgd.monitoring.console import stderr_console
 from psgd.simulation.delays import build_delays
-from psgd.simulation.scenario import Scenario, contenders
-from psgd.simulation.simulate import FIGURES, JobSubject, QuadraticSubject, Simulated, Subject, figures, simulate
+from psgd.simulation.scenario import Scenario, jobs_to_simulate
+from psgd.simulation.simulate import (
+    ROW_NAMES,
+    JobWorkload,
+    QuadraticWorkload,
+    SimulationResult,
+    Workload,
+    row_values,
+    simulate,
+)
 from psgd.spec import JobSpec, SimulateConfig
 from psgd.spec.reader import as_spec, parse_spec
 from psgd.store.storage import Storage
@@ -26,36 +34,39 @@ from psgd.store.storage import Storage
 __all__ = ["run"]
 
 
-def run(spec: JobSpec | Mapping[str, Any], options: Mapping[str, Any], html: Path | None = None) -> list[Simulated]:
-    """Simulate each mode, show a table, and write the page.
+def run(
+    spec: JobSpec | Mapping[str, Any], options: Mapping[str, Any], html: Path | None = None
+) -> list[SimulationResult]:
+    """Simulate each mode, print a table, and write a page with figures.
 
     Args:
         spec: the job.
-        options: fields of its simulate section that are replaced, also in short form; None: the section's.
-        html: file of the page with figures; None: no page.
+        options: values that replace fields of the job's `simulate` section, also in short form. A value of None leaves
+            the field as it is.
+        html: file for the page. None: no page is written.
 
     Raises:
-        InputError: an option makes no sense; nothing was simulated.
+        InputError: an option is invalid. Nothing was simulated.
     """
     spec = _with_options(as_spec(spec), options)
     section = spec.simulate or SimulateConfig()
     workers = section.workers or spec.scaling.most_workers
     scenario = Scenario.of(section, workers, build_delays(section.delays, read_journal))
-    jobs = contenders(spec, workers)
+    jobs = jobs_to_simulate(spec, workers)
     if html:
-        from psgd.simulation import comparison  # before anything runs: matplotlib may be missing
+        from psgd.simulation import comparison  # imported before the simulation, because matplotlib may be missing
     console = stderr_console()
     results = []
     for name, job in jobs.items():
-        subject = _subject(job, section)
-        job = _for_quadratic(job) if section.model else job
-        results.append(simulate(name, job, subject, scenario, section.until))
-        ended = results[-1]
-        told = f"simulated {name}: {ended.updates} updates in {ended.time_s:.4g} virtual s; {ended.status}"
-        console.print(told, soft_wrap=True)
+        workload = _workload(job, section)
+        job = _with_one_epoch(job) if section.model else job
+        result = simulate(name, job, workload, scenario, section.until)
+        results.append(result)
+        line = f"simulated {name}: {result.updates} updates in {result.time_s:.4g} virtual s; {result.status}"
+        console.print(line, soft_wrap=True)
     console.print(_table(results))
     if html:
-        lead = f"{workers} workers, {_described(section.delays)} virtual seconds a gradient, seed {section.seed}."
+        lead = f"{workers} workers, {_describe(section.delays)} virtual seconds a gradient, seed {section.seed}."
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(comparison.page(results, lead), encoding="utf-8")
         console.print(f"figures: {html}", soft_wrap=True)
@@ -68,30 +79,33 @@ def _with_options(spec: JobSpec, options: Mapping[str, Any]) -> JobSpec:
     return parse_spec(tree | {"simulate": (tree.get("simulate") or {}) | given}, "the job with these options")
 
 
-def _described(delays: BaseModel) -> str:
-    """Return the delays in a form for people, such as `lognormal, mu 0, sigma 1`."""
+def _describe(delays: BaseModel) -> str:
+    """Return a readable description of the delays, such as `lognormal, mu 0, sigma 1`."""
     (_, name), *parameters = delays
-    values = [(key, _described(value) if isinstance(value, BaseModel) else value) for key, value in parameters]
+    values = [(key, _describe(value) if isinstance(value, BaseModel) else value) for key, value in parameters]
     texts = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values]
     return ", ".join([name, *texts])
 
 
-def _subject(job: JobSpec, section: SimulateConfig) -> Subject:
+def _workload(job: JobSpec, section: SimulateConfig) -> Workload:
     if section.model is None:
-        return JobSubject(OpenJob.open(job), section.until.metric if section.until else None)
-    return QuadraticSubject(section.size, section.pushes, section.seed)
+        return JobWorkload(OpenJob.open(job), section.until.metric if section.until else None)
+    return QuadraticWorkload(section.size, section.pushes, section.seed)
 
 
-def _for_quadratic(job: JobSpec) -> JobSpec:
-    """One long epoch, whatever the job's own limits are."""
+def _with_one_epoch(job: JobSpec) -> JobSpec:
+    """Return the job with a limit of one epoch in place of its own limits."""
     return job.model_copy(update={"run": job.run.model_copy(update={"epochs": 1, "max_updates": None})})
 
 
 def read_journal(path: str) -> NDArray[np.void]:
-    """All records of a run's journal, from the run's directory or from one segment's file.
+    """Read all records of a run's journal.
+
+    Args:
+        path: the run's directory, or the file of one segment.
 
     Raises:
-        RunNotFoundError: there is none.
+        RunNotFoundError: there is no journal at the path.
     """
     storage = Storage(path.rpartition("/")[0] or ".") if path.endswith(".npy") else Storage(path).folder("journal")
     names = [path.rpartition("/")[2]] if path.endswith(".npy") else storage.names("")
@@ -99,16 +113,20 @@ def read_journal(path: str) -> NDArray[np.void]:
         data = [BytesIO(storage.read(name)) for name in names if name.endswith(".npy")]
         segments = [plain(np.load(segment, allow_pickle=False)) for segment in data]
     except (StorageError, ValueError) as error:
-        raise RunNotFoundError(f"{path} holds no journal: {error}") from error
+        raise RunNotFoundError(
+            f"{path} holds no journal that can be read: {error}. Give a run's directory, such as runs/digits"
+        ) from error
     if not segments:
         raise RunNotFoundError(f"{path} holds no journal: give a run's directory, such as runs/digits")
     return np.concatenate(segments)
 
 
-def _table(results: Sequence[Simulated]) -> Table:
-    """A column for each result: names of modes are long, and there are few."""
+def _table(results: Sequence[SimulationResult]) -> Table:
+    """Return a table with a column for each result, as modes have long names and are few."""
     table = Table("", *(result.name for result in results), title=f"{results[0].metric}, on a virtual clock")
-    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in figures(r)] for r in results]
-    for number, name in enumerate(FIGURES):
+    cells = [
+        [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row_values(result)] for result in results
+    ]
+    for number, name in enumerate(ROW_NAMES):
         table.add_row(name, *(column[number] for column in cells))
     return table

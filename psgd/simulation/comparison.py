@@ -1,4 +1,4 @@
-"""A page with tables and figures that compares the results of simulations."""
+"""An HTML page with tables and figures that compares the results of simulations."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Sequence
 
 from psgd.monitoring.page import Page
 from psgd.monitoring.plots import Curve, bars, curves, histogram
-from psgd.simulation.simulate import FIGURES, Simulated, figures
+from psgd.simulation.simulate import ROW_NAMES, SimulationResult, row_values
 
 __all__ = ["page"]
 
-LOG_FROM = 30.0  # ratio of the largest value to the smallest from which on an axis is logarithmic
+LOG_FROM = 30.0  # smallest ratio of the largest to the smallest value for which the axis is logarithmic
 
 
-def page(results: Sequence[Simulated], lead: str) -> str:
+def page(results: Sequence[SimulationResult], lead: str) -> str:
     """Return one self-contained HTML page.
 
     Args:
         results: at least one result.
-        lead: one sentence on what was simulated.
+        lead: sentence at the top of the page that describes the simulation.
     """
     metric = results[0].metric
     sheet = Page("Simulated on a virtual clock", lead)
-    columns = [figures(result) for result in results]  # one column per result, as the names of modes are long
-    rows = [[name, *cells] for name, *cells in zip(FIGURES, *columns, strict=True)]
+    columns = [row_values(result) for result in results]  # a column per result: names are long
+    rows = [[name, *cells] for name, *cells in zip(ROW_NAMES, *columns, strict=True)]
     sheet.add_table(["", *(result.name for result in results)], rows)
     values = [point.value for result in results for point in result.curve if point.value > 0]
     log_y = bool(values) and max(values) / min(values) > LOG_FROM and metric != "val/accuracy"
@@ -36,7 +36,7 @@ def page(results: Sequence[Simulated], lead: str) -> str:
     if len(results) > 1:
         sheet.add_figure(
             bars({r.name: r.examples_per_s for r in results}, "mode", "examples per virtual second"),
-            "How fast examples get into the weights.",
+            "Examples applied to the weights per virtual second.",
         )
     for result in results:
         sheet.add_heading(result.name)

@@ -1,6 +1,6 @@
-"""Times that imaginary workers take for a gradient, in virtual seconds; built from a job's `simulate.delays`.
+"""Distributions of the time that a simulated worker takes for a gradient, built from a job's `simulate.delays`.
 
-Experiment A of the literature (Zhang et al., 2016) is `gamma:100,0.01`, B (Ringmaster, 2025) `linear:1,1`.
+Published experiments use `gamma:100,0.01` (Zhang et al., 2016) and `linear:1,1` (Ringmaster, 2025).
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from psgd.spec import (
 
 __all__ = ["Constant", "Delays", "Exponential", "Gamma", "Linear", "Lognormal", "Measured", "Slow", "build_delays"]
 
-BLOCK = 256  # drawn at a time; more → cheaper draws, more of them never used
-SHORTEST = float(np.finfo(np.float64).tiny)  # seconds; for what underflows, as a gamma of a small shape does
+BLOCK = 256  # times drawn together; more → cheaper draws, and more of them are never used
+SHORTEST = float(np.finfo(np.float64).tiny)  # seconds; replaces times that underflow to 0, as with a small gamma shape
 
 Times = NDArray[np.float64]  # [number], seconds
 
 
 class Delays(Protocol):
-    """How long gradients take."""
+    """A distribution of the time that a gradient takes."""
 
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:
-        """The times of one worker, one per call.
+        """Return a function that draws the times of one worker, one per call.
 
-        The stream depends on `seed` and `worker` alone; only `slow` looks at `workers`.
+        The stream depends only on `seed` and `worker`; `Slow` also depends on `workers`.
 
         Args:
-            worker: from 0.
-            workers: how many there are.
-            seed: of all streams together.
+            worker: number of the worker, from 0.
+            workers: number of workers in the simulation.
+            seed: seed that all workers share.
 
         Returns:
-            What gives the next time, in seconds; above 0.
+            A function that returns the next time, in virtual seconds and above 0.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Every gradient takes as long."""
+    """The same time for every gradient."""
 
-    seconds: float
+    seconds: float  # virtual
 
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:
         del worker, workers, seed
@@ -65,7 +65,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Exponential:
-    """Memoryless."""
+    """Exponential (memoryless) times."""
 
     mean: float  # seconds
 
@@ -76,10 +76,10 @@ class Exponential:
 
 @dataclass(frozen=True, slots=True)
 class Lognormal:
-    """The logarithm is normal; the median is exp(mu)."""
+    """Times whose logarithm is normal; the median is exp(mu)."""
 
     mu: float  # mean of the logarithm of the seconds
-    sigma: float  # standard deviation of it; higher → longer tail
+    sigma: float  # standard deviation of the logarithm; higher → longer tail
 
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:
         del workers
@@ -88,7 +88,7 @@ class Lognormal:
 
 @dataclass(frozen=True, slots=True)
 class Gamma:
-    """Mean shape·scale, standard deviation √shape·scale."""
+    """Gamma times with mean shape·scale and standard deviation √shape·scale."""
 
     shape: float
     scale: float  # seconds
@@ -100,7 +100,10 @@ class Gamma:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """Worker i, from 1, takes i·slope + |N(0, √(i·spread))|; √(i·spread) is the standard deviation."""
+    """Times that grow with the worker's number.
+
+    Worker i, counted from 1, takes i·slope + |N(0, √(i·spread))|, where √(i·spread) is the standard deviation.
+    """
 
     slope: float  # seconds
     spread: float  # seconds²
@@ -114,7 +117,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Slow:
-    """The last worker takes `factor` times as long as `base` says."""
+    """One slow worker: the last worker takes `factor` times as long as `base` says."""
 
     factor: float
     base: Delays
@@ -126,27 +129,31 @@ class Slow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """What a run's workers took, drawn with replacement; made by `of`."""
+    """Compute times of a recorded run's workers, drawn with replacement. Built by `of`."""
 
-    times: tuple[Times, ...]  # of each recorded worker; none is empty
+    times: tuple[Times, ...]  # one non-empty array for each recorded worker
 
     @classmethod
     def of(cls, records: NDArray[np.void]) -> Measured:
-        """The compute times in a journal; its workers in the order of their numbers.
+        """Collect the compute times in a journal, with its workers in the order of their numbers.
 
         Args:
-            records: of dtype `psgd.core.server.journal.RECORD`.
+            records: journal records of dtype `psgd.core.server.journal.RECORD`.
 
         Raises:
-            SpecError: no gradient's time is among them.
+            SpecError: no record holds the compute time of a gradient.
         """
         timed = records[
             (records["kind"] == RecordKind.PUSH) & (records["compute_s"] > 0) & np.isfinite(records["compute_s"])
         ]
         names, owners = np.unique(timed["worker"], return_inverse=True)
         if not len(names):
-            raise SpecError(f"no gradient's compute time is among the {len(records)} records of the journal")
-        numbered = sorted(range(len(names)), key=lambda owner: (len(names[owner]), names[owner]))  # 2 before 10
+            raise SpecError(
+                f"none of the journal's {len(records)} records holds the compute time of a gradient: name a run that "
+                "trained on at least one batch"
+            )
+        # In numerical order: worker-2 comes before worker-10.
+        numbered = sorted(range(len(names)), key=lambda owner: (len(names[owner]), names[owner]))
         return cls(tuple(timed["compute_s"][owners == owner].astype(np.float64) for owner in numbered))
 
     def source(self, worker: int, workers: int, seed: int) -> Callable[[], float]:
@@ -159,18 +166,18 @@ ReadJournal = Callable[[str], NDArray[np.void]]
 
 
 def _no_journal(path: str) -> NDArray[np.void]:
-    raise SpecError(f"no journal can be read here, so none at {path!r}")
+    raise SpecError(f"measured delays need the journal at {path!r}, and no journal can be read here: use other delays")
 
 
 def build_delays(spec: DelaysSpec, read_journal: ReadJournal = _no_journal) -> Delays:
-    """Return the times that a job's delays describe.
+    """Return the distribution that a job's delays describe.
 
     Args:
-        spec: the delays.
-        read_journal: returns the records of the journal at a path. Its errors are passed on.
+        spec: the job's delays.
+        read_journal: function that returns the records of the journal at a path; errors that it raises are passed on.
 
     Raises:
-        SpecError: the journal holds no compute times.
+        SpecError: the delays are measured, and the journal holds no compute time.
     """
     if isinstance(spec, SlowDelays):
         return Slow(spec.factor, build_delays(spec.base, read_journal))
@@ -189,7 +196,7 @@ _BUILDERS: Mapping[type[Any], Callable[[Any], Delays]] = {
 
 
 def _stream(worker: int, seed: int, draw: Callable[[np.random.Generator], Times]) -> Callable[[], float]:
-    """What gives one time after another, of blocks that `draw` makes with a generator of the worker's own."""
+    """Return a function that returns one time per call, from blocks drawn with the worker's own generator."""
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(worker,)))
 
     def times() -> Iterator[float]:

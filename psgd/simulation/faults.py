@@ -1,4 +1,4 @@
-"""FaultPlan: what fails on a virtual cluster. The cluster asks it whenever something could fail."""
+"""Fault plans: decide what fails on a virtual cluster, which consults its plan whenever something could fail."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ __all__ = ["Crashes", "FaultPlan", "PushFault"]
 
 @dataclass(frozen=True, slots=True)
 class PushFault:
-    """What happens to one push, and to the worker that sends it.
+    """The fate of one push and of the worker that sends it.
 
     Attributes:
-        copies: by partition, how many seconds after it was sent each copy of the push arrives; empty: none does.
-        worker: what becomes of the worker. A worker that hangs never does anything again.
-        cause: of the worker's death.
+        copies: by partition, one entry for each copy that arrives: the virtual seconds between sending and arrival. A
+            partition with no entry does not receive the push.
+        worker: fate of the worker. A worker that hangs never does anything again.
+        cause: reason that the driver is given for the worker's death.
         preempted: true if the worker's node was preempted.
     """
 
@@ -35,24 +36,33 @@ class PushFault:
 
 
 class FaultPlan:
-    """No faults. Subclasses say what fails.
+    """A plan without faults. Subclasses override the methods for the faults that they inject.
 
     Attributes:
-        receipt_limit_s: time after which a worker gives up waiting for a receipt. None: it waits for ever, as nothing
-            is lost.
+        receipt_limit_s: virtual seconds after which a worker stops waiting for a receipt. None: it waits forever, which
+            suits a plan that loses no message.
     """
 
     receipt_limit_s: float | None = None
 
     def begin(self, cluster: VirtualCluster) -> None:
-        """Learn which cluster this is, and schedule the faults that come at a given time."""
+        """Receive the cluster, and schedule the faults that happen at a given time."""
 
     def push(self, worker: str, number: int, partitions: int) -> PushFault | None:
-        """Decide what happens to a worker's push of that number, from 0. None: it arrives at once, everywhere."""
+        """Decide the fate of one push.
+
+        Args:
+            worker: name of the worker that sends it.
+            number: number of the push among the worker's pushes, from 0.
+            partitions: number of partitions.
+
+        Returns:
+            The fault, or None if the push arrives at every partition without delay.
+        """
         return None
 
     def receipt(self, partition: int, receipt: Receipt) -> float | None:
-        """Return how many seconds later a receipt comes. None: never."""
+        """Return the delay of a receipt in virtual seconds, or None if it is lost."""
         return 0.0
 
     def reaches(self, worker: str, partition: int) -> bool:
@@ -60,19 +70,19 @@ class FaultPlan:
         return True
 
     def arrived(self, partition: int) -> None:
-        """A push has reached the partition's server, which may die now."""
+        """React to a push that the partition's server has handled, for example by killing the server."""
 
     def allows(self, action: Action) -> bool:
-        """Return True if the cluster is to carry out an action of the coordinator."""
+        """Return True if the cluster carries out this action of the coordinator."""
         return True
 
 
 class Crashes(FaultPlan):
-    """Workers are killed while the run trains, one at a time.
+    """A plan that kills workers while the run trains, one at a time.
 
     Args:
-        next_s: gives the seconds until the next one is killed; asked again after each.
-        seed: decides which worker is killed.
+        next_s: function that draws the virtual seconds until the next worker is killed.
+        seed: seed of the draws that choose the worker.
     """
 
     def __init__(self, next_s: Callable[[], float], seed: int) -> None:
@@ -80,7 +90,7 @@ class Crashes(FaultPlan):
         self._random = np.random.default_rng(seed)
 
     def begin(self, cluster: VirtualCluster) -> None:
-        """Schedule the first crash."""
+        """Schedule the first death of a worker."""
         cluster.after(self._next_s(), self._crash, cluster)
 
     def _crash(self, cluster: VirtualCluster) -> None:

@@ -1,4 +1,4 @@
-"""The network of a virtual cluster: it carries messages between workers and servers, as its fault plan lets it."""
+"""The network of a virtual cluster. It delivers messages between workers and servers as the fault plan allows."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Network:
     """Delivers pushes, receipts and weights.
 
     Args:
-        cluster: whose workers and servers it connects.
-        faults: what is lost, late or doubled.
+        cluster: cluster whose workers and servers it connects.
+        faults: plan of the messages that are lost, delayed or doubled.
     """
 
     def __init__(self, cluster: VirtualCluster, faults: FaultPlan) -> None:
@@ -33,7 +33,7 @@ class Network:
         self._faults = faults
 
     def versions(self, worker: str) -> list[Version] | None:
-        """Return the present version of each partition; None if some server does not answer that worker."""
+        """Return the current version of each partition, or None if a server does not answer the worker."""
         cluster = self._cluster
         partitions = range(len(cluster.parts))
         if len(cluster.servers) < len(partitions):
@@ -43,15 +43,15 @@ class Network:
         return [cluster.servers[partition].version for partition in partitions]
 
     def pull(self, worker: str) -> tuple[list[Version], FloatArray] | None:
-        """Return the versions by partition and the weights shown now; None if some server does not answer that worker.
+        """Return the versions by partition and the published weights, or None if a server does not answer the worker.
 
-        The weights of a single server are its own memory, which the next step changes.
+        The weights of a single server are its own memory, which its next step changes.
         """
         versions = self.versions(worker)
         if versions is None:
             return None
-        shown = [self._cluster.servers[partition].published for partition in range(len(versions))]
-        return versions, shown[0] if len(shown) == 1 else np.concatenate(shown)
+        slices = [self._cluster.servers[partition].published for partition in range(len(versions))]
+        return versions, slices[0] if len(slices) == 1 else np.concatenate(slices)
 
     def push(self, worker: VirtualWorker, slot: PipelineSlot, gradients: Sequence[Gradient]) -> None:
         """Send a worker's gradient, cut by partition, to the servers."""
@@ -62,7 +62,7 @@ class Network:
         if fault is None:
             self._arrive(worker, slot, dict(enumerate(gradients)))
             return
-        self._strike(worker, fault)
+        self._disturb(worker, fault)
         arrivals: dict[float, dict[int, Gradient]] = defaultdict(dict)
         for partition, (gradient, copies) in enumerate(zip(gradients, fault.copies, strict=True)):
             for delay_s in copies:
@@ -73,7 +73,8 @@ class Network:
             else:
                 self._arrive(worker, slot, arriving)
 
-    def _strike(self, worker: VirtualWorker, fault: PushFault) -> None:
+    def _disturb(self, worker: VirtualWorker, fault: PushFault) -> None:
+        """Apply a fault to the worker."""
         match fault.worker:
             case "dies":
                 self._cluster.lose_worker(worker.name, fault.cause, fault.preempted)
@@ -83,18 +84,18 @@ class Network:
                 worker.lose_lane("no receipt came")
 
     def _arrive(self, worker: VirtualWorker, slot: PipelineSlot, gradients: Mapping[int, Gradient]) -> None:
-        """Parts of a push reach their servers at the same moment."""
+        """Deliver parts of a push, by partition, that reach their servers at the same time."""
         cluster = self._cluster
-        lead = cluster.servers.get(0)
-        updates = lead.version.updates if lead else 0
-        refused = [partition for partition, part in gradients.items() if not self._take(partition, part)]
-        if lead and cluster.servers.get(0) is lead and lead.version.updates != updates:
+        first = cluster.servers.get(0)
+        updates = first.version.updates if first else 0
+        refused = [partition for partition, part in gradients.items() if not self._push(partition, part)]
+        if first and cluster.servers.get(0) is first and first.version.updates != updates:
             cluster.stepped()
         if any(slot.batch == gradients[number].batch and slot.outcomes[number] is None for number in refused):
             worker.lose_lane("no receipt came")
 
-    def _take(self, partition: int, gradient: Gradient) -> bool:
-        """Let a server take a push; false: there is no server, or it refuses the push."""
+    def _push(self, partition: int, gradient: Gradient) -> bool:
+        """Push to a partition's server. Return False if there is no server or it refuses the push."""
         cluster = self._cluster
         server = cluster.servers.get(partition)
         if server is None:
@@ -107,12 +108,12 @@ class Network:
         for observer in cluster.observers:
             observer.pushed(cluster, partition, gradient)
         self.deliver(partition, receipts)
-        cluster.notice(partition)
+        cluster.serve_pending(partition)
         self._faults.arrived(partition)
         return True
 
     def deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
-        """Send receipts, each with the weights that the server shows at this moment."""
+        """Send receipts to their workers, each with the weights that the server publishes now."""
         cluster = self._cluster
         for receipt in receipts:
             for observer in cluster.observers:
@@ -121,13 +122,21 @@ class Network:
             delay_s = self._faults.receipt(partition, receipt)
             if worker is None or delay_s is None:
                 continue
-            shown = cluster.servers[partition].published
+            published = cluster.servers[partition].published
             if delay_s:
-                cluster.after(delay_s, worker.receive, partition, receipt, shown.copy())
+                cluster.after(delay_s, worker.receive, partition, receipt, published.copy())
             else:
-                worker.receive(partition, receipt, shown)
+                worker.receive(partition, receipt, published)
 
     @staticmethod
     def _expire(worker: VirtualWorker, push: int, slot: PipelineSlot, batch: BatchId) -> None:
+        """End the worker's lease if a receipt of its push is still missing.
+
+        Args:
+            worker: the worker.
+            push: number of the push among those of the worker, from 1.
+            slot: slot of the push.
+            batch: batch of the push.
+        """
         if slot.batch == batch and push > worker.pushes - len(worker.slots):
             worker.lose_lane("no receipt in time")

@@ -1,4 +1,4 @@
-"""ClusterObserver: is told what a run on a virtual cluster does."""
+"""ClusterObserver: the hooks through which tests and reports follow a run on a virtual cluster."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ __all__ = ["ClusterObserver"]
 
 
 class ClusterObserver:
-    """Is told what a run does, at the moment it does it. This one ignores everything."""
+    """Hooks that a virtual cluster calls as its run proceeds. Every hook of this base class does nothing."""
 
-    def told(self, cluster: VirtualCluster, event: Event) -> None:
-        """The coordinator is about to hear of an event."""
+    def event_received(self, cluster: VirtualCluster, event: Event) -> None:
+        """Follow an event, just before the coordinator handles it."""
 
     def acted(self, cluster: VirtualCluster, action: Action) -> None:
-        """The coordinator wanted this action, and it was carried out, unless the fault plan kept it from that."""
+        """Follow an action of the coordinator, after it was carried out or the fault plan prevented it."""
 
     def started(self, cluster: VirtualCluster, partition: int) -> None:
-        """A server started or was restored."""
+        """Follow the start or the restoration of a partition's server."""
 
     def pushed(self, cluster: VirtualCluster, partition: int, gradient: Gradient) -> None:
-        """A server took a push; its receipts are still to be delivered."""
+        """Follow a push that a server handled, before the resulting receipts are delivered."""
 
     def answered(self, cluster: VirtualCluster, partition: int, receipt: Receipt) -> None:
-        """A server gave a receipt, which may be lost."""
+        """Follow a receipt that a server sends. The fault plan may still lose it."""
 
     def stepped(self, cluster: VirtualCluster) -> None:
-        """The first partition's server made a step, and the others took the same push."""
+        """Follow a step of the first partition's server, after the other servers handled the same push."""
 
     def journalled(self, cluster: VirtualCluster, partition: int, records: NDArray[np.void]) -> None:
-        """A server handed out the newest records of its journal."""
+        """Follow the newest records of a server's journal, as they are handed to the driver."""
 
     def saved(self, cluster: VirtualCluster, partition: int, checkpoint: int, state: ServerState) -> None:
-        """A server's state was copied for the checkpoint of that number."""
+        """Follow the copy of a server's state that was made for the checkpoint with this number."""

@@ -17,12 +17,15 @@ BLOCK = 256  # noise vectors drawn together
 
 
 class Quadratic:
-    """The function, its gradients, and its minimum.
+    """A quadratic function, its noisy gradients, and its minimum.
 
     Args:
         size: number of parameters.
-        noise: standard deviation of each coordinate of a gradient.
+        noise: standard deviation of the noise in each coordinate of a gradient.
         seed: seed of the noise, which is drawn in the order of the calls.
+
+    Attributes:
+        minimum: smallest value of the function.
     """
 
     def __init__(self, size: int = 100, noise: float = 0.1, seed: int = 0) -> None:
@@ -40,7 +43,7 @@ class Quadratic:
 
     @property
     def start(self) -> FloatArray:
-        """Return the initial point (√size, 0, 0, ...)."""
+        """Initial point (√size, 0, 0, ...)."""
         start = np.zeros(self._size, np.float32)
         start[0] = np.sqrt(self._size)
         return start
@@ -50,7 +53,10 @@ class Quadratic:
         return 0.5 * float(weights @ self._matrix @ weights) - float(self._slope @ weights) - self.minimum
 
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
-        """Write A·w - b plus noise into `out`. Return 0 in place of the loss, which would take as long again."""
+        """Write A·w - b plus noise into `out`, and return 0 as the loss.
+
+        The loss is not computed, as that would take as long as the gradient.
+        """
         del batch
         if self._next == len(self._block):
             self._block = self._random.standard_normal((BLOCK, self._size), np.float32)

@@ -1,4 +1,4 @@
-"""Simulate: a job, on workers that are not there, on a virtual clock; what it would come to, and how fast."""
+"""Simulation of one job on a virtual clock: what quality it reaches with a number of workers, and how fast."""
 
 from __future__ import annotations
 
@@ -23,70 +23,82 @@ from psgd.simulation.scenario import Scenario
 from psgd.spec import JobSpec, SimulationTarget
 from psgd_workers.messages import BatchId, Evaluation, FloatArray, Gradient
 
-__all__ = ["FIGURES", "JobSubject", "Point", "QuadraticSubject", "Simulated", "Subject", "figures", "simulate"]
+__all__ = [
+    "ROW_NAMES",
+    "JobWorkload",
+    "Point",
+    "QuadraticWorkload",
+    "SimulationResult",
+    "Workload",
+    "row_values",
+    "simulate",
+]
 
-POINTS = 200  # of a curve, about
-EARLY = 16  # points between n and 2n updates, until `POINTS` says more
+POINTS = 200  # approximate number of points in a curve
+EARLY_POINTS = 16  # points between n and 2n updates at the start of a curve, where the metric changes most
 
-# What the driver does takes its time next to a gradient's, as in a real run with batches of some tens of milliseconds.
-CALL, POLL, LEASE = 0.02, 4.0, 100.0  # of a mean gradient's time
+# Durations of the driver's work, as multiples of a gradient's mean time. They correspond to a real run in which a batch
+# takes some tens of milliseconds.
+CALL = 0.02  # a message between the driver and a worker or server
+POLL = 4.0  # longest time that a server delays a report
+LEASE = 100.0  # work in a lease
 
 
 class Point(NamedTuple):
-    """A metric at one instant."""
+    """A measurement of the metric."""
 
-    time_s: float  # virtual, since training began
-    examples: int  # applied
+    time_s: float  # virtual seconds since training began
+    examples: int  # number of examples applied
     value: float
 
 
 @dataclass(frozen=True, slots=True)
-class Simulated:
-    """What one job came to. Every time is in virtual seconds, from the beginning of training."""
+class SimulationResult:
+    """The result of one simulated job. Times are in virtual seconds since training began."""
 
     name: str
     status: str
     metric: str
-    value: float  # of the metric at the end
+    value: float  # of the metric, at the end
     time_s: float
     updates: int
-    examples: int  # applied
+    examples: int  # number of examples applied
     updates_per_s: float
     examples_per_s: float
-    time_to_target_s: float | None  # None: there is no target, or it was not reached
+    time_to_target_s: float | None  # None: there is no target, or the run did not reach it
     examples_to_target: int | None
-    pushes: dict[str, int]  # by outcome
+    pushes: dict[str, int]  # number of pushes by outcome
     staleness: dict[str, float | None]  # mean, p50, p95, max
-    staleness_counts: dict[int, int]
+    staleness_counts: dict[int, int]  # staleness -> number of gradients
     shares: dict[str, float]  # worker -> its share of the gradients in the weights
-    crashes: int
+    crashes: int  # of workers
     curve: tuple[Point, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; curves as lists of [time, examples, value]."""
+        """Return the result as plain values, with the points of the curve as lists [time, examples, value]."""
         return asdict(self) | {"curve": [list(point) for point in self.curve]}
 
 
-class Subject(Protocol):
-    """What is trained, and how well it does."""
+class Workload(Protocol):
+    """A training problem, and the metric that says how good its weights are."""
 
     metric: str
-    cheap: bool  # whether measuring costs no more than a step: then a target is looked for after every step
+    cheap: bool  # True if `measure` costs no more than a step; a target is then checked after every step
 
     def problem(self) -> Problem:
-        """A problem of its own for each run."""
+        """Return the training problem for a new run."""
 
     def measure(self, cluster: VirtualCluster) -> float:
-        """The metric now."""
+        """Measure the metric now."""
 
 
-class QuadraticSubject:
-    """Pure dynamics.
+class QuadraticWorkload:
+    """A quadratic function, which shows the effect of a mode without any model or data.
 
     Args:
-        size: parameters.
-        pushes: at the most.
-        seed: of the noise.
+        size: number of parameters.
+        pushes: largest number of pushes.
+        seed: seed of the gradients' noise.
     """
 
     metric = "excess"
@@ -99,24 +111,24 @@ class QuadraticSubject:
         self._quadratic = Quadratic(size, seed=seed)
 
     def problem(self) -> Problem:
-        """The quadratic from its start, its noise from the seed."""
+        """Return the quadratic at its initial point, with its noise drawn anew from the seed."""
         self._quadratic = Quadratic(self._size, seed=self._seed)
         return self._quadratic.problem(self._pushes)
 
     def measure(self, cluster: VirtualCluster) -> float:
-        """How far above the minimum the weights are."""
+        """Return the function's value at the weights minus its minimum."""
         return self._quadratic.excess(cluster.weights)
 
 
-class JobSubject:
+class JobWorkload:
     """A job's own model and data.
 
     Args:
         job: the job.
-        metric: what is measured; None: the validation loss, or the training loss where there is no validation part.
+        metric: metric to measure. None: the validation loss, or the training loss if there is no validation data.
 
     Raises:
-        SpecError: the data has no such metric.
+        SpecError: the job does not have this metric.
     """
 
     cheap = False
@@ -125,15 +137,16 @@ class JobSubject:
         validates = job.dataset.validation is not None
         self.metric = metric or ("val/loss" if validates else "train/loss")
         if self.metric == "excess" or (self.metric.startswith("val/") and not validates):
-            raise SpecError(f"--until asks for {self.metric}, which this job does not have")
+            known = "val/loss" if validates else "train/loss"
+            raise SpecError(f"--until asks for {self.metric}, which this job does not have: use {known}")
         if self.metric == "val/accuracy" and job.dataset.classes is None:
-            raise SpecError("--until asks for val/accuracy, but the labels are no classes: use val/loss")
+            raise SpecError("--until asks for val/accuracy, but the labels are not classes: use val/loss")
         self._job = job
         self._worker = job.worker("simulated")
         self._losses: list[float] = []
 
     def problem(self) -> Problem:
-        """The job's, from its initial weights."""
+        """Return the job's training problem, with its initial weights."""
         job = self._job
         self._losses = []
         shards = job.shards
@@ -151,32 +164,33 @@ class JobSubject:
         return loss
 
     def measure(self, cluster: VirtualCluster) -> float:
-        """The validation metric, or the mean loss of the batches since the last call."""
-        losses, self._losses = self._losses, []
+        """Return the validation metric, or the mean training loss of the batches computed since the last call."""
+        losses = self._losses
+        self._losses = []
         if self.metric == "train/loss":
             return float(np.mean(losses)) if losses else float("nan")
         assert self._job.dataset.validation is not None
-        found: Evaluation = self._worker.evaluate(cluster.weights, self._job.dataset.validation)
-        return found.loss if self.metric == "val/loss" else float(found.accuracy or 0)
+        evaluation: Evaluation = self._worker.evaluate(cluster.weights, self._job.dataset.validation)
+        return evaluation.loss if self.metric == "val/loss" else float(evaluation.accuracy or 0)
 
 
-class _Takers(ServerObserver):
-    """Counts whose gradients a server takes.
+class _GradientCounter(ServerObserver):
+    """Counts the gradients of each worker that a server uses.
 
     Attributes:
-        counts: gradients taken, by worker.
+        counts: number of gradients by worker.
     """
 
     def __init__(self) -> None:
         self.counts = Counter[str]()
 
     def collected(self, gradient: Gradient) -> None:
-        """One more of this worker's."""
+        """Count one gradient of its worker."""
         self.counts[gradient.worker] += 1
 
 
 def _joins(scenario: Scenario) -> Callable[[str], float]:
-    """Draw how long each worker takes to join."""
+    """Return a function worker -> virtual seconds until it joins."""
     random = np.random.default_rng([scenario.seed, 1])
 
     def seconds(worker: str) -> float:
@@ -187,28 +201,28 @@ def _joins(scenario: Scenario) -> Callable[[str], float]:
 
 
 def _crashes(scenario: Scenario) -> FaultPlan:
-    """Draw when workers crash, and which."""
+    """Return the plan of the workers' crashes."""
     random = np.random.default_rng([scenario.seed, 2])
     crash_s = scenario.crash_s
     return FaultPlan() if crash_s is None else Crashes(lambda: float(random.exponential(crash_s)), scenario.seed)
 
 
 def simulate(
-    name: str, spec: JobSpec, subject: Subject, scenario: Scenario, target: SimulationTarget | None
-) -> Simulated:
+    name: str, spec: JobSpec, workload: Workload, scenario: Scenario, target: SimulationTarget | None
+) -> SimulationResult:
     """Run one job to its end, or to the target.
 
     Args:
-        name: what to call it.
-        spec: the job, as `contenders` made it.
-        subject: what is trained.
-        scenario: the workers.
-        target: when to stop.
+        name: name of the job in the results.
+        spec: the job, as returned by `jobs_to_simulate`.
+        workload: training problem and metric.
+        scenario: the simulated workers.
+        target: value of the metric at which to stop. None: run to the end of the job.
     """
-    problem = subject.problem()
+    problem = workload.problem()
     mean_s = _mean_s(scenario)
-    watch = _Watch(subject, target, every=max(1, _updates(spec, problem) // POINTS))
-    takers = _Takers()
+    curve = _Curve(workload, target, every=max(1, _expected_updates(spec, problem) // POINTS))
+    counter = _GradientCounter()
     run = VirtualCluster(
         spec,
         problem,
@@ -217,91 +231,106 @@ def simulate(
         start_s=_joins(scenario),
         faults=_crashes(scenario),
         lease_s=LEASE * mean_s,
-        observers=[watch],
-        server_observer=lambda partition: None if partition else takers,
+        observers=[curve],
+        server_observer=lambda partition: None if partition else counter,
     ).run()
     report = run.servers[0].report()
     began = run.status.began or 0.0
     ended = report.last.now if report.last else run.now
-    watch.look(run, ended)
+    curve.measure(run, ended)
     assert run.finish
-    took = ended - began
-    total = takers.counts.total()
-    return Simulated(
+    duration_s = ended - began
+    total = counter.counts.total()
+    return SimulationResult(
         name=name,
         status=run.finish.status if run.finish.error is None else f"{run.finish.status}: {run.finish.error}",
-        metric=subject.metric,
-        value=watch.curve[-1].value,
-        time_s=took,
+        metric=workload.metric,
+        value=curve.points[-1].value,
+        time_s=duration_s,
         updates=report.version.updates,
         examples=report.samples,
-        updates_per_s=report.version.updates / took if took > 0 else 0.0,
-        examples_per_s=report.samples / took if took > 0 else 0.0,
-        time_to_target_s=watch.reached.time_s if watch.reached else None,
-        examples_to_target=watch.reached.examples if watch.reached else None,
+        updates_per_s=report.version.updates / duration_s if duration_s > 0 else 0.0,
+        examples_per_s=report.samples / duration_s if duration_s > 0 else 0.0,
+        time_to_target_s=curve.reached.time_s if curve.reached else None,
+        examples_to_target=curve.reached.examples if curve.reached else None,
         pushes=dict(report.pushes),
         staleness=staleness_summary(report.staleness),
         staleness_counts=dict(sorted(report.staleness.items())),
-        shares={worker: count / total for worker, count in sorted(takers.counts.items(), key=_number)},
+        shares={worker: count / total for worker, count in sorted(counter.counts.items(), key=_worker_number)},
         crashes=run.status.charged_failures,
-        curve=tuple(watch.curve),
+        curve=tuple(curve.points),
     )
 
 
-def _number(item: tuple[str, int]) -> int:
+def _worker_number(item: tuple[str, int]) -> int:
     return int(item[0].removeprefix("worker-"))
 
 
-def _updates(spec: JobSpec, problem: Problem) -> int:
-    """About how many there will be."""
+def _expected_updates(spec: JobSpec, problem: Problem) -> int:
+    """Return the approximate number of updates of a whole run."""
     batches = (spec.run.epochs or 1) * problem.grid.num_batches
     per_update = build_consistency(spec.consistency).batches_per_update(spec.scaling.most_workers)
     return min(spec.run.max_updates or batches, batches // per_update)
 
 
 def _mean_s(scenario: Scenario) -> float:
+    """Return the mean virtual time of a gradient, from about 100 draws."""
     sources = [scenario.delays.source(worker, scenario.workers, scenario.seed) for worker in range(scenario.workers)]
     draws = max(1, 100 // scenario.workers)
     return float(np.mean([source() for source in sources for _ in range(draws)]))
 
 
 def _compute_s(scenario: Scenario) -> Callable[[str, BatchId], float]:
-    """A stream for each worker; the successor of a dead one, which has a new number, begins a new stream."""
+    """Return a function (worker, batch) -> virtual seconds of the gradient.
+
+    Each worker draws from its own sequence. The successor of a dead worker has a new number and a new sequence.
+    """
     sources: dict[str, Callable[[], float]] = {}
 
     def seconds(worker: str, batch: BatchId) -> float:
         del batch
         source = sources.get(worker)
         if source is None:
-            life, slot = divmod(int(worker.removeprefix("worker-")), scenario.workers)
-            source = sources[worker] = scenario.delays.source(slot, scenario.workers, scenario.seed + life)
+            generation, index = divmod(int(worker.removeprefix("worker-")), scenario.workers)
+            source = sources[worker] = scenario.delays.source(index, scenario.workers, scenario.seed + generation)
         return source()
 
     return seconds
 
 
-class _Watch(ClusterObserver):
-    """Looks at the metric now and then, and ends the run once it is good enough."""
+class _Curve(ClusterObserver):
+    """Measures the metric at intervals, and ends the run once the target is reached.
 
-    def __init__(self, subject: Subject, target: SimulationTarget | None, every: int) -> None:
-        self._subject = subject
+    Attributes:
+        points: the measurements, in order.
+        reached: first measurement that reaches the target, or None.
+    """
+
+    def __init__(self, workload: Workload, target: SimulationTarget | None, every: int) -> None:
+        self._workload = workload
         self._target = target
         self._every = every
-        self._next = 0
+        self._next = 0  # number of updates at which the next point is due
         self._began = 0.0
-        self.curve: list[Point] = []
+        self.points: list[Point] = []
         self.reached: Point | None = None
 
     def stepped(self, cluster: VirtualCluster) -> None:
-        """Look if it is time to."""
+        """Measure the metric if a point is due, or if measuring is cheap and there is a target."""
         due = cluster.servers[0].version.updates >= self._next
-        if not self.reached and (due or (self._target and self._subject.cheap)):
-            self.look(cluster, cluster.now, keep=due)
+        if not self.reached and (due or (self._target and self._workload.cheap)):
+            self.measure(cluster, cluster.now, keep=due)
 
-    def look(self, cluster: VirtualCluster, now: float, keep: bool = True) -> None:
-        """Measure, and take a point if it is to be kept or reaches the target."""
+    def measure(self, cluster: VirtualCluster, now: float, keep: bool = True) -> None:
+        """Measure the metric, and end the run if the target is reached.
+
+        Args:
+            cluster: the cluster.
+            now: virtual time of the measurement.
+            keep: True to add a point even if the target is not reached.
+        """
         server = cluster.servers[0]
-        value = self._subject.measure(cluster)
+        value = self._workload.measure(cluster)
         self._began = self._began or cluster.status.began or 0.0
         point = Point(now - self._began, server.samples, value)
         reaches = bool(self._target and not self.reached and self._target.reached(value))
@@ -310,11 +339,11 @@ class _Watch(ClusterObserver):
             cluster.stop()
         if reaches or keep:
             updates = server.version.updates
-            self._next = updates + min(self._every, max(1, updates // EARLY))  # most happens early
-            self.curve.append(point)
+            self._next = updates + min(self._every, max(1, updates // EARLY_POINTS))
+            self.points.append(point)
 
 
-FIGURES = (
+ROW_NAMES = (
     "metric at the end",
     "time, s",
     "updates",
@@ -328,8 +357,8 @@ FIGURES = (
 )
 
 
-def figures(result: Simulated) -> list[object]:
-    """What `FIGURES` names, of one result."""
+def row_values(result: SimulationResult) -> list[object]:
+    """Return the values of one result, in the order of `ROW_NAMES`."""
     refused = sum(result.pushes[outcome] for outcome in ("requeued", "discarded", "rejected"))
     return [
         result.value,

@@ -1,7 +1,7 @@
-"""Verify: what psgd promises, tried on a job's own model and data, on a virtual clock.
+"""Checks of psgd's guarantees on a job's own model and data, on a virtual clock (`psgd verify`).
 
-Whatever a job asks for, these equalities are of its model, data, optimizer and seed; consistency, correction,
-compression and clipping are replaced by what each check is about. Its own servers and pipeline are what crashes hit.
+Every check uses the job's model, data, optimizer and seed. Its consistency, correction, compression and clipping are
+replaced by the setting that the check needs. The check with killed workers uses the job's own servers and pipeline.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from psgd_workers.models import build_model
 
 __all__ = ["Check", "verify"]
 
-_Seen = tuple[str, bool]  # what was observed, and whether it is what was promised
+_Observation = tuple[str, bool]  # (description of the observation, True if the promise holds)
 
-WORKERS = 4
-SERVERS = 3
-STEPS = (1e-2, 1e-3, 3e-4)  # along the gradient, in units of weights
-PIECES = 5  # of a tensor
-LEAST_SLOPE = 1e-2  # of the whole gradient's length
-SLOPE_TOLERANCE = 0.02  # relative: kinks and float32 allow no much finer differences
-BIG_BATCH_TOLERANCE = 1e-4  # of the largest weight's movement: sums in another order
-GRADIENTS = 60  # computed for each batch of the trial epoch, over all checks, about
-MOST_BATCHES = 64
+WORKERS = 4  # number of workers in the checks with several workers
+SERVERS = 3  # number of servers in the check of partitions
+STEPS = (1e-2, 1e-3, 3e-4)  # lengths of the steps along the gradient, in units of weights
+PIECES = 5  # number of pieces into which a tensor is divided
+LEAST_SLOPE = 1e-2  # shortest direction that is checked, relative to the length of the gradient
+SLOPE_TOLERANCE = 0.02  # largest relative difference; kinks of the loss and float32 do not allow a much smaller one
+BIG_BATCH_TOLERANCE = 1e-4  # largest difference, relative to the largest change of a weight: sums in another order
+GRADIENTS = 60  # approximate number of gradients that all checks together compute for each batch of the trial epoch
+MOST_BATCHES = 64  # largest number of batches in the trial epoch
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One promise, and what was seen of it."""
+    """A promise and its observation."""
 
     name: str
     promised: str
@@ -55,11 +55,11 @@ class Check:
 
 
 def verify(spec: JobSpec | Mapping[str, Any], limit_s: float = 40.0) -> list[Check]:
-    """Try every promise.
+    """Check every promise on a job.
 
     Args:
         spec: the job, or a mapping with the fields of a job file.
-        limit_s: seconds it may take, about; slow models are tried on fewer batches.
+        limit_s: approximate time limit, in seconds. A slow model is checked on fewer batches.
 
     Raises:
         InputError: the job's data or model cannot be used.
@@ -78,37 +78,46 @@ def verify(spec: JobSpec | Mapping[str, Any], limit_s: float = 40.0) -> list[Che
         "failure={timeout_s: 1e12, max_failures: -1}",
     ]
     job = OpenJob.open(override_spec(spec, neutral))
-    partition_weights(
-        len(job.weights), job.layout.num_trainable, spec.scaling.servers
-    )  # so many servers must be possible
+    # Raises an error if the weights cannot be divided among the job's servers.
+    partition_weights(len(job.weights), job.layout.num_trainable, spec.scaling.servers)
     trial = _Trial(job, spec.scaling, limit_s)
     bsp = f"bsp of {WORKERS} workers"
     servers = min(SERVERS, len(job.weights))
     return [
-        _check("gradient", f"is the slope of the loss, within {SLOPE_TOLERANCE:.0%}, tensor by tensor", trial.gradient),
-        _check("a batch computed again", "is the same gradient on every worker, bit for bit", trial.same_twice),
-        _check("1 asynchronous worker", "is a serial loop of the optimizer, bit for bit", trial.serial),
-        _check(bsp, f"steps on the mean of {WORKERS} gradients, bit for bit", trial.mean_of_n),
+        _check(
+            "gradient",
+            f"is the slope of the loss, within {SLOPE_TOLERANCE:.0%}, tensor by tensor",
+            trial.check_gradient,
+        ),
+        _check(
+            "a batch computed again", "is the same gradient on every worker, bit for bit", trial.check_repeated_batch
+        ),
+        _check("1 asynchronous worker", "is a serial loop of the optimizer, bit for bit", trial.check_serial),
+        _check(bsp, f"steps on the mean of {WORKERS} gradients, bit for bit", trial.check_mean),
         _check(
             bsp,
             f"is one worker with batches {WORKERS} times as large, within {BIG_BATCH_TOLERANCE} of the way",
-            trial.big_batch,
+            trial.check_large_batch,
         ),
-        _check(f"{servers} partitions", "hold the weights that 1 does, bit for bit", lambda: trial.partitions(servers)),
-        _check("kill and resume", "ends as if undisturbed (1 worker), bit for bit", trial.resumed),
+        _check(
+            f"{servers} partitions",
+            "hold the weights that 1 does, bit for bit",
+            lambda: trial.check_partitions(servers),
+        ),
+        _check("kill and resume", "ends as if undisturbed (1 worker), bit for bit", trial.check_resume),
         _check(
             "killed workers",
             f"leave each of {trial.num_batches} batches in the weights exactly once",
-            trial.crashes,
+            trial.check_killed_workers,
         ),
     ]
 
 
-def _check(name: str, promised: str, attempt: Callable[[], _Seen]) -> Check:
-    """Try one promise; a trial that cannot be finished breaks it."""
+def _check(name: str, promised: str, observe: Callable[[], _Observation]) -> Check:
+    """Check one promise. A trial that does not finish breaks it."""
     try:
         with np.errstate(over="ignore", invalid="ignore"):
-            observed, holds = attempt()
+            observed, holds = observe()
     except _TrialError as error:
         observed = str(error)
         holds = False
@@ -116,11 +125,11 @@ def _check(name: str, promised: str, attempt: Callable[[], _Seen]) -> Check:
 
 
 class _TrialError(RunError):
-    """A trial that did not come to its end."""
+    """The training of a trial did not finish."""
 
 
 class _Trial:
-    """One epoch of a few batches of the job's first shard."""
+    """The checks, on one epoch of a few batches of the job's first shard."""
 
     def __init__(self, job: OpenJob, scaling: ScalingConfig, limit_s: float) -> None:
         self._job = job
@@ -128,31 +137,33 @@ class _Trial:
         self._worker = job.worker("trial")
         out = np.empty_like(job.weights)
         began = perf_counter()
-        self._until = began + limit_s / 2  # for the gradient's check
+        self._gradient_deadline = began + limit_s / 2  # end of the check of the gradient
         self._worker.gradient(BatchId(0, 0, 0), job.weights, out)
         affordable = limit_s / (perf_counter() - began) / GRADIENTS
         whole = job.shards.grid.batches_per_shard[0]
-        number = int(max(2, min(whole, MOST_BATCHES, affordable)))
-        examples = sum(self._examples(BatchId(0, 0, index)) for index in range(number))
-        self._grid = EpochGrid((number,), examples)
+        num_batches = int(max(2, min(whole, MOST_BATCHES, affordable)))
+        examples = sum(self._examples(BatchId(0, 0, index)) for index in range(num_batches))
+        self._grid = EpochGrid((num_batches,), examples)
 
     def _examples(self, batch: BatchId) -> int:
         return len(self._job.shards.rows(batch))
 
-    def _spec(self, *overrides: str) -> JobSpec:
+    def _with(self, *overrides: str) -> JobSpec:
+        """Return the trial's job with some fields replaced."""
         return override_spec(self._job.spec, overrides)
 
     @property
     def num_batches(self) -> int:
-        """Batches of the trial epoch."""
+        """Number of batches in the trial epoch."""
         return self._grid.num_batches
 
     def _run(self, spec: JobSpec, **options: Any) -> VirtualCluster:
+        """Train the trial epoch on a virtual cluster."""
         job = self._job
         problem = Problem(self._grid, job.weights, self._worker.gradient, job.layout.num_trainable, self._examples)
-        run = VirtualCluster(spec, problem, options.pop("compute_s", _uneven), **options).run()
+        run = VirtualCluster(spec, problem, _uneven_s, **options).run()
         if run.finish is None or run.finish.status != "finished":
-            raise _TrialError(f"{run.finish.error if run.finish else 'it has no end'}")
+            raise _TrialError(f"{run.finish.error if run.finish else 'the trial did not end'}")
         return run
 
     def _batches(self) -> Iterator[BatchId]:
@@ -160,8 +171,8 @@ class _Trial:
 
     # Checks
 
-    def gradient(self) -> _Seen:
-        """Compare with central differences of the loss along each tensor's gradient, and along parts of it."""
+    def check_gradient(self) -> _Observation:
+        """Compare the gradient with central differences of the loss, along each tensor's gradient and pieces of it."""
         job = self._job
         batch = BatchId(0, 0, 0)
         slope = np.empty_like(job.weights)
@@ -176,104 +187,109 @@ class _Trial:
         where = "no tensor"
         tried = 0
         for name in sorted(tensors, key=lambda name: -float(np.linalg.norm(tensors[name]))):
-            if perf_counter() > self._until:
+            if perf_counter() > self._gradient_deadline:
                 break
             tried += 1
-            for rows in _parts(tensors[name].size):
+            for rows in _pieces(tensors[name].size):
                 direction = np.zeros_like(job.weights)
                 job.layout.views(direction)[name].reshape(-1)[rows] = tensors[name].reshape(-1)[rows]
                 error = self._slope_error(batch, slope, direction)
                 if error > worst:
                     worst = error
                     where = name
-        told = f"differs by {worst:.2g} at most, in {where}; {tried} of {len(tensors)} tensors tried"
-        return told, bool(worst <= SLOPE_TOLERANCE)
+        observed = f"differs by {worst:.2g} at most, in {where}; {tried} of {len(tensors)} tensors tried"
+        return observed, bool(worst <= SLOPE_TOLERANCE)
 
     def _slope_error(self, batch: BatchId, slope: FloatArray, direction: FloatArray) -> float:
-        """Relative to the slope, by the best of some steps: long ones meet kinks, short ones float32's rounding."""
+        """Return the relative error of the slope along a direction, for the best of several steps.
+
+        Long steps meet kinks of the loss, and short steps float32's rounding.
+        """
         length = float(np.linalg.norm(direction))
         if length < LEAST_SLOPE * float(np.linalg.norm(slope)):
-            return 0.0  # too flat to be measured
-        told = float(np.dot(slope, direction)) / length
+            return 0.0  # too small a slope to measure
+        expected = float(np.dot(slope, direction)) / length
         errors = []
         out = np.empty_like(slope)
         for step in STEPS:
             move = direction * np.float32(step / length)
             ahead, behind = (self._worker.gradient(batch, self._job.weights + sign * move, out) for sign in (1, -1))
-            errors.append(abs((ahead - behind) / (2 * step) - told) / abs(told))
+            errors.append(abs((ahead - behind) / (2 * step) - expected) / abs(expected))
         return min(errors)
 
-    def same_twice(self) -> _Seen:
-        """The same batch and weights, on two workers."""
+    def check_repeated_batch(self) -> _Observation:
+        """Compare the gradients of two workers for the same batch and weights."""
         job = self._job
         batch = BatchId(0, 0, self._grid.num_batches - 1)
         first = np.empty_like(job.weights)
         second = np.empty_like(job.weights)
         self._worker.gradient(batch, job.weights, first)
         job.worker("other").gradient(batch, job.weights, second)
-        return _same(first, second)
+        return _compare(first, second)
 
-    def serial(self) -> _Seen:
-        """One asynchronous worker against a loop."""
-        weights = self._loop(self._batches())
-        return _same(self._run(self._spec("scaling.workers=1")).weights, weights)
+    def check_serial(self) -> _Observation:
+        """Compare one asynchronous worker with a serial loop."""
+        weights = self._serial_loop(self._batches())
+        return _compare(self._run(self._with("scaling.workers=1")).weights, weights)
 
-    def mean_of_n(self) -> _Seen:
-        """bsp against a loop over means, weighted by examples."""
-        run = self._run(self._spec(f"scaling.workers={WORKERS}", "consistency={mode: bsp}"))
-        return _same(run.weights, self._rounds(self._mean))
+    def check_mean(self) -> _Observation:
+        """Compare bsp with a loop over means of gradients, weighted by their numbers of examples."""
+        run = self._run(self._with(f"scaling.workers={WORKERS}", "consistency={mode: bsp}"))
+        return _compare(run.weights, self._loop_over_rounds(self._mean))
 
-    def big_batch(self) -> _Seen:
-        """bsp against steps on one batch of all the examples of a round."""
+    def check_large_batch(self) -> _Observation:
+        """Compare bsp with steps on one batch that holds all examples of a round."""
         if self._job.layout.num_trainable < self._job.layout.num_parameters:
-            return "not tried: the model's buffers depend on the batch", True
-        run = self._run(self._spec(f"scaling.workers={WORKERS}", "consistency={mode: bsp}"))
-        weights = self._rounds(self._together)
+            return "not tried, because the model's buffers depend on the batch", True
+        run = self._run(self._with(f"scaling.workers={WORKERS}", "consistency={mode: bsp}"))
+        weights = self._loop_over_rounds(self._as_one_batch)
         moved = float(np.abs(weights - self._job.weights).max())
         difference = float(np.abs(run.weights - weights).max()) / (moved + 1e-12)
         return f"differs by {difference:.2g}", bool(difference <= BIG_BATCH_TOLERANCE)
 
-    def partitions(self, servers: int) -> _Seen:
-        """Some servers against one, for one order of pushes."""
-        one, some = (
-            self._run(self._spec(f"scaling.workers={WORKERS}", f"scaling.servers={number}")) for number in (1, servers)
+    def check_partitions(self, servers: int) -> _Observation:
+        """Compare several servers with one, for the same order of pushes."""
+        one, several = (
+            self._run(self._with(f"scaling.workers={WORKERS}", f"scaling.servers={number}")) for number in (1, servers)
         )
-        return _same(some.weights, one.weights)
+        return _compare(several.weights, one.weights)
 
-    def resumed(self) -> _Seen:
-        """A run that ends in the middle, and goes on from its checkpoint."""
-        whole = self._run(self._spec("scaling.workers=1"))
+    def check_resume(self) -> _Observation:
+        """Compare a run that is stopped and resumed from its checkpoint with an uninterrupted one."""
+        whole = self._run(self._with("scaling.workers=1"))
         half = max(1, self._grid.num_batches // 2)
-        first = self._run(self._spec("scaling.workers=1", f"run.max_updates={half}"))
-        second = self._run(self._spec("scaling.workers=1"), resume=first.checkpoint)
-        return _same(second.weights, whole.weights)
+        first = self._run(self._with("scaling.workers=1", f"run.max_updates={half}"))
+        second = self._run(self._with("scaling.workers=1"), resume=first.checkpoint)
+        return _compare(second.weights, whole.weights)
 
-    def crashes(self) -> _Seen:
-        """Workers die on the way."""
+    def check_killed_workers(self) -> _Observation:
+        """Count the batches that are applied while workers are killed."""
         scaling = self._scaling
-        spec = self._spec(f"scaling={{workers: {WORKERS}, servers: {scaling.servers}, pipeline: {scaling.pipeline}}}")
+        spec = self._with(f"scaling={{workers: {WORKERS}, servers: {scaling.servers}, pipeline: {scaling.pipeline}}}")
         random = np.random.default_rng(0)
         status = self._run(spec, faults=Crashes(lambda: float(random.exponential(1.5)), seed=1)).status
         counts = status.ledger
         observed = f"{counts.applied} applied, {counts.batches} different, {status.charged_failures} workers killed"
         return observed, counts.applied == counts.batches == self.num_batches
 
-    # What it is compared with
+    # References
 
-    def _loop(self, batches: Iterator[BatchId]) -> FloatArray:
-        """The optimizer's steps, one gradient after the other."""
-        return self._steps((self._gradient, (batch,)) for batch in batches)
+    def _serial_loop(self, batches: Iterator[BatchId]) -> FloatArray:
+        """Return the weights after one step on each gradient, in the order of the batches."""
+        return self._train((self._gradient, (batch,)) for batch in batches)
 
-    def _rounds(self, gradient: Callable[[FloatArray, tuple[BatchId, ...]], FloatArray]) -> FloatArray:
+    def _loop_over_rounds(self, gradient: Callable[[FloatArray, tuple[BatchId, ...]], FloatArray]) -> FloatArray:
+        """Return the weights after one step for each round of `WORKERS` batches."""
         batches = list(self._batches())
-        number = ceil(len(batches) / WORKERS)
-        rounds = [tuple(batches[i * WORKERS : (i + 1) * WORKERS]) for i in range(number)]
-        return self._steps((gradient, members) for members in rounds)
+        num_rounds = ceil(len(batches) / WORKERS)
+        rounds = [tuple(batches[i * WORKERS : (i + 1) * WORKERS]) for i in range(num_rounds)]
+        return self._train((gradient, members) for members in rounds)
 
-    def _steps(
+    def _train(
         self,
         rounds: Iterator[tuple[Callable[[FloatArray, tuple[BatchId, ...]], FloatArray], tuple[BatchId, ...]]],
     ) -> FloatArray:
+        """Return the weights after one optimizer step for each (function that computes the gradient, batches)."""
         spec = self._job.spec.optimizer
         trainable = self._job.layout.num_trainable
         weights = self._job.weights.copy()
@@ -290,12 +306,14 @@ class _Trial:
         return weights
 
     def _gradient(self, weights: FloatArray, members: tuple[BatchId, ...]) -> FloatArray:
+        """Return the gradient of the only batch in `members`."""
         (batch,) = members
         out = np.empty_like(weights)
         self._worker.gradient(batch, weights, out)
         return out
 
     def _mean(self, weights: FloatArray, members: tuple[BatchId, ...]) -> FloatArray:
+        """Return the mean of the batches' gradients, weighted by their numbers of examples."""
         gradients = [self._gradient(weights, (batch,)) for batch in members]
         if len(members) == 1:
             return gradients[0]
@@ -306,30 +324,32 @@ class _Trial:
         total /= len(members)
         return total
 
-    def _together(self, weights: FloatArray, members: tuple[BatchId, ...]) -> FloatArray:
-        """All examples of a round as one batch, through the model itself."""
+    def _as_one_batch(self, weights: FloatArray, members: tuple[BatchId, ...]) -> FloatArray:
+        """Return the model's gradient of one batch that holds the examples of all batches in `members`."""
         job = self._job
         out = np.empty_like(weights)
         rows = np.concatenate([job.shards.rows(batch) for batch in members])
         model = build_model(job.spec.model, job.dataset)
         train = job.dataset.train
-        views = job.layout.views(weights), job.layout.views(out)
-        model.loss_and_gradient(views[0], train.inputs(rows), train.labels[rows], views[1], 0)
+        model.loss_and_gradient(
+            job.layout.views(weights), train.inputs(rows), train.labels[rows], job.layout.views(out), 0
+        )
         return out
 
 
-def _parts(size: int) -> list[slice]:
-    """All values, and some pieces of them: what is wrong in one row shows more in a piece."""
+def _pieces(size: int) -> list[slice]:
+    """Return slices of a tensor's values: all of them, and `PIECES` pieces, in which an error of one row is larger."""
     ends = np.linspace(0, size, min(PIECES, size) + 1).astype(int).tolist()
     return [slice(None), *(slice(start, stop) for start, stop in pairwise(ends))]
 
 
-def _uneven(worker: str, batch: BatchId) -> float:
-    """Virtual seconds that make workers overtake each other."""
+def _uneven_s(worker: str, batch: BatchId) -> float:
+    """Return virtual seconds of a gradient that let workers overtake each other."""
     return float(0.05 + 0.2 * np.random.default_rng([int(worker.removeprefix("worker-")), *batch]).random())
 
 
-def _same(found: FloatArray, expected: FloatArray) -> _Seen:
-    if np.array_equal(found, expected):
+def _compare(weights: FloatArray, expected: FloatArray) -> _Observation:
+    """Compare two vectors bit for bit."""
+    if np.array_equal(weights, expected):
         return "the same bits", True
-    return f"differs by up to {float(np.abs(found - expected).max()):.3g}", False
+    return f"differs by up to {float(np.abs(weights - expected).max()):.3g}", False

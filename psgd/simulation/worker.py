@@ -1,6 +1,7 @@
-"""A worker on a virtual clock: hosts the loop of `psgd_workers.loop`, as `psgd_workers.worker.Worker` does for real.
+"""A worker on a virtual clock. It hosts the loop of `psgd_workers.loop`, as `psgd_workers.worker.Worker` does on Ray.
 
-A gradient is computed at the instant its computation begins, and is there when the worker's compute time has passed.
+A gradient is computed at the virtual time at which its computation begins. Its result is used when the worker's
+compute time has passed.
 """
 
 from __future__ import annotations
@@ -38,130 +39,139 @@ from psgd_workers.loop import (
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Lease, Receipt, Version
 from psgd_workers.spec import WorkerOptions
 
-__all__ = ["Readers", "Site", "Validation", "VirtualWorker"]
+__all__ = ["RunningComputations", "Validation", "VirtualWorker", "WorkerEnvironment"]
 
 
-class Site(Protocol):
-    """What surrounds a worker."""
+class WorkerEnvironment(Protocol):
+    """The part of a virtual cluster that a worker uses."""
 
-    now: float
+    now: float  # virtual seconds
     problem: Problem
     timing: Timing
     compute_s: Callable[[str, BatchId], float]  # (worker, batch) -> virtual seconds of one gradient
-    parts: Sequence[slice]  # of the weights, by partition
-    readers: Readers | None  # None: no computation is interrupted
+    parts: Sequence[slice]  # each partition's slice of the weights
+    computations: RunningComputations | None  # None: no computation is interrupted
 
-    def at(self, time_s: float, happen: Callable[..., None], *arguments: Any) -> None:
-        """Let something happen at an instant."""
+    def at(self, time_s: float, callback: Callable[..., None], *arguments: Any) -> None:
+        """Schedule a callback for `time_s`, in virtual seconds."""
 
     def tell_soon(self, event: Event) -> None:
-        """Let the driver hear of something."""
+        """Send an event to the driver."""
 
     def versions(self, worker: str) -> list[Version] | None:
-        """Versions now, by partition. None: some server does not answer that worker."""
+        """Return the current version of each partition, or None if a server does not answer the worker."""
 
     def pull(self, worker: str) -> tuple[list[Version], FloatArray] | None:
-        """Versions, by partition, and the weights shown now: perhaps memory that the next step changes.
+        """Return the versions by partition and the published weights, or None if a server does not answer the worker.
 
-        None: some server does not answer that worker.
+        The weights may be a server's own memory, which its next step changes.
         """
 
     def push(self, worker: VirtualWorker, slot: PipelineSlot, gradients: Sequence[Gradient]) -> None:
-        """A worker's gradient reaches the servers."""
+        """Send a worker's gradient, cut by partition, to the servers."""
 
 
-class Readers:
-    """Computations under way, by the version of the first partition that they read: to interrupt what would be refused.
+class RunningComputations:
+    """Computations under way, which are interrupted as soon as their gradients would be refused as too stale.
 
-    A real worker looks when a computation is done. This is what published analyses assume.
+    Published analyses assume this. A real worker compares versions only when a computation ends.
 
     Args:
-        stop_at: staleness from which on a gradient would be refused.
+        stop_at: smallest staleness, in versions of the first partition, at which a gradient is refused.
     """
 
     def __init__(self, stop_at: int) -> None:
         self._stop_at = stop_at
-        self._at: dict[int, list[tuple[VirtualWorker, int]]] = {}
+        self._by_version: dict[int, list[tuple[VirtualWorker, int]]] = {}  # updates read -> (worker, computation)
 
-    def add(self, read: Version, worker: VirtualWorker, turn: int) -> None:
-        """A worker begins its computation of that number."""
-        self._at.setdefault(read.updates, []).append((worker, turn))
+    def add(self, read: Version, worker: VirtualWorker, computation: int) -> None:
+        """Note that a worker begins a computation.
 
-    def call_off(self, updates: int) -> None:
-        """The partition came to a version: workers that compute from too old a one start over with the next batch."""
-        for version in [version for version in self._at if version <= updates - self._stop_at]:
-            for worker, turn in self._at.pop(version):
-                worker.call_off(turn)
+        Args:
+            read: version of the first partition that it uses.
+            worker: the worker.
+            computation: number of the computation among those of the worker.
+        """
+        self._by_version.setdefault(read.updates, []).append((worker, computation))
+
+    def call_off_stale(self, updates: int) -> None:
+        """Call off the computations that are too stale now that the first partition has made `updates` updates."""
+        for version in [version for version in self._by_version if version <= updates - self._stop_at]:
+            for worker, computation in self._by_version.pop(version):
+                worker.call_off(computation)
 
 
 class Validation(NamedTuple):
     """Weights to evaluate."""
 
-    epochs: int | None  # their name
+    epochs: int | None  # complete epochs in the weights, which name them
     weights: FloatArray  # [num_parameters]
 
 
-class _Backpropagated(NamedTuple):
+class _ComputedGradient(NamedTuple):
     """Result of a computation.
 
-    `weights` may be the server's own memory, which its next step changes, unless the job sends them with the gradient.
+    Unless the job sends the weights with the gradient, `weights` may be the server's own memory, which its next step
+    changes.
     """
 
     values: FloatArray  # [num_parameters], the gradient
-    weights: FloatArray  # [num_parameters], read by it
+    weights: FloatArray  # [num_parameters], from which the gradient was computed
     loss: float
-    compute_s: float
+    compute_s: float  # virtual seconds
 
 
 class VirtualWorker:
-    """A worker process.
+    """A worker process on a virtual clock.
 
     Args:
-        name: unique in the run.
-        site: where it works.
-        rules: what the job wants beyond gradients.
-        pipeline: batches it computes ahead of the oldest push that is not answered.
+        name: name of the worker, unique in the run.
+        environment: cluster in which it works.
+        worker_options: parts of the job that a worker needs besides its batches.
+        pipeline: number of batches to compute ahead of the oldest push that is not answered.
 
     Attributes:
-        alive: false once it was killed.
-        slots: in the order of their use.
-        pushes: so far.
+        alive: False once the worker was killed or hangs.
+        slots: slots of the pipeline, in the order of their use.
+        pushes: number of pushes so far.
     """
 
-    def __init__(self, name: str, site: Site, worker_options: WorkerOptions, pipeline: int) -> None:
+    def __init__(self, name: str, environment: WorkerEnvironment, worker_options: WorkerOptions, pipeline: int) -> None:
         self.name = name
         self.alive = True
         self.pushes = 0
-        self._site = site
-        self._problem = site.problem
-        self._link_s = site.timing.link_s
-        self._trainable = site.problem.trainable
+        self._environment = environment
+        self._problem = environment.problem
+        self._link_s = environment.timing.link_s
+        self._trainable = environment.problem.trainable
         self._worker_options = worker_options
-        self._loop = WorkerLoop(len(site.parts), pipeline, worker_options.stop_at)
+        self._loop = WorkerLoop(len(environment.parts), pipeline, worker_options.stop_at)
         self.slots = self._loop.slots
-        self._senders = [Sender(name, slot.number, site.parts, self._trainable, worker_options) for slot in self.slots]
-        self._weights: list[FloatArray | None] = [None] * len(self.slots)  # for the next batch, by slot
-        self._ready_at = [0.0] * len(self.slots)  # when those have come
+        self._senders = [
+            Sender(name, slot.number, environment.parts, self._trainable, worker_options) for slot in self.slots
+        ]
+        self._weights: list[FloatArray | None] = [None] * len(self.slots)  # weights for the next batch, by slot
+        self._ready_at = [0.0] * len(self.slots)  # virtual time at which those weights have arrived, by slot
         self._tasks: deque[Lease | Validation] = deque()
         self._busy = False
-        self._turn = 0  # computations so far
-        self._computed: _Backpropagated | None = None  # the last one's result
+        self._computations = 0  # number of computations begun so far
+        self._computed: _ComputedGradient | None = None  # result of the last one
 
     @property
     def lease(self) -> int | None:
-        """Lease at work, or None."""
+        """Number of the lease at work, or None."""
         return self._loop.lease
 
     # Tasks
 
     def queue(self, task: Lease | Validation) -> None:
-        """Do this once everything before it is done."""
+        """Append a task to the queue, and begin it if the worker is idle."""
         self._tasks.append(task)
         if not self._busy:
             self.next_task()
 
     def next_task(self) -> None:
-        """Go on with the next lease or evaluation, if there is one."""
+        """Begin the next lease or evaluation, if one is queued."""
         self._busy = self.alive and bool(self._tasks)
         if not self._busy:
             return
@@ -170,25 +180,25 @@ class VirtualWorker:
             batches = [self._problem.grid.batch(epoch, position) for epoch, position in task.positions()]
             self._handle(LeaseGranted(task.id, batches))
         else:
-            self._site.at(self._site.now + self._site.timing.evaluate_s, self._validate, task)
+            self._environment.at(self._environment.now + self._environment.timing.evaluate_s, self._validate, task)
 
     def _validate(self, task: Validation) -> None:
         evaluate = self._problem.evaluate
         assert evaluate
         if self.alive:
-            self._site.tell_soon(Evaluated(self.name, task.epochs, evaluate(task.weights)))
+            self._environment.tell_soon(Evaluated(self.name, task.epochs, evaluate(task.weights)))
             self.next_task()
 
     def cancel(self, lease: int) -> None:
-        """Begin no more batches of leases up to this one."""
+        """Begin no further batch of this lease or of an earlier one."""
         self._handle(LeaseCancelled(lease))
 
     # Batches
 
     def _handle(self, event: LoopEvent) -> None:
-        self._carry_out(self._loop.handle(event))
+        self._perform(self._loop.handle(event))
 
-    def _carry_out(self, actions: Sequence[LoopAction]) -> None:
+    def _perform(self, actions: Sequence[LoopAction]) -> None:
         for action in actions:
             match action:
                 case Settle():
@@ -204,23 +214,23 @@ class VirtualWorker:
 
     def _end(self, lease: int) -> None:
         residual_norm = hypot(*(sender.residual_norm for sender in self._senders))
-        self._site.tell_soon(LeaseClosed(self.name, lease, residual_norm))
+        self._environment.tell_soon(LeaseClosed(self.name, lease, residual_norm))
         self.next_task()
 
     def _pull(self, slot: int) -> None:
-        pulled = self._site.pull(self.name)
+        pulled = self._environment.pull(self.name)
         if pulled is None:
             self.lose_lane("no weights came")
             return
         reads, weights = pulled
-        # The server goes on to step in place.
+        # The server's next step changes its memory in place.
         self._weights[slot] = weights.copy() if self._worker_options.sends_weights else weights
-        self._ready_at[slot] = self._site.now + self._link_s
+        self._ready_at[slot] = self._environment.now + self._link_s
         self._handle(Pulled(reads))
 
     def _compute(self, slot: int, batch: BatchId) -> None:
-        """Compute; the result is there when its time has passed."""
-        site = self._site
+        """Compute a gradient now, and schedule its end for when the compute time has passed."""
+        environment = self._environment
         weights = self._weights[slot]
         assert weights is not None
         self._weights[slot] = None
@@ -229,85 +239,94 @@ class VirtualWorker:
             loss = self._problem.gradient(batch, weights, values)
         except WorkerError as error:
             self._handle(LeaseFailed())
-            site.tell_soon(WorkerFailed(self.name, str(error)))
+            environment.tell_soon(WorkerFailed(self.name, str(error)))
             return
-        seconds = site.compute_s(self.name, batch)
-        self._turn += 1
-        if site.readers:
-            site.readers.add(self.slots[slot].reads[0], self, self._turn)
-        result = _Backpropagated(values, weights, loss, seconds)
-        site.at(max(site.now, self._ready_at[slot]) + seconds, self._finish, self._turn, result)
+        seconds = environment.compute_s(self.name, batch)
+        self._computations += 1
+        if environment.computations:
+            environment.computations.add(self.slots[slot].reads[0], self, self._computations)
+        result = _ComputedGradient(values, weights, loss, seconds)
+        environment.at(max(environment.now, self._ready_at[slot]) + seconds, self._finish, self._computations, result)
 
-    def _is_computing(self, turn: int) -> bool:
-        return self.alive and self._loop.computing is not None and turn == self._turn
+    def _is_computing(self, computation: int) -> bool:
+        return self.alive and self._loop.computing is not None and computation == self._computations
 
-    def _finish(self, turn: int, result: _Backpropagated) -> None:
-        if not self._is_computing(turn):
+    def _finish(self, computation: int, result: _ComputedGradient) -> None:
+        if not self._is_computing(computation):
             return
         self._computed = result
         if self._worker_options.stop_at is None:
             self._handle(Computed())
-        elif versions := self._site.versions(self.name):
+        elif versions := self._environment.versions(self.name):
             self._handle(Computed(versions))
         else:
             self.lose_lane("no version came")
 
     def _push(self, slot: int, batch: BatchId) -> None:
         assert self._computed
-        place = self.slots[slot]
+        pipeline_slot = self.slots[slot]
         values, weights, loss, seconds = self._computed
         examples = self._problem.examples(batch)
         norm = gradient_norm(values, self._trainable)
-        gradients = self._senders[slot].gradients(batch, examples, place.reads, values, weights, loss, norm, seconds)
+        gradients = self._senders[slot].gradients(
+            batch, examples, pipeline_slot.reads, values, weights, loss, norm, seconds
+        )
         self.pushes += 1
         if self._link_s:
-            self._site.at(self._site.now + self._link_s, self._arrive, place, gradients)
+            self._environment.at(self._environment.now + self._link_s, self._arrive, pipeline_slot, gradients)
         else:
-            self._site.push(self, place, gradients)
-        if self.alive:  # the push may have been its last act
-            self._handle(Pushed())  # the answer, and the next batch, may have come before
+            self._environment.push(self, pipeline_slot, gradients)
+        if self.alive:  # the fault plan may have killed the worker during the push
+            self._handle(Pushed())  # the receipt may already have been handled, and the next batch begun
 
     def _arrive(self, slot: PipelineSlot, gradients: Sequence[Gradient]) -> None:
-        if self.alive and slot.batch == gradients[0].batch:  # else it is lost on the way
-            self._site.push(self, slot, gradients)
+        if self.alive and slot.batch == gradients[0].batch:  # else the push is lost
+            self._environment.push(self, slot, gradients)
 
     def lose_lane(self, cause: str) -> None:
-        """A server does not answer: the lease ends here, what is under way is in doubt, and the next one begins."""
+        """End the lease because a server does not answer, and begin the next task.
+
+        The batches whose pushes are under way are in doubt.
+        """
         lease = self.lease
         if lease is None or not self.alive:
             return
         self._handle(LeaseFailed())
-        self._site.tell_soon(LaneFailed(self.name, lease, cause))
+        self._environment.tell_soon(LaneFailed(self.name, lease, cause))
         self.next_task()
 
-    def call_off(self, turn: int) -> None:
-        """Give up the computation of that number, if it is under way, and begin the next batch."""
-        if self._is_computing(turn):
+    def call_off(self, computation: int) -> None:
+        """Abort the computation with this number if it is still under way, and begin the next batch."""
+        if self._is_computing(computation):
             self._handle(ComputeAborted())
 
-    def receive(self, partition: int, receipt: Receipt, shown: FloatArray) -> None:
-        """A server answers a push.
+    def receive(self, partition: int, receipt: Receipt, published: FloatArray) -> None:
+        """Take a server's receipt of a push.
 
         Args:
-            partition: which server.
-            receipt: its answer.
-            shown: its weights, `[partition size]`.
+            partition: partition of the server.
+            receipt: the receipt.
+            published: weights that came with it, `[partition size]`.
         """
         slot = self._loop.slot_of_push(receipt.batch)
         if slot is None or slot.outcomes[partition] is not None or not self.alive:
-            return  # of a push that was given up, or answered before
+            return  # the push was abandoned, or this is a second receipt
         actions = self._loop.handle(ReceiptArrived(partition, receipt))
         if slot.wants:
-            self._keep(slot, partition, shown)
-        self._carry_out(actions)
+            self._keep_weights(slot, partition, published)
+        self._perform(actions)
 
-    def _keep(self, slot: PipelineSlot, partition: int, shown: FloatArray) -> None:
-        """Weights came with a receipt, for the slot's next batch."""
-        self._ready_at[slot.number] = self._site.now + self._link_s
-        if slot is self._loop.computing and len(self._site.parts) == 1 and not self._worker_options.sends_weights:
-            self._weights[slot.number] = shown  # that batch is computed at this instant: no copy is needed
+    def _keep_weights(self, slot: PipelineSlot, partition: int, published: FloatArray) -> None:
+        """Keep the weights that came with a receipt, for the slot's next batch."""
+        self._ready_at[slot.number] = self._environment.now + self._link_s
+        if (
+            slot is self._loop.computing
+            and len(self._environment.parts) == 1
+            and not self._worker_options.sends_weights
+        ):
+            self._weights[slot.number] = published  # the batch is computed at this virtual time: no copy is needed
             return
         weights = self._weights[slot.number]
         if weights is None:
             weights = self._weights[slot.number] = np.empty_like(self._problem.weights)
-        weights[self._site.parts[partition]] = shown
+        weights[self._environment.parts[partition]] = published

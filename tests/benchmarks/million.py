@@ -10,8 +10,8 @@ from pathlib import Path
 from time import perf_counter
 
 from psgd.simulation.delays import Lognormal
-from psgd.simulation.scenario import Scenario, contenders
-from psgd.simulation.simulate import QuadraticSubject, simulate
+from psgd.simulation.scenario import Scenario, jobs_to_simulate
+from psgd.simulation.simulate import QuadraticWorkload, simulate
 from psgd.spec.reader import load_spec
 
 __all__ = ["main"]
@@ -30,9 +30,9 @@ def main() -> int:
     arguments = parser.parse_args()
     spec = load_spec(JOB, ["run.epochs=1", "optimizer.lr=5e-4", "simulate.modes=async"])
     scenario = Scenario(arguments.workers, Lognormal(0.0, 1.0))
-    ((name, job),) = contenders(spec, arguments.workers).items()
+    ((name, job),) = jobs_to_simulate(spec, arguments.workers).items()
     began = perf_counter()
-    found = simulate(name, job, QuadraticSubject(100, arguments.pushes, seed=0), scenario, target=None)
+    found = simulate(name, job, QuadraticWorkload(100, arguments.pushes, seed=0), scenario, target=None)
     seconds = perf_counter() - began
     document = {
         "pushes": found.pushes["applied"],

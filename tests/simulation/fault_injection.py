@@ -1,8 +1,8 @@
-"""Fault injection: whole runs on the virtual cluster in which everything fails, all of it decided by one seed.
+"""Fault injection: whole runs on a virtual cluster with random faults, all decided by one seed.
 
-A seed draws a job, its workers' paces and a list of faults. Processes die and hang; messages are lost, doubled, late
-and out of order; links break; checkpoints fail; the driver itself dies and a new one resumes. At the end stands a run
-that finished, or a `ViolationError`.
+A seed draws a job, the speeds of its workers and a list of faults. Workers and servers die and hang. Messages are lost,
+doubled, delayed and reordered. Links break, checkpoints fail, and the driver dies and is replaced by one that resumes
+the run. The run must finish, and must not violate an invariant.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from psgd.core.driver.events import Action, Change, Commit, Save, SaveFailed, Scale
 from psgd.core.server.parameter_server import ParameterServer
-from psgd.errors import SpecError
+from psgd.errors import RunError, SpecError
 from psgd.simulation.cluster import VirtualCheckpoint, VirtualCluster
 from psgd.simulation.faults import FaultPlan, PushFault
 from psgd.simulation.observer import ClusterObserver
@@ -28,19 +28,19 @@ from psgd.spec.changes import change_workers
 from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray, Receipt
 from tests.simulation.invariants import Audit, one_hot
 
-__all__ = ["FAULTS", "Outcome", "RandomFaults", "RandomRun", "draw_run", "run_with_faults"]
+__all__ = ["FAULTS", "FinishedRun", "RandomFaults", "RandomRun", "describe_failure", "draw_run", "run_with_faults"]
 
-MAX_EVENTS = 60_000  # of one process of the driver
-MAX_S = 300.0  # virtual, likewise
-START_S = 0.5  # of a process
-RECEIPT_FACTOR = 2  # a receipt may take so many time limits, as in psgd_workers.worker
-LATEST_S = 3.0  # a message takes at most so long
+MAX_EVENTS = 60_000  # largest number of events in one process of the driver
+MAX_S = 300.0  # longest duration of one process of the driver, virtual seconds
+START_S = 0.5  # time until a worker process has started, virtual seconds
+RECEIPT_FACTOR = 2  # time limit for a receipt, as a multiple of `failure.timeout_s`, as in psgd_workers.worker
+LATEST_S = 3.0  # longest delay of a message, virtual seconds
 
-FAULTS = {  # kind -> how often it is drawn
+FAULTS = {  # kind -> relative frequency
     "crash": 4,
-    "late": 3,  # the next push is under way when its worker dies
-    "torn": 3,  # ... reached some servers when its worker died
-    "after": 2,  # ... reached all of them
+    "late": 3,  # the worker dies during its next push, which arrives later
+    "torn": 3,  # the worker dies during its next push, which reaches only some servers
+    "after": 2,  # the worker dies after its next push has reached all servers
     "preempt": 2,
     "hang": 2,
     "hang for ever": 1,
@@ -61,25 +61,25 @@ FAULTS = {  # kind -> how often it is drawn
 
 @dataclass(frozen=True, slots=True)
 class RandomRun:
-    """What a seed means."""
+    """A job and its faults, as drawn from a seed."""
 
     seed: int
     spec: JobSpec
     grid: EpochGrid
     epochs: int
     timing: Timing
-    lease_s: float
-    faults: tuple[tuple[float, str], ...]  # virtual seconds after the process began, kind
-    rough_s: float  # so long messages are lost, doubled and late
-    lost: float  # share of the messages
-    late: float
-    doubled: float
-    not_finite: int  # gradients, of the first that are computed
-    evaluates: bool
+    lease_s: float  # virtual seconds of work in a lease
+    faults: tuple[tuple[float, str], ...]  # (virtual seconds after the start of the driver's process, kind)
+    unreliable_s: float  # virtual time until which messages are lost, doubled and delayed
+    lost: float  # until then, share of the messages that are lost
+    late: float  # ... that are delayed
+    doubled: float  # ... that arrive twice
+    not_finite: int  # number of gradients that are not finite, at the start of the run
+    evaluates: bool  # True if there is validation data
 
 
 def draw_run(seed: int) -> RandomRun:
-    """The run that a seed means."""
+    """Draw a run from a seed."""
     random = Random(seed)  # noqa: S311 - no secret
     workers = random.randint(1, 6)
     servers = random.choice((1, 1, 2, 3))
@@ -141,6 +141,7 @@ def _traits(mode: Mapping[str, Any]) -> ModeTraits:
 
 
 def _mode(random: Random, workers: int, servers: int) -> dict[str, Any]:
+    """Draw a consistency mode that works with this number of servers."""
     late = random.choice(("requeue", "discard"))
     modes: list[dict[str, Any]] = [
         {"mode": "async"},
@@ -161,12 +162,12 @@ def _mode(random: Random, workers: int, servers: int) -> dict[str, Any]:
 
 
 class RandomFaults(FaultPlan):
-    """The faults of one process of the driver.
+    """The faults during one process of the driver.
 
     Args:
-        run: what happens.
-        random: decides whom it happens to.
-        faults: those of the run that are still to come; taken out as they happen.
+        run: the run.
+        random: random numbers that decide the details of each fault.
+        faults: faults that have not happened yet, as in `RandomRun.faults`. A fault is removed when it happens.
     """
 
     def __init__(self, run: RandomRun, random: Random, faults: list[tuple[float, str]]) -> None:
@@ -175,64 +176,67 @@ class RandomFaults(FaultPlan):
         self._faults = faults
         self._timeout_s = run.spec.failure.timeout_s
         self.receipt_limit_s = RECEIPT_FACTOR * self._timeout_s
-        self._armed: set[str] = set()
-        self._next_push: dict[str, str] = {}  # worker -> what happens to its next push
-        self._hangs: dict[str, float] = {}  # worker -> seconds, once
-        self._slow: dict[str, float] = {}  # worker -> factor
-        self._cuts: dict[tuple[str, int], float] = {}  # link -> until when
-        self._epochs: dict[int, int] = {}  # partition -> complete ones when the last push arrived
+        self._armed: set[str] = set()  # kinds of faults that happen at the next opportunity
+        self._next_push: dict[str, str] = {}  # worker -> fault of its next push
+        self._hangs: dict[str, float] = {}  # worker -> virtual seconds by which its next gradient is delayed
+        self._slow: dict[str, float] = {}  # worker -> factor of its compute times
+        self._cuts: dict[tuple[str, int], float] = {}  # (worker, partition) -> virtual time until which the link is cut
+        self._epochs: dict[int, int] = {}  # partition -> complete epochs after the last push
 
     def begin(self, cluster: VirtualCluster) -> None:
-        """Schedule everything that comes at its time."""
+        """Schedule the faults."""
         self._cluster = cluster
         for fault in self._faults:
-            cluster.after(fault[0], self._happen, fault)
+            cluster.after(fault[0], self._inject, fault)
 
-    # What is drawn as it happens
+    # Random numbers
 
     def compute_s(self, worker: str, batch: BatchId) -> float:
-        """Draw how long a gradient takes."""
+        """Draw the compute time of a gradient, in virtual seconds."""
         random = self._random
         seconds = random.expovariate(5.0) * self._slow.get(worker, 1.0) if random.random() < 0.8 else 0.2
         return seconds + self._hangs.pop(worker, 0.0)
 
-    def _chance(self, share: float) -> bool:
-        return share > 0 and self._cluster.now < self._run.rough_s and self._random.random() < share
+    def _draw(self, share: float) -> bool:
+        """Return True with this probability while messages are unreliable, and False later."""
+        return share > 0 and self._cluster.now < self._run.unreliable_s and self._random.random() < share
 
-    def _delay_s(self) -> float:
+    def _draw_delay_s(self) -> float:
+        """Draw the delay of a message, in virtual seconds."""
         return self._random.uniform(0, LATEST_S) ** 2 / LATEST_S
 
     # Messages
 
     def reaches(self, worker: str, partition: int) -> bool:
-        """Nothing goes through a link that is cut."""
+        """Return False while the link between worker and server is cut."""
         return self._cuts.get((worker, partition), 0.0) <= self._cluster.now
 
     def push(self, worker: str, number: int, partitions: int) -> PushFault:
-        """Send it in pieces, each with a fate of its own."""
+        """Draw the delays of each partition's part of a push, and add the fault that is due for the worker, if any."""
         fault = self._next_push.pop(worker, None)
         copies = [self._copies(worker, partition, fault) for partition in range(partitions)]
         return PushFault(copies) if fault is None else PushFault(copies, "dies", fault)
 
     def _copies(self, worker: str, partition: int, fault: str | None) -> Sequence[float]:
+        """Draw the delays with which copies of one partition's part of a push arrive."""
         run = self._run
         if fault == "late":
-            return (self._delay_s(),)
+            return (self._draw_delay_s(),)
         if fault == "torn" and self._random.random() < 0.5:
             return ()
-        again = [self._delay_s()] if self._chance(run.doubled) else []
-        if not self.reaches(worker, partition) or self._chance(run.lost):
+        again = [self._draw_delay_s()] if self._draw(run.doubled) else []
+        if not self.reaches(worker, partition) or self._draw(run.lost):
             return again
-        return [*again, self._delay_s() if self._chance(run.late) else 0.0]
+        return [*again, self._draw_delay_s() if self._draw(run.late) else 0.0]
 
     def receipt(self, partition: int, receipt: Receipt) -> float | None:
-        """Lose it, delay it, or let it come."""
-        if not self.reaches(receipt.worker, partition) or self._chance(self._run.lost):
+        """Draw the delay of a receipt, or None if it is lost."""
+        if not self.reaches(receipt.worker, partition) or self._draw(self._run.lost):
             return None
-        return self._delay_s() if self._chance(self._run.late) else 0.0
+        return self._draw_delay_s() if self._draw(self._run.late) else 0.0
 
     def arrived(self, partition: int) -> None:
-        """A server may die as its epoch ends."""
+        """Kill the server if its epoch has just ended and that fault is due."""
         epochs = self._cluster.servers[partition].epochs
         ended = epochs > self._epochs.get(partition, 0)
         self._epochs[partition] = epochs
@@ -242,31 +246,32 @@ class RandomFaults(FaultPlan):
     # Checkpoints
 
     def allows(self, action: Action) -> bool:
-        """Let checkpoints fail, and servers die at them."""
+        """Let checkpoints fail, and kill servers during them, if these faults are due."""
         cluster = self._cluster
-        some = self._random.randrange(len(self._cluster.parts))
+        partition = self._random.randrange(len(self._cluster.parts))
         match action:
             case Save(number) | Commit(number) if self._is_armed(type(action).__name__.lower()):
                 cluster.tell_soon(SaveFailed(number, "the disk is full"))
                 return False
             case Save() if self._is_armed("server at a save"):
                 if self._random.random() < 0.5:
-                    cluster.kill_server(some)
+                    cluster.kill_server(partition)
                 else:
-                    cluster.after(self._random.choice((0.0, 0.0015)), cluster.kill_server, some)
+                    cluster.after(self._random.choice((0.0, 0.0015)), cluster.kill_server, partition)
             case Commit() if self._is_armed("server at a commit"):
-                cluster.kill_server(some)
+                cluster.kill_server(partition)
         return True
 
     def _is_armed(self, kind: str) -> bool:
-        """Return True once for each time that it was armed."""
+        """Return True if a fault of this kind is due, and disarm it."""
         armed = kind in self._armed
         self._armed.discard(kind)
         return armed
 
-    # Faults at their time
+    # Faults
 
-    def _happen(self, fault: tuple[float, str]) -> None:
+    def _inject(self, fault: tuple[float, str]) -> None:
+        """Cause a fault now, or arm it for the next opportunity."""
         self._faults.remove(fault)
         cluster = self._cluster
         kind = fault[1]
@@ -276,8 +281,8 @@ class RandomFaults(FaultPlan):
             partition = self._random.randrange(len(cluster.parts))
             cluster.kill_server(partition)
             if kind == "server restored":
-                again = cluster.timing.death_s + self._random.uniform(0, 2 * cluster.timing.restore_s)
-                cluster.after(again, cluster.kill_server, partition)
+                delay_s = cluster.timing.death_s + self._random.uniform(0, 2 * cluster.timing.restore_s)
+                cluster.after(delay_s, cluster.kill_server, partition)
         elif kind == "driver":
             cluster.kill_driver()
         elif kind == "scale":
@@ -285,9 +290,10 @@ class RandomFaults(FaultPlan):
         elif kind == "set":
             self._change()
         elif names := sorted(cluster.workers):
-            self._happen_to(self._random.choice(names), kind)
+            self._inject_into(self._random.choice(names), kind)
 
-    def _happen_to(self, worker: str, kind: str) -> None:
+    def _inject_into(self, worker: str, kind: str) -> None:
+        """Cause a fault of a worker."""
         match kind:
             case "crash" | "preempt":
                 self._cluster.lose_worker(worker, kind, preempted=kind == "preempt")
@@ -304,14 +310,15 @@ class RandomFaults(FaultPlan):
                 self._next_push[worker] = kind
 
     def _scale(self) -> None:
+        """Change the number of workers."""
         spec = self._run.spec
         workers = self._random.randint(1, spec.scaling.most_workers)
-        with suppress(SpecError):  # too few for the mode: this is refused
+        with suppress(SpecError):  # a number of workers that is too small for the mode is refused
             change_workers(spec, str(workers))
             self._cluster.tell_soon(Scale(workers))
 
     def _change(self) -> None:
-        """The same mode with other numbers, or from one that needs no pipeline to another."""
+        """Change the numbers of the consistency mode, or switch between async and bsp."""
         spec = self._run.spec
         mode = spec.consistency.model_dump()
         for field in ("r", "s", "k"):
@@ -324,22 +331,22 @@ class RandomFaults(FaultPlan):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended: the last process of its driver, and what was noted of its servers."""
+class FinishedRun:
+    """A run that finished and passed all checks."""
 
-    cluster: VirtualCluster
-    audit: Audit
+    cluster: VirtualCluster  # of the driver's last process
+    audit: Audit  # of all servers
 
 
 def run_with_faults(
     seed: int, server: type[ParameterServer] = ParameterServer, observers: Sequence[ClusterObserver] = ()
-) -> Outcome:
-    """Run what a seed means, and check it.
+) -> FinishedRun:
+    """Draw a run from a seed, run it to its end, and check the invariants.
 
     Args:
-        seed: of the run.
-        server: the class of its servers.
-        observers: told what it does.
+        seed: seed of the run and of its faults.
+        server: class of the servers.
+        observers: observers of the run.
 
     Raises:
         ViolationError: an invariant does not hold.
@@ -366,26 +373,35 @@ def run_with_faults(
         ).run(MAX_EVENTS, MAX_S)
         if cluster.finish and cluster.finish.status != "unsaved":  # else a new driver resumes it
             audit.check_end(cluster, run.epochs)
-            return Outcome(cluster, audit)
+            return FinishedRun(cluster, audit)
         resume = cluster.newest_checkpoint
 
 
+def describe_failure(seed: int) -> str | None:
+    """Run a seed. Return the error and the command that repeats the run, or None if the run is correct."""
+    try:
+        run_with_faults(seed)
+    except (AssertionError, LookupError, RunError, TypeError, ValueError) as error:  # anything that a bug may raise
+        return f"seed {seed}: {type(error).__name__}: {error}\n  again: python -m tests.simulation --seed {seed}"
+    return None
+
+
 def _resumed(spec: JobSpec, resume: VirtualCheckpoint | None) -> JobSpec:
-    """The job with the settings that it was saved with."""
+    """Return the job with the settings in the checkpoint."""
     if resume is None:
         return spec
     return spec.model_copy(update=dict(Settings.model_validate(resume.states[0].metadata["settings"])))
 
 
 def _problem(run: RandomRun, first: bool) -> Problem:
-    """The toy problem, whose first gradients may not be finite."""
+    """Return the toy problem, in which the loss of the first gradients may not be finite."""
     problem = one_hot(run.grid, run.epochs, run.spec.scaling.servers)
     gradient = problem.gradient
-    left = iter(range(run.not_finite if first else 0))
+    not_finite = iter(range(run.not_finite if first else 0))
 
     def perhaps_finite(batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
         loss = gradient(batch, weights, out)
-        return loss if next(left, None) is None else float("nan")
+        return loss if next(not_finite, None) is None else float("nan")
 
     return replace(problem, gradient=perhaps_finite, evaluate=_evaluate if run.evaluates else None)
 

@@ -1,10 +1,10 @@
-"""What a run owes whatever fails, found out without believing its own accounts.
+"""Invariants of a run with faults, checked independently of the server's own counters.
 
-An `Auditor` notes which gradients a server's state is made of, which versions it went through and how many pushes it
-heard. The notes of a state that is saved are kept with it and taken up again where the state is restored.
+An `Auditor` notes which gradients a server's state contains, which versions it had and how many pushes it received. The
+notes on a saved state are kept, and used again when that state is restored.
 
-In the toy problem that belongs to it every batch has a value of its own in every partition, and a gradient that is one
-there and zero elsewhere. With plain steps of rate 1 the weights themselves then say which batches they contain.
+The checks use a toy problem. Each batch has its own weight in every partition, and its gradient is 1 there and 0
+elsewhere. With plain steps of rate 1 the weights themselves show which batches they contain.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Vers
 
 __all__ = ["Audit", "Auditor", "ViolationError", "one_hot"]
 
-LINE = 16  # partitions are cut at multiples of so many values
+ALIGNMENT = 16  # partitions are cut at multiples of this number of values
 
 
 class ViolationError(AssertionError):
@@ -34,8 +34,8 @@ class ViolationError(AssertionError):
 
 
 def one_hot(grid: EpochGrid, epochs: int, servers: int) -> Problem:
-    """The toy problem."""
-    size = -(-epochs * grid.num_batches // LINE) * LINE
+    """Return the toy problem, with one weight per batch in every partition."""
+    size = -(-epochs * grid.num_batches // ALIGNMENT) * ALIGNMENT  # of a partition
 
     def gradient(batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
         del weights
@@ -47,39 +47,40 @@ def one_hot(grid: EpochGrid, epochs: int, servers: int) -> Problem:
 
 
 def _number(grid: EpochGrid, batch: BatchId) -> int:
+    """Return the number of a batch among the batches of all epochs."""
     return batch.epoch * grid.num_batches + grid.position(batch)
 
 
 @dataclass(slots=True)
 class Notes:
-    """What a state is made of.
+    """Notes on the contents of a server's state.
 
     Attributes:
-        contained: how often the state contains each batch.
-        without: batches that the partition does without.
-        versions: versions that the weights went through, ancestors included.
-        heard: number of pushes, those of ancestors included.
-        exact: true if every gradient so far was a step of its own.
+        contained: number of times that the state contains each batch.
+        skipped: batches that the partition skips.
+        versions: versions of the weights, including the versions of ancestors.
+        pushes: number of pushes, including the pushes to ancestors.
+        exact: True if every gradient so far was a step of its own.
     """
 
     contained: Counter[BatchId] = field(default_factory=Counter)
-    without: set[BatchId] = field(default_factory=set)
+    skipped: set[BatchId] = field(default_factory=set)
     versions: set[Version] = field(default_factory=set)
-    heard: int = 0
+    pushes: int = 0
     exact: bool = True
 
     def copy(self) -> Notes:
-        return Notes(self.contained.copy(), self.without.copy(), self.versions.copy(), self.heard, self.exact)
+        return Notes(self.contained.copy(), self.skipped.copy(), self.versions.copy(), self.pushes, self.exact)
 
 
 class Auditor(ServerObserver):
-    """Watches one server of the toy problem, and does not believe it.
+    """An observer of one server of the toy problem, which checks the server against its own notes.
 
     Args:
-        audit: of the run.
+        audit: audit of the run.
 
     Attributes:
-        notes: on the server's state.
+        notes: notes on the server's state.
     """
 
     def __init__(self, audit: Audit) -> None:
@@ -90,19 +91,19 @@ class Auditor(ServerObserver):
         self.notes.versions.add(server.version)
 
     def pushed(self, gradient: Gradient) -> None:
-        self.notes.heard += 1
+        self.notes.pushes += 1
 
     def collected(self, gradient: Gradient) -> None:
         notes = self.notes
         batch = gradient.batch
         notes.contained[batch] += 1
-        _check(notes.contained[batch] == 1, f"{batch} is taken in a second time")
-        _check(batch not in notes.without, f"{batch} is taken in, and was to be done without")
+        _check(notes.contained[batch] == 1, f"{batch} is used a second time")
+        _check(batch not in notes.skipped, f"{batch} is used after it was skipped")
         _check(gradient.read in notes.versions, f"{gradient.read} is not an ancestor of {max(notes.versions)}")
 
     def skipped(self, batch: BatchId) -> None:
-        _check(batch not in self.notes.contained, f"{batch} is to be done without, and was taken in")
-        self.notes.without.add(batch)
+        _check(batch not in self.notes.contained, f"{batch} is skipped after it was used")
+        self.notes.skipped.add(batch)
 
     def stepped(self, server: ParameterServer) -> None:
         self.notes.versions.add(server.version)
@@ -118,7 +119,7 @@ class Auditor(ServerObserver):
         self.notes.versions.add(server.version)
 
     def check(self, server: ParameterServer) -> None:
-        """Compare what a server says with what was noted.
+        """Compare a server's report and weights with the notes.
 
         Raises:
             ViolationError: they differ.
@@ -126,99 +127,107 @@ class Auditor(ServerObserver):
         report = server.report()
         notes = self.notes
         grid = self._audit.grid
-        _check(sum(report.pushes.values()) == notes.heard, f"{notes.heard} pushes, accounted as {report.pushes}")
-        taken = sum(notes.contained.values())
-        said = report.pushes["applied"] + report.pushes["buffered"]
-        _check(taken == said, f"{taken} gradients are in the state, and {said} are said to be")
-        settled = {batch for batch in notes.contained.keys() | notes.without if _is_settled(report, grid, batch)}
-        _check(len(settled) == report.contained(grid), "the applied set is not what the state contains")
+        _check(sum(report.pushes.values()) == notes.pushes, f"{notes.pushes} pushes are counted as {report.pushes}")
+        contained = sum(notes.contained.values())
+        reported = report.pushes["applied"] + report.pushes["buffered"]
+        _check(contained == reported, f"{contained} gradients are in the state, and {reported} are reported")
+        settled = {batch for batch in notes.contained.keys() | notes.skipped if _is_settled(report, grid, batch)}
+        _check(len(settled) == report.contained(grid), "the applied set differs from the batches in the state")
         steps = max(version.updates for version in notes.versions)
-        _check(len({version.updates for version in notes.versions}) == steps + 1, "versions are not the steps taken")
+        _check(len({version.updates for version in notes.versions}) == steps + 1, "the versions do not count the steps")
         if not report.pushes["buffered"] and not self._audit.compressed:
             self._check_weights(server)
 
     def _check_weights(self, server: ParameterServer) -> None:
-        """Every gradient that is in a step moved one weight; with one gradient for each step, by one."""
-        moved = np.zeros_like(server.weights)
+        """Check that each gradient in a step changed its weight, and by exactly 1 if each step holds one gradient."""
+        expected = np.zeros_like(server.weights)
         for batch, count in self.notes.contained.items():
-            moved[_number(self._audit.grid, batch)] = -count
+            expected[_number(self._audit.grid, batch)] = -count
         weights = server.weights if self.notes.exact else np.sign(server.weights)
         _check(
-            np.array_equal(weights, moved), f"the weights {server.weights.tolist()} are not of {self.notes.contained}"
+            np.array_equal(weights, expected),
+            f"the weights {server.weights.tolist()} do not match {self.notes.contained}",
         )
 
 
 def _is_settled(report: Report, grid: EpochGrid, batch: BatchId) -> bool:
+    """Return True if a report says that the state contains a batch."""
     bitmap = report.settled.get(batch.epoch)
     return batch.epoch < report.epochs or (bitmap is not None and bool(bitmap[grid.position(batch)]))
 
 
 class Audit:
-    """Every server of one run, through all processes of its driver.
+    """The checks of all servers of one run, through all processes of its driver.
 
     Args:
-        grid: the shape of an epoch.
-        compressed: true if the weights tell nothing, as compression leaves values out that come later.
+        grid: shape of an epoch.
+        compressed: True if the weights cannot be checked, because compression delays values.
+
+    Attributes:
+        auditors: observers of the newest servers, by partition.
     """
 
     def __init__(self, grid: EpochGrid, compressed: bool) -> None:
         self.grid = grid
         self.compressed = compressed
-        self.auditors: dict[int, Auditor] = {}  # of the servers that started last, by partition
+        self.auditors: dict[int, Auditor] = {}
         self._kept: list[tuple[ServerState, Notes]] = []
 
     def observe(self, partition: int) -> Auditor:
-        """Return the observer of a server that starts now."""
+        """Return an observer for a server that starts now."""
         auditor = self.auditors[partition] = Auditor(self)
         return auditor
 
     def keep(self, state: ServerState, notes: Notes) -> None:
-        """Keep the notes on a state that is saved."""
+        """Keep the notes on a saved state."""
         self._kept.append((state, notes))
 
     def notes(self, state: ServerState) -> Notes:
-        """Return the notes on a state that was saved: on this very object."""
+        """Return the notes on a saved state, which is found by identity."""
         return next(notes for kept, notes in self._kept if kept is state)
 
     def check_end(self, cluster: VirtualCluster, epochs: int) -> None:
         """Check a run that ended.
 
         Args:
-            cluster: where it ran.
-            epochs: how many it was to make.
+            cluster: cluster of the driver's last process.
+            epochs: number of epochs of the job.
 
         Raises:
-            ViolationError: something is missing, there twice, or left over.
+            ViolationError: the run did not finish, a batch is missing, or something is left over.
         """
         finish = cluster.finish
         _check(finish is not None and finish.status == "finished", f"the run ended as {finish}")
         saved = cluster.newest_checkpoint
-        _check(saved is not None, "nothing was saved")
+        _check(saved is not None, "no checkpoint was saved")
         assert saved
         for partition, state in enumerate(saved.states):
             self._check_state(partition, state, epochs)
-        for partition, server in cluster.servers.items():  # one may have died after the last checkpoint
+        for partition, server in cluster.servers.items():  # a server may have died after the last checkpoint
             auditor = self.auditors[partition]
             auditor.check(server)
             last = self.notes(saved.states[partition])
-            _check(auditor.notes.contained == last.contained, "what was done last is not durable")
+            _check(auditor.notes.contained == last.contained, "the last checkpoint lacks the last gradients")
             live = {worker.name for worker in cluster.status.workers if worker.joined}
-            _check(server.report().heard.keys() <= live, "rounds wait for workers that are gone")
-        _check(cluster.status.open_leases == 0, "leases are out")
+            _check(server.report().heard.keys() <= live, "a round waits for workers that have left")
+        _check(cluster.status.open_leases == 0, "leases are still open at the end")
         known = {worker.name for worker in cluster.status.workers}
-        _check(cluster.workers.keys() <= known, f"{cluster.workers.keys() - known} still live")
+        _check(cluster.workers.keys() <= known, f"workers {cluster.workers.keys() - known} are still alive")
 
     def _check_state(self, partition: int, state: ServerState, epochs: int) -> None:
+        """Check that a saved state contains every batch once, unless it was skipped."""
         grid = self.grid
         notes = self.notes(state)
-        everything = {grid.batch(epoch, position) for epoch in range(epochs) for position in range(grid.num_batches)}
-        missing = everything - notes.contained.keys() - notes.without
+        batches = {grid.batch(epoch, position) for epoch in range(epochs) for position in range(grid.num_batches)}
+        missing = batches - notes.contained.keys() - notes.skipped
         _check(not missing, f"partition {partition} ended without {sorted(missing)}")
-        _check(len(notes.contained) + len(notes.without) == len(everything), "some batch is both in and out")
+        _check(len(notes.contained) + len(notes.skipped) == len(batches), "a batch is both contained and skipped")
         applied = state.metadata["pushes"].get("applied", 0)
-        _check((state.metadata["epochs"], applied) == (epochs, len(notes.contained)), "an epoch is open, or a round")
+        _check(
+            (state.metadata["epochs"], applied) == (epochs, len(notes.contained)), "an epoch or a round is not complete"
+        )
 
 
-def _check(holds: bool, otherwise: str) -> None:
+def _check(holds: bool, message: str) -> None:
     if not holds:
-        raise ViolationError(otherwise)
+        raise ViolationError(message)

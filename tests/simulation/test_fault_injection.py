@@ -15,8 +15,7 @@ from psgd.errors import RunError
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.observer import ClusterObserver
 from psgd_workers.messages import Gradient, Outcome, Version
-from tests.chaos import fault
-from tests.simulation.fault_injection import FAULTS, draw_run, run_with_faults
+from tests.simulation.fault_injection import FAULTS, describe_failure, draw_run, run_with_faults
 from tests.simulation.invariants import ViolationError
 
 SEEDS = 500
@@ -25,8 +24,8 @@ CHUNK = 50
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 def test_every_run_ends_and_keeps_the_invariants_whatever_fails(first: int) -> None:
-    found = [one for seed in range(first, first + CHUNK) if (one := fault(seed))]
-    assert not found, "\n".join(found)
+    failures = [failure for seed in range(first, first + CHUNK) if (failure := describe_failure(seed))]
+    assert not failures, "\n".join(failures)
 
 
 def test_a_run_is_a_function_of_its_seed() -> None:
@@ -50,18 +49,18 @@ def test_everything_that_can_fail_does() -> None:
 
 
 def test_what_failures_do_is_met_often() -> None:
-    """Runs without failures would show nothing."""
+    """The drawn faults are frequent enough to test the recovery from each of them."""
     notes = Counter[str]()
     failures = Counter[str]()
     outcomes = Counter[str]()
 
-    class Noted(ClusterObserver):
+    class NoteCounter(ClusterObserver):
         def acted(self, cluster: VirtualCluster, action: Action) -> None:
             if isinstance(action, Note):
                 notes[action.event] += 1
 
     for seed in range(200):
-        cluster = run_with_faults(seed, observers=[Noted()]).cluster
+        cluster = run_with_faults(seed, observers=[NoteCounter()]).cluster
         failures += cluster.status.failures
         for server in cluster.servers.values():
             outcomes += Counter(server.report().pushes)
@@ -70,11 +69,11 @@ def test_what_failures_do_is_met_often() -> None:
     assert outcomes.keys() >= {"applied", "duplicate", "requeued", "discarded", "rejected"}
 
 
-# The checks can fail
+# Servers and ledgers with a fault, which the checks must find
 
 
-class Repeating(ParameterServer):
-    """Takes in again what it contains."""
+class AppliesTwice(ParameterServer):
+    """Uses a gradient of a batch that its state already contains."""
 
     def _admit(self, gradient: Gradient) -> Outcome:
         outcome = super()._admit(gradient)
@@ -88,7 +87,7 @@ class Repeating(ParameterServer):
         self._settled = settled
 
 
-class Forgetful(ParameterServer):
+class LosesAppliedSet(ParameterServer):
     """Restores the weights without their applied set."""
 
     @classmethod
@@ -98,7 +97,7 @@ class Forgetful(ParameterServer):
         return server
 
 
-class Hollow(ParameterServer):
+class LosesWeights(ParameterServer):
     """Restores the applied set without the weights."""
 
     @classmethod
@@ -108,14 +107,14 @@ class Hollow(ParameterServer):
         return server
 
 
-class Credulous(ParameterServer):
-    """Admits what was read in a past that is no more."""
+class AdmitsLostVersions(ParameterServer):
+    """Admits gradients that were computed from versions that are not in its history."""
 
     def _in_history(self, read: Version) -> bool:
         return True
 
 
-@pytest.mark.parametrize("server", [Repeating, Forgetful, Hollow, Credulous])
+@pytest.mark.parametrize("server", [AppliesTwice, LosesAppliedSet, LosesWeights, AdmitsLostVersions])
 def test_a_server_that_breaks_an_invariant_is_found_out(server: type[ParameterServer]) -> None:
     def is_found_out(seed: int) -> bool:
         try:
@@ -129,22 +128,22 @@ def test_a_server_that_breaks_an_invariant_is_found_out(server: type[ParameterSe
     assert any(is_found_out(seed) for seed in range(300))
 
 
-class Forgetting(Ledger):
-    """Leases nothing again that was lost."""
+class NeverRequeues(Ledger):
+    """Does not lease lost batches again."""
 
     def _recall(self, positions: NDArray[np.int64]) -> None:
         pass
 
 
-class Doubting(Ledger):
-    """Never finds out what became of a lease that ended."""
+class NeverSettles(Ledger):
+    """Never learns which batches of an ended lease were applied."""
 
     def _settled_by(self, partition: int, asked: int) -> list[int]:
         return []
 
 
-@pytest.mark.parametrize("ledger", [Forgetting, Doubting])
+@pytest.mark.parametrize("ledger", [NeverRequeues, NeverSettles])
 def test_a_ledger_with_which_no_run_ends_is_found_out(monkeypatch: pytest.MonkeyPatch, ledger: type[Ledger]) -> None:
     monkeypatch.setattr("psgd.core.driver.coordinator.Ledger", ledger)
-    found = [one for seed in range(20) if (one := fault(seed))]
-    assert any("no end" in one for one in found)
+    failures = [failure for seed in range(20) if (failure := describe_failure(seed))]
+    assert any("did not end within" in failure for failure in failures)

@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 from psgd.core.server.journal import RecordKind
 from psgd.errors import JournalError
-from psgd.replay.lineage import Record, Stretch, read_lineage
+from psgd.replay.lineage import IncarnationJournal, Record, read_lineage
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.messages import Outcome
 from tests.support.recorded_run import digits, record, run_directory
 
-FIRST = "journal/000000-1-server-0.npy"  # its checkpoint was deleted, and its checksum with it
+FIRST = "journal/000000-1-server-0.npy"  # a segment without a checksum, because its checkpoint was deleted
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    """A run of two incarnations, each with some checkpoints."""
+    """A run of two incarnations, each with several checkpoints."""
     run = run_directory(tmp_path)
     record(run, digits(run={"epochs": 1}))
     record(run, digits(run={"epochs": 2}))
@@ -31,19 +31,19 @@ def run(tmp_path: Path) -> RunDirectory:
 
 @pytest.fixture
 def torn(tmp_path: Path) -> RunDirectory:
-    """A run on two servers, of which the first died after its part of checkpoint 1 was written, before the commit."""
+    """A run on two servers. The first one died after writing its part of checkpoint 1, before the commit."""
     run = run_directory(tmp_path)
     record(run, digits(scaling={"workers": 3, "servers": 2}), dying=[(1, 0)])
     return run
 
 
-def lineage(run: RunDirectory, partition: int = 0, branches: bool = False) -> tuple[Stretch, ...]:
+def lineage(run: RunDirectory, partition: int = 0, branches: bool = False) -> tuple[IncarnationJournal, ...]:
     newest = Checkpoints(run.storage).committed()[-1]
     return read_lineage(run, Checkpoints(run.storage).manifest(newest), partition, branches)
 
 
-def records(stretch: Stretch) -> list[Record]:
-    return [record for segment in stretch.segments for record in Record.of(segment.records)]
+def records(journal: IncarnationJournal) -> list[Record]:
+    return [record for segment in journal.segments for record in Record.of(segment.records)]
 
 
 def newest_segment(run: RunDirectory) -> str:
@@ -63,7 +63,7 @@ def with_field(name: str, value: int) -> Callable[[NDArray[np.void]], NDArray[np
     return change
 
 
-def test_each_incarnation_is_a_stretch_and_the_second_begins_with_a_fork(run: RunDirectory) -> None:
+def test_each_incarnation_has_a_journal_and_the_second_begins_with_a_fork(run: RunDirectory) -> None:
     first, second = lineage(run)
     assert (first.incarnation, second.incarnation) == (1, 2)
     assert (first.workers, second.workers) == (3, 3)
@@ -79,7 +79,7 @@ def test_every_server_has_records_of_its_own(tmp_path: Path) -> None:
     run = run_directory(tmp_path)
     record(run, digits(scaling={"workers": 3, "servers": 2}), skew_s=0.1)
     first, second = (lineage(run, partition) for partition in (0, 1))
-    pushes = [[r.batch for r in records(stretch) if r.kind == RecordKind.PUSH] for (stretch,) in (first, second)]
+    pushes = [[r.batch for r in records(journal) if r.kind == RecordKind.PUSH] for (journal,) in (first, second)]
     assert pushes[0] != pushes[1]
     assert sorted(pushes[0]) == sorted(pushes[1])
     run.storage.delete("journal/000000-1-server-1.npy")
@@ -90,8 +90,8 @@ def test_every_server_has_records_of_its_own(tmp_path: Path) -> None:
 
 def test_segments_after_the_checkpoint_that_was_resumed_from_are_left_out(run: RunDirectory) -> None:
     run.storage.write("journal/000009-1-server-0.npy", b"of a checkpoint that was never committed")
-    run.storage.write("journal/notes.txt", b"a stranger")
-    assert [sum(len(segment.records) for segment in stretch.segments) for stretch in lineage(run)] == [
+    run.storage.write("journal/notes.txt", b"not a segment")
+    assert [sum(len(segment.records) for segment in journal.segments) for journal in lineage(run)] == [
         sum(
             len(np.load(path)) for path in Path(run.storage.url, "journal").glob(f"00000?-{n}-*") if path.name[5] != "9"
         )
@@ -110,11 +110,11 @@ def test_a_missing_segment_is_named(run: RunDirectory, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (with_field("incarnation", 7), "has records of incarnation 7, not of 1: it is another run's"),
-        (with_field("kind", 9), "records that this psgd does not know"),
-        (with_field("outcome", 99), "records that this psgd does not know"),
-        (lambda records: records["updates"], "records that this psgd does not know"),
-        (with_field("kind", RecordKind.FORK), r"went on from nothing, says .* have forks at \[0\]"),
+        (with_field("incarnation", 7), "has records of incarnation 7, not of 1: it belongs to another run"),
+        (with_field("kind", 9), "records that this version of psgd does not know"),
+        (with_field("outcome", 99), "records that this version of psgd does not know"),
+        (lambda records: records["updates"], "records that this version of psgd does not know"),
+        (with_field("kind", RecordKind.FORK), r"continued from the initial weights, but its .* have forks at \[0\]"),
     ],
     ids=["another incarnation", "kind", "outcome", "dtype", "fork"],
 )
@@ -137,21 +137,21 @@ def test_a_segment_that_was_changed_or_is_another_runs_fails_its_checksum(run: R
     name = newest_segment(run)
     assert name == newest_segment(other)
     run.storage.write(name, other.storage.read(name))
-    with pytest.raises(JournalError, match=r"not what was committed with its checkpoint: .* another run's"):
+    with pytest.raises(JournalError, match=r"not the file that was committed with its checkpoint: .* another run"):
         lineage(run)
 
 
 def test_a_start_that_nobody_wrote_down_is_asked_for(run: RunDirectory) -> None:
     lines = [line for line in run.read_lines("events.jsonl") if line.get("incarnation") != 1]
     run.storage.write("events.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    with pytest.raises(JournalError, match="does not tell how incarnation 1 started"):
+    with pytest.raises(JournalError, match="lacks the start of incarnation 1, which wrote"):
         lineage(run)
 
 
 # A server restored alone
 
 
-def test_a_server_that_lived_has_one_stretch_whose_checkpoints_bear_two_incarnations(torn: RunDirectory) -> None:
+def test_a_server_that_lived_has_one_journal_whose_checkpoints_name_two_incarnations(torn: RunDirectory) -> None:
     (alone,) = lineage(torn, partition=1)
     assert (alone.session, alone.incarnation, alone.origin) == (1, 1, None)
     assert {segment.checkpoint[-2:] for segment in alone.segments} == {"-1", "-2"}
@@ -163,7 +163,7 @@ def test_the_branch_that_a_lost_server_gave_up_is_read_if_it_is_asked_for(torn: 
     assert (first.incarnation, second.incarnation, second.session, second.origin) == (1, 2, 1, "000000-1")
     assert [segment.checkpoint for segment in first.segments] == ["000000-1"]
     whole, same = lineage(torn, branches=True)
-    assert [(segment.checkpoint, segment.kept) for segment in whole.segments] == [
+    assert [(segment.checkpoint, segment.in_lineage) for segment in whole.segments] == [
         ("000000-1", True),
         ("000001-1", False),
     ]
@@ -172,12 +172,12 @@ def test_the_branch_that_a_lost_server_gave_up_is_read_if_it_is_asked_for(torn: 
 
 
 def test_an_incarnation_that_was_given_up_as_a_whole_is_read_if_it_is_asked_for(tmp_path: Path) -> None:
-    """It went on from checkpoint 0 and died before the commit of its first; so did the next one."""
+    """It continued from checkpoint 0 and died before the commit of its own first checkpoint."""
     run = run_directory(tmp_path)
     record(run, digits(scaling={"workers": 3, "servers": 2}), dying=[(1, 0), (2, 0)])
-    assert [stretch.incarnation for stretch in lineage(run)] == [1, 3]
+    assert [journal.incarnation for journal in lineage(run)] == [1, 3]
     whole = lineage(run, branches=True)
-    assert [(stretch.incarnation, stretch.origin, stretch.kept) for stretch in whole] == [
+    assert [(journal.incarnation, journal.origin, journal.in_lineage) for journal in whole] == [
         (1, None, True),
         (2, "000000-1", False),
         (3, "000000-1", True),
@@ -194,11 +194,11 @@ def test_a_branch_is_known_up_to_the_first_segment_that_cannot_be_read(torn: Run
     assert [segment.checkpoint for segment in lineage(torn, branches=True)[0].segments] == ["000000-1"]
     torn.storage.delete("journal/000001-1-server-1.npy")
     (alone,) = lineage(torn, partition=1)
-    assert len(records(alone)) > 0, "that checkpoint was not committed: its records are missed by a replay"
+    assert len(records(alone)) > 0, "that checkpoint was not committed, and so no segment of it is required"
 
 
 def test_a_branch_is_known_up_to_its_first_change(torn: RunDirectory) -> None:
-    """The settings are in no checkpoint that the lineage goes on from."""
+    """No checkpoint of the lineage holds the settings of that change."""
 
     def change(records: NDArray[np.void]) -> NDArray[np.void]:
         records["kind"][3] = RecordKind.CHANGE

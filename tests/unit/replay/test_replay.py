@@ -36,13 +36,13 @@ PLAIN = {"lr": 0.1}
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    """Where a run will be."""
+    """The directory of a run that has not begun."""
     return run_directory(tmp_path)
 
 
 @pytest.fixture
 def recorded(run: RunDirectory) -> RunDirectory:
-    """An asynchronous run of two epochs."""
+    """An asynchronous run of two epochs, recorded in `run`."""
     record(run, digits())
     return run
 
@@ -54,7 +54,7 @@ def assert_agrees(run: RunDirectory, **expected: Any) -> None:
 
 
 def assert_stops_where_it_says(run: RunDirectory, refused: pytest.ExceptionInfo[JournalError]) -> None:
-    """What the message offers is possible."""
+    """Check that `--until` with the number in the message replays the run up to there."""
     until = int(str(refused.value).partition("--until ")[2].split()[0])
     assert until > 0
     assert replay(run, until=until).updates == until
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_could_not_be_written_leaves_no_gap(run: RunDirectory)
     assert_agrees(run, updates=2 * 30)
 
 
-# A server lost on the way, alone
+# A server that is lost during the run
 
 
 LOST = [1.8, 3.0]
@@ -229,7 +229,7 @@ def test_a_remainder_that_was_lost_with_a_server_ends_the_replay_before_it_is_ca
 
 
 def test_a_remainder_of_a_branch_that_was_given_up_is_carried_on(run: RunDirectory) -> None:
-    """The server dies between its part of a checkpoint, of which its journal was written, and the commit."""
+    """The server dies after writing its part of a checkpoint and its journal, and before the commit."""
     spec = digits(compression={"name": "top_k", "ratio": 0.05})
     ended = record(run, spec, dying=[(1, 0), (3, 0)])
     assert ended.status.failures["server_lost"] == 2
@@ -239,7 +239,7 @@ def test_a_remainder_of_a_branch_that_was_given_up_is_carried_on(run: RunDirecto
 def test_the_remainder_of_a_push_whose_receipt_was_lost_is_carried_on_by_what_its_worker_knew(
     run: RunDirectory,
 ) -> None:
-    """The server took the push, and the worker that lives took it for refused."""
+    """The server applied the push, but the worker, which lives on, had to assume that it was refused."""
     faults = [Fault(f"worker-{number}", push, "lane") for number, push in ((0, 2), (1, 5), (2, 4))]
     ended = record(run, digits(compression={"name": "top_k", "ratio": 0.05}), faults=faults)
     assert ended.servers[0].report().pushes["duplicate"] == 0
@@ -271,14 +271,14 @@ def test_a_batch_that_was_done_without_is_replayed_as_such(run: RunDirectory, se
     assert_agrees(run, updates=2 * 30 - 1)
 
 
-# Several servers, each with an order of its own
+# Several servers, each with its own order of pushes
 
 
 SKEW_S = 0.1  # half a gradient's time: pushes overtake each other on their way to a server
 
 
 def pushes_of(run: RunDirectory, partition: int) -> NDArray[np.void]:
-    """The pushes of a server's journal, in its order."""
+    """Return the pushes of a server's journal, in its order."""
     names = [name for name in run.storage.names("journal") if name.endswith(f"-server-{partition}.npy")]
     records = np.concatenate([np.load(Path(run.storage.url, "journal", name)) for name in names])
     pushes: NDArray[np.void] = records[records["kind"] == RecordKind.PUSH]
@@ -286,7 +286,7 @@ def pushes_of(run: RunDirectory, partition: int) -> NDArray[np.void]:
 
 
 def order(run: RunDirectory, partition: int) -> list[tuple[int, ...]]:
-    """The batches of a server's journal, in its order."""
+    """Return the batches of a server's journal, in its order."""
     return [tuple(batch) for batch in pushes_of(run, partition)[["epoch", "shard", "index"]].tolist()]
 
 
@@ -334,7 +334,7 @@ def test_a_run_on_several_servers_comes_out_bit_for_bit(
 def test_one_of_several_servers_that_was_restored_alone_is_replayed(
     run: RunDirectory, sections: dict[str, Any], dying: list[tuple[int, int]]
 ) -> None:
-    """What others read of the branch that it gave up is computed again: its journal has it."""
+    """Gradients that were computed from the abandoned branch are recomputed from the records in its journal."""
     scaling = {"workers": 4, "servers": 2} | sections.get("scaling", {})
     ended = record(run, digits(**sections | {"scaling": scaling}), dying=dying)
     assert ended.status.failures["server_lost"] == len(dying)
@@ -342,7 +342,7 @@ def test_one_of_several_servers_that_was_restored_alone_is_replayed(
 
 
 def test_a_server_restored_alone_is_replayed_without_its_branch_where_nobody_read_from_it(run: RunDirectory) -> None:
-    """In lock-step nothing happens between the checkpoint and its death: the next gradients are of the same version."""
+    """In lockstep, no step lies between the checkpoint and the death: the next gradients read the same version."""
     saved = {"every_s": None, "every_updates": 3}
     spec = digits(scaling={"workers": 3, "servers": 2}, consistency={"mode": "bsp"}, checkpoint=saved)
     ended = record(run, spec, losses=2, compute_s=lambda worker, batch: 1.0)
@@ -351,7 +351,7 @@ def test_a_server_restored_alone_is_replayed_without_its_branch_where_nobody_rea
 
 
 def test_a_server_lost_before_its_first_step_began_anew_beside_the_others(run: RunDirectory) -> None:
-    """No journal has a record of its first incarnation, which showed the initial weights."""
+    """No journal has a record of its first incarnation, which published the initial weights."""
     spec = digits(scaling={"workers": 3, "servers": 2})
     cluster = RecordedRun(run, OpenJob.open(spec), None, compute_s=lambda worker, batch: 0.5)
     cluster.after(START_S + 0.3, cluster.kill_server, 0)
@@ -376,7 +376,7 @@ def test_what_others_read_of_records_that_were_lost_ends_the_replay_before_it(
 
 @pytest.mark.parametrize("compression", [{"name": "none"}, {"name": "top_k", "ratio": 0.05}], ids=lambda c: c["name"])
 def test_pushes_that_reached_some_servers_only_are_replayed(run: RunDirectory, compression: dict[str, Any]) -> None:
-    """What they read of the others is in no journal."""
+    """The versions that they read of the other servers are in no other journal."""
     faults = [
         *(Fault(f"worker-{number}", push, "torn") for number, push in ((0, 2), (1, 5), (4, 3))),
         Fault("worker-2", 4, "late"),
@@ -402,7 +402,7 @@ def test_pushes_that_reached_some_servers_only_are_replayed(run: RunDirectory, c
 def test_a_resumed_run_on_several_servers_is_replayed_across_its_cut(
     run: RunDirectory, sections: dict[str, Any]
 ) -> None:
-    """A checkpoint's parts are of one moment, and some pushes had reached one server then and not the other."""
+    """When the checkpoint is made, some pushes have reached one server and not the other."""
     sections |= {"checkpoint": {"every_s": None, "every_updates": 7 if "consistency" in sections else 36}}
     scaling = {"workers": 5, "servers": 2} | sections.pop("scaling", {})
     record(run, digits(scaling=scaling, **sections), skew_s=SKEW_S)
@@ -419,11 +419,11 @@ def test_a_resumed_run_on_several_servers_is_replayed_across_its_cut(
     pushed = [
         {
             tuple(record.batch)
-            for segment in stretch.segments
+            for segment in journal.segments
             for record in Record.of(segment.records)
             if record.kind == RecordKind.PUSH
         }
-        for stretch in first
+        for journal in first
     ]
     assert pushed[0] != pushed[1] or "consistency" in sections
 
@@ -468,7 +468,7 @@ def test_whatever_befalls_a_run_on_several_servers_its_replay_agrees(data: st.Da
 
 
 def test_a_push_that_arrives_after_its_worker_gave_it_up_and_pushed_the_next_is_replayed(run: RunDirectory) -> None:
-    """Its own remainder is carried on by none, and it does not disturb that of the next."""
+    """Its remainder is not added to any later push, and it does not change the remainder of the next push."""
     faults = [Fault(f"worker-{number}", push, "lane") for number in (0, 1, 2) for push in (2, 5, 7)]
     spec = digits(scaling={"workers": 3, "servers": 2}, compression={"name": "top_k", "ratio": 0.05})
     record(run, spec, faults=faults, skew_s=1.0)
@@ -485,7 +485,7 @@ def test_a_replay_stops_where_every_server_made_so_many_updates(run: RunDirector
     assert stopped.pushes >= 31
     assert (replay(run, until=0).updates, replay(run, until=0).pushes) == (0, 0)
     assert replay(run, until=60).agrees is True
-    with pytest.raises(JournalError, match=r"--until 61: .* up to 60 updates"):
+    with pytest.raises(JournalError, match=r"--until 61: the newest checkpoint of .* has 60 updates"):
         replay(run, until=61)
 
 
@@ -494,12 +494,12 @@ def test_each_server_stops_with_the_weights_of_its_own_version(run: RunDirectory
     expected = np.full_like(job.weights, np.nan)
     out = tmp_path / "weights.safetensors"
 
-    class Watched(ServerObserver):
+    class WeightsAtVersion23(ServerObserver):
         def stepped(self, server: ParameterServer) -> None:
             if server.version.updates == 23:
                 expected[server.partition.start : server.partition.stop] = server.weights
 
-    RecordedRun(run, job, None, skew_s=SKEW_S, server_observer=lambda partition: Watched()).run()
+    RecordedRun(run, job, None, skew_s=SKEW_S, server_observer=lambda partition: WeightsAtVersion23()).run()
     assert replay(run, until=23, out=out).updates == 23
     np.testing.assert_array_equal(job.layout.pack(load_file(out)), expected)
 
@@ -517,12 +517,12 @@ def test_it_stops_at_a_version_and_writes_those_weights(recorded: RunDirectory, 
         np.testing.assert_array_equal(found[tensor], array)
     assert replay(recorded, until=2 * 30).agrees is True
     assert (replay(recorded, until=0).updates, replay(recorded, until=0).pushes) == (0, 0)
-    with pytest.raises(JournalError, match=r"--until 61: .* up to 60 updates"):
+    with pytest.raises(JournalError, match=r"--until 61: the newest checkpoint of .* has 60 updates"):
         replay(recorded, until=61)
 
 
 def change_weights(run: RunDirectory) -> None:
-    """Commit other weights than came out: one of the last layer's biases is 0.5 higher."""
+    """Change the weights in the newest checkpoint: one bias of the last layer becomes 0.5 higher."""
     checkpoints = Checkpoints(run.storage)
     name = checkpoints.committed()[-1]
     path = f"checkpoints/{name}/server-0.safetensors"
@@ -551,7 +551,7 @@ def test_other_data_is_refused(run: RunDirectory, tmp_path: Path) -> None:
     record(run, digits(data=data))
     assert_agrees(run)
     np.savez(path, x=features + 1, y=np.arange(64) % 3)
-    with pytest.raises(DataError, match=r"not what it was trained on: its fingerprint .* Restore the data"):
+    with pytest.raises(DataError, match=r"has changed since the training: its fingerprint .* Restore the data"):
         replay(run)
 
 
@@ -595,13 +595,16 @@ def test_a_run_without_a_checkpoint_has_nothing_to_replay(run: RunDirectory) -> 
 
 
 def first_segment(run: RunDirectory) -> str:
-    """Its checkpoint was deleted, and its checksum with it."""
+    """Return the name of the first segment, which has no checksum because its checkpoint was deleted."""
     return f"journal/{run.storage.names('journal')[0]}"
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """`psgd replay run ...` in this process: arguments -> exit code, stdout, stderr."""
+    """Return a function that runs `psgd replay run ...` in this process.
+
+    Its arguments are those of the command; it returns the exit code, stdout and stderr.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def replayed(*arguments: str) -> tuple[Any, str, str]:

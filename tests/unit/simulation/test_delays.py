@@ -40,16 +40,17 @@ def build(text: str, *reader: Callable[[str], NDArray[np.void]]) -> Delays:
 
 
 def take(delays: Delays, number: int, worker: int = 0, workers: int = 8, seed: int = 5) -> list[float]:
-    """The first times of a worker."""
+    """Return the first times of a worker."""
     return list(islice(iter(delays.source(worker, workers, seed), None), number))
 
 
 def journal(*pushes: tuple[bytes, float], kind: RecordKind = RecordKind.PUSH) -> NDArray[np.void]:
-    """Records of that kind, each (worker, compute_s)."""
+    """Return journal records of one kind, each from (worker, compute_s)."""
     records = np.zeros(len(pushes), RECORD)
     records["kind"] = kind
-    for record, push in zip(records, pushes, strict=True):
-        record["worker"], record["compute_s"] = push
+    for record, (worker, compute_s) in zip(records, pushes, strict=True):
+        record["worker"] = worker
+        record["compute_s"] = compute_s
     return records
 
 
@@ -136,7 +137,7 @@ def test_measured_leaves_out_what_is_no_gradients_time() -> None:
     zero = journal((b"worker-0", 0.0), (b"worker-3", np.nan))
     delays = Measured.of(np.concatenate([joins, zero, journal((b"worker-1", 0.125))]))
     assert set(take(delays, 300)) == {0.125}
-    with pytest.raises(SpecError, match="no gradient's compute time is among the 3 records"):
+    with pytest.raises(SpecError, match="none of the journal's 3 records holds the compute time of a gradient"):
         Measured.of(np.concatenate([joins, zero]))
 
 
@@ -161,5 +162,5 @@ def test_a_run_that_is_not_there_is_said_as_the_reader_says_it() -> None:
 
 
 def test_a_journal_is_read_only_where_one_can_be() -> None:
-    with pytest.raises(SpecError, match="no journal can be read here, so none at 'runs/a'"):
+    with pytest.raises(SpecError, match="need the journal at 'runs/a', and no journal can be read here"):
         build("measured:runs/a")

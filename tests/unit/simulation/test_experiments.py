@@ -1,4 +1,4 @@
-"""Published results, on virtual time: the experiments of `tests/benchmarks/experiments` at their smallest."""
+"""Published results on a virtual clock: the experiments of `tests/benchmarks/experiments` in their smallest size."""
 
 from __future__ import annotations
 

@@ -19,24 +19,24 @@ SIZE = GRID.num_batches
 
 
 class Scripted(FaultPlan):
-    """One fault, at one push of one worker.
+    """A plan with one fault, at one push of one worker.
 
     Attributes:
-        asked: (worker, push) each.
+        pushes: (worker, number of the push) for each push that the plan was consulted about.
     """
 
     def __init__(self, worker: str, number: int, fault: PushFault) -> None:
-        self._at = worker, number
+        self._at = (worker, number)
         self._fault = fault
-        self.asked: list[tuple[str, int]] = []
+        self.pushes: list[tuple[str, int]] = []
 
     def push(self, worker: str, number: int, partitions: int) -> PushFault | None:
-        self.asked.append((worker, number))
+        self.pushes.append((worker, number))
         return self._fault if (worker, number) == self._at else None
 
 
-class Heard(ClusterObserver):
-    """Keeps what happens to pushes."""
+class Recorder(ClusterObserver):
+    """Records pushes, receipts and events."""
 
     def __init__(self) -> None:
         self.pushes: list[tuple[float, int, BatchId]] = []
@@ -49,32 +49,32 @@ class Heard(ClusterObserver):
     def answered(self, cluster: VirtualCluster, partition: int, receipt: Receipt) -> None:
         self.receipts[receipt.outcome.value] += 1
 
-    def told(self, cluster: VirtualCluster, event: Event) -> None:
+    def event_received(self, cluster: VirtualCluster, event: Event) -> None:
         self.events.append(event)
 
 
-def run(faults: FaultPlan, **sections: Any) -> tuple[VirtualCluster, Heard]:
-    heard = Heard()
+def run(faults: FaultPlan, **sections: Any) -> tuple[VirtualCluster, Recorder]:
+    recorder = Recorder()
     spec = job(workers=2, **sections)
     problem = Problem(GRID, START, quadratic)
-    cluster = VirtualCluster(spec, problem, lambda worker, batch: 0.1, faults=faults, observers=[heard]).run()
+    cluster = VirtualCluster(spec, problem, lambda worker, batch: 0.1, faults=faults, observers=[recorder]).run()
     assert cluster.finish
     assert cluster.finish.status == "finished"
     for server in cluster.servers.values():
-        assert server.report().pushes["applied"] == SIZE  # whatever fails
-    return cluster, heard
+        assert server.report().pushes["applied"] == SIZE  # in spite of the fault
+    return cluster, recorder
 
 
-def events(heard: Heard, kind: type[Event]) -> list[Any]:
-    return [event for event in heard.events if isinstance(event, kind)]
+def events(recorder: Recorder, kind: type[Event]) -> list[Any]:
+    return [event for event in recorder.events if isinstance(event, kind)]
 
 
 def test_without_faults_every_push_arrives_once_and_every_worker_is_asked_about_in_order() -> None:
     plan = Scripted("nobody", 0, PushFault([()]))
-    _, heard = run(plan)
-    assert heard.receipts == {"applied": SIZE}
+    _, recorder = run(plan)
+    assert recorder.receipts == {"applied": SIZE}
     for worker in ("worker-0", "worker-1"):
-        numbers = [number for name, number in plan.asked if name == worker]
+        numbers = [number for name, number in plan.pushes if name == worker]
         assert numbers == list(range(len(numbers)))
 
 
@@ -89,38 +89,38 @@ def test_without_faults_every_push_arrives_once_and_every_worker_is_asked_about_
 def test_a_push_arrives_as_often_and_as_late_as_the_plan_says(
     copies: Sequence[Sequence[float]], outcomes: dict[str, int]
 ) -> None:
-    _, heard = run(Scripted("worker-0", 1, PushFault(copies)))
-    assert heard.receipts == outcomes
+    _, recorder = run(Scripted("worker-0", 1, PushFault(copies)))
+    assert recorder.receipts == outcomes
 
 
 def test_a_push_that_is_lost_is_given_up_after_the_limit_and_done_again() -> None:
     plan = Scripted("worker-0", 1, PushFault([()]))
     plan.receipt_limit_s = 2.0
-    _, heard = run(plan)
-    assert [event.cause for event in events(heard, LaneFailed)] == ["no receipt in time"]
-    assert heard.receipts == {"applied": SIZE}
+    _, recorder = run(plan)
+    assert [event.cause for event in events(recorder, LaneFailed)] == ["no receipt in time"]
+    assert recorder.receipts == {"applied": SIZE}
 
 
 def test_a_push_may_reach_one_server_of_two_when_its_worker_dies() -> None:
-    _, heard = run(Scripted("worker-1", 0, PushFault([(0.0,), ()], "dies", "killed")), scaling={"servers": 2})
-    (lost,) = events(heard, WorkerLost)
+    _, recorder = run(Scripted("worker-1", 0, PushFault([(0.0,), ()], "dies", "killed")), scaling={"servers": 2})
+    (lost,) = events(recorder, WorkerLost)
     assert (lost.worker, lost.cause, lost.preempted) == ("worker-1", "killed", False)
-    assert heard.receipts["duplicate"] == 1  # the batch is done again, which the first server refuses
+    assert recorder.receipts["duplicate"] == 1  # the batch is computed again, and the first server refuses it
 
 
 def test_a_worker_that_loses_its_lane_goes_on_with_its_next_lease() -> None:
     plan = Scripted("worker-0", 0, PushFault([(0.0,)], "loses its lane"))
-    _, heard = run(plan)
-    assert [event.worker for event in events(heard, LaneFailed)] == ["worker-0"]
-    assert ("worker-0", 1) in plan.asked
-    assert {worker for worker, _ in plan.asked} == {"worker-0", "worker-1"}
+    _, recorder = run(plan)
+    assert [event.worker for event in events(recorder, LaneFailed)] == ["worker-0"]
+    assert ("worker-0", 1) in plan.pushes
+    assert {worker for worker, _ in plan.pushes} == {"worker-0", "worker-1"}
 
 
 def test_a_worker_that_hangs_does_nothing_more() -> None:
     plan = Scripted("worker-0", 0, PushFault([()], "hangs"))
-    _, heard = run(plan, failure={"timeout_s": 3.0})
-    assert [number for worker, number in plan.asked if worker == "worker-0"] == [0]
-    assert heard.receipts == {"applied": SIZE}
+    _, recorder = run(plan, failure={"timeout_s": 3.0})
+    assert [number for worker, number in plan.pushes if worker == "worker-0"] == [0]
+    assert recorder.receipts == {"applied": SIZE}
 
 
 def test_a_receipt_that_is_lost_leaves_the_batch_applied() -> None:
@@ -132,8 +132,8 @@ def test_a_receipt_that_is_lost_leaves_the_batch_applied() -> None:
             self.lost += 1
             return None if self.lost == 3 else 0.0
 
-    cluster, heard = run(Lost())
-    assert len(events(heard, LaneFailed)) == 1
+    cluster, recorder = run(Lost())
+    assert len(events(recorder, LaneFailed)) == 1
     assert cluster.status.ledger.requeued == 0
 
 
@@ -145,30 +145,31 @@ def test_a_link_that_is_cut_lets_no_weights_through() -> None:
         def reaches(self, worker: str, partition: int) -> bool:
             return worker != "worker-0" or self.cluster.now > 1.5
 
-    _, heard = run(Cut())
-    assert {event.cause for event in events(heard, LaneFailed)} == {"no weights came"}
+    _, recorder = run(Cut())
+    assert {event.cause for event in events(recorder, LaneFailed)} == {"no weights came"}
 
 
 def test_a_push_that_a_server_refuses_ends_its_lane() -> None:
-    """A restored server may be epochs behind the others; what it does not take is not in its state."""
+    """A restored server may be epochs behind the others, and then refuses batches of later epochs."""
     problem = Problem(GRID, START, quadratic)
-    heard = Heard()
+    recorder = Recorder()
 
     class Foreign(FaultPlan):
         def begin(self, cluster: VirtualCluster) -> None:
             self.cluster = cluster
 
         def push(self, worker: str, number: int, partitions: int) -> PushFault | None:
-            if (worker, number) == ("worker-0", 2):  # the push finds a server that knows other batches
+            if (worker, number) == ("worker-0", 2):  # the server now has another grid, without this batch
                 server = self.cluster.servers[0]
-                server._grid, self.real = type(GRID)((1,), 1), server._grid
+                self.real = server._grid
+                server._grid = type(GRID)((1,), 1)
                 self.cluster.after(0.05, setattr, server, "_grid", self.real)
             return None
 
     cluster = VirtualCluster(
-        job(workers=2), problem, lambda worker, batch: 0.1, faults=Foreign(), observers=[heard]
+        job(workers=2), problem, lambda worker, batch: 0.1, faults=Foreign(), observers=[recorder]
     ).run()
-    assert [event.worker for event in events(heard, LaneFailed)][:1] == ["worker-0"]
+    assert [event.worker for event in events(recorder, LaneFailed)][:1] == ["worker-0"]
     assert cluster.servers[0].report().pushes["applied"] == SIZE
 
 
@@ -187,16 +188,16 @@ def test_an_action_that_the_plan_does_not_allow_is_seen_and_not_carried_out() ->
             return True
 
     plan = Full()
-    cluster, heard = run(plan)
+    cluster, recorder = run(plan)
     assert plan.refused == 1
-    assert len(events(heard, SaveFailed)) == 1
+    assert len(events(recorder, SaveFailed)) == 1
     assert cluster.checkpoint is not None
 
 
 def test_crashes_kill_workers_while_they_train() -> None:
     times = iter((0.5, 0.6, 0.5, *[1e9] * 9))
-    cluster, heard = run(Crashes(lambda: next(times), seed=1))
-    lost = events(heard, WorkerLost)
+    cluster, recorder = run(Crashes(lambda: next(times), seed=1))
+    lost = events(recorder, WorkerLost)
     assert len(lost) >= 1
     assert cluster.status.charged_failures == len(lost)
     assert np.isfinite(cluster.weights).all()

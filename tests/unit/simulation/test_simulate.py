@@ -14,8 +14,8 @@ from psgd.errors import RunNotFoundError, SpecError
 from psgd.simulation.command import read_journal
 from psgd.simulation.delays import Constant, Exponential, Slow
 from psgd.simulation.quadratic import Quadratic
-from psgd.simulation.scenario import Scenario, contenders
-from psgd.simulation.simulate import QuadraticSubject, Simulated, simulate
+from psgd.simulation.scenario import Scenario, jobs_to_simulate
+from psgd.simulation.simulate import QuadraticWorkload, SimulationResult, simulate
 from psgd.spec import SimulationTarget
 from psgd.spec.changes import override_spec
 from psgd.spec.reader import load_spec
@@ -31,14 +31,17 @@ run: {epochs: 2}
 
 @pytest.fixture(autouse=True)
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A valid job.yaml in the folder where commands run."""
+    """Write a valid job.yaml to the folder in which the command runs."""
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(JOB)
 
 
 @pytest.fixture
 def psgd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """`psgd simulate job.yaml ...` in this process: arguments -> exit code, stdout, stderr."""
+    """Return a function that runs `psgd simulate job.yaml ...` in this process.
+
+    Its arguments are those of the command; it returns the exit code, stdout and stderr.
+    """
 
     def command(*arguments: str) -> tuple[Any, str, str]:
         monkeypatch.setattr(sys, "argv", ["psgd", "simulate", "job.yaml", *arguments])
@@ -49,11 +52,13 @@ def psgd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return command
 
 
-def dynamics(mode: str, scenario: Scenario, pushes: int = 600, target: SimulationTarget | None = None) -> Simulated:
-    """One mode on a small quadratic."""
+def dynamics(
+    mode: str, scenario: Scenario, pushes: int = 600, target: SimulationTarget | None = None
+) -> SimulationResult:
+    """Simulate one mode on a small quadratic."""
     job = load_spec("job.yaml", ["run.epochs=1", "optimizer.lr=0.05", f"simulate.modes='{mode}'"])
-    ((name, spec),) = contenders(job, scenario.workers).items()
-    return simulate(name, spec, QuadraticSubject(16, pushes, seed=0), scenario, target)
+    ((name, spec),) = jobs_to_simulate(job, scenario.workers).items()
+    return simulate(name, spec, QuadraticWorkload(16, pushes, seed=0), scenario, target)
 
 
 # The quadratic
@@ -95,7 +100,7 @@ def test_the_quadratics_noise_has_the_deviation_asked_for() -> None:
     assert np.std(draws) == pytest.approx(0.3, rel=0.02)
 
 
-# Throughput and staleness have closed forms
+# Throughput and staleness, compared with closed forms
 
 
 def test_async_of_constant_times_makes_n_updates_a_turn_with_staleness_n_less_1() -> None:
@@ -131,7 +136,7 @@ def test_several_servers_that_hear_of_everything_at_once_are_one() -> None:
         simulate(
             "async",
             override_spec(job, [f"scaling.servers={servers}", "scaling.pipeline=1"]),
-            QuadraticSubject(16, 600, seed=0),
+            QuadraticWorkload(16, 600, seed=0),
             Scenario(2, Exponential(1.0)),
             None,
         )
@@ -146,7 +151,7 @@ def test_batches_computed_ahead_hide_a_link_at_the_price_of_staleness() -> None:
     job = load_spec("job.yaml", ["run.epochs=1", "optimizer.lr=0.05", "scaling.workers=2"])
     plain, ahead = (
         simulate(
-            "async", override_spec(job, [f"scaling.pipeline={n}"]), QuadraticSubject(16, 2000, seed=0), scenario, None
+            "async", override_spec(job, [f"scaling.pipeline={n}"]), QuadraticWorkload(16, 2000, seed=0), scenario, None
         )
         for n in (0, 1)
     )
@@ -192,7 +197,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another() -> None:
     assert first.time_s != other.time_s
 
 
-# What is asked
+# Modes to simulate
 
 
 @pytest.mark.parametrize(
@@ -209,12 +214,12 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another() -> None:
 )
 def test_modes_that_make_no_sense_are_refused(modes: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        contenders(load_spec("job.yaml", [f"simulate.modes='{modes}'"]), 4)
+        jobs_to_simulate(load_spec("job.yaml", [f"simulate.modes='{modes}'"]), 4)
 
 
 def test_a_mode_may_have_a_rate_and_a_correction_of_its_own() -> None:
     spec = load_spec("job.yaml", ["simulate.modes='async:lr=0.5:correction=delay_adaptive,bsp'"])
-    first, second = contenders(spec, 4).values()
+    first, second = jobs_to_simulate(spec, 4).values()
     assert (first.optimizer.lr, first.correction.name) == (0.5, "delay_adaptive")
     assert (second.optimizer.lr, second.correction.name, second.consistency.mode) == (0.2, "none", "bsp")
     assert first.simulate is None
@@ -222,17 +227,17 @@ def test_a_mode_may_have_a_rate_and_a_correction_of_its_own() -> None:
 
 def test_the_jobs_own_mode_keeps_its_fields() -> None:
     own = "consistency={mode: ringmaster, r: 5}"
-    jobs = contenders(load_spec("job.yaml", [own, "simulate.modes='ringmaster,ringmaster:r=9'"]), 4)
+    jobs = jobs_to_simulate(load_spec("job.yaml", [own, "simulate.modes='ringmaster,ringmaster:r=9'"]), 4)
     assert {name: job.consistency.model_dump()["r"] for name, job in jobs.items()} == {
         "ringmaster": 5,
         "ringmaster:r=9": 9,
     }
-    assert list(contenders(load_spec("job.yaml", [own]), 4)) == ["ringmaster"]
+    assert list(jobs_to_simulate(load_spec("job.yaml", [own]), 4)) == ["ringmaster"]
 
 
 def test_a_rate_replaces_the_jobs_under_either_name() -> None:
     changes = ["optimizer={learning_rate: 0.3}", "simulate={modes: [{consistency: {mode: bsp}, lr: 0.1}]}"]
-    (job,) = contenders(load_spec("job.yaml", changes), 4).values()
+    (job,) = jobs_to_simulate(load_spec("job.yaml", changes), 4).values()
     assert job.optimizer.lr == 0.1
 
 
@@ -245,7 +250,7 @@ def test_a_journal_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_journals_of_any_number_of_servers_are_read(tmp_path: Path) -> None:
-    """A run may go on with another number of them."""
+    """A run may be resumed with another number of servers."""
     (tmp_path / "journal").mkdir()
     for partitions in (1, 2):
         journal = Journal(partitions)

@@ -82,7 +82,7 @@ def test_a_job_may_be_a_mapping_and_is_checked_like_a_job_file() -> None:
 
 @pytest.mark.parametrize("lr", [1e30, 1e38])
 def test_a_job_that_diverges_is_told_so_by_every_promise_that_trains(lr: float) -> None:
-    found = checks(limit_s=600.0, optimizer={"lr": lr})  # enough for many rounds on any machine
+    found = checks(limit_s=600.0, optimizer={"lr": lr})  # time for many rounds on any machine
     assert [check.name for check in found] == PROMISES
     assert broken(found) == set(PROMISES[2:])
     assert all("Lower optimizer.lr" in check.observed for check in found[2:])
@@ -122,6 +122,6 @@ def test_the_command_tells_and_its_exit_code_says_whether_all_hold(
         main()
     out, err = capsys.readouterr()
     assert ended.value.code == code
-    told = json.loads(out)["checks"]
-    assert [check["holds"] for check in told] == [model == "linear", *[True] * 7]
+    found = json.loads(out)["checks"]
+    assert [check["holds"] for check in found] == [model == "linear", *[True] * 7]
     assert ("does not hold" in err) == (code == 3)

@@ -14,7 +14,7 @@ from psgd_workers.gradients.compression import ErrorFeedback, TopK, decode
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from tests.support.jobs import START, job, quadratic
 
-BATCHES = 14  # in one lease
+BATCHES = 14  # number of batches in one lease
 GRID = EpochGrid((BATCHES,), BATCHES)
 LR = np.float32(0.1)
 
@@ -25,7 +25,7 @@ def run(link_s: float = 0.0, weights: FloatArray = START, compute_s: float = 1.0
 
 
 def train_s(host: VirtualCluster) -> float:
-    """Virtual seconds from the beginning of training to the last step, without the first lease's call."""
+    """Return the virtual seconds from the start of training to the last step, without the first lease's call."""
     last = host.servers[0].report().last
     assert last
     assert host.status.began is not None
@@ -73,8 +73,8 @@ def test_what_compression_leaves_out_stays_in_its_slot() -> None:
     ("pipeline", "link_s", "expected_s"),
     [
         (0, 0.5, BATCHES * 2.0),
-        (1, 0.5, BATCHES * 1.0 + 1.0),  # the way is hidden behind the other batch
-        (1, 1.5, BATCHES / 2 * 4.0 + 1.0),  # two batches in four seconds, as half the way is not
+        (1, 0.5, BATCHES * 1.0 + 1.0),  # the transfer is hidden behind the other batch
+        (1, 1.5, BATCHES / 2 * 4.0 + 1.0),  # two batches in four seconds: the transfer is only half hidden
         (2, 1.0, BATCHES * 1.0 + 2.0),
     ],
 )
@@ -85,15 +85,15 @@ def test_a_pipeline_hides_the_way_of_a_push(pipeline: int, link_s: float, expect
 def test_a_lease_ends_when_every_push_is_answered() -> None:
     ended: list[int] = []
 
-    class Watched(ClusterObserver):
-        def told(self, cluster: VirtualCluster, event: Event) -> None:
+    class LeaseEnds(ClusterObserver):
+        def event_received(self, cluster: VirtualCluster, event: Event) -> None:
             if isinstance(event, LeaseClosed):
                 ended.append(cluster.servers[0].version.updates)
 
     spec = job(scaling={"pipeline": 2})
     timing = Timing(link_s=5.0)
     problem = Problem(GRID, START, quadratic)
-    VirtualCluster(spec, problem, lambda worker, batch: 1.0, timing=timing, observers=[Watched()]).run()
+    VirtualCluster(spec, problem, lambda worker, batch: 1.0, timing=timing, observers=[LeaseEnds()]).run()
     assert ended == [BATCHES]
 
 
