@@ -1,9 +1,8 @@
 """Aggregators: each turns the gradients of a round into their mean. They differ in the vectors that they must keep.
 
-A gradient comes with a `scale`, the factor of its trained values (from clipping), and a `weight`, its share in the
-mean. The mean is Σ wᵢ·gᵢ / Σ wᵢ. The mean weight Σ wᵢ / n scales the rate of the step, so that a step of SGD is
-η·(1/n)·Σ wᵢ·gᵢ as in the papers. The weight is kept apart from the gradient because some optimizers (Adam, Adagrad)
-ignore the length of a gradient.
+A gradient comes with a `scale`, the factor of its trained values (from clipping), and a `weight` in the mean. The mean
+is Σ wᵢ·gᵢ / Σ wᵢ. The mean weight Σ wᵢ / n then scales the rate of the step, so that a step of SGD is η·(1/n)·Σ wᵢ·gᵢ
+as in the papers. It scales the rate and not the gradient because Adam and Adagrad ignore the length of a gradient.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Contribution(NamedTuple):
     member: StepMember
     values: FloatArray  # [partition size]; its owner may overwrite it after the step that contains it
     scale: float  # factor of the trained values
-    weight: float  # share in the mean
+    weight: float  # weight in the mean; 1 unless the mode or the correction gives another one
 
 
 class Aggregator(Protocol):
@@ -90,7 +89,7 @@ class Aggregator(Protocol):
 
 
 class _Collector:
-    """Defaults for an aggregator whose rounds do not depend on the live workers and need not be saved."""
+    """Base of the aggregators: does not look at the live workers and saves nothing. Subclasses override that."""
 
     keeps = False
 
@@ -98,7 +97,7 @@ class _Collector:
         """No-op: the round does not depend on the live workers."""
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Return nothing: no state is taken while a round of this aggregator is open."""
+        """Return nothing, because a server saves only between the rounds of such an aggregator."""
         return {}, {}
 
     def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:

@@ -22,9 +22,12 @@ class AppliedSet:
 
     Args:
         grid: batches by shard, and number of examples in an epoch.
-        epochs: number of complete epochs: every batch of the earlier ones is settled.
+        epochs: number of complete epochs.
         settled: epoch -> bitmap of its settled batches, for each open epoch; copied.
         skipped: epoch -> bitmap of its skipped batches; an epoch without an entry has none; copied.
+
+    Attributes:
+        epochs: number of complete epochs: every batch of epochs 0 to `epochs` - 1 is settled.
     """
 
     def __init__(

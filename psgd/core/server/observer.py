@@ -14,7 +14,7 @@ __all__ = ["ServerObserver"]
 
 
 class ServerObserver:
-    """An observer that ignores all notifications. Subclasses override some; none may modify what it is given."""
+    """An observer that ignores all notifications. Subclasses override some of them, and must not modify the server."""
 
     def started(self, server: ParameterServer) -> None:
         """Handle a new server with its initial weights. If it is restored, `restored` follows."""

@@ -90,7 +90,6 @@ class ParameterServer:
         assert weights.shape == (size,), (weights.shape, partition)
         self.partition = partition
         self.version = version
-        self.settings = spec.settings
         self._observer = observer or ServerObserver()
         self._size = size
         self._correction = build_correction(spec, trainable)
@@ -142,7 +141,7 @@ class ParameterServer:
 
     @property
     def epochs(self) -> int:
-        """Number of complete epochs: every batch of the earlier ones is contained or skipped."""
+        """Number of complete epochs: every batch of epochs 0 to `epochs` - 1 is contained or skipped."""
         return self._settled.epochs
 
     @property
@@ -265,7 +264,7 @@ class ParameterServer:
         return Outcome.BUFFERED
 
     def _in_history(self, read: Version) -> bool:
-        """Return True if the weights of version `read` became the present ones; False if they were rolled back."""
+        """Return True if the present weights come from those of version `read`; False if those were rolled back."""
         end = self.version.updates
         for incarnation, fork in reversed(self._history):
             if read.incarnation == incarnation:
@@ -330,7 +329,7 @@ class ParameterServer:
         limit = self._clip_value
         out = np.empty_like(self._clipped) if self._aggregator.keeps else self._clipped
         np.multiply(values, scale, out=out)
-        out[trainable:] = values[trainable:]  # buffers hold changes, not gradients: they are not clipped
+        out[trainable:] = values[trainable:]  # the change of the buffers is no gradient: it is not clipped
         if limit is not None:
             np.clip(out[:trainable], -limit, limit, out=out[:trainable])
         read = None if gradient.weights_read is None else gradient.weights_read[:trainable]

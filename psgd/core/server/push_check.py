@@ -13,8 +13,8 @@ from psgd_workers.messages import Encoded, EpochGrid, FloatArray, Gradient
 
 __all__ = ["PushCheck"]
 
-LONGEST_S = 1e9  # upper limit of a push's computing time, seconds
-# Upper limits of the integers that a journal's record can hold.
+# Exclusive upper limits. The integers are those that the fields of a journal's record can hold.
+LONGEST_S = 1e9  # computing time of a batch, seconds
 SLOTS = 1 << 8
 INCARNATIONS = 1 << 32
 COUNTS = 1 << 64
@@ -50,8 +50,7 @@ class PushCheck:
         """
         self._check_batch(gradient, epochs)
         self._check_name(gradient)
-        # A norm may be inf or nan: that is how a worker reports a gradient that is not finite. A time may not, as the
-        # journal has to hold it.
+        # The norm of a gradient that is not finite is inf or nan: `push` rejects it, and the journal records that.
         if gradient.norm < 0 or not 0 <= gradient.compute_s < LONGEST_S:
             raise PushRefusedError(
                 f"the push has norm {gradient.norm} and computing time {gradient.compute_s} s; expected a norm of 0 or "
@@ -73,8 +72,9 @@ class PushCheck:
         exists = epoch <= epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
         if not exists or min(gradient.batch) < 0 or not 0 < gradient.examples <= self._grid.num_examples:
             raise PushRefusedError(
-                f"the push names {gradient.batch} with {gradient.examples} examples; expected an epoch up to "
-                f"{epochs + 1}, {per_shard} batches by shard, and 1 to {self._grid.num_examples} examples"
+                f"the push names {gradient.batch} with {gradient.examples} examples; expected an epoch from 0 to "
+                f"{epochs + 1}, a shard below {len(per_shard)}, an index below the number of the shard's batches, and "
+                f"1 to {self._grid.num_examples} examples"
             )
 
     def _check_name(self, gradient: Gradient) -> None:
@@ -83,7 +83,7 @@ class PushCheck:
         if not (0 <= slot < SLOTS and 0 < number < COUNTS and 0 <= carries < number):
             raise PushRefusedError(
                 f"the push has number {number} of slot {slot} and carries on {carries}; expected a slot from 0 to "
-                f"{SLOTS - 1}, a number of 1 or more, and to carry on an earlier number, or 0"
+                f"{SLOTS - 1}, a number of 1 or more, and to carry on an earlier number or 0 for none"
             )
         versions = (gradient.read, *gradient.others)
         known = all(0 <= incarnation < INCARNATIONS and 0 <= updates < COUNTS for incarnation, updates in versions)

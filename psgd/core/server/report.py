@@ -38,7 +38,7 @@ class Report:
 
     partition: int
     version: Version
-    epochs: int  # number of complete epochs: every batch of the earlier ones is contained or skipped
+    epochs: int  # number of complete epochs: every batch of epochs 0 to `epochs` - 1 is contained or skipped
     settled: Mapping[int, Bitmap]  # open epoch -> bitmap over positions: contained or skipped
     pushes: Mapping[str, int]  # outcome -> pushes over the whole run; buffered: at present
     staleness: Mapping[int, int]  # staleness -> number of applied gradients

@@ -227,17 +227,17 @@ def test_the_ring_is_the_papers_algorithm(given_turns: tuple[str, list[str]]) ->
     version = 0
     pending = list[int]()
     staleness: list[int] = []
-    ring = RingleaderTables(SIZE, TRAINABLE)
+    tables = RingleaderTables(SIZE, TRAINABLE)
     read_at = dict[int, int]()  # number of a gradient -> version that it was computed from
     for number, worker in enumerate(pushers):
         pending.append(number)
         read_at[number] = reads[worker]
-        ring.add(taken(number, worker, read=reads[worker]))
+        tables.add(taken(number, worker, read=reads[worker]))
         table = paper.push(worker, number)
-        ring.set_live(set(workers))
-        assert ring.owes_step() == (table is not None)
+        tables.set_live(set(workers))
+        assert tables.owes_step() == (table is not None)
         if table is not None:
-            step = ring.close()
+            step = tables.close()
             np.testing.assert_allclose(step.gradient, mean_of(table), rtol=1e-4, atol=1e-5)
             assert step.weight == 1
             held = {n for numbers in table.values() for n in numbers}
@@ -245,67 +245,67 @@ def test_the_ring_is_the_papers_algorithm(given_turns: tuple[str, list[str]]) ->
             assert step.members == [StepMember(read_at[n], 1) for n in pending if n in held]
             pending = [n for n in pending if n not in held]
             version += 1
-        assert len(ring) == len(pending)
-        ring.set_live(set(workers))
-        assert not ring.owes_step()
+        assert len(tables) == len(pending)
+        tables.set_live(set(workers))
+        assert not tables.owes_step()
         reads[worker] = version
     assert max(staleness, default=0) <= 2 * len(workers) - 2
 
 
 def test_the_ring_owes_each_worker_one_step_on_each_table() -> None:
-    ring = RingleaderTables(SIZE, TRAINABLE)
+    tables = RingleaderTables(SIZE, TRAINABLE)
     made = ""
     for number, worker in enumerate("abbcaccbabc"):
-        ring.add(taken(number, worker))
-        ring.set_live(set("abc"))
-        due = ring.owes_step()
+        tables.add(taken(number, worker))
+        tables.set_live(set("abc"))
+        due = tables.owes_step()
         made += "x" if due else "."
         if due:
-            ring.close()
+            tables.close()
     # c completes the first table, then a and b are owed a step; meanwhile two gradients of c go to the next table. b
     # completes that one, and c is owed a step.
     assert made == "...xx..x.xx"
 
 
 def test_who_leaves_is_owed_nothing_and_awaited_no_more() -> None:
-    ring = RingleaderTables(SIZE, TRAINABLE)
-    ring.add(taken(0, "a"))
-    ring.set_live({"a", "b"})
-    assert not ring.owes_step()
-    ring.set_live({"a"})
-    assert ring.owes_step()  # b has left, so that a completes the table
-    np.testing.assert_array_equal(ring.close().gradient, randoms(0))
+    tables = RingleaderTables(SIZE, TRAINABLE)
+    tables.add(taken(0, "a"))
+    tables.set_live({"a", "b"})
+    assert not tables.owes_step()
+    tables.set_live({"a"})
+    assert tables.owes_step()  # b has left, so that a completes the table
+    np.testing.assert_array_equal(tables.close().gradient, randoms(0))
 
 
 def test_the_next_table_is_looked_at_when_the_last_one_owed_leaves() -> None:
-    ring = RingleaderTables(SIZE, TRAINABLE)
+    tables = RingleaderTables(SIZE, TRAINABLE)
     for number, worker in enumerate("ab"):
-        ring.add(taken(number, worker))
-    ring.set_live({"a", "b"})
-    assert ring.owes_step()
-    ring.close()  # a is owed the next step
-    ring.add(taken(2, "b"))
-    ring.set_live({"a", "b"})
-    assert not ring.owes_step()
-    ring.set_live({"b"})
-    assert ring.owes_step()  # a has left: the next table, with b alone, is complete
-    step = ring.close()
+        tables.add(taken(number, worker))
+    tables.set_live({"a", "b"})
+    assert tables.owes_step()
+    tables.close()  # a is owed the next step
+    tables.add(taken(2, "b"))
+    tables.set_live({"a", "b"})
+    assert not tables.owes_step()
+    tables.set_live({"b"})
+    assert tables.owes_step()  # a has left: the next table, with b alone, is complete
+    step = tables.close()
     np.testing.assert_array_equal(step.gradient, randoms(2))
-    assert (len(step.members), len(ring)) == (1, 0)
+    assert (len(step.members), len(tables)) == (1, 0)
 
 
 def test_at_an_end_the_ring_steps_on_what_no_step_holds() -> None:
-    ring = RingleaderTables(SIZE, TRAINABLE)
+    tables = RingleaderTables(SIZE, TRAINABLE)
     for number, worker in enumerate("ab"):
-        ring.add(taken(number, worker))
-    ring.set_live({"a", "b"})
-    assert ring.owes_step()
-    ring.close()
-    ring.add(taken(2, "b"))
-    np.testing.assert_array_equal(ring.close().gradient, randoms(2))
-    ring.add(taken(3, "a"))
-    np.testing.assert_array_equal(ring.close().gradient, randoms(3))
-    assert len(ring) == 0
+        tables.add(taken(number, worker))
+    tables.set_live({"a", "b"})
+    assert tables.owes_step()
+    tables.close()
+    tables.add(taken(2, "b"))
+    np.testing.assert_array_equal(tables.close().gradient, randoms(2))
+    tables.add(taken(3, "a"))
+    np.testing.assert_array_equal(tables.close().gradient, randoms(3))
+    assert len(tables) == 0
 
 
 # State

@@ -30,7 +30,7 @@ DC_ASGD: list[dict[str, Any]] = [
 ]
 GAP_AWARE: dict[str, Any] = {"name": "gap_aware"}
 DANA: dict[str, Any] = {"name": "dana", "momentum": 0.9}
-READING: list[dict[str, Any]] = [*DC_ASGD, GAP_AWARE]
+READING: list[dict[str, Any]] = [*DC_ASGD, GAP_AWARE]  # they need the weights that a gradient was computed from
 ALL: list[dict[str, Any]] = [
     {"name": "none"},
     {"name": "staleness_lr"},
@@ -59,7 +59,7 @@ def randoms(*seed: int) -> FloatArray:
     return np.random.default_rng(seed).standard_normal(SIZE, dtype=np.float32)
 
 
-def stepped(correction: Correction, direction: FloatArray) -> None:
+def show_step(correction: Correction, direction: FloatArray) -> None:
     """Show the correction the direction of a step, in two blocks."""
     watch = correction.watch()
     if watch is not None:
@@ -146,8 +146,9 @@ class Formula:
         """Return g + λ·g⊙g⊙(w - w_read), or g / (1 + |w - w_read| / C)."""
         g = values.astype(np.float64)
         if self._name == "gap_aware":
-            usual = LR * (np.sqrt(self._squares / (1 - 0.999**self._steps)) + 1e-8) if self._steps else np.full(SIZE, 1)
-            return g / (1 + np.abs(weights - read) / usual)
+            mean = self._squares / (1 - 0.999**self._steps) if self._steps else np.zeros(SIZE)
+            usual_change = LR * (np.sqrt(mean) + 1e-8) if self._steps else np.full(SIZE, 1)
+            return g / (1 + np.abs(weights - read) / usual_change)
         strength: Any = self._strength
         if self._adaptive:
             self._squares = 0.95 * self._squares + 0.05 * g * g
@@ -209,7 +210,7 @@ def test_without_a_gap_gradients_are_left_alone_to_the_bit(correction: dict[str,
     for number in range(STEPS):
         values = randoms(number)
         np.testing.assert_array_equal(corrected.correct("a", values, weights, weights.copy()), values)
-        stepped(corrected, values)
+        show_step(corrected, values)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 5))
@@ -217,7 +218,7 @@ def test_gap_aware_shortens_every_value_and_turns_none(seed: int, steps: int) ->
     gap_aware = build(GAP_AWARE)
     values = randoms(seed, 0)
     for number in range(steps):
-        stepped(gap_aware, randoms(seed, 1, number))
+        show_step(gap_aware, randoms(seed, 1, number))
     corrected = gap_aware.correct("a", values, randoms(seed, 2), randoms(seed, 3))
     assert (np.abs(corrected) <= np.abs(values)).all()
     assert (np.signbit(corrected) == np.signbit(values)).all()
@@ -227,7 +228,7 @@ def test_gap_aware_halves_after_a_usual_step() -> None:
     gap_aware = build(GAP_AWARE)
     direction = np.full(SIZE, 0.5, np.float32)
     for _ in range(3):
-        stepped(gap_aware, direction)
+        show_step(gap_aware, direction)
     corrected = gap_aware.correct("a", np.ones(SIZE, np.float32), START, START - np.float32(LR) * direction)
     np.testing.assert_allclose(corrected, 0.5, rtol=1e-5)
 
@@ -242,7 +243,7 @@ def test_what_is_corrected_and_read_may_be_read_only(correction: dict[str, Any])
         array.flags.writeable = False
     for _ in range(3):
         corrected.correct("a", values, weights, read)
-        stepped(corrected, values)
+        show_step(corrected, values)
 
 
 def test_clipping_comes_before_the_correction() -> None:
@@ -267,7 +268,7 @@ def test_buffers_are_not_corrected(correction: dict[str, Any]) -> None:
 # Dana
 
 
-def momenta(pushes: Sequence[str], momentum: float) -> tuple[Float64, Float64]:
+def expected_weights(pushes: Sequence[str], momentum: float) -> tuple[Float64, Float64]:
     """Return the weights, and the weights that workers pull, after a push of each worker; "-a" lets a leave."""
     weights = START.astype(np.float64)
     velocities = dict[str, Float64]()
@@ -288,7 +289,7 @@ def test_dana_is_a_plain_loop(pushes: str, momentum: float) -> None:
     target = server({"name": "dana", "momentum": momentum})
     for number, worker in enumerate(pushes):
         target.push(push(batch_at(number), target.version, worker=worker, values=randoms(number)), now=1.0)
-    weights, shown = momenta(pushes, momentum)
+    weights, shown = expected_weights(pushes, momentum)
     np.testing.assert_allclose(target.epoch_weights(None), weights, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(target.published, shown, rtol=1e-5, atol=1e-6)
 
@@ -301,7 +302,7 @@ def test_a_worker_that_leaves_takes_its_momentum_along() -> None:
             target.leave(worker[1:], now=1.0)
         else:
             target.push(push(batch_at(number), target.version, worker=worker, values=randoms(number)), now=1.0)
-    weights, shown = momenta(pushes, 0.9)
+    weights, shown = expected_weights(pushes, 0.9)
     np.testing.assert_allclose(target.epoch_weights(None), weights, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(target.published, shown, rtol=1e-5, atol=1e-6)
 
@@ -363,13 +364,13 @@ def test_a_state_is_a_copy(correction: dict[str, Any]) -> None:
     second = build(correction)
     for number in range(3):
         first.correct("a", randoms(number), START, randoms(9))
-        stepped(first, randoms(number))
+        show_step(first, randoms(number))
     arrays, metadata = first.state()
     before = {name: array.copy() for name, array in arrays.items()}
     second.load(arrays, metadata)
     for target in (first, second):
         target.correct("a", randoms(7), START, randoms(9))
-        stepped(target, randoms(7))
+        show_step(target, randoms(7))
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, before[name])
 

@@ -63,7 +63,7 @@ def hyperparameters(spec: OptimizerSpec) -> str:
     return f"{spec.name} {spec.model_dump(exclude=OURS_ALONE)}"
 
 
-def curvature(weights: NDArray[Any], step: int) -> NDArray[Any]:
+def noisy_gradient(weights: NDArray[Any], step: int) -> NDArray[Any]:
     """Return a gradient that pulls towards 0, with seeded noise, in the precision of `weights`."""
     noise = np.random.default_rng(step).standard_normal(SIZE, dtype=np.float32)
     gradient: NDArray[Any] = np.linspace(0.1, 2, SIZE, dtype=np.float32) * weights + noise
@@ -76,7 +76,7 @@ def start() -> FloatArray:
 
 def run(optimizer: Optimizer, spec: OptimizerSpec, weights: FloatArray, steps: range) -> FloatArray:
     for step in steps:
-        optimizer.step(weights, curvature(weights, step), spec.lr)
+        optimizer.step(weights, noisy_gradient(weights, step), spec.lr)
     return weights
 
 
@@ -91,7 +91,7 @@ def direction(optimizer: Optimizer, weights: FloatArray, gradient: FloatArray) -
     return shown
 
 
-def ours(spec: OptimizerSpec, steps: int) -> FloatArray:
+def psgd_weights(spec: OptimizerSpec, steps: int) -> FloatArray:
     return run(build_optimizer(spec, SIZE), spec, start(), range(steps))
 
 
@@ -106,11 +106,11 @@ def torch_optimizer(spec: OptimizerSpec, weights: torch.Tensor) -> torch.optim.O
     return build[spec.name]([weights], foreach=False, **spec.model_dump(exclude=OURS_ALONE))
 
 
-def torchs(spec: OptimizerSpec, steps: int, dtype: torch.dtype) -> NDArray[Any]:
+def torch_weights(spec: OptimizerSpec, steps: int, dtype: torch.dtype) -> NDArray[Any]:
     weights = torch.from_numpy(start()).to(dtype).requires_grad_()
     optimizer = torch_optimizer(spec, weights)
     for step in range(steps):
-        weights.grad = torch.from_numpy(curvature(weights.detach().numpy(), step))
+        weights.grad = torch.from_numpy(noisy_gradient(weights.detach().numpy(), step))
         optimizer.step()
     result: NDArray[Any] = weights.detach().numpy()
     return result
@@ -120,9 +120,9 @@ def torchs(spec: OptimizerSpec, steps: int, dtype: torch.dtype) -> NDArray[Any]:
 def test_200_steps_are_those_of_torch(spec: OptimizerSpec) -> None:
     # torch's AdamW rounds 1 - η·λ to float32, which takes it 6e-6 away from its own float64 result; psgd's does not.
     dtype = torch.float64 if isinstance(spec, AdamwOptimizer) else torch.float32
-    theirs = torchs(spec, 200, dtype)
+    theirs = torch_weights(spec, 200, dtype)
     assert np.abs(theirs).max() > 0.1
-    error = np.linalg.norm(ours(spec, 200) - theirs)
+    error = np.linalg.norm(psgd_weights(spec, 200) - theirs)
     assert error <= 1e-6 * np.linalg.norm(theirs)  # torch's fused multiply-add changes single elements by more
 
 
@@ -132,7 +132,7 @@ def test_a_step_is_the_direction_shown_times_the_rate_to_the_bit(spec: Optimizer
     second = build_optimizer(spec, SIZE)
     weights = start()
     for step in range(8):
-        gradient = curvature(weights, step)
+        gradient = noisy_gradient(weights, step)
         expected = weights - np.float32(0.3) * direction(first, weights, gradient)
         second.step(weights, gradient, 0.3)
         np.testing.assert_array_equal(weights, expected)
@@ -164,7 +164,7 @@ def test_many_blocks_make_the_step_of_one_to_the_bit(
     blocked = build_optimizer(spec, SIZE)
     many = start()
     for step in range(8):
-        gradient = curvature(one, step)
+        gradient = noisy_gradient(one, step)
         np.testing.assert_array_equal(direction(blocked, many, gradient), direction(whole, one, gradient))
         for optimizer, weights in ((whole, one), (blocked, many)):
             optimizer.step(weights, gradient, spec.lr)
@@ -196,20 +196,20 @@ def test_delayed_nesterov_is_a_plain_loop(spec: DelayedNesterovOptimizer) -> Non
     velocity = np.zeros(SIZE)
     seen = []
     for step in range(50):
-        seen.append(curvature(weights, step))
+        seen.append(noisy_gradient(weights, step))
         move = seen[-1] / spec.every
         if len(seen) % spec.every == 0:
             velocity = spec.momentum * velocity + np.mean(seen[-spec.every :], axis=0)
             move = move + spec.momentum * velocity
         weights = weights - spec.lr * move
-    np.testing.assert_allclose(ours(spec, 50), weights, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(psgd_weights(spec, 50), weights, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.9])
 def test_delayed_nesterov_without_delay_is_sgd_with_nesterov_to_the_bit(momentum: float) -> None:
     delayed = DelayedNesterovOptimizer(name="delayed_nesterov", lr=0.1, momentum=momentum, every=1)
     sgd = SgdOptimizer(lr=0.1, momentum=momentum, nesterov=True)
-    np.testing.assert_array_equal(ours(delayed, 50), ours(sgd, 50))
+    np.testing.assert_array_equal(psgd_weights(delayed, 50), psgd_weights(sgd, 50))
 
 
 def test_pushes_between_the_momentums_moves_step_by_their_share_alone() -> None:
@@ -225,7 +225,7 @@ def test_pushes_between_the_momentums_moves_step_by_their_share_alone() -> None:
 @pytest.mark.parametrize("steps_before", [0, 1, 5])
 @pytest.mark.parametrize("spec", STATEFUL, ids=hyperparameters)
 def test_loaded_state_continues_bit_for_bit(spec: OptimizerSpec, steps_before: int) -> None:
-    undisturbed = ours(spec, steps_before + 5)
+    undisturbed = psgd_weights(spec, steps_before + 5)
     first = build_optimizer(spec, SIZE)
     second = build_optimizer(spec, SIZE)
     weights = run(first, spec, start(), range(steps_before))
@@ -241,7 +241,7 @@ def test_loading_forgets_what_was_before(spec: OptimizerSpec) -> None:
     fresh = build_optimizer(spec, SIZE)
     run(used, spec, start(), range(4))
     used.load(fresh.state())
-    np.testing.assert_array_equal(run(used, spec, start(), range(7)), ours(spec, 7))
+    np.testing.assert_array_equal(run(used, spec, start(), range(7)), psgd_weights(spec, 7))
 
 
 @pytest.mark.parametrize("spec", STATEFUL, ids=hyperparameters)
@@ -269,12 +269,12 @@ def test_sgd_has_no_state_without_momentum() -> None:
 @pytest.mark.parametrize("spec", ALL, ids=hyperparameters)
 def test_gradients_may_be_read_only_and_are_left_as_they_are(spec: OptimizerSpec) -> None:
     optimizer = build_optimizer(spec, SIZE)
-    gradient = curvature(start(), 0)
+    gradient = noisy_gradient(start(), 0)
     weights = start()
     gradient.flags.writeable = False
     for _ in range(8):
         optimizer.step(weights, gradient, spec.lr)
-    np.testing.assert_array_equal(gradient, curvature(start(), 0))
+    np.testing.assert_array_equal(gradient, noisy_gradient(start(), 0))
 
 
 @pytest.mark.parametrize("spec", ALL, ids=hyperparameters)

@@ -25,7 +25,9 @@ def rates(spec: ScheduleSpec, steps: int, num_examples: int = 1) -> list[float]:
     return [schedule.rate(examples) for examples in range(steps)]
 
 
-def torchs(build: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler], steps: int) -> list[float]:
+def torch_rates(
+    build: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler], steps: int
+) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR)
     scheduler = build(optimizer)
     seen = []
@@ -41,7 +43,7 @@ def test_a_constant_rate_is_lr_to_the_bit() -> None:
 
 
 def test_step_is_that_of_torch() -> None:
-    theirs = torchs(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.5), 50)
+    theirs = torch_rates(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.5), 50)
     assert rates(StepSchedule(name="step", every=7, factor=0.5), 50) == pytest.approx(theirs, rel=1e-12)
 
 
@@ -56,7 +58,7 @@ def test_step_falls_at_fractions_of_an_epoch_too(every: float) -> None:
 
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 def test_cosine_is_that_of_torch_until_its_end(final: float) -> None:
-    theirs = torchs(
+    theirs = torch_rates(
         lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=LR * final), 41
     )
     ours = rates(CosineSchedule(name="cosine", epochs=40, final=final), 41)
@@ -74,7 +76,7 @@ def test_cosine_falls_over_its_epochs_and_stays_at_the_end(final: float) -> None
 
 
 def test_warm_up_is_torchs_linear_one() -> None:
-    theirs = torchs(
+    theirs = torch_rates(
         lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 20, total_iters=19), 40
     )
     assert rates(ConstantSchedule(warmup=20), 40) == pytest.approx(theirs, rel=1e-9)
