@@ -1,4 +1,4 @@
-"""Interruption by SIGINT, SIGTERM or SIGHUP: a command ends at a safe point, with its state saved.
+"""Interruption by SIGINT, SIGTERM or SIGHUP: a command ends at its next safe point.
 
 No handler raises an exception. Python runs handlers between any two instructions of the main thread, and an exception
 that is raised inside a fork handler, a destructor or a callback is dropped, perhaps with a lock still taken (CPython

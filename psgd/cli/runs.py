@@ -28,9 +28,9 @@ def open_run(run: str, storage: str) -> RunDirectory:
 def status(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) -> None:
     """Print the state of a run, as JSON.
 
-    For a run that trains, its newest metrics; for a run that has ended, its result. A run is "lost" if its driver (the
-    process that directs the run) ended without a result: then the reason, the seconds since the driver's last sign of
-    life, and the command that continues the run.
+    Prints the newest metrics of a run that trains, and the result of a run that has ended. A run is "lost" if its
+    driver (the process that directs the run) is gone and left no result: then it prints the reason, the seconds since
+    the driver's last sign of life, and the command that continues the run.
     """
     if address:
         from psgd.cluster.jobs import Jobs

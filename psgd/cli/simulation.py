@@ -80,7 +80,7 @@ def simulate(
         str | None,
         typer.Option(
             metavar="METRIC=VALUE",
-            help="Stop when val/accuracy, val/loss, train/loss or (of a quadratic) excess reaches this value.",
+            help="Stop when a metric reaches this value: val/accuracy, val/loss, train/loss, or a quadratic's excess.",
         ),
     ] = None,
     html: Annotated[

@@ -94,9 +94,9 @@ def submit(
         bool, typer.Option("--wait/--no-wait", help="Show the driver's output until the run ends, or return at once.")
     ] = True,
 ) -> None:
-    """Train a model on a cluster that runs the driver too.
+    """Send a job to a cluster, which trains it without this machine.
 
-    The driver, the process that directs the run, becomes a job of Ray's Jobs API: this machine may be switched off
+    The driver (the process that directs the run) becomes a job of Ray's Jobs API, and this machine may be switched off
     afterwards. A run of the same name is continued. Prints the id of Ray's job.
     """
     from psgd.spec.reader import load_spec

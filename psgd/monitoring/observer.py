@@ -34,7 +34,7 @@ class Observer:
         self._warned = False  # reset when a checkpoint can be written again
 
     def __call__(self, status: Callable[[float], RunStatus], now: float) -> None:
-        """Read and show the status of the run, unless that was done less than `LOOK_S` ago.
+        """Read and show the status of the run, unless the last call that did so is less than `LOOK_S` ago.
 
         Args:
             status: function that returns the status of the run at a given time.

@@ -48,8 +48,8 @@ def _too_few_workers(consistency: ConsistencySpec, workers: int) -> Iterator[str
             yield f"consistency.b is {b}, which leaves none of {workers} workers: lower b, or raise scaling.workers"
         case SoftsyncConsistency(s=s) if s > workers:
             yield (
-                f"consistency.s is {s}, but there are {workers} workers, and a step holds workers // s gradients: "
-                "lower s, or raise scaling.workers"
+                f"consistency.s is {s}, but there are {workers} workers, and s can be at most that: lower s, or "
+                "raise scaling.workers"
             )
 
 

@@ -95,7 +95,7 @@ class AsyncConsistency(_Mode):
 
 
 class BspConsistency(_Mode):
-    """Bulk synchronous parallel: a step is along the mean of one gradient from each worker, weighted by the number of
+    """Bulk synchronous parallel: a step uses the mean of one gradient from each worker, weighted by the number of
     examples. All workers wait for the slowest."""
 
     _traits: ClassVar[ModeTraits] = ModeTraits(fresh_only=True, workers_wait=True)
@@ -104,7 +104,7 @@ class BspConsistency(_Mode):
 
 
 class KSyncConsistency(_Refusing):
-    """A step is along the mean of the first `k` gradients that were computed from the current weights. The gradients
+    """A step uses the mean of the first `k` gradients that were computed from the current weights. The gradients
     that arrive after these `k` are refused."""
 
     _traits: ClassVar[ModeTraits] = ModeTraits(fresh_only=True, chooses_gradients=True, workers_wait=True)
@@ -116,7 +116,7 @@ class KSyncConsistency(_Refusing):
 
 
 class BackupConsistency(_Refusing):
-    """A step is along the mean of one gradient from each worker, without the `b` slowest workers. All these gradients
+    """A step uses the mean of one gradient from each worker, without the `b` slowest workers. All these gradients
     were computed from the current weights; gradients that arrive later are refused."""
 
     _traits: ClassVar[ModeTraits] = ModeTraits(fresh_only=True, chooses_gradients=True, workers_wait=True)
@@ -140,7 +140,7 @@ class SspConsistency(_Mode):
 
 
 class SoftsyncConsistency(_Mode):
-    """A step is along the mean of the next ⌊n / `s`⌋ gradients, stale or not, where n is the number of workers. No
+    """A step uses the mean of the next ⌊n / `s`⌋ gradients, stale or not, where n is the number of workers. No
     worker waits."""
 
     _traits: ClassVar[ModeTraits] = ModeTraits(mixes_staleness=True)
@@ -166,7 +166,7 @@ class RingmasterConsistency(_Refusing):
 
 
 class RennalaConsistency(_Refusing):
-    """A step is along the mean of `s` gradients that were computed from the current weights, whichever workers sent
+    """A step uses the mean of `s` gradients that were computed from the current weights, whichever workers sent
     them. Stale gradients are refused. No worker waits."""
 
     _traits: ClassVar[ModeTraits] = ModeTraits(fresh_only=True, chooses_gradients=True)
@@ -177,7 +177,7 @@ class RennalaConsistency(_Refusing):
 
 
 class MaleniaConsistency(_Refusing):
-    """A step is along the mean of the workers' mean gradients, so that a fast worker does not count more than a slow
+    """A step uses the mean of the workers' mean gradients, so that a fast worker does not count more than a slow
     one. Stale gradients are refused.
 
     A step is taken once every worker has sent at least one gradient and the mean of 1 / (number of gradients) over the
@@ -193,7 +193,7 @@ class MaleniaConsistency(_Refusing):
 
 class RingleaderConsistency(_Mode):
     """The server collects the gradients of each of the n workers in a table. Once the table has a gradient of every
-    worker, the server takes n steps, each along the mean of the workers' mean gradients.
+    worker, the server takes n steps, each with the mean of the workers' mean gradients.
 
     During these steps, each worker adds its next gradient to the table. Further gradients go into the next table.
     """
@@ -204,7 +204,7 @@ class RingleaderConsistency(_Mode):
 
 
 class BufferedConsistency(_Mode):
-    """A step is along the mean of the next `k` gradients, stale or not, each multiplied by 1/√(1 + staleness). No
+    """A step uses the mean of the next `k` gradients, stale or not, each multiplied by 1/√(1 + staleness). No
     worker waits."""
 
     _traits: ClassVar[ModeTraits] = ModeTraits(mixes_staleness=True)
@@ -230,7 +230,7 @@ class LocalConsistency(_Mode):
     lr: float = Field(gt=0)
     """Learning rate of the workers' own steps. The servers use `optimizer.lr`."""
     synchronous: bool = False
-    """true: a step is along the mean of one push from each worker, as in `bsp`. false: each push is a step, as in
+    """true: a step uses the mean of one push from each worker, as in `bsp`. false: each push is a step, as in
     `async`."""
 
     @property

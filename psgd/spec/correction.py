@@ -32,15 +32,15 @@ class NoCorrection(_Correction):
 
 
 class StalenessLrCorrection(_Correction):
-    """The learning rate is divided by the staleness τ: η / max(1, τ)."""
+    """The learning rate η is divided by the staleness τ of the gradient: η / max(1, τ)."""
 
     name: Literal["staleness_lr"]
     """The kind of correction."""
 
 
 class DelayAdaptiveCorrection(_Correction):
-    """The learning rate is lowered only for gradients whose staleness τ exceeds the number of workers n:
-    η · n / max(n, τ)."""
+    """The learning rate η is lowered for gradients whose staleness τ exceeds the number of workers n: η · n / max(n,
+    τ)."""
 
     name: Literal["delay_adaptive"]
     """The kind of correction."""

@@ -152,13 +152,13 @@ def _missing(place: Place) -> str:
 def _not_a_section(given: Any, place: Place) -> str:
     """Explain how to write a section that was given as a plain value."""
     name = place.name
-    label = "" if name.isdigit() else f"{name}: "  # digits: an item of a list
+    prefix = "" if name.isdigit() else f"{name}: "  # digits: an item of a list
     if given is None:
         out = "" if place.field and place.field.is_required() else ", or leave it out"
-        return f"empty; give its fields, for example {_example(place) or label + '{NAME: VALUE}'}{out}"
-    if filled := _likely_fields(given, place.options):
-        return f"expected fields{_instead_of(given)}; write {label}{filled}"
-    return f"expected fields{_instead_of(given)}; for example {_example(place) or label + '{NAME: VALUE}'}"
+        return f"empty; give its fields, for example {_example(place) or prefix + '{NAME: VALUE}'}{out}"
+    if section := _likely_fields(given, place.options):
+        return f"expected fields{_instead_of(given)}; write {prefix}{section}"
+    return f"expected fields{_instead_of(given)}; for example {_example(place) or prefix + '{NAME: VALUE}'}"
 
 
 def _likely_fields(given: Any, options: Mapping[str, type[BaseModel]]) -> str:
@@ -192,7 +192,7 @@ def _missing_tag(given: Any, place: Place) -> str:
 def _unknown_field(given: Any, place: Place) -> str:
     """Explain which field an unknown one probably stands for."""
     name = place.name
-    folded = _normalised(name)
+    normalised = _normalised(name)
     ours = FIELDS.get(_normalised(name), name)
     if ":" in name:
         return "a field is written NAME: VALUE, with a space after the colon"
@@ -201,19 +201,19 @@ def _unknown_field(given: Any, place: Place) -> str:
     if name in (tags := [tag for model in place.siblings for tag in tags_of(model)]):
         return f"write {tag_field(*place.siblings)}: {name}, and its fields beside it"
     chosen = [each for each in place.known if given in _allowed_texts(each, place)]
-    if meant := [ours] if ours in place.known else chosen or _related(folded, place.known):
+    if meant := [ours] if ours in place.known else chosen or _related(normalised, place.known):
         return f"did you mean {_listed([repr(each) for each in meant], 'or')}?"
     if others := [tag for tag, model in zip(tags, place.siblings, strict=False) if ours in field_names(model)]:
-        if close := get_close_matches(folded, place.known, n=1, cutoff=0.85):
+        if close := get_close_matches(normalised, place.known, n=1, cutoff=0.85):
             return f"did you mean {close[0]!r}?"
         own = _listed([tag for owner in place.owners for tag in tags_of(owner)])
         return f"{ours} is a field of {place.names[-2]} {_listed(others)}, not of {own}"
-    return _field_elsewhere(name, ours, place) or f"{_known_fields(place)}{_own_arguments(place)}"
+    return _field_elsewhere(name, ours, place) or f"{_known_fields(place)}{_kwargs_hint(place)}"
 
 
-def _related(folded: str, known: Sequence[str]) -> list[str]:
+def _related(normalised: str, known: Sequence[str]) -> list[str]:
     """Return the fields whose names begin with this name, or are a part of it."""
-    return [each for each in known if each.startswith(f"{folded}_") or f"_{each}_" in f"_{folded}_"]
+    return [each for each in known if each.startswith(f"{normalised}_") or f"_{each}_" in f"_{normalised}_"]
 
 
 def _known_fields(place: Place) -> str:
@@ -221,7 +221,7 @@ def _known_fields(place: Place) -> str:
     return f"the fields are {names}" if len(place.known) > 1 else f"the only field is {names}"
 
 
-def _own_arguments(place: Place) -> str:
+def _kwargs_hint(place: Place) -> str:
     return "; arguments of your own function go into kwargs" if "kwargs" in place.known else ""
 
 

@@ -90,10 +90,9 @@ class CheckpointConfig(Spec):
     Ctrl-C."""
 
     every_s: float | None = Field(default=60.0, gt=0)
-    """Seconds between two checkpoints. Lower: less work is repeated after a server is lost. null: time does not
-    matter."""
+    """Seconds between two checkpoints. Lower: less work is repeated after a server is lost. null: not used."""
     every_updates: Count | None = None
-    """Steps of the servers between two checkpoints. null: the number of steps does not matter."""
+    """Number of steps of the servers between two checkpoints. null: not used."""
     keep: Count = 3
     """Number of checkpoints to keep. Older ones are deleted."""
 
@@ -133,7 +132,8 @@ class JobSpec(Spec):
     Workers are processes that read the weights from the servers, compute the gradient of the loss on a batch of
     examples and push it to the servers. Servers are processes that hold the weights of the model and change them in
     steps; a step is made of one or more gradients. While a worker computes, the servers may take steps with gradients
-    of other workers: the number of these steps is the staleness of the gradient.
+    of other workers: the number of these steps is the staleness of the gradient. A gradient with a staleness above 0 is
+    stale.
     """
 
     version: Annotated[Literal[1], BeforeValidator(_refuse_boolean)] = 1

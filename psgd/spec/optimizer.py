@@ -142,7 +142,7 @@ class AdagradOptimizer(_Optimizer):
 class _Adam(_Optimizer):
     betas: Annotated[tuple[Beta, Beta], Strict(False)] = Field(default=(0.9, 0.999), examples=[[0.9, 0.999]])
     """Decay rates of the running means m of g and v of g², as in PyTorch. Higher: means that are steadier and follow
-    more slowly. Staleness acts like a higher first value."""
+    more slowly. Staleness acts like a higher first rate."""
     eps: Eps = 1e-8
     """ε in m̂ / (√v̂ + ε). Higher: weights with small gradients move less."""
 

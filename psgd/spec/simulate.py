@@ -86,9 +86,9 @@ class LinearDelays(Spec):
     name: Literal["linear"]
     """The distribution of the times. The other fields of `delays` depend on it."""
     slope: Positive
-    """Virtual seconds that each worker takes longer than the one before."""
+    """Increase of the time from each worker to the next, in virtual seconds."""
     spread: float = Field(ge=0, le=1e12)
-    """Difference of the variances of a worker and the one before, in square seconds."""
+    """Increase of the variance from each worker to the next, in square seconds."""
 
 
 class MeasuredDelays(Spec):
@@ -182,8 +182,8 @@ def _delays(name: str, arguments: str) -> dict[str, Any]:
     fields = list(PARAMETERS[name].model_fields)[1:] if name in PARAMETERS else []
     values = [_number(argument) for argument in arguments.split(",")] if arguments else []
     if fields and len(values) > len(fields):
-        form = f"{name}:{','.join(field.upper() for field in fields)}"
-        raise ValueError(f"expected {form}")
+        short_form = f"{name}:{','.join(field.upper() for field in fields)}"
+        raise ValueError(f"expected {short_form}")
     return {"name": name} | dict(zip(fields, values, strict=False))
 
 
@@ -208,9 +208,7 @@ def expand_modes(given: Any, own: ConsistencySpec | None = None) -> Any:
 def _expand_mode(given: Any, own: ConsistencySpec | None) -> Any:
     if not isinstance(given, str):
         return given
-    from psgd.spec.yaml_values import (
-        read_yaml,
-    )  # not at the top: processes on a cluster import this module, and need no YAML
+    from psgd.spec.yaml_values import read_yaml  # here, because processes on a cluster import this module
 
     mode, *settings = given.strip().split(":")
     if not mode:
@@ -293,9 +291,10 @@ class SimulateConfig(Spec):
 
     @model_validator(mode="after")
     def _metric_exists(self) -> SimulateConfig:
-        if self.until and (self.until.metric == "excess") != (self.model == "quadratic"):
-            raise ValueError(
-                f"until asks for {self.until.metric}, but a quadratic has only the metric excess, and the job's own "
-                "model only the others: change until, or model"
-            )
-        return self
+        if self.until is None or (self.until.metric == "excess") == (self.model == "quadratic"):
+            return self
+        if self.model == "quadratic":
+            raise ValueError(f"until asks for {self.until.metric}, but a quadratic has only excess: use excess")
+        raise ValueError(
+            "until asks for excess, which only a quadratic has: use another metric, or set simulate.model to quadratic"
+        )

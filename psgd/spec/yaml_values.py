@@ -131,10 +131,7 @@ def read_yaml(text: str, source: str, limit: int = VALUE_LIMIT) -> Any:
         return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         raise SpecError(f"{source} is not YAML that can be read: {_where(error)}") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-    ) as error:  # ValueError: of chr() or int(), to which PyYAML gives any text
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: from chr() or int(), which get any text
         reason = " ".join(str(error).split())
         raise SpecError(f"{source} is not YAML that can be read: {reason:.200}") from error
 

@@ -180,7 +180,7 @@ def test_local_steps_may_become_synchronous() -> None:
     assert change_settings(spec(consistency=mode("local")), ["consistency.synchronous=true"]).worker_options.local
 
 
-# Anything may be asked for
+# Settings from outside may be anything
 
 HOSTILE = [
     "optimizer.lr=2001-99-99",

@@ -37,7 +37,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "dana": {"momentum": 0.9},
     "rescaled": {},
 }
-SINGLE = ("async", "ssp", "ringmaster")  # one gradient is one step
+SINGLE = ("async", "ssp", "ringmaster")  # modes in which one gradient is one step
 EVERYWHERE = {(mode, correction) for mode in SINGLE for correction in CORRECTIONS}
 IN_A_MEAN = {
     (mode, correction)
@@ -60,7 +60,7 @@ def correction(name: str) -> dict[str, Any]:
     return {"name": name} | CORRECTIONS[name]
 
 
-# How many workers, and bounds
+# Numbers of workers, and bounds
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_every_correction_goes_with_several_servers(correcting: str) -> None:
     assert spec(correction=correction(correcting), scaling={"servers": 3, "pipeline": 2})
 
 
-# What workers are told
+# Options of the workers
 
 
 def test_a_plain_jobs_workers_push_gradients_and_nothing_else() -> None:

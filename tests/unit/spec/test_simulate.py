@@ -153,8 +153,8 @@ def test_a_target_is_met_from_its_side() -> None:
 
 def test_a_quadratic_has_another_metric_than_a_job() -> None:
     assert section(model="quadratic", until="excess=1").until
-    assert "a quadratic has only the metric excess" in said(model="quadratic", until="val/loss=1")
-    assert "a quadratic has only the metric excess" in said(until="excess=1")
+    assert "a quadratic has only excess" in said(model="quadratic", until="val/loss=1")
+    assert "excess, which only a quadratic has" in said(until="excess=1")
 
 
 @pytest.mark.parametrize(
