@@ -154,7 +154,7 @@ class Ringmaster(Async):
 
 
 class Collecting(Async):
-    """One step on the mean of a fixed number of gradients of any workers; no worker waits.
+    """One step on the weighted mean of a given number of gradients, of any workers; no worker waits.
 
     Args:
         size: function from the number of live workers to the number of gradients in a step.
@@ -269,7 +269,7 @@ class Malenia(Collecting):
 
 
 class Ringleader(Async):
-    """Ringleader ASGD (Maranjyan and Richtárik, 2026): n steps on each table of all n workers' mean gradients."""
+    """Ringleader ASGD (Maranjyan and Richtárik, 2026): n steps on each table of the n workers' mean gradients."""
 
     def __init__(self) -> None:
         self._tables: RingleaderTables | None = None

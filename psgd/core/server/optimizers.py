@@ -348,7 +348,7 @@ def _gradient_itself(_: Block, gradient: FloatArray) -> FloatArray:
 
 
 def _scalar(value: float) -> FloatArray:
-    """Return a float32 array of shape `[]`: NumPy needs half the time to multiply by it as by a Python float."""
+    """Return a float32 array of shape `[]`: NumPy multiplies by it in half the time that a Python float takes."""
     return np.array(value, np.float32)
 
 

@@ -13,7 +13,7 @@ from psgd_workers.messages import Encoded, EpochGrid, FloatArray, Gradient
 
 __all__ = ["PushCheck"]
 
-# Exclusive upper limits. The integers are those that the fields of a journal's record can hold.
+# Upper limits, exclusive. Those of the integers are the limits of the fields of a journal's record.
 LONGEST_S = 1e9  # computing time of a batch, seconds
 SLOTS = 1 << 8
 INCARNATIONS = 1 << 32
