@@ -101,7 +101,7 @@ class FailureConfig(Spec):
     """The number of failures that the run survives, and its time limits for answers and processes."""
 
     max_failures: Whole = Field(default=10, ge=-1)
-    """Number of times that a dead worker or server is replaced. At the next death the run fails. -1: no limit.
+    """Number of times that a dead or silent worker or server is replaced. At the next one the run fails. -1: no limit.
     Processes of preempted nodes are replaced too, and not counted."""
     max_rejected: Whole = Field(default=10, ge=0)
     """Number of gradients with infinite or NaN values that are refused. At the next one the run fails as diverged."""
