@@ -67,7 +67,7 @@ class _Mode(Spec):
 
 class _Refusing(_Mode):
     late: Literal["requeue", "discard"] = "requeue"
-    """What happens to the batch of a refused gradient. `requeue`: a worker computes it again, so that an epoch still
+    """The treatment of the batch of a refused gradient. `requeue`: a worker computes it again, so that an epoch still
     uses every example exactly once. `discard`: the epoch goes on without it, and the result counts it."""
     stop: bool = False
     """true: a worker does not send a finished gradient that the server would refuse. This saves the transfer, but not

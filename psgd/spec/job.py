@@ -63,8 +63,8 @@ class TargetConfig(Spec):
 
 
 class RunConfig(Spec):
-    """When the run ends, and where its files are kept. Give at least one of `epochs`, `max_updates` and `max_time_s`:
-    the run ends at the limit that is reached first."""
+    """The limits at which the run ends, and the folder of its files. Give at least one of `epochs`, `max_updates` and
+    `max_time_s`: the run ends at the limit that is reached first."""
 
     epochs: Count | None = None
     """Number of passes over the training data. null: no limit."""
@@ -86,8 +86,8 @@ class RunConfig(Spec):
 
 
 class CheckpointConfig(Spec):
-    """How often the weights and the state of the run are saved. They are also saved when the run ends and after
-    Ctrl-C."""
+    """The intervals at which the weights and the state of the run are saved. They are also saved when the run ends and
+    after Ctrl-C."""
 
     every_s: float | None = Field(default=60.0, gt=0)
     """Seconds between two checkpoints. Lower: less work is repeated after a server is lost. null: not used."""
@@ -98,15 +98,15 @@ class CheckpointConfig(Spec):
 
 
 class FailureConfig(Spec):
-    """How many failures the run survives, and how long it waits for processes and answers."""
+    """The number of failures that the run survives, and its time limits for answers and processes."""
 
     max_failures: Whole = Field(default=10, ge=-1)
-    """Number of times that a dead worker or server is replaced. At the next death the run fails. -1: no limit.
+    """Number of times that a dead or silent worker or server is replaced. At the next one the run fails. -1: no limit.
     Processes of preempted nodes are replaced too, and not counted."""
     max_rejected: Whole = Field(default=10, ge=0)
     """Number of gradients with infinite or NaN values that are refused. At the next one the run fails as diverged."""
     poison: Literal["fail", "skip"] = "fail"
-    """What to do with a poison batch: one that at each attempt kills its worker, or gives infinite or NaN gradients.
+    """The treatment of a poison batch, which at each attempt kills its worker or gives infinite or NaN gradients.
     `fail`: the run ends and names the batch. `skip`: the run goes on without the batch and counts it as discarded."""
     poison_tries: Count = 3
     """Failed attempts after which a batch counts as poison."""
@@ -121,9 +121,9 @@ class Settings(Spec):
     """The part of a job that `psgd set` can change while the job runs."""
 
     consistency: ConsistencySpec
-    """Which gradients form a step, and which workers wait for it."""
+    """The rule that decides which gradients form a step, and which workers wait for it."""
     optimizer: OptimizerSpec
-    """How a step changes the weights."""
+    """The rule by which a step changes the weights."""
 
 
 class JobSpec(Spec):
@@ -149,21 +149,21 @@ class JobSpec(Spec):
     data: DataSpec = Field(examples=[{"format": "csv", "path": "data.csv"}])
     """The data to train on."""
     optimizer: OptimizerSpec = Field(examples=[{"name": "sgd", "lr": 0.1}])
-    """How a step of the servers changes the weights."""
+    """The rule by which a step of the servers changes the weights."""
     consistency: ConsistencySpec = Field(default=AsyncConsistency(), examples=[{"mode": "async"}])
-    """Which gradients form a step of the servers, and which workers wait for it."""
+    """The rule that decides which gradients form a step of the servers, and which workers wait for it."""
     correction: CorrectionSpec = Field(default=NoCorrection(), examples=[{"name": "staleness_lr"}])
-    """How a stale gradient, or its learning rate, is changed before it is applied."""
+    """The change of a stale gradient, or of its learning rate, before the gradient is applied."""
     compression: CompressionSpec = Field(default=NoCompression(), examples=[{"name": "fp16"}])
-    """How gradients are compressed before they are sent to the servers."""
+    """The compression of gradients that are sent to the servers."""
     scaling: ScalingConfig = Field(default=ScalingConfig(), examples=[{"workers": 4}])
     """The number of workers and servers, and their resources."""
     run: RunConfig = Field(examples=[{"epochs": 10}])
-    """When the run ends, and where its files are kept."""
+    """The limits at which the run ends, and the folder of its files."""
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), examples=[{"every_s": 60}])
-    """How often the weights and the state of the run are saved."""
+    """The intervals at which the weights and the state of the run are saved."""
     failure: FailureConfig = Field(default=FailureConfig(), examples=[{"max_failures": 10}])
-    """How many failures the run survives, and how long it waits for processes and answers."""
+    """The number of failures that the run survives, and its time limits for answers and processes."""
     simulate: SimulateConfig | None = Field(default=None, examples=[{"delays": "lognormal:0,1", "modes": "async,bsp"}])
     """Simulated workers and modes to compare, for `psgd simulate`. Training ignores this section. null: its
     defaults."""

@@ -94,7 +94,7 @@ class _Optimizer(Spec):
     """Each value of each worker's gradient is clipped to [-clip_value, clip_value], as by Keras' `clipvalue`. null: no
     limit. Lower: outliers count less, and the direction of the gradient changes more."""
     schedule: ScheduleSpec = ConstantSchedule()
-    """How the learning rate changes during the run, as a function of the examples trained on."""
+    """The change of the learning rate during the run, as a function of the number of examples trained on."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay d of an exponential moving average of the weights, avg ← d·avg + (1 - d)·w after each step. Validation uses
     the average instead of the weights w; training uses w. null: no average. Higher: a smoother average that follows the

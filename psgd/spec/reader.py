@@ -14,7 +14,7 @@ from psgd.spec.explanations import explain
 from psgd.spec.job import JobSpec
 from psgd.spec.yaml_values import FILE_LIMIT, read_yaml
 
-__all__ = ["as_spec", "load_spec", "parse_spec", "parse_value", "with_setting"]
+__all__ = ["as_spec", "load_spec", "parse_spec", "with_setting"]
 
 MAX_DEPTH = 16  # field names in a setting such as a.b.c=1
 
@@ -82,19 +82,6 @@ def parse_spec(tree: Mapping[str, Any], source: str) -> JobSpec:
         raise SpecError(f"{source} is not a valid job:\n{faults}") from error
 
 
-def parse_value(text: str, source: str) -> Any:
-    """Return the value that a command gives in YAML.
-
-    Args:
-        text: YAML of at most 10,000 characters.
-        source: name of the value in errors.
-
-    Raises:
-        SpecError: the text is not YAML, or too large.
-    """
-    return read_yaml(text, source)
-
-
 def with_setting(tree: Mapping[str, Any], setting: str) -> dict[str, Any]:
     """Return the fields of a job with one of them replaced.
 
@@ -109,7 +96,8 @@ def with_setting(tree: Mapping[str, Any], setting: str) -> dict[str, Any]:
     names = tuple(path.strip().split("."))
     if not equals or not all(names) or len(names) > MAX_DEPTH:
         raise SpecError(f"setting {_short(setting)}: expected FIELD=VALUE, such as optimizer.lr=0.1")
-    return _replace_field(tree, names, parse_value(text, f"setting {_short(setting)}"), f"setting {_short(setting)}")
+    source = f"setting {_short(setting)}"
+    return _replace_field(tree, names, read_yaml(text, source), source)
 
 
 def _replace_field(tree: Mapping[str, Any], names: Sequence[str], value: Any, source: str) -> dict[str, Any]:

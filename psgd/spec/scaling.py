@@ -54,8 +54,9 @@ class ScalingConfig(Spec):
     """Number of batches that a worker may compute before it has the answer to its last push. Higher: workers wait less
     for a slow network, and staleness grows by about the number of workers for each of these batches."""
     lane: Literal["auto", "shm", "tcp", "ray"] = "auto"
-    """How workers send gradients to servers. `shm`: shared memory, on one node only. `tcp`: sockets. `ray`: Ray's actor
-    calls, which work everywhere. `auto`: the fastest of these that works between a worker and a server."""
+    """The way in which workers send gradients to servers. `shm`: shared memory, on one node only. `tcp`: sockets.
+    `ray`: Ray's actor calls, which work everywhere. `auto`: the fastest of these that works between a worker and a
+    server."""
     ports: Annotated[tuple[Port, Port], Strict(False)] | None = Field(default=None, examples=[[20000, 20100]])
     """First and last TCP port that servers may listen on, such as `[20000, 20100]`, if a firewall opens only some
     ports. null: any free port."""

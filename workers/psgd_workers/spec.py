@@ -228,8 +228,9 @@ class _Data(Spec):
     """true: the examples have another order in every epoch, which the seed decides. false: they have the order of the
     file."""
     normalize: Literal["none", "unit", "standardize"] = "none"
-    """How features are scaled. `unit`: (x - min) / (max - min), where min and max are taken over all features of all
-    training examples. `standardize`: each feature gets mean 0 and standard deviation 1 over the training examples."""
+    """The scaling of the features. `unit`: (x - min) / (max - min), where min and max are taken over all features of
+    all training examples. `standardize`: each feature gets mean 0 and standard deviation 1 over the training
+    examples."""
     validation_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Share of the examples that is used for validation instead of training, such as 0.2; the seed chooses the
     examples. For data without a validation part of its own. null: all examples are used for training."""

@@ -305,7 +305,7 @@ def test_a_page_is_written(psgd: Any) -> None:
         (("--delays", "lognormol:0,1"), "did you mean 'lognormal'"),
         (("--model", "cubic"), "simulate.model: expected quadratic, not 'cubic'"),
         (("--model", "quadratic", "--until", "val/loss=1"), "a quadratic has only excess"),
-        (("--until", "excess=1"), "the job's own model has the other metrics"),
+        (("--until", "excess=1"), "excess, which only a quadratic has"),
         (("--crashes", "-1"), "simulate.crash_s: expected at least 1e-12, not -1.0"),
         (("--delays", "measured:nowhere"), "holds no journal"),
     ],
