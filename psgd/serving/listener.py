@@ -208,15 +208,23 @@ class Listener:
         """Serve one connection from the handshake until it is closed, unless the shared poller takes it over."""
         is_polled = False
         try:
-            connection = self._admit(stream, shared, handshakes)
-            if connection is None:
-                return
-            is_polled = shared and self._push_format.is_small and self._hand_over(connection, stream)
-            if not is_polled:
-                self._serve_here(connection, shared)
+            is_polled = self._serve_or_hand_over(stream, shared, handshakes)
         finally:
             if not is_polled:
                 self._forget(stream)
+
+    def _serve_or_hand_over(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> bool:
+        """Return True if the shared poller took the connection over, False once it is closed.
+
+        When this returns, nothing refers to the connection and to the worker's memory any more.
+        """
+        connection = self._admit(stream, shared, handshakes)
+        if connection is None:
+            return False
+        if shared and self._push_format.is_small and self._hand_over(connection, stream):
+            return True
+        self._serve_here(connection, shared)
+        return False
 
     def _hand_over(self, connection: WorkerConnection, stream: socket.socket) -> bool:
         """Let the shared poller serve a connection. Return False if it cannot."""

@@ -161,9 +161,9 @@ def test_a_push_that_a_server_refuses_ends_its_lane() -> None:
         def push(self, worker: str, number: int, partitions: int) -> PushFault | None:
             if (worker, number) == ("worker-0", 2):  # the server now has another grid, without this batch
                 server = self.cluster.servers[0]
-                self.real = server._grid
-                server._grid = type(GRID)((1,), 1)
-                self.cluster.after(0.05, setattr, server, "_grid", self.real)
+                self.real = server._push_check._grid
+                server._push_check._grid = type(GRID)((1,), 1)
+                self.cluster.after(0.05, setattr, server._push_check, "_grid", self.real)
             return None
 
     cluster = VirtualCluster(
