@@ -9,7 +9,7 @@ from psgd.errors import PushRefusedError
 from psgd.spec import JobSpec
 from psgd_workers.errors import EncodingError
 from psgd_workers.gradients.compression import decode
-from psgd_workers.messages import Encoded, EpochGrid, FloatArray, Gradient
+from psgd_workers.messages import Encoded, EpochGrid, FloatArray, Gradient, Version
 
 __all__ = ["PushCheck"]
 
@@ -79,18 +79,25 @@ class PushCheck:
 
     def _check_name(self, gradient: Gradient) -> None:
         """Refuse a push whose name or versions do not fit into the journal's fields."""
-        _, slot, number, *_, carries = gradient
-        if not (0 <= slot < SLOTS and 0 < number < COUNTS and 0 <= carries < number):
+        slot = gradient.slot
+        number = gradient.number
+        if not (0 <= slot < SLOTS and 0 < number < COUNTS and 0 <= gradient.carries < number):
             raise PushRefusedError(
-                f"the push has number {number} of slot {slot} and carries on {carries}; expected a slot from 0 to "
-                f"{SLOTS - 1}, a number of 1 or more, and to carry on an earlier number or 0 for none"
+                f"the push has number {number} of slot {slot} and carries on {gradient.carries}; expected a slot from "
+                f"0 to {SLOTS - 1}, a number of 1 or more, and to carry on an earlier number or 0 for none"
             )
-        versions = (gradient.read, *gradient.others)
-        known = all(0 <= incarnation < INCARNATIONS and 0 <= updates < COUNTS for incarnation, updates in versions)
-        if len(versions) != self._partitions or not known:
+        others = gradient.others
+        known = _fits_journal(gradient.read) and (not others or all(map(_fits_journal, others)))
+        if not known or len(others) + 1 != self._partitions:
             raise PushRefusedError(
-                f"the push was computed from {versions}; expected the versions of {self._partitions} partitions"
+                f"the push was computed from {(gradient.read, *others)}; expected the versions of {self._partitions} "
+                "partitions"
             )
+
+
+def _fits_journal(version: Version) -> bool:
+    incarnation, updates = version
+    return 0 <= incarnation < INCARNATIONS and 0 <= updates < COUNTS
 
 
 def _check_encoded(encoded: Encoded, scratch: FloatArray) -> None:
