@@ -35,6 +35,7 @@ python=$(sed -n "$library" "/proc/$PPID/maps" | head -n 1)
 [ -x "$python" ] || python=python
 exec "$python" -m psgd.cli train job.yaml --resume --name "$1"
 """
+EXPECTED_URL = "expected the URL of Ray's dashboard, such as http://HEAD:8265"
 
 
 class Jobs:
@@ -48,10 +49,14 @@ class Jobs:
     """
 
     def __init__(self, address: str) -> None:
-        parts = urlparse(address)
+        try:
+            parts = urlparse(address)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError as error:
+            raise ClusterError(f"address {address!r}: {error}; {EXPECTED_URL}") from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ClusterError(f"address {address!r}: expected the URL of Ray's dashboard, such as http://HEAD:8265")
-        check_listening(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), address)
+            raise ClusterError(f"address {address!r}: {EXPECTED_URL}")
+        check_listening(parts.hostname, port, address)
         with _map_errors(address):
             self._client = JobSubmissionClient(address)
         self._address = address

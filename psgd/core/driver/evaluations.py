@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 from psgd.core.driver.events import Evaluate
 from psgd.core.driver.workers import WorkerRecord, WorkerTable
@@ -40,12 +40,14 @@ class Evaluations:
     @property
     def awaited(self) -> list[int | None]:
         """Return the names of the weights without a result, beginning with those that a worker evaluates."""
-        in_progress = [
-            epochs
-            for worker in self._worker_table
-            for epochs in worker.evaluations
-            if (worker.name, epochs) not in self._void
-        ]
+        void = Counter(self._void)
+        in_progress: list[int | None] = []
+        for worker in self._worker_table:
+            for epochs in worker.evaluations:  # of several with one name, the rolled back ones come first
+                if void[worker.name, epochs]:
+                    void[worker.name, epochs] -= 1
+                else:
+                    in_progress.append(epochs)
         return [*in_progress, *self._wanted]
 
     @property

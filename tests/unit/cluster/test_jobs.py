@@ -14,7 +14,7 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 
 from psgd.cluster import jobs as module
 from psgd.cluster.jobs import DRIVER_SCRIPT, Jobs
-from psgd.errors import InputError, RunError, SpecError
+from psgd.errors import ClusterError, InputError, RunError, SpecError
 from psgd.spec import JobSpec
 from tests.support.jobs import job
 
@@ -207,3 +207,9 @@ def test_only_a_run_that_has_not_ended_is_asked_to_stop(server: JobServer) -> No
     server.details = {"status": JobStatus.RUNNING, "message": ""}
     Jobs(ADDRESS).stop("run")
     assert server.stopped == ["raysubmit_1"]
+
+
+@pytest.mark.parametrize("address", ["http://head:abc", "http://head:99999", "http://[x", "head:8265", "ftp://head"])
+def test_an_address_that_is_no_url_of_a_dashboard_is_refused(address: str) -> None:
+    with pytest.raises(ClusterError, match=r"expected the URL of Ray's dashboard, such as http://HEAD:8265"):
+        Jobs(address)

@@ -8,6 +8,7 @@ from psgd.core.driver.workers import WorkerTable
 from psgd_workers.messages import Evaluation
 
 GOOD = Evaluation(0.1, 0.9, 8)
+BAD = Evaluation(2.0, 0.1, 8)
 
 
 @pytest.fixture
@@ -112,3 +113,23 @@ def test_one_that_did_not_begin_may_be_wanted_again(evaluations: Evaluations, wo
     assert evaluations.open == 0
     evaluations.want(1)
     assert evaluations.waiting
+
+
+def test_weights_that_are_evaluated_again_are_awaited_once(worker_table: WorkerTable) -> None:
+    """The evaluation of the rolled back weights is still in progress, on the same worker and under the same name."""
+    for other in list(worker_table)[1:]:
+        worker_table.remove(other.name)
+    evaluations = Evaluations(worker_table, enabled=True)
+    (worker,) = worker_table
+    evaluations.want(5)
+    evaluations.assign(now=1.0)
+    evaluations.forget(4)
+    for _ in range(3):
+        evaluations.want(5)
+        evaluations.assign(now=2.0)
+    assert worker.evaluations == [5, 5]
+    assert evaluations.awaited == [5]
+    evaluations.done(worker, 5, BAD, now=3.0)  # of the rolled back weights
+    assert (evaluations.awaited, evaluations.results) == ([5], {})
+    evaluations.done(worker, 5, GOOD, now=4.0)
+    assert (evaluations.awaited, evaluations.results) == ([], {5: GOOD})
