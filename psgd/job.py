@@ -1,4 +1,4 @@
-"""A job whose data is open and whose model has computed a batch: the start of training, simulation and replay."""
+"""OpenJob: a job whose data is open and whose model was tried. Training, simulation and replay start with one."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class OpenJob:
                 "different ones each time" if self.spec.data.shuffle else "the same ones, because data.shuffle is false"
             )
             warnings.append(
-                f"data.drop_last leaves {self.shards.left_out} of {len(self.dataset.train)} training examples out of "
-                f"each epoch, {which}"
+                f"data.drop_last omits {self.shards.left_out} of {len(self.dataset.train)} training examples from each "
+                f"epoch: {which}"
             )
         return warnings
 

@@ -66,5 +66,5 @@ def print_checks(checks: Iterable[Check]) -> None:
 
 
 def printable(text: str) -> str:
-    """Return the text with its control characters escaped: on one line, and harmless to the terminal."""
+    """Escape the control characters of a text, so that it stays on one line and cannot control the terminal."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -1,6 +1,7 @@
 """Addresses of Ray clusters: parse one, and refuse it if a driver cannot connect to it.
 
-Ray itself waits 20 seconds for a port that is not its head's, and minutes for a port that speaks HTTP.
+Without these checks, Ray would wait 20 seconds if the port is not the one of its head, and minutes if an HTTP server
+answers there.
 """
 
 from __future__ import annotations
@@ -29,36 +30,36 @@ def find_address(given: str | None) -> str | None:
         ClusterError: the address is malformed, nothing listens there, or the process there is not Ray's head.
     """
     address = given or os.environ.get("RAY_ADDRESS") or "local"
-    name = "--address" if given else "RAY_ADDRESS"
+    given_by = "--address" if given else "RAY_ADDRESS"
     if address in NAMES_OF_RAY:
         return None if address == "local" else address
-    _check_scheme(name, address)
-    host, port = _split_address(name, address)
+    _check_scheme(given_by, address)
+    host, port = _split_address(given_by, address)
     check_listening(host, port, address)
     if _speaks_http(host, port):
         raise ClusterError(
-            f"{name} {address!r}: an HTTP server answers there, such as Ray's dashboard. A driver connects to the "
+            f"{given_by} {address!r}: an HTTP server answers there, such as Ray's dashboard. A driver connects to the "
             "port of Ray's head instead (6379 by default). To run the driver on the cluster: "
             f"psgd submit JOB.yaml --address http://{address}"
         )
     return address
 
 
-def _check_scheme(name: str, address: str) -> None:
+def _check_scheme(given_by: str, address: str) -> None:
     if address.startswith("ray://"):
         raise ClusterError(
-            f"{name} {address!r} is a Ray Client address, and Ray Client cannot carry a training run. Submit the job: "
-            "psgd submit JOB.yaml --address http://HEAD:8265, or run the driver on the cluster"
+            f"{given_by} {address!r} is a Ray Client address, and Ray Client cannot carry a training run. Submit the "
+            "job: psgd submit JOB.yaml --address http://HEAD:8265, or run the driver on the cluster"
         )
     if address.startswith(("http://", "https://")):
         raise ClusterError(
-            f"{name} {address!r} is the URL of a dashboard. To run the driver on that cluster: "
+            f"{given_by} {address!r} is the URL of a dashboard. To run the driver on that cluster: "
             f"psgd submit JOB.yaml --address {address}. To run the driver on this machine, give HOST:PORT of the "
             "cluster's head, such as 10.0.0.1:6379"
         )
 
 
-def _split_address(name: str, address: str) -> tuple[str, int]:
+def _split_address(given_by: str, address: str) -> tuple[str, int]:
     """Split HOST:PORT into host and port. An IPv6 host stands in brackets."""
     try:
         parts = urlsplit(f"//{address}")
@@ -68,7 +69,8 @@ def _split_address(name: str, address: str) -> tuple[str, int]:
         host = port = None
     if not host or not port or parts.netloc != address or "@" in address:
         raise ClusterError(
-            f"{name} {address!r}: expected HOST:PORT of a Ray head, such as 10.0.0.1:6379 or [fd00::1]:6379, or 'auto'"
+            f"{given_by} {address!r}: expected HOST:PORT of a Ray head, such as 10.0.0.1:6379 or [fd00::1]:6379, or "
+            "'auto'"
         )
     return host, port
 

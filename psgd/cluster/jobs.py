@@ -24,11 +24,11 @@ __all__ = ["Jobs"]
 
 RUN_KEY = "psgd_run"  # key of a job's metadata for the name of its run
 EXIT_REFUSED = 2  # exit code of `psgd train` for a job that it refuses
-LOGS_MARK = ", last available logs"  # in Ray's message about a failed job; the rest was printed already
+LOGS_MARK = ", last available logs"  # in Ray's message about a failed job, before a repetition of the output
 
 # Ray looks for a job's command on the PATH that Ray was started with, which may lack Ray's own Python interpreter. The
-# parent of this shell is a process of that interpreter, so the path of Ray's library in its memory map gives the
-# environment that the interpreter lies in.
+# parent process of this shell runs on that interpreter and has loaded Ray's library. The script reads the path of the
+# library in the parent's memory map, and derives the path of the interpreter from it.
 DRIVER_SCRIPT = r"""
 library='s|^[^/]*\(/.*\)/lib[0-9]*/\(python[^/]*\)/[^/]*/ray/_raylet\.so$|\1/bin/\2|p'
 python=$(sed -n "$library" "/proc/$PPID/maps" | head -n 1)
@@ -73,7 +73,7 @@ class Jobs:
             The submission id of the Ray job.
 
         Raises:
-            SpecError: a path is relative, and the cluster does not have the folder that it is relative to.
+            SpecError: a path is relative: the cluster does not know this machine's folders.
             ClusterError: the job server refused the job.
         """
         _check_paths(spec)
@@ -106,7 +106,7 @@ class Jobs:
             RunError: the run did not succeed, or the connection to the cluster was lost.
             KeyboardInterrupt: the user pressed Ctrl-C. The run goes on, and a line on stderr says so.
         """
-        goes_on = (
+        advice = (
             f"run {run} goes on as job {job}. To follow it: psgd status {run} --address {self._address}. To stop it: "
             f"psgd stop {run} --address {self._address}"
         )
@@ -115,10 +115,10 @@ class Jobs:
                 asyncio.run(self._print_output(job))
                 found = self._client.get_job_info(job)
         except KeyboardInterrupt:
-            sys.stderr.write(f"psgd: {goes_on}\n")
+            sys.stderr.write(f"psgd: {advice}\n")
             raise
         if not found.status.is_terminal():
-            raise RunError(f"the connection to {self._address} was lost; {goes_on}")
+            raise RunError(f"the connection to {self._address} was lost; {advice}")
         if found.status == JobStatus.SUCCEEDED:
             return
         if found.driver_exit_code == EXIT_REFUSED:

@@ -1,8 +1,8 @@
 """The probe: a check that the raylet of the driver's node and the head of the cluster still run.
 
 Ray ends a driver about 15 seconds after its raylet is gone, and 60 seconds after the head is gone. The driver exits
-with code 1 and cannot write anything more. Before that, the ports of both processes refuse connections. The probe
-notices it, and the driver has time to write how far the run came.
+with code 1 and cannot write anything more. But the port of a process refuses connections as soon as the process has
+ended. The probe notices this, so the driver still has time to write how far the run came.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from psgd.errors import ClusterLostError
 __all__ = ["ClusterProbe"]
 
 CHECK_INTERVAL_S = 0.5
-CONNECT_TIMEOUT_S = 0.2  # short: the supervisor waits for it, and only a refused connection counts
+CONNECT_TIMEOUT_S = 0.2  # short, as the supervisor waits for it; a timeout does not count as a loss
 HEAD_GRACE_S = 45.0  # Ray reconnects to a head that returns within 60 s; the last 15 s are for writing the result
 
 Address = tuple[str, int]

@@ -18,7 +18,7 @@ class RunContext:
 
     spec: JobSpec
     layout: Layout  # slices and shapes of the tensors in the flat weights
-    grid: EpochGrid  # batches by shard, and number of examples in an epoch
+    grid: EpochGrid  # number of batches in each shard, and of examples in an epoch
     partitions: tuple[Partition, ...]  # one for each server
     driver: str  # id of the driver that owns the run
     storage: str  # URL of the run directory

@@ -87,7 +87,7 @@ def test_a_last_batch_of_one_example_can_be_left_out(path: Path, users_module: M
     job = OpenJob.open(spec(path, model=TORCH, data={"drop_last": True}))
     assert (job.shards.grid.num_batches, job.shards.grid.num_examples) == (2, 32)
     assert job.warnings() == [
-        "data.drop_last leaves 1 of 33 training examples out of each epoch, different ones each time"
+        "data.drop_last omits 1 of 33 training examples from each epoch: different ones each time"
     ]
 
 
@@ -109,7 +109,7 @@ def test_local_steps_are_tried_on_their_smallest_mini_batch(path: Path, users_mo
         (
             {"drop_last": True, "shuffle": False},
             [
-                "data.drop_last leaves 1 of 33 training examples out of each epoch, the same ones, because "
+                "data.drop_last omits 1 of 33 training examples from each epoch: the same ones, because "
                 "data.shuffle is false"
             ],
         ),

@@ -17,11 +17,11 @@ class Evaluations:
     Weights are named by the number of epochs that were complete when they were copied; None names the final weights.
 
     Args:
-        worker_table: the workers, which evaluate.
+        worker_table: the workers, which compute the evaluations.
         enabled: True if the data has a validation part.
 
     Attributes:
-        enabled: as the argument.
+        enabled: True if the data has a validation part.
         results: name of the weights -> their evaluation.
     """
 
@@ -29,7 +29,7 @@ class Evaluations:
         self._worker_table = worker_table
         self.enabled = enabled
         self._wanted: deque[int | None] = deque()
-        self._void: list[tuple[str, int | None]] = []  # (worker, weights) in progress, of weights that were rolled back
+        self._void: list[tuple[str, int | None]] = []  # (worker, weights) in progress; these weights were rolled back
         self.results: dict[int | None, Evaluation] = {}
 
     @property
@@ -61,7 +61,7 @@ class Evaluations:
             self._wanted.append(epochs)
 
     def assign(self, now: float) -> list[Evaluate]:
-        """Give the weights that wait to the workers with the fewest leases and evaluations."""
+        """Assign each requested evaluation to the worker with the fewest leases and evaluations."""
         actions = []
         while self._wanted and (up := self._worker_table.up):
             worker = min(up, key=lambda worker: len(worker.leases) + len(worker.evaluations))
@@ -79,7 +79,7 @@ class Evaluations:
     def cancelled(self, worker: WorkerRecord, epochs: int | None, now: float) -> None:
         """Close an evaluation without a result: the weights were lost with their server.
 
-        They are requested again when the epoch is complete again.
+        An evaluation is requested again when the epoch is complete again.
         """
         self._close(worker, epochs, now)
 
@@ -93,7 +93,7 @@ class Evaluations:
         return void
 
     def lost(self, worker: WorkerRecord) -> None:
-        """Put a lost worker's evaluations in front of all others, except those of rolled back weights."""
+        """Request a lost worker's evaluations again, before all others. Drop evaluations of rolled back weights."""
         void = [epochs for name, epochs in self._void if name == worker.name]
         self._void = [(name, epochs) for name, epochs in self._void if name != worker.name]
         for epochs in void:
@@ -107,13 +107,13 @@ class Evaluations:
             epochs: number of epochs that every partition still contains.
         """
         self.results = {
-            after: result for after, result in self.results.items() if after is not None and after <= epochs
+            weights: result for weights, result in self.results.items() if weights is not None and weights <= epochs
         }
-        self._wanted = deque(after for after in self._wanted if after is not None and after <= epochs)
-        older = [(name, after) for name, after in self._void if after is not None and after <= epochs]
+        self._wanted = deque(weights for weights in self._wanted if weights is not None and weights <= epochs)
+        older = [(name, weights) for name, weights in self._void if weights is not None and weights <= epochs]
         self._void = older + [
-            (worker.name, after)
+            (worker.name, weights)
             for worker in self._worker_table
-            for after in worker.evaluations
-            if after is None or after > epochs
+            for weights in worker.evaluations
+            if weights is None or weights > epochs
         ]

@@ -16,9 +16,9 @@ from psgd_workers.messages import Lease
 
 __all__ = ["Leasing"]
 
-TAKEOVER_S = 1.0  # least seconds of work left in a lease that is shared; reports are too rare to measure less
-LOOK_S = 0.25  # seconds between two searches for such a lease; a search costs 1 ms with 1,000 workers
-TAKEOVER_FACTOR = 4  # least work left in a lease that is shared, in batch times of the idle worker
+TAKEOVER_S = 1.0  # seconds of work left from which a lease may be shared; reports are too rare to measure less
+SEARCH_INTERVAL_S = 0.25  # seconds between two searches for such a lease; a search costs 1 ms with 1,000 workers
+TAKEOVER_FACTOR = 4  # work left from which a lease may be shared, in batch times of the idle worker
 
 
 class Leasing:
@@ -40,9 +40,9 @@ class Leasing:
         self._worker_table = worker_table
         self._servers = servers
         self._limits = limits
-        self._held: dict[str, int] = {}  # worker -> its lease during which a server did not answer it
+        self._held: dict[str, int] = {}  # name of a worker -> lease during which a server did not answer this worker
         self._slow: dict[str, WorkerRecord] = {}  # name -> worker whose leases were shared
-        self._look_at = 0.0  # time of the next search for a lease to share
+        self._next_search_at = 0.0  # time of the next search for a lease to share
         self._actions: list[Action] = []
         self.change(spec.consistency)
 
@@ -56,7 +56,7 @@ class Leasing:
         return self._mode.in_lockstep(self._most_workers)
 
     def hold(self, worker: WorkerRecord, lease: int) -> None:
-        """Grant a worker nothing until every server has reported: one did not answer it during `lease`."""
+        """Grant a worker nothing until every server has reported, as a server did not answer it during `lease`."""
         self._held[worker.name] = lease
 
     @property
@@ -70,15 +70,15 @@ class Leasing:
         self._held = {name: lease for name, lease in self._held.items() if self._ledger.in_doubt(lease)}
         if self.in_lockstep:
             self._lease_rounds(now)
-        elif self._left():
+        elif self._leasable():
             for ahead in range(AHEAD):  # idle workers come first, then those without a queued lease
                 for worker in [
                     worker for worker in self._worker_table.below_quota.values() if len(worker.leases) == ahead
                 ]:
-                    if worker.name not in self._held and (left := self._left()):
+                    if worker.name not in self._held and (left := self._leasable()):
                         size = self._size(worker, left)
                         self._grant(worker, self._ledger.grant(size, self._worker_table.home(worker)), now)
-        elif now >= self._look_at:
+        elif now >= self._next_search_at:
             self._share(now)
         return self._actions
 
@@ -100,7 +100,7 @@ class Leasing:
         return Cancel(worker.name, worker.called_off)
 
     def leave_idle(self) -> list[Action]:
-        """Return orders to leave for workers without a lease, so that no round waits for them."""
+        """Return a `Leave` order for each joined worker that has no lease, so that no round waits for it."""
         idle = [worker for worker in self._worker_table if worker.joined and not worker.leases]
         for worker in idle:
             worker.joined = False
@@ -110,11 +110,11 @@ class Leasing:
         """Share the longest leases with idle workers, one after the other, while that pays off."""
         for idle in [worker for worker in self._worker_table.below_quota.values() if not worker.leases]:
             if idle.name not in self._held and not self._take_over(idle, now):
-                self._look_at = now + LOOK_S
+                self._next_search_at = now + SEARCH_INTERVAL_S
                 break
 
     def _take_over(self, idle: WorkerRecord, now: float) -> bool:
-        """Share the lease with the most work left with an idle worker. Return False if none is long enough."""
+        """Give an idle worker a part of the lease with the most work left. Return False if no lease is long enough."""
         seconds, lease, slow = self._longest(max(TAKEOVER_S, TAKEOVER_FACTOR * (idle.batch_s or 0)), idle, now)
         if slow is idle:
             return False
@@ -159,7 +159,7 @@ class Leasing:
         batch_s = worker.batch_s or now - worker.lease_began
         return max(worker.leases[lease] * batch_s, now - worker.alive_at)
 
-    def _left(self) -> int:
+    def _leasable(self) -> int:
         """Return the number of batches that can be leased."""
         return min(self._ledger.pending, self._batches_allowed())
 
@@ -179,7 +179,7 @@ class Leasing:
         if left is None:
             return self._ledger.pending
         per_update = self._mode.batches_per_update(len(self._worker_table.up))
-        # Buffered gradients are contained in a state, but not in a step yet.
+        # The ledger counts the batches of buffered gradients as done, but no update contains them yet.
         buffered = max(report.pushes["buffered"] for report in self._servers.reports.values())
         return max(0, left * per_update - self._ledger.outstanding - buffered)
 

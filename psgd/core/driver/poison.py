@@ -1,4 +1,4 @@
-"""Batches that may kill their workers, and those that count as poison."""
+"""Poison: batches that are skipped because too many attempts to apply them failed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ __all__ = ["PoisonTracker"]
 class PoisonTracker:
     """Counts the failed attempts at each batch.
 
-    When a worker dies, the first batch of its lease that a server lacks counts as the one that it was computing. A
-    gradient that is not finite counts as a failed attempt as well.
+    When a worker dies, this is a failed attempt at the batch that the worker was computing: the first batch of its
+    lease that a server lacks. A gradient that is not finite is a failed attempt as well.
 
     Args:
-        grid: number of batches by shard.
+        grid: number of batches in each shard.
         tries: number of failed attempts that make a batch poison.
+
+    Attributes:
+        poison: batches that count as poison.
     """
 
     def __init__(self, grid: EpochGrid, tries: int) -> None:
         self._grid = grid
-        self._tries = tries
+        self._limit = tries
         self._deaths = Counter[BatchId]()
         self._rejected: Counter[BatchId] = Counter()
         self.poison: set[BatchId] = set()
@@ -39,7 +42,7 @@ class PoisonTracker:
         """Update the counts of gradients that were not finite. Return the batches that became poison.
 
         Args:
-            counts: (batch, count) of one server.
+            counts: (batch, number of its gradients that were not finite), as one server counted them.
         """
         found = []
         for batch, count in counts:
@@ -53,7 +56,7 @@ class PoisonTracker:
         return self._deaths[batch] + self._rejected[batch]
 
     def skips(self, ledger: Ledger) -> list[Skip]:
-        """Withhold the epoch's poison from leases. Return orders to skip it, which a restored server needs again."""
+        """Withhold the epoch's poison from leases. Return the orders to skip it; a restored server needs them again."""
         poison = sorted(batch for batch in self.poison if batch.epoch == ledger.epoch)
         for batch in poison:
             ledger.withhold(self._grid.position(batch))
@@ -61,7 +64,7 @@ class PoisonTracker:
 
     def _judge(self, batch: BatchId) -> bool:
         """Return True if a batch becomes poison now."""
-        if batch in self.poison or self.tries(batch) < self._tries:
+        if batch in self.poison or self.tries(batch) < self._limit:
             return False
         self.poison.add(batch)
         return True

@@ -20,10 +20,10 @@ class ServerReports:
 
     Args:
         partitions: number of partitions.
-        stamp: function that returns the stamp of a request that is made now (see `Ledger.next_stamp`).
+        stamp: function that returns a new stamp, the number of a request (see `Ledger.next_stamp`).
 
     Attributes:
-        reports: partition -> newest report; while a server is restored, that of the lost one.
+        reports: partition -> newest report; while a server is being restored, the last report of the lost server.
     """
 
     def __init__(self, partitions: int, stamp: Callable[[], int]) -> None:
@@ -34,7 +34,7 @@ class ServerReports:
         self._asked = dict.fromkeys(self._partitions, 0)  # partition -> stamp of its newest request
         self._urgent = dict.fromkeys(self._partitions, 0)  # partition -> stamp of its urgent request; 0 if none is open
         self._polls: dict[int, int] = {}  # partition -> stamp of its poll, while one is open
-        self._heard = dict.fromkeys(self._partitions, 0)  # partition -> pushes in this process
+        self._pushes = dict.fromkeys(self._partitions, 0)  # partition -> pushes to it in this process
         self._reported_at = dict.fromkeys(self._partitions, -inf)  # partition -> time of its newest report
 
     @property
@@ -59,17 +59,17 @@ class ServerReports:
 
     @property
     def pushes(self) -> int:
-        """Return the number of pushes in this process, restored servers included, to the partition with the most."""
-        return max(self._heard.values())
+        """Return the number of pushes in this process to the partition with the most, over all its servers."""
+        return max(self._pushes.values())
 
     def start(self, partition: int) -> list[Action]:
-        """Return the orders to start a partition's server, the first or a successor, and to request its report."""
+        """Return the orders to start a partition's first or next server, and to request its report."""
         self._polls.pop(partition, None)
         self._urgent[partition] = self._stamp_request(partition)
         return [StartServer(partition), AskReport(partition, self._urgent[partition], wait=False)]
 
     def lost(self, partition: int, now: float) -> None:
-        """Note that a server is lost. It may not have reported yet."""
+        """Note that a server is lost, even if it never reported."""
         self._down.setdefault(partition, now)
 
     def take(self, event: Reported, now: float) -> tuple[Report, float | None] | None:
@@ -80,8 +80,9 @@ class ServerReports:
             now: time of the host's clock, in seconds.
 
         Returns:
-            The newest report of the partition, as answers may overtake each other; and the seconds without a server if
-            it is the first report of a restored one, else None. None instead of both if a lost server sent the report.
+            (report, seconds), or None if a lost server sent the report. `report` is the partition's newest, which may
+            be an earlier one, as answers may overtake each other. `seconds` is the time without a server if this is the
+            first report of a restored server, else None.
         """
         report = event.report
         partition = report.partition
@@ -96,16 +97,16 @@ class ServerReports:
         if known and known.moment > report.moment:
             return known, None
         if known and known.version.incarnation == report.version.incarnation:
-            self._heard[partition] += sum(report.pushes.values()) - sum(known.pushes.values())
+            self._pushes[partition] += sum(report.pushes.values()) - sum(known.pushes.values())
         self.reports[partition] = report
         since = self._down.pop(partition, None)
         return report, None if since is None else now - since
 
     def ask(self, newest_doubt: int, hurry: bool) -> list[Action]:
-        """Return the requests to send now: a poll where none is open, and urgent requests about batches in doubt.
+        """Return the requests to send now: a poll where no poll is open, and urgent requests about batches in doubt.
 
         Args:
-            newest_doubt: stamp of the newest closing that is not settled; 0 if no batch is in doubt.
+            newest_doubt: stamp of the newest closing of a lease that is in doubt; 0 if no batch is in doubt.
             hurry: True to request urgent reports, at most one of each partition at a time.
         """
         actions: list[Action] = []
@@ -133,6 +134,6 @@ class ServerReports:
         return ServerStatus(partition, phase, report.version.incarnation, report.version.updates, silent_s)
 
     def _stamp_request(self, partition: int) -> int:
-        """Return the stamp of a request that is made now."""
+        """Return a new stamp, noted as the one of the partition's newest request."""
         self._asked[partition] = self._stamp()
         return self._asked[partition]

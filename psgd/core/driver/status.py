@@ -71,8 +71,8 @@ class CheckpointStatus:
     updates: int | None  # updates in the newest checkpoint; None if there is none
     epochs: int  # complete epochs in the newest checkpoint
     writing: bool  # True while a checkpoint is being written
-    last: bool  # True if the newest attempt was for the checkpoint that the run ends with
-    retries: bool  # True if that one failed and will be tried again
+    last: bool  # True if the newest attempt was for the last checkpoint of the run
+    retries: bool  # True if the newest attempt failed and will be tried again
     fault: str | None  # cause, if the newest attempt failed
 
     @property
@@ -102,11 +102,11 @@ class RunStatus:
         updates_per_s: updates per second, from the first step of this process to the newest.
         examples_per_s: examples per second, over the same time.
         bytes_per_push: mean size of a push, summed over all partitions.
-        residual_norm: norm of the gradient parts that compression has left out and no later push has brought.
+        residual_norm: norm of the gradient parts that compression has left out and that no later push has delivered.
         loss: mean training loss over the examples of `loss_epoch` applied so far.
-        loss_epoch: epoch of `loss`: the open one, or the last.
+        loss_epoch: epoch of `loss`: the newest one with a training loss.
         validation: newest evaluation.
-        validation_epoch: number of epochs in the weights of `validation`; a fraction if training ended within an epoch.
+        validation_epoch: epochs of training in the validated weights; a fraction if training ended within an epoch.
         recent_epochs: newest complete epochs of this process, oldest first.
         workers: every living worker.
         target_workers: number of workers that there should be.

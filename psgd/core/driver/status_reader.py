@@ -42,7 +42,7 @@ class StatusReader:
             now: time of the host's clock, in seconds.
             phase: part of the run's life.
             began: time at which training began; None before.
-            to_validate: epoch whose weights are validated at the end of the run; None if no epoch's are.
+            to_validate: epoch whose weights are validated at the end of the run; None if there is no such epoch.
         """
         reports = self.servers.reports.values()
         parked = frozenset[str]().union(*(report.parked for report in reports))
@@ -92,7 +92,7 @@ class StatusReader:
         )
 
     def _rate(self, count: str) -> float | None:
-        """Return the rate of the slowest partition."""
+        """Return the updates or samples per second (`count` names which) of the slowest partition."""
         rates = [rate for report in self.servers.reports.values() if (rate := report.rate(count)) is not None]
         return min(rates, default=None)
 
@@ -125,8 +125,8 @@ class StatusReader:
         if not results:
             return None, None
         newest = max(results, key=lambda epochs: inf if epochs is None else epochs)
-        within = self.servers.epochs + self.ledger.done / self.grid.num_batches
-        return (within if newest is None else newest), results[newest]
+        final_epochs = self.servers.epochs + self.ledger.done / self.grid.num_batches
+        return (final_epochs if newest is None else newest), results[newest]
 
     def _recent_epochs(self, to_validate: int | None) -> tuple[EpochStatus, ...]:
         results = self.evaluations.results

@@ -17,7 +17,7 @@ LEASE_S = 2.0  # seconds of work in a lease: long compared with a call (1 ms), s
 LEAST_LEASE_S = 0.03  # least seconds of work in a lease: a change to the next lease takes a worker some ms
 FIRST_LEASE = 16  # batches in a lease of a worker whose speed is unknown
 AHEAD = 2  # most leases of a worker: the one at work and one queued
-SILENCE_FACTOR = 20  # a worker is given up if it is silent for this many times the longest batch
+SILENCE_FACTOR = 20  # a worker is given up if it is silent for this many times the duration of the longest batch
 EVALUATION_FACTOR = 10  # an evaluation may take this many times `failure.timeout_s`
 LEAST_BATCH_S = 1e-6  # least measured seconds per batch: a clock may stand still
 LEAST_SILENCE_TIMEOUT_S = 5.0  # seconds of silence before any worker is given up; reports come a few times a second
@@ -29,22 +29,22 @@ class WorkerRecord:
 
     name: str
     slot: int  # number from 0 that its successor inherits
-    alive_at: float  # time of its last sign of life: its start, a push, or the begin or end of a lease
+    alive_at: float  # time of its last sign of life: its start, a push, or the beginning or end of a lease
     up: bool = False  # True once its process has started
     joined: bool = False  # True if the servers count it as live
     leases: dict[int, int] = field(default_factory=dict)  # id -> number of batches, in order of work
     lease_began: float = 0.0  # time at which the lease at work began
     evaluations: list[int | None] = field(default_factory=list)  # names of the weights that it evaluates
     batch_s: float | None = None  # smoothed seconds per batch
-    heard: dict[int, int] = field(default_factory=dict)  # partition -> pushes in its newest report
-    residual_norm: float = 0.0  # norm of what compression left out of its pushes, at the end of its newest lease
+    heard: dict[int, int] = field(default_factory=dict)  # partition -> pushes of this worker, by the newest report
+    residual_norm: float = 0.0  # norm of the values that compression left out of its pushes, at its newest lease's end
     lane_failures: int = 0  # number of lane failures in a row
     called_off: int = -1  # newest cancelled lease; it and older ones may end early
-    draining: bool = False  # True if it is stopped once it is not busy
+    draining: bool = False  # True if it will be stopped as soon as it is not busy
 
     @property
     def at_work(self) -> bool:
-        """Return True if its pushes are its signs of life."""
+        """Return True if it computes a lease and nothing else: only its pushes show that it is alive."""
         return self.up and bool(self.leases) and not self.evaluations
 
     @property
@@ -65,7 +65,7 @@ class WorkerTable:
         target: number of workers that there should be.
         least: least number of workers with which training begins.
         up: workers that have started, in the order of their slots.
-        draining: workers that are stopped once they have no lease and no evaluation.
+        draining: workers that will be stopped as soon as they have no lease and no evaluation.
         below_quota: name -> worker, of the workers that can be given another lease.
     """
 
@@ -76,7 +76,7 @@ class WorkerTable:
         self._next_number = 0  # in the name of the next worker
         self._workers: dict[str, WorkerRecord] = {}  # in the order of their slots
         self._longest_s = 0.0  # longest computing time of a batch so far, of any worker
-        self._lost_residual = 0.0  # sum of the squared residual norms of the removed workers
+        self._removed_residual_sq = 0.0  # sum of the squared residual norms of the removed workers
         self.up: list[WorkerRecord] = []
         self.draining: list[WorkerRecord] = []
         self.below_quota: dict[str, WorkerRecord] = {}
@@ -118,7 +118,7 @@ class WorkerTable:
     def remove(self, name: str) -> WorkerRecord:
         """Remove and return a worker's record."""
         worker = self._workers.pop(name)
-        self._lost_residual += worker.residual_norm**2
+        self._removed_residual_sq += worker.residual_norm**2
         self._update_views()
         return worker
 
@@ -161,7 +161,7 @@ class WorkerTable:
             worker: the worker.
             lease: id of the lease.
             now: time of the host's clock, in seconds.
-            whole: True if the worker has done the whole lease, so that its time is a measurement.
+            whole: True if the worker has done the whole lease, so that the duration measures its speed.
         """
         batches = worker.leases.pop(lease)
         if whole:
@@ -174,8 +174,8 @@ class WorkerTable:
     def silence_timeout_s(self, worker: WorkerRecord, at_most: float) -> float:
         """Return the seconds of silence after which a worker at a lease is given up.
 
-        They are a multiple of the longest batch of all workers, or `at_most` if that is less or if this worker has not
-        pushed yet.
+        They are a multiple of the longest computing time of a batch, over all workers. They are `at_most` if that is
+        less, or if this worker has not pushed yet.
 
         Args:
             worker: the worker.
@@ -211,7 +211,7 @@ class WorkerTable:
         return 1 if worker.batch_s is None else max(1, round(LEAST_LEASE_S / worker.batch_s))
 
     def home(self, worker: WorkerRecord) -> Fraction:
-        """Return the first shard of a worker's own part of the data, as a fraction of all shards."""
+        """Return where a worker's own part of the data begins, as a fraction of all shards."""
         return Fraction(worker.slot % self._slots, self._slots)
 
     def status(self, parked: Collection[str], now: float) -> tuple[WorkerStatus, ...]:
@@ -237,8 +237,8 @@ class WorkerTable:
 
     @property
     def residual_norm(self) -> float:
-        """Return the norm of what compression left out of the pushes of all workers, removed ones included."""
-        return sqrt(self._lost_residual + sum(worker.residual_norm**2 for worker in self._workers.values()))
+        """Return the norm of the values that compression left out of all workers' pushes, removed workers included."""
+        return sqrt(self._removed_residual_sq + sum(worker.residual_norm**2 for worker in self._workers.values()))
 
     def heard(self, report: Report, now: float) -> None:
         """Note the workers that have pushed since the last report or wait for a receipt: they are alive."""

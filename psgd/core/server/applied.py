@@ -15,13 +15,14 @@ Bitmap = NDArray[np.bool_]
 
 
 class AppliedSet:
-    """The number of complete epochs, and a bitmap over positions for each open one.
+    """The number of complete epochs, and for each open epoch a bitmap of its batches in the order of their positions.
 
-    A batch is *settled* once it is contained or skipped. An epoch is *open* once one of its batches is settled, and
-    complete once all its batches, and those of all earlier epochs, are.
+    A batch is *settled* once the state contains its gradient or the batch is skipped. An epoch is *complete* once all
+    its batches and all batches of earlier epochs are settled. An epoch that is not complete is *open* once one of its
+    batches is settled.
 
     Args:
-        grid: batches by shard, and number of examples in an epoch.
+        grid: number of batches in each shard, and of examples in an epoch.
         epochs: number of complete epochs.
         settled: epoch -> bitmap of its settled batches, for each open epoch; copied.
         skipped: epoch -> bitmap of its skipped batches; an epoch without an entry has none; copied.
@@ -51,7 +52,7 @@ class AppliedSet:
         return bitmap is not None and bool(bitmap[self._grid.position(batch)])
 
     def add(self, batch: BatchId, skip: bool = False) -> None:
-        """Settle a batch, as contained or as skipped. It must not be settled yet."""
+        """Mark a batch as contained or as skipped. It must not be settled yet."""
         epoch = batch.epoch
         position = self._grid.position(batch)
         settled = self._settled.get(epoch)

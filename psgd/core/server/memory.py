@@ -1,4 +1,4 @@
-"""Estimate of a server's memory from the job alone: every part of a server states the number of vectors it keeps."""
+"""Estimate of a server's memory from its job, as the sum of the vectors that each part of the server keeps."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from psgd.spec import JobSpec
 
 __all__ = ["FLOAT32", "server_memory"]
 
-WEIGHT_COPIES = KEPT_EPOCHS + 1  # copies of the weights: at the newest epochs' ends, and one on its way to a worker
+WEIGHT_COPIES = KEPT_EPOCHS + 1  # copies of the weights: one for each of the newest epochs, and one being sent
 STATE_COPIES = 3  # copies of a state while it is saved: its arrays, their bytes, and the content of the file
 FLOAT32 = 4  # bytes of a value
 
 
 def server_memory(spec: JobSpec, size: int, workers: int, connected: int = 0) -> int:
-    """Estimate the peak memory of a server in bytes: while it saves, with kept weights of past epochs.
+    """Estimate the peak memory of a server in bytes: its memory while it saves and keeps weights of past epochs.
 
     Args:
         spec: the job to train.
         size: number of values of the server's partition.
         workers: number of workers that push.
-        connected: number of them whose lane (tcp or ray) copies the vectors into messages.
+        connected: number of these workers whose lane (tcp or ray) copies the vectors into messages.
     """
     parts = _parts(spec, workers)
-    messages = 2 if spec.correction.reads_weights else 1  # vectors of one push
+    push_vectors = 2 if spec.correction.reads_weights else 1  # vectors of one push
     vectors = (
         sum(part.held for part in parts)
         + STATE_COPIES * sum(part.saved for part in parts)
         + WEIGHT_COPIES
-        + connected * (spec.scaling.pipeline + 1) * messages
+        + connected * (spec.scaling.pipeline + 1) * push_vectors
     )
     return FLOAT32 * size * vectors
 
@@ -39,7 +39,7 @@ def server_memory(spec: JobSpec, size: int, workers: int, connected: int = 0) ->
 def _parts(spec: JobSpec, workers: int) -> list[Vectors]:
     """Return the vectors of each part that lives as long as the server."""
     optimizer = spec.optimizer
-    # Parts of size 0 take no memory; they are built only to be asked.
+    # These parts are built only to read their number of vectors; with size 0 they take no memory.
     correction = build_correction(spec, 0)
     aggregator = build_consistency(spec.consistency).aggregator(0, 0)
     elementwise = correction.elementwise or optimizer.clip_value is not None

@@ -1,6 +1,6 @@
-"""Learning-rate schedules: the rate as a function of the number of examples that a partition has counted.
+"""Learning-rate schedules: the rate as a function of the number of examples that a partition has applied or skipped.
 
-The count is saved with the weights, so partitions, restarts and late joiners agree on the rate.
+This number is saved with the weights, so partitions, restarts and late joiners agree on the rate.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ __all__ = ["Schedule", "build_schedule"]
 
 
 class Schedule:
-    """η = lr · shape(e) · min(1, (examples + 1) / (warmup · num_examples)), with e = examples / num_examples epochs.
+    """A learning-rate schedule.
 
-    The + 1 keeps the rate of the first step above 0.
+    The rate is η = lr · shape(e) · min(1, (examples + 1) / (warmup · num_examples)), where e = examples / num_examples
+    is the time in epochs. Without a warm-up, the last factor is 1. The + 1 keeps the rate of the first step above 0.
 
     Args:
         spec: shape of the schedule and length of its warm-up.

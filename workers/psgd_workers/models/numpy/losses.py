@@ -18,7 +18,10 @@ __all__ = ["LOSSES", "Loss", "binary_cross_entropy", "cross_entropy", "mse"]
 
 
 class Loss(Protocol):
-    """A mean loss over a batch, equal to PyTorch's loss of the same name."""
+    """A mean loss over a batch.
+
+    It equals PyTorch's `cross_entropy`, `mse_loss` or `binary_cross_entropy_with_logits`.
+    """
 
     def __call__(self, outputs: Array, labels: NDArray[Any], gradient: Array) -> float:
         """Compute the mean loss, and write its gradient.
@@ -38,12 +41,12 @@ def cross_entropy(outputs: Array, labels: NDArray[Any], gradient: Array) -> floa
     rows = np.arange(len(labels))
     # Softmax does not change when a row is shifted; with the largest logit at 0, exp cannot overflow.
     np.subtract(outputs, np.maximum.reduce(outputs, axis=1, keepdims=True), out=gradient)
-    chosen = gradient[rows, labels]
+    label_logits = gradient[rows, labels]
     np.exp(gradient, out=gradient)
     sums = np.add.reduce(gradient, axis=1)
     gradient *= (1 / (len(labels) * sums))[:, np.newaxis]
     gradient[rows, labels] -= 1 / len(labels)
-    return float(np.add.reduce(np.log(sums) - chosen, dtype=np.float64)) / len(labels)
+    return float(np.add.reduce(np.log(sums) - label_logits, dtype=np.float64)) / len(labels)
 
 
 def mse(outputs: Array, labels: NDArray[Any], gradient: Array) -> float:
