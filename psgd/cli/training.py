@@ -87,7 +87,7 @@ def submit(
             exists=True,
             file_okay=False,
             metavar="FOLDER",
-            help="Folder with Python code of yours that the model imports. May be repeated.",
+            help="Folder with Python code that the model imports. May be repeated.",
         ),
     ] = None,
     wait: Annotated[

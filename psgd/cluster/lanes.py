@@ -28,7 +28,7 @@ from psgd_workers.worker import Route
 
 __all__ = ["RayLane", "push_format_of", "route"]
 
-SOCKETS: dict[LaneKind, type[ShmLane | TcpLane]] = {"shm": ShmLane, "tcp": TcpLane}
+SOCKET_LANES: dict[LaneKind, type[ShmLane | TcpLane]] = {"shm": ShmLane, "tcp": TcpLane}
 
 CONNECT_TIMEOUT_S = 10.0  # time limit: a firewall may drop packets instead of refusing the connection
 
@@ -61,7 +61,7 @@ class RayLane:
         return Version(*_get(self._server.version.remote(), timeout_s, "the version"))
 
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
-        """Push by one actor call, which is submitted now and awaited for the receipt; see `Lane.push`."""
+        """Submit one actor call. The returned `Pending` waits for its answer; see `Lane.push`."""
         return _RayPending(self._server.push.remote(gradient, wants), self._weights[slot])
 
     def hang_up(self) -> None:
@@ -125,7 +125,7 @@ def route(spec: JobSpec, worker: str, partition: Partition, find_server: Callabl
 
     def by_socket(kind: LaneKind, address: Address) -> Connect:
         limit_s = min(CONNECT_TIMEOUT_S, spec.failure.timeout_s)
-        return lambda segment: SOCKETS[kind](worker, segment, part, push_format, address, limit_s)
+        return lambda segment: SOCKET_LANES[kind](worker, segment, part, push_format, address, limit_s)
 
     def connect(segment: Segment) -> Lane:
         if spec.scaling.lane == "ray":
@@ -140,10 +140,10 @@ def route(spec: JobSpec, worker: str, partition: Partition, find_server: Callabl
 
 
 def _connect_first(attempts: list[Connect], segment: Segment) -> Lane:
-    """Return the first lane that can be connected. A failure of the last attempt is raised."""
+    """Return the first lane that can be connected. If all attempts fail, raise the error of the last one."""
     for connect in attempts[:-1]:
         try:
             return connect(segment)
         except LaneError as error:
-            log.warning("a faster lane does not work on this machine, the next one is tried: %s", error)
+            log.warning("this machine cannot use a faster lane, so the worker tries the next one: %s", error)
     return attempts[-1](segment)

@@ -19,8 +19,8 @@ __all__ = ["choose_node", "living_nodes"]
 
 def living_nodes() -> list[str]:
     """Return Ray's ids of the nodes that are up, as far as Ray knows."""
-    members: Any = ray.nodes  # Ray's stub is untyped
-    return [str(node["NodeID"]) for node in members() if node["Alive"]]
+    list_nodes: Any = ray.nodes  # Ray's stub is untyped
+    return [str(node["NodeID"]) for node in list_nodes() if node["Alive"]]
 
 
 def choose_node(nodes: Sequence[str], others: Collection[str], lost: Mapping[str, int]) -> str:
@@ -31,7 +31,8 @@ def choose_node(nodes: Sequence[str], others: Collection[str], lost: Mapping[str
     Args:
         nodes: Ray's ids of the nodes that are up.
         others: ids of the nodes of the run's other servers, one entry per server.
-        lost: number of servers lost so far, by node id. Ray may still count a node as up that failed with its server.
+        lost: number of servers lost so far, by node id. It matters because Ray may still count a node as up when the
+            node has failed together with its server.
 
     Raises:
         ClusterLostError: no node is up.

@@ -48,7 +48,7 @@ def train(
 
     Args:
         spec: the job, or a mapping with the fields of a job file.
-        name: name of the run. Default: the job's name, or else a name made of the time.
+        name: name of the run. Default: the job's name; without one, a name made from the time.
         storage: folder or fsspec URL in which the run's directory is created. Default: `spec.run.storage`.
         address: address of a running Ray cluster, `HOST:PORT` or `auto`. Default: the present connection, or
             `RAY_ADDRESS`, or a local cluster of the job's size, which ends with the run.
@@ -60,7 +60,7 @@ def train(
 
     Raises:
         InputError: an argument cannot be used. Nothing was started.
-        RunFailedError: the run failed, or could not save its weights. Its `result` says how far the run came.
+        RunFailedError: the run failed, or could not save its weights. The error's `result` says how far the run came.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP. A run that had begun was saved, unless the same signal came twice;
             `resume=True` continues it.
 
@@ -102,7 +102,7 @@ def run_job(
         address: see `train`.
         resume: see `train`.
         progress: see `train`.
-        interruption: signals that end the run in good order.
+        interruption: receives the signals after which the run is saved and ended.
 
     Raises:
         InputError: an argument cannot be used. Nothing was started.
@@ -187,7 +187,7 @@ def _train(
             with interruption.critical("the run is saved and ended"):
                 finish = supervisor.train()
         except (StorageError, CheckpointError, OwnershipError, ClusterLostError) as error:
-            # Not an error of input: the same storage and cluster worked when the run began.
+            # These are not input errors: the same storage and cluster worked when the run began.
             finish = Finish("failed", f"{error}; {coordinator.status(time.monotonic()).checkpoint.text}")
         status = coordinator.status(time.monotonic())
         observer.finish(status)

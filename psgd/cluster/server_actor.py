@@ -53,7 +53,7 @@ class ServerActor:
 
     def __init__(self, context: RunContext, number: int, incarnation: int, origin: FloatArray | Checkpoint) -> None:
         return_large_blocks()  # several threads copy weights, for checkpoints and evaluations
-        self._run = Storage(context.storage, context.spec.failure.timeout_s)
+        self._storage = Storage(context.storage, context.spec.failure.timeout_s)
         self._check_storage(context.driver)
         self._context = context
         self._partition = partition = context.partitions[number]
@@ -76,10 +76,10 @@ class ServerActor:
 
     def _check_storage(self, driver: str) -> None:
         """Refuse storage that is not the driver's own, such as a folder of the same name on another machine."""
-        owner = RunDirectory(self._run).read_owner()
+        owner = RunDirectory(self._storage).read_owner()
         if owner is None or owner.driver != driver:
             raise StorageError(
-                f"the server's machine does not see the driver's files in {self._run.url}. "
+                f"the server's machine does not see the driver's files in {self._storage.url}. "
                 "Set run.storage to a folder or URL that every machine shares"
             )
 
@@ -119,7 +119,7 @@ class ServerActor:
         return self._host.server.version
 
     async def push(self, gradient: Gradient, wants_weights: bool) -> tuple[Receipt, FloatArray | None]:
-        """Apply or refuse a gradient, and return when the receipt is due.
+        """Apply or refuse a gradient. Return its receipt, which may be held back for slower workers.
 
         Returns:
             The receipt, and a copy of the published weights if the worker wants them.
@@ -135,11 +135,11 @@ class ServerActor:
         return await asyncio.wrap_future(answer)
 
     async def join(self, worker: str) -> None:
-        """Make rounds wait for a worker, which gets a lease next."""
+        """Make the coming rounds wait for a worker. The worker gets its lease after this call."""
         self._host.join(worker)
 
     async def leave(self, worker: str) -> None:
-        """Make rounds wait for a worker no longer, because it is idle, gone or dead."""
+        """Make rounds no longer wait for a worker, because the worker is idle, gone or dead."""
         self._host.leave(worker)
 
     async def change(self, settings: Settings) -> Version:
@@ -156,25 +156,29 @@ class ServerActor:
         self._host.skip(batch, examples)
 
     async def report(self, wait: bool) -> Report:
-        """Return a report: now, or if `wait` is True, when an epoch completes or after a short time at the latest."""
+        """Return a report.
+
+        Args:
+            wait: False to report immediately. True to report as soon as an epoch completes, or after a short time.
+        """
         return await self._host.report(wait)
 
     async def epoch_weights(self, epochs: int | None) -> FloatArray:
-        """Return a copy of the weights, float32 `[partition size]`.
+        """Return a copy of the present weights or of those after an epoch, float32 `[partition size]`.
 
         Args:
-            epochs: number of complete epochs at which the copy was made. None: the present weights.
+            epochs: number of epochs that were complete when the copy was made; None for the present weights.
 
         Raises:
-            WeightsNotKeptError: the copy of that moment is not kept any more.
+            WeightsNotKeptError: this server does not keep that copy any more.
         """
         return self._host.epoch_weights(epochs)
 
     async def save(self, checkpoint: str) -> Part:
         """Write this partition's part of a checkpoint while training goes on.
 
-        The part holds the state between two rounds. Only one part is written at a time: an earlier one may still be in
-        progress if its checkpoint was given up because another server died.
+        The part holds the state between two rounds. Only one part is written at a time. If an earlier checkpoint was
+        given up because another server died, its part may still be in progress; this call waits for it.
 
         Args:
             checkpoint: name of the checkpoint.
@@ -195,7 +199,7 @@ class ServerActor:
         try:
             state, records = await self._host.snapshot(self._timeout_s)
             journal = self._unwritten = np.concatenate([self._unwritten, records])
-            part = await asyncio.to_thread(write_part, self._run, checkpoint, state, journal)
+            part = await asyncio.to_thread(write_part, self._storage, checkpoint, state, journal)
             self._unwritten = journal[:0]
             return part
         finally:
@@ -230,7 +234,8 @@ def start_server(
     """
     options: dict[str, Any] = {
         "num_cpus": 0,
-        # One byte: Ray places an actor without any request by way of a random node, and waits if that node is cut off.
+        # A request of one byte makes Ray place the actor directly. Without any request, Ray sends it to a random node
+        # first, and waits if that node is cut off.
         "memory": 1,
         "max_concurrency": 4 * context.spec.scaling.most_workers + 16,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),

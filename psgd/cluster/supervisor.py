@@ -1,8 +1,8 @@
-"""The supervisor: turns answers of Ray actors into the coordinator's events, and its actions into calls of actors.
+"""The supervisor: turns answers of Ray actors into events, and the coordinator's actions into calls of actors.
 
 Each call is kept with its time limit and with the functions that turn its answer or its failure into an event. The loop
-waits for all calls at once. Only a server's `join` is waited for alone, because it must take effect before the next
-action.
+waits for all calls at once. There is one exception: it waits for a server's `join` before it does anything else,
+because `join` must take effect before the next action.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Supervisor:
         inputs: the data that actors are started with.
         run: the run directory, owned by this driver.
         checkpoint_writer: writes the run's checkpoints.
-        observe: called after every event with a function from a time to the run's status, and with the present time.
+        observe: called after every event with two arguments: a function that returns the run's status at a given time,
+            and the present time.
         check_cluster: called with the present time, raises a `ClusterLostError` if the cluster is gone.
         interrupted: returns True once a signal has asked that the run be saved and ended.
     """
@@ -241,8 +242,8 @@ class Supervisor:
             case Commit():
                 requeued = self._coordinator.status(time.monotonic()).ledger.requeued
                 self._events.append(self._checkpoint_writer.commit(action, requeued))
-            case Note(event, context):
-                self._run.event(event, **context)
+            case Note(event, fields):
+                self._run.event(event, **fields)
             case Finish():
                 self._finish = action
             case Grant() | Cancel() | Evaluate():
@@ -272,7 +273,7 @@ class Supervisor:
         restarted = partition in self._servers
         if restarted:
             self._end(self._servers[partition])
-            # This includes requests that were sent while the server was dead, but not replaced yet.
+            # Requests that were sent between the server's death and this replacement are lost, too.
             for request in self._weights_gather.lost(partition):
                 self._add_event(EvaluationLost(request.worker, request.epochs))
             self._losses_by_node[self._nodes.pop(partition)] += 1
@@ -281,7 +282,9 @@ class Supervisor:
         origin = self._checkpoint_writer.origin
         node = self._nodes[partition] = choose_node(living_nodes(), self._nodes.values(), self._losses_by_node)
         context = self._inputs.context
-        if origin:  # continue with the present settings; without a checkpoint, the journal begins with the first ones
+        # A restored server continues with the present settings. Without a checkpoint it starts with the job's own: its
+        # journal must begin with them, and `ChangeServer` follows.
+        if origin:
             context = replace(context, spec=self._inbox.spec)
         state = origin or self._inputs.weights
         server = self._servers[partition] = start_server(context, partition, incarnation, state, node)
@@ -360,7 +363,7 @@ class Supervisor:
             name: name of the worker.
             ref: the call.
             on_answer: turns the answer into an event.
-            lease: id of the lease that the call works through; None for other calls.
+            lease: id of the lease if this is a call of `work`; None for other calls.
         """
         # No time limit: the coordinator decides how long a worker may be silent, as servers report the worker's pushes.
         on_error = partial(self._worker_error, name, lease)

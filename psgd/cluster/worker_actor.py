@@ -38,7 +38,7 @@ class WorkerActor:
 
     def __init__(self, context: RunContext, name: str, dataset: Dataset, servers: Sequence[ActorHandle[Any]]) -> None:
         self._validation = dataset.validation
-        self._cancelled = -1  # leases up to this id are cancelled
+        self._newest_cancelled = -1  # leases up to this id are cancelled
         self._servers = list(servers)
         node = ray.get_runtime_context().get_node_id()
         routes = [
@@ -55,7 +55,7 @@ class WorkerActor:
 
     def work(self, lease: Lease) -> LeaseEnd:
         """Work through a lease. Return how it ended."""
-        return self._worker.work(lease, lambda: lease.id <= self._cancelled)
+        return self._worker.work(lease, lambda: lease.id <= self._newest_cancelled)
 
     def reroute(self, partition: int, server: ActorHandle[Any]) -> None:
         """Replace the server of a partition. The next lease connects to it."""
@@ -64,7 +64,11 @@ class WorkerActor:
 
     @ray.method(concurrency_group="control")
     def hang_up(self, partition: int) -> None:
-        """Close the lane to a partition's server, which is gone, so that a lease that waits for the server ends."""
+        """Stop waiting for a server that is gone. A lease that waits for it ends.
+
+        Args:
+            partition: partition of the server.
+        """
         self._worker.hang_up(partition)
 
     def evaluate(self, *parts: FloatArray) -> Evaluation:
@@ -78,14 +82,14 @@ class WorkerActor:
 
     @ray.method(concurrency_group="control")
     def cancel(self, lease: int) -> None:
-        """End all leases up to the id `lease`, each after the batch in hand."""
-        self._cancelled = max(self._cancelled, lease)
+        """End all leases up to the id `lease`. The worker finishes the batch that it is computing."""
+        self._newest_cancelled = max(self._newest_cancelled, lease)
 
 
 def start_worker(
     context: RunContext, name: str, dataset: ray.ObjectRef[Any], servers: Sequence[ActorHandle[Any]]
 ) -> ActorHandle[Any]:
-    """Start a worker's process. Ray gives it one BLAS thread per CPU of the worker.
+    """Start a worker's process. Ray lets NumPy (BLAS) use as many threads as the worker has CPUs.
 
     Args:
         context: context of the run.

@@ -45,9 +45,10 @@ from psgd_workers.transport.memory import Segment, Slot
 
 __all__ = ["Route", "Worker", "batch_seed"]
 
-# A receipt may take two time limits: the server may wait for the slowest worker, which has one time limit itself.
+# A worker waits two time limits for a receipt. The server may hold the receipt back for the slowest worker, which may
+# be silent for one time limit before it is given up.
 RECEIPT_FACTOR = 2
-MAX_CACHED_VIEWS = 8  # vectors: weights and gradient of up to three slots, and two more
+MAX_CACHED_VIEWS = 8  # vectors: the weights and gradients of three slots, the local weights, and one to spare
 PLAIN = WorkerOptions()
 COMPUTED = Computed()
 PUSHED = Pushed()
@@ -76,11 +77,11 @@ class Worker:
         model: model to train.
         layout: layout of the flat weights.
         train: training examples.
-        shards: shards of the training examples, which assign them to batches.
+        shards: shards, which assign the training examples to batches.
         seed: seed of the job. The random layers of a batch are seeded from it and from the batch's id.
         worker_options: options of the job's workers, such as compression and local steps.
-        routes: routes to all partitions, in order, which together cover the weights. Without routes only `gradient` and
-            `evaluate` work.
+        routes: a route to each partition, in order. Together their slices cover the weights. Without routes, only
+            `gradient` and `evaluate` work.
         timeout_s: time limit of a server's answer, in seconds.
         pipeline: number of batches to compute ahead while pushes are under way.
     """
@@ -120,7 +121,7 @@ class Worker:
         self._last_metadata: _GradientMetadata | None = None
 
     def gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:
-        """Compute the gradient of a batch's mean loss, a function of the arguments alone.
+        """Compute the gradient of a batch's mean loss. Earlier batches do not influence the result.
 
         With local steps, compute `weights - local` instead, where `local` are the weights after the last local step.
 
@@ -130,7 +131,8 @@ class Worker:
             out: `[num_parameters]`, overwritten with the gradient.
 
         Returns:
-            The mean loss over the batch's examples. With local steps, each example's loss is that of its own step.
+            The mean loss over the batch's examples. With local steps, the loss of an example is that of the weights
+            before the local step that uses the example.
 
         Raises:
             WorkerError: the model's own code raised.
@@ -210,8 +212,8 @@ class Worker:
     def hang_up(self, partition: int) -> None:
         """Stop waiting for a server that is gone. Another thread calls this during `work`, whose lease then fails.
 
-        Without this call the worker would wait for the time limit: a machine that lost power or network closes no
-        connection.
+        Without this call, the worker would wait until the time limit, because a machine that lost power or its network
+        does not close its connections.
 
         Args:
             partition: partition of the server.
@@ -274,37 +276,37 @@ class Worker:
                 raise AssertionError(f"{action} is not an action that a worker carries out")
 
     def _compute(self, slot: int, batch: BatchId) -> Computed:
-        weights, values = self._memory[slot]
+        weights, gradient = self._memory[slot]
         began = perf_counter()
-        loss = self.gradient(batch, weights, values)
+        loss = self.gradient(batch, weights, gradient)
         with np.errstate(over="ignore", invalid="ignore"):
-            norm = gradient_norm(values, self._layout.num_trainable)
+            norm = gradient_norm(gradient, self._layout.num_trainable)
         self._last_metadata = _GradientMetadata(loss, norm, perf_counter() - began)
         if self._worker_options.stop_at is None:
             return COMPUTED
         return Computed([lane.version(self._timeout_s) for lane in self._lanes])
 
-    def _push(self, slot: int, batch: BatchId, wants: bool) -> Pushed:
+    def _push(self, slot: int, batch: BatchId, wants_weights: bool) -> Pushed:
         assert self._last_metadata
-        weights, values = self._memory[slot]
+        weights, gradient = self._memory[slot]
         loss, norm, compute_s = self._last_metadata
         versions = self._loop.slots[slot].reads
         examples = len(self._shards.rows(batch))
-        gradients = self._senders[slot].gradients(batch, examples, versions, values, weights, loss, norm, compute_s)
+        messages = self._senders[slot].gradients(batch, examples, versions, gradient, weights, loss, norm, compute_s)
         self._pending[slot] = [
-            lane.push(gradient, slot, wants) for lane, gradient in zip(self._lanes, gradients, strict=True)
+            lane.push(message, slot, wants_weights) for lane, message in zip(self._lanes, messages, strict=True)
         ]
         return PUSHED
 
     def _next_receipt(self) -> ReceiptArrived:
-        """Wait for the receipt of the oldest push under way from its first partition that has not answered."""
-        slot = self._loop.oldest_push
-        assert slot, "the loop has no push under way and returned no action"
-        partition = slot.outcomes.index(None)
-        receipt = self._pending[slot.number][partition].receipt(RECEIPT_FACTOR * self._timeout_s)
-        if (receipt.worker, receipt.batch) != (self._name, slot.batch):
+        """Wait for the next receipt of the oldest unanswered push: that of its first partition without an answer."""
+        push = self._loop.oldest_push
+        assert push, "the loop has no push under way and returned no action"
+        partition = push.outcomes.index(None)
+        receipt = self._pending[push.number][partition].receipt(RECEIPT_FACTOR * self._timeout_s)
+        if (receipt.worker, receipt.batch) != (self._name, push.batch):
             raise FrameError(
-                f"{self._name} pushed {slot.batch} but got the receipt of {receipt.worker} for {receipt.batch}"
+                f"{self._name} pushed {push.batch} but got the receipt of {receipt.worker} for {receipt.batch}"
             )
         return ReceiptArrived(partition, receipt)
 
@@ -325,13 +327,13 @@ class Worker:
 
 
 def batch_seed(seed: int, batch: BatchId, *step: int) -> int:
-    """Return the seed of a batch's random layers, a function of the arguments alone.
+    """Return the seed of a batch's random layers. It depends on the arguments only.
 
     Args:
         seed: seed of the job.
         batch: batch to seed.
         step: index of the local step, from 0; omitted without local steps.
     """
-    # A digest is good enough here, and takes a tenth of the 20 µs of NumPy's SeedSequence.
+    # NumPy's SeedSequence would take 20 µs. A digest takes a tenth of that, and is random enough.
     text = ",".join(map(str, (seed, *batch, *step)))
     return int.from_bytes(blake2b(text.encode(), digest_size=4).digest())

@@ -14,6 +14,8 @@ PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # seconds before each new attempt at the run's 
 class CheckpointSchedule:
     """Decides when to write checkpoints, at most one at a time.
 
+    The *last* checkpoint is always the one that the run ends with. The most recent one is called the newest.
+
     Args:
         config: the job's `checkpoint` section.
         partitions: number of partitions; each writes one part of a checkpoint.
@@ -23,7 +25,8 @@ class CheckpointSchedule:
 
     Attributes:
         saved_updates: as the argument.
-        saved_epochs: as the argument. A skipped batch may complete an epoch without an update.
+        saved_epochs: as the argument. It does not follow from `saved_updates`: a skipped batch can complete an epoch
+            without an update.
         fault: cause, if the newest attempt failed.
         last: True if the newest attempt is for the checkpoint that the run ends with.
         retry_at: time at which the last checkpoint is tried again; infinity if it is not.
@@ -42,7 +45,7 @@ class CheckpointSchedule:
         self._partitions = partitions
         self._number = number
         self._parts: dict[int, Saved] | None = None  # partition -> its written part; None if none is being written
-        self._begun_updates = saved_updates or 0  # at the newest attempt, which may have failed
+        self._begun_updates = saved_updates or 0  # updates when the newest attempt began; the attempt may have failed
         self.saved_updates = saved_updates
         self.saved_epochs = saved_epochs
         self.fault: str | None = None
@@ -65,8 +68,8 @@ class CheckpointSchedule:
         if self.busy or not self.lacks(updates):
             return False
         by_updates = self._config.every_updates
-        made = updates - self._begun_updates  # a failed attempt is not repeated immediately
-        return now >= self.deadline(updates) or (by_updates is not None and made >= by_updates)
+        new_updates = updates - self._begun_updates  # a failed attempt is not repeated immediately
+        return now >= self.deadline(updates) or (by_updates is not None and new_updates >= by_updates)
 
     def deadline(self, updates: int) -> float:
         """Return the time at which the next checkpoint is due; infinity while there is nothing new to save."""
@@ -75,7 +78,7 @@ class CheckpointSchedule:
         return self.closed_at + self._config.every_s
 
     def begin(self, updates: int, last: bool = False) -> Save:
-        """Begin a checkpoint. Return the order to save it.
+        """Begin a checkpoint. Return the action that saves it.
 
         Args:
             updates: number of updates in the partition with the fewest.
@@ -92,7 +95,7 @@ class CheckpointSchedule:
         return now < self.retry_at < float("inf")
 
     def hurry(self) -> None:
-        """Drop the pauses: the last checkpoint is tried without delay, and only once more."""
+        """Drop the pauses. The last checkpoint is tried immediately, and is not tried again if that fails."""
         self._pauses_s = []
         self.retry_at = float("inf")
 
@@ -101,7 +104,7 @@ class CheckpointSchedule:
         return self._parts is not None and event.checkpoint == self._number
 
     def take(self, event: Saved | SaveFailed | Committed, now: float) -> Commit | None:
-        """Note the outcome of a part or of the whole checkpoint. Return the order to commit after the last part."""
+        """Note the outcome of a part or of a commit. Return the action to commit once all parts are written."""
         if self._parts is None or not self.concerns(event):
             return None
         match event:

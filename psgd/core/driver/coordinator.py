@@ -54,8 +54,9 @@ from psgd_workers.messages import BatchId, EpochGrid
 
 __all__ = ["Coordinator"]
 
-INTERRUPT_S = 1.0  # seconds to finish current batches after a signal: Ray's job manager kills 3 s after it
-EVALUATIONS_BEHIND = 2  # open evaluations that hold the next epoch back: servers keep a copy of the weights for each
+INTERRUPT_S = 1.0  # seconds to finish current batches after a signal. Ray's job manager kills the driver after 3 s
+# The next epoch waits while this many evaluations are open: for each of them, the servers keep a copy of the weights.
+EVALUATIONS_BEHIND = 2
 LANE_TRIES = 3  # leases in a row without an answer from a server, after which the worker is replaced
 
 WorkerEvent = WorkerUp | LeaseClosed | LaneFailed | WorkerLost | WorkerFailed | Evaluated | EvaluationLost
@@ -119,7 +120,7 @@ class Coordinator:
         self._end_deadline = float("inf")
         self._settings: Settings | None = None  # set by `Change`; None: the job's own
         self._silence_check_at = 0.0  # time of the next search for silent workers
-        self._overdue = False  # True if a worker's deadline has passed, but the newest reports are older than it
+        self._overdue = False  # True if a worker's deadline has passed, but not all servers have reported since
         self._actions: list[Action] = []
         self._finish: Finish | None = None
 
@@ -154,9 +155,9 @@ class Coordinator:
         return None if (soonest := min(deadlines)) == float("inf") else soonest
 
     def status(self, now: float) -> RunStatus:
-        """Return the run's status. It costs a few microseconds for each worker: call it at a display's pace."""
-        validates = self._phase == "ending" and self._end_status != "interrupted" and not self._finish
-        to_validate = self._final_weights() if validates else None
+        """Return the run's status. A call takes a few microseconds for each worker: call it a few times per second."""
+        will_validate = self._phase == "ending" and self._end_status != "interrupted" and not self._finish
+        to_validate = self._final_weights() if will_validate else None
         return self._status_reader.read(now, "ended" if self._finish else self._phase, self._began, to_validate)
 
     # Events: the changes that they make
@@ -295,7 +296,7 @@ class Coordinator:
         self._actions += self._poison_tracker.skips(self._ledger)
 
     def _on_settled(self, lease: int, lost: list[int], now: float) -> None:
-        """Note what the lease of a dead worker left undone, and suspect the first of those batches."""
+        """Note how many batches of its lease a dead worker left undone. The first of them may have killed it."""
         death = self._failure_counts.settled(lease)
         if death is None:
             return
@@ -320,7 +321,7 @@ class Coordinator:
         self._actions += self._poison_tracker.skips(self._ledger)
 
     def _watch_divergence(self) -> None:
-        """Fail the run if this process saw too many gradients that were not finite."""
+        """Fail the run if too many gradients were not finite since this process started or resumed it."""
         if not self._servers.ready:
             return
         rejected = max(report.pushes["rejected"] for report in self._servers.reports.values())
@@ -412,10 +413,10 @@ class Coordinator:
         """Stop the workers that have shown no sign of life for too long."""
         if now < self._silence_check_at:
             return
-        limits = self._spec.failure
+        failure_spec = self._spec.failure
         servers = self._servers
         for worker in list(self._worker_table):
-            deadline = self._worker_table.silence_deadline(worker, limits, servers.ready)
+            deadline = self._worker_table.silence_deadline(worker, failure_spec, servers.ready)
             if now >= deadline and (not worker.at_work or servers.reported_at >= deadline):
                 silent_s = now - worker.alive_at
                 cause = f"no sign of life for {silent_s:.1f} s (see failure.timeout_s)"
@@ -424,10 +425,11 @@ class Coordinator:
                 self._actions.append(StopWorker(worker.name, cause))
                 self._remove_worker(worker, now, suspicious=worker.up)
                 self._charge("worker_silent", f"{worker.name}: {cause}")
-        # A worker that is given work from now on may be silent at least until `later`.
-        later = now + min(LEAST_SILENCE_TIMEOUT_S, self._spec.failure.timeout_s)
+        # A worker that gets work after this check cannot be overdue before `later`.
+        later = now + min(LEAST_SILENCE_TIMEOUT_S, failure_spec.timeout_s)
         soonest = min(
-            (self._worker_table.silence_deadline(w, limits, servers.ready) for w in self._worker_table), default=later
+            (self._worker_table.silence_deadline(w, failure_spec, servers.ready) for w in self._worker_table),
+            default=later,
         )
         self._overdue = soonest <= now
         self._silence_check_at = later if self._overdue else min(later, soonest)
@@ -491,9 +493,9 @@ class Coordinator:
     # The end
 
     def _end(self, status: Status, now: float) -> None:
-        """End the run after the current batches. An interruption of a run that is ending shortens its waits."""
-        limit = INTERRUPT_S if status == "interrupted" else self._spec.failure.timeout_s
-        self._end_deadline = min(self._end_deadline, now + limit)
+        """End the run after the current batches. If the run is ending already, an interruption makes it end sooner."""
+        limit_s = INTERRUPT_S if status == "interrupted" else self._spec.failure.timeout_s
+        self._end_deadline = min(self._end_deadline, now + limit_s)
         if status == "interrupted":
             self._checkpoints.hurry()
         if self._phase != "ending" or status == "interrupted":
@@ -533,7 +535,7 @@ class Coordinator:
             self._remove_worker(worker, now)
 
     def _final_weights(self) -> int | None:
-        """Return the name of the final weights: the number of epochs if no further batch is in them, else None."""
+        """Return the number of epochs in the final weights; None if they are not the weights at the end of an epoch."""
         epochs = self._servers.epochs
-        at_an_end = epochs > 0 and all(r.epochs == epochs and not r.settled for r in self._servers.reports.values())
-        return epochs if at_an_end else None
+        at_epoch_end = epochs > 0 and all(r.epochs == epochs and not r.settled for r in self._servers.reports.values())
+        return epochs if at_epoch_end else None

@@ -1,6 +1,7 @@
 """Events, which tell the coordinator what happened, and actions, which it asks the host to carry out.
 
-All of them are frozen values, so a test can compare them. Times are not part of them: the host passes its clock along.
+All of them are frozen values, so a test can compare them. They contain no times: the host passes the time of its clock
+to `Coordinator.handle`.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class LeaseClosed:
 
     worker: str
     lease: int
-    residual_norm: float = 0.0  # norm of what compression left out of its pushes
+    residual_norm: float = 0.0  # norm of the worker's gradients that compression has not sent yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class ServerLost:
 
     partition: int
     cause: str
-    died: bool = True  # False if it failed to start, or if the cause is unknown
+    died: bool = True  # False if it failed to start, or if it is unknown whether it died
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,8 @@ class Saved:
 
     partition: int
     checkpoint: int
-    updates: int  # in the saved state
-    epochs: int  # complete ones in the saved state
+    updates: int  # number of updates in the saved state
+    epochs: int  # number of complete epochs in the saved state
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ class Evaluated:
     """A worker has finished an evaluation."""
 
     worker: str
-    epochs: int | None  # name of the weights, as in `Evaluate`
+    epochs: int | None  # as in `Evaluate`
     evaluation: Evaluation
 
 
@@ -161,7 +162,7 @@ class EvaluationLost:
     """An evaluation did not begin, because its weights were lost with their server."""
 
     worker: str
-    epochs: int | None  # name of the weights, as in `Evaluate`
+    epochs: int | None  # as in `Evaluate`
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +217,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class StartServer:
-    """Start a server as a new incarnation, from the newest checkpoint if there is one. End the one before it."""
+    """Start a server as a new incarnation, from the newest checkpoint if there is one. End the old one first."""
 
     partition: int
 
@@ -241,7 +242,7 @@ class Cancel:
     """Ask a worker to end its leases after its current batch."""
 
     worker: str
-    lease: int  # the newest lease that ends
+    lease: int  # id of the newest lease to end; leases with a higher id go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +261,7 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class ChangeServer:
-    """Tell a server to continue with other settings, from its version at that moment."""
+    """Tell a server to continue with other settings. They hold from the server's version at that time."""
 
     partition: int
     settings: Settings
@@ -310,8 +311,8 @@ class Commit:
     """Write the file COMMITTED of a checkpoint whose parts are all written."""
 
     checkpoint: int
-    updates: int  # of the partition with the fewest
-    epochs: int  # complete ones in every partition
+    updates: int  # number of updates in the partition with the fewest
+    epochs: int  # number of epochs that are complete in every partition
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +328,7 @@ class Finish:
     """End the run. No action follows."""
 
     status: Status
-    error: str | None = None  # cause, if the run failed or its end was not saved
+    error: str | None = None  # cause, if the run failed or its final state was not saved
 
 
 Action = (

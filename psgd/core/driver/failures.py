@@ -28,7 +28,7 @@ class FailureCounts:
 
     def __init__(self) -> None:
         self.failures = Counter[str]()
-        self._open: dict[int, WorkerDeath] = {}  # lease that the worker was working on -> its death
+        self._deaths: dict[int, WorkerDeath] = {}  # lease that is not settled -> death of the worker that worked on it
         self._batches_cut_off = 0  # batches that workers were computing when they died
         self._done_before = 0
         self.useful = 0
@@ -60,11 +60,11 @@ class FailureCounts:
             suspicious: True if its current batch may be the cause.
         """
         self._batches_cut_off += 1
-        self._open[lease] = WorkerDeath(worker, now, suspicious)
+        self._deaths[lease] = WorkerDeath(worker, now, suspicious)
 
     def settled(self, lease: int) -> WorkerDeath | None:
-        """Return the worker's death that ended a settled lease; None if the lease ended otherwise."""
-        return self._open.pop(lease, None)
+        """Forget a settled lease. Return the death of the worker that ended it; None if no death ended it."""
+        return self._deaths.pop(lease, None)
 
     def goodput(self, pushes: int) -> float | None:
         """Return the share of computed batches that no failure wasted; None if none was computed.

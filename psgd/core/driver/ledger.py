@@ -1,11 +1,14 @@
-"""The ledger: the batches of an epoch that are leased, in doubt, done or left.
+"""The ledger: which batches of an epoch are pending, leased, in doubt or done.
 
-The ledger believes the servers and no worker. A lease that closed, for whatever reason, leaves its batches *in doubt*
-until every partition has reported since. Then a batch that all partitions contain is done, and a batch that any of them
-lacks is leased again. A server refuses a batch that it contains already, so leasing a batch twice only costs time.
+The ledger believes the servers and no worker. When a lease closes, for whatever reason, its batches are *in doubt*
+until every partition has sent a report that was requested after the closing. Then a batch that all partitions contain
+is done, and a batch that any of them lacks is leased again. A server refuses a batch that it contains already, so
+leasing a batch twice only costs time.
 
-Requests for reports and closings of leases are numbered by one counter, the *stamp*. A report settles the leases that
-closed before it was requested.
+One counter numbers both the requests for reports and the closings of leases. These numbers, called *stamps*, show
+whether a report was requested after a lease closed.
+
+A *suspect* is a batch that may have killed its worker. It is leased by itself.
 
 A partition that was restored contains fewer batches than before, and may even lack a part of the previous epoch. Then
 that epoch starts again. The other partitions keep their batches and refuse repeated ones.
@@ -59,7 +62,7 @@ class Ledger:
         done: number of its batches that every partition contains or skips.
         pending: number of its batches that are neither done nor leased nor in doubt.
         requeued: number of batches, over all epochs, that were leased, did not arrive and were leased again.
-        shared: leases whose last batches were leased to other workers too.
+        shared: ids of the leases whose last batches were leased to other workers, too.
     """
 
     def __init__(self, grid: EpochGrid, partitions: int = 1) -> None:
@@ -99,7 +102,8 @@ class Ledger:
 
     def start_epoch(self, epoch: int) -> None:
         """Start another epoch: the next one, or an earlier one that a restored partition lacks."""
-        # Leases at work keep their id until they close. Their batches are leased again if their epoch is reopened.
+        # Leases at work keep their ids until they close, but lose their batches, because these belong to another epoch.
+        # If that epoch is reopened, the batches are leased again.
         self._active = {lease: np.empty(0, np.int64) for lease in self._active}
         self._closed = {}
         self._reset(epoch)
@@ -111,7 +115,7 @@ class Ledger:
 
         Args:
             batches: largest number of batches in the lease.
-            home: first shard of the worker's own part, as a fraction of all shards.
+            home: place in the data at which the worker's own part begins, from 0 (the first shard) to 1 (the end).
 
         Returns:
             The lease, or None if nothing is pending.
@@ -128,17 +132,17 @@ class Ledger:
         found: list[Positions] = []
         piece = max(WINDOW, 2 * batches)
         while batches > 0 and start < stop:
-            start += int(self._pending[start:stop].argmax())  # adds 0 if none is pending; then `part` is empty
-            part = np.flatnonzero(self._pending[start : min(start + piece, stop)])[:batches] + start
-            if not len(part):
+            start += int(self._pending[start:stop].argmax())  # adds 0 if none is pending: `found_here` is empty then
+            found_here = np.flatnonzero(self._pending[start : min(start + piece, stop)])[:batches] + start
+            if not len(found_here):
                 break
-            found.append(part)
-            batches -= len(part)
+            found.append(found_here)
+            batches -= len(found_here)
             start += piece
         return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def grant_striped(self, workers: int, rounds: int) -> tuple[Lease, ...]:
-        """Lease the next `rounds` · N pending batches so that worker i of N gets every N-th, from the i-th on.
+        """Lease the next `rounds` · N pending batches to N workers: to worker i the i-th one and every N-th after it.
 
         The r-th batch of every worker then belongs to round r, however fast the workers are. So each bulk synchronous
         step consists of the same batches in every run.
@@ -158,7 +162,7 @@ class Ledger:
         return Lease(self._next_lease - 1, _ranges(self.epoch, positions))
 
     def left(self, lease: int) -> int:
-        """Return the number of batches of a lease at work that are neither reported as done nor taken over."""
+        """Return the number of batches that the worker of a lease still has to do: neither done nor taken over."""
         positions = self._active[lease]
         return int(np.count_nonzero(~self._done[positions] & ~self._taken_over[positions]))
 
@@ -259,7 +263,7 @@ class Ledger:
         self.requeued += len(positions)
 
     def _bitmap(self, report: Report) -> Bitmap:
-        """Return the batches of the open epoch that a report contains."""
+        """Return the batches of the open epoch that the reporting partition contains or skips."""
         if report.epochs > self.epoch:
             return np.ones(self._grid.num_batches, np.bool_)
         return report.settled.get(self.epoch, np.zeros(self._grid.num_batches, np.bool_))

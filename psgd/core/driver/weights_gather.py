@@ -14,14 +14,15 @@ class EvaluationRequest:
     """An evaluation that waits for its weights."""
 
     worker: str
-    epochs: int | None  # number of complete epochs, which names the weights; None: the present weights
+    epochs: int | None  # number of complete epochs in the weights; None: the present weights
     parts: dict[int, FloatArray] = field(default_factory=dict)  # partition -> its slice, once it has arrived
 
 
 class WeightsGather:
     """All evaluation requests that wait for weights.
 
-    A request ends once, even if several partitions refuse their part or are lost.
+    A request is closed by its last part, by a refusal or by the loss of a server, whichever comes first. Later
+    answers change nothing.
 
     Args:
         partitions: number of partitions.

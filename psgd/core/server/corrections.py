@@ -53,7 +53,7 @@ class Correction(Protocol):
                 asks workers to send them.
 
         Returns:
-            `[size]`, possibly in memory of the correction that the next call overwrites.
+            `[size]`. The next call may overwrite this array.
         """
 
     def watch(self) -> Watch | None:
@@ -67,7 +67,7 @@ class Correction(Protocol):
 
         Args:
             weights: `[size]`, the weights after a step.
-            rate: η of that step, by the schedule.
+            rate: η of that step, after the schedule has scaled it.
             out: `[size]`, overwritten.
         """
 
@@ -82,10 +82,10 @@ class Correction(Protocol):
         """
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Return the saved statistics as (arrays by name, JSON values by name), copied."""
+        """Return copies of the statistics to save, as (arrays by name, JSON values by name)."""
 
     def load(self, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
-        """Restore the statistics from what `state()` returned, copied."""
+        """Restore the statistics: copy the arrays and values that `state()` returned."""
 
 
 class Plain:
@@ -178,7 +178,7 @@ class DcAsgd(Plain):
         self, worker: str, values: FloatArray, weights: FloatArray, weights_read: FloatArray | None
     ) -> FloatArray:
         """Return g + λ·g⊙g⊙(w - w_read)."""
-        assert weights_read is not None, "the worker sends the weights that it read when the correction asks for them"
+        assert weights_read is not None, "this correction needs the weights read, but the worker did not send them"
         out = self._corrected
         scratch = self._scratch
         np.multiply(values, values, out=out)
@@ -195,7 +195,7 @@ class DcAsgd(Plain):
         return out
 
     def vectors(self, workers: int) -> Vectors:
-        """Count two scratch vectors and, if adaptive, the running mean, which a state contains."""
+        """Count two scratch vectors and, if adaptive, the running mean. Only the running mean is saved."""
         return Vectors(2) if self._squares is None else Vectors(3, 1)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -233,7 +233,7 @@ class GapAware(Plain):
         self, worker: str, values: FloatArray, weights: FloatArray, weights_read: FloatArray | None
     ) -> FloatArray:
         """Return g / (1 + |w - w_read| / C); g before the first step, when there is no C."""
-        assert weights_read is not None, "the worker sends the weights that it read when the correction asks for them"
+        assert weights_read is not None, "this correction needs the weights read, but the worker did not send them"
         if not self._steps:
             return values
         out = self._corrected
@@ -249,7 +249,7 @@ class GapAware(Plain):
         return np.divide(values, out, out=out)
 
     def watch(self) -> Watch | None:
-        """Return the function that adds the square of the direction to the running mean."""
+        """Count the step, and return the function that adds the square of its direction to the running mean."""
         self._steps += 1
         return self._add_square
 
@@ -262,7 +262,7 @@ class GapAware(Plain):
         squares += scratch
 
     def vectors(self, workers: int) -> Vectors:
-        """Count two scratch vectors and the running mean, which a state contains."""
+        """Count two scratch vectors and the running mean. Only the running mean is saved."""
         return Vectors(3, 1)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -312,12 +312,12 @@ class Dana(Plain):
         return velocity
 
     def publish(self, weights: FloatArray, rate: float, out: FloatArray) -> None:
-        """Write w - η·μ·Σⱼ vⱼ: the weights after the momentum part of every worker's next step."""
+        """Write w - η·μ·Σⱼ vⱼ: the weights after another gradient of every worker, as far as momentum predicts them."""
         np.multiply(self._sum, rate * self._momentum, out=self._scratch)
         np.subtract(weights, self._scratch, out=out)
 
     def leave(self, worker: str) -> None:
-        """Remove the velocity of a worker. The sum is computed anew, so that no rounding error of it remains."""
+        """Remove the velocity of a worker. Compute the sum anew: a subtraction would leave rounding errors in it."""
         if self._velocities.pop(worker, None) is not None:
             self._sum[:] = 0
             for velocity in self._velocities.values():

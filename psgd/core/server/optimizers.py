@@ -1,9 +1,10 @@
-"""Optimizers on a flat slice of the weights: each rule computes the direction u of the step w ← w - η·u, in place.
+"""Optimizers on a flat slice of the weights. A step changes the weights in place: w ← w - η·u.
 
-The caller gives the rate η, because it follows a schedule and the consistency mode may scale it.
+Each optimizer has its own rule for the direction u. The caller gives the rate η, because η follows a schedule and the
+consistency mode may scale it.
 
-A step works on one block of values after the other. The results between two operations on a block stay in the cache, so
-that a step takes only as long as reading and writing each array once.
+A step works on one block of values after the other. A block is so small that it stays in the processor's cache between
+two operations. So a step takes only as long as it takes to read and write each array once.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ __all__ = [
 
 BLOCK = 32_768  # values, 128 kB of each array. Lower → fits a smaller cache. Higher → fewer NumPy calls, 0.5 µs each
 
-Watch = Callable[[slice, FloatArray], None]  # called with a block's part of the vector and its direction, read-only
+Watch = Callable[[slice, FloatArray], None]  # called with the slice of a block and the block's direction, read-only
 
 
 class Block(NamedTuple):
@@ -117,7 +118,7 @@ class Optimizer(ABC):
         """Return the arrays of the state by name. They are not copies: the next step modifies them."""
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the state from the arrays that `state()` returned, copied."""
+        """Restore the state: copy the arrays that `state()` returned."""
         for name, array in self.state().items():
             np.copyto(array, state[name])
 
@@ -175,7 +176,7 @@ class Sgd(Optimizer):
         return {"velocity": self._velocity} if self._has_velocity else {}
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore the velocity, or that there is none yet."""
+        """Restore the velocity, if the state has one. It has none before the first step with momentum."""
         self._has_velocity = self._spec.momentum > 0 and "velocity" in state
         super().load(state)
 
@@ -241,15 +242,15 @@ class Adam(Optimizer):
         self._steps = np.zeros(1, np.int64)
         self._mean = np.zeros(size, np.float32)
         self._square = np.zeros(size, np.float32)
-        self._mean_weight = _scalar(1)  # 1 - β₁ᵗ
-        self._root_weight = _scalar(1)  # √(1 - β₂ᵗ)
+        self._mean_scale = _scalar(1)  # 1 - β₁ᵗ
+        self._root_scale = _scalar(1)  # √(1 - β₂ᵗ)
 
     def _begin(self) -> Rule:
         self._steps += 1
         steps = int(self._steps[0])
-        mean_weight, square_weight = (1 - beta**steps for beta in self._betas)
-        self._mean_weight[()] = mean_weight
-        self._root_weight[()] = sqrt(square_weight)
+        mean_scale, square_scale = (1 - beta**steps for beta in self._betas)
+        self._mean_scale[()] = mean_scale
+        self._root_scale[()] = sqrt(square_scale)
         return self._normalize
 
     def _normalize(self, block: Block, gradient: FloatArray) -> FloatArray:
@@ -257,10 +258,10 @@ class Adam(Optimizer):
         mean, square = self._update_means(block, gradient)
         u = block.scratch
         np.sqrt(square, out=u)
-        u /= self._root_weight
+        u /= self._root_scale
         u += self._eps
         np.divide(mean, u, out=u)
-        u /= self._mean_weight
+        u /= self._mean_scale
         return u
 
     def _update_means(self, block: Block, gradient: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -336,9 +337,9 @@ class DelayedNesterov(Optimizer):
         return Vectors(2, 2)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return `velocity` `[size]`: m; `sum` `[size]` and `pushes` `[1]`, int64: sum and number of gradients since.
+        """Return `velocity` `[size]`, `sum` `[size]` and `pushes` `[1]`, int64.
 
-        Both start again at 0 whenever m is updated.
+        `velocity` is m. `sum` and `pushes` are the sum and the number of the gradients since m was updated.
         """
         return {"velocity": self._velocity, "sum": self._sum, "pushes": self._pushes}
 

@@ -40,11 +40,11 @@ class Report:
     version: Version
     epochs: int  # number of complete epochs: every batch of epochs 0 to `epochs` - 1 is contained or skipped
     settled: Mapping[int, Bitmap]  # open epoch -> bitmap over positions: contained or skipped
-    pushes: Mapping[str, int]  # outcome -> pushes over the whole run; buffered: at present
+    pushes: Mapping[str, int]  # outcome -> pushes over the whole run, but `buffered` -> pushes that wait now
     staleness: Mapping[int, int]  # staleness -> number of applied gradients
     losses: Mapping[int, EpochLoss]  # epoch -> loss, for the newest epochs
     samples: int  # examples applied
-    heard: Mapping[str, int]  # live worker -> its clock: number of its pushes, of any outcome
+    heard: Mapping[str, int]  # live worker -> number of its pushes, of any outcome: the worker's clock
     parked: frozenset[str]  # workers whose receipt is held back
     bytes_pushed: int  # bytes of the vectors of all pushes
     first: Mark | None  # progress at the first step of this incarnation
@@ -54,7 +54,10 @@ class Report:
 
     @property
     def moment(self) -> tuple[int, ...]:
-        """Return a key that orders a partition's reports by age, as answers may overtake each other."""
+        """Return a sort key. Of two reports of a partition, the newer one has the larger key.
+
+        The driver needs it because reports may arrive in another order than they were made.
+        """
         settled = sum(int(bitmap.sum()) for bitmap in self.settled.values())
         return self.version.incarnation, sum(self.pushes.values()), self.version.updates, self.epochs, settled
 
@@ -75,7 +78,10 @@ class Report:
 
 
 def staleness_summary(histogram: Mapping[int, int]) -> dict[str, float | None]:
-    """Return mean, median, 95th percentile and maximum of a staleness histogram; percentiles are observed values."""
+    """Return mean, median, 95th percentile and maximum of a staleness histogram.
+
+    The median and the percentile are values that occurred, not interpolated ones.
+    """
     total = sum(histogram.values())
     if total == 0:
         return {"mean": None, "p50": None, "p95": None, "max": None}
@@ -94,4 +100,4 @@ def _percentile(histogram: Mapping[int, int], rank: float) -> float:
         seen += histogram[value]
         if seen >= rank:
             return float(value)
-    raise AssertionError("a rank within the total is reached")
+    raise AssertionError(f"rank {rank} is above the total count {seen} of the histogram")

@@ -1,4 +1,4 @@
-"""ServerState: the part of a checkpoint from which one server is restored. Vectors: a measure of memory."""
+"""The saved state of one server, and the unit in which its memory is counted."""
 
 from __future__ import annotations
 
@@ -32,5 +32,9 @@ class ServerState:
     metadata: Mapping[str, Any]
 
     def part(self, name: str) -> dict[str, NDArray[Any]]:
-        """Return the arrays whose names begin with `NAME.`, by the rest of their names."""
+        """Return the arrays of one component. The prefix is removed: `optimizer.mean` becomes `mean`.
+
+        Args:
+            name: prefix of the array names, such as `optimizer`.
+        """
         return {key.partition(".")[2]: array for key, array in self.arrays.items() if key.startswith(f"{name}.")}
