@@ -184,7 +184,7 @@ class Ledger:
         """
         positions = self._active[lease]
         left = positions[~self._done[positions] & ~self._taken_over[positions]]
-        taken = left[len(left) - batches :] if batches else left[:0]
+        taken = left[max(0, len(left) - batches) :]
         self._taken_over[taken] = True
         self.shared.add(lease)
         return self._lease(taken)

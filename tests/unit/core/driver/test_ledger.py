@@ -242,7 +242,7 @@ def test_the_end_of_a_lease_is_taken_over_and_its_worker_goes_on_from_the_front(
     assert ledger.left(slow.id) == 7
     assert positions(ledger.take_over(slow.id, 4)) == [5, 6, 7, 8]
     assert (ledger.left(slow.id), ledger.outstanding, ledger.shared) == (3, 7, {slow.id})
-    assert positions(ledger.take_over(slow.id, 9)) == [2, 3, 4]
+    assert positions(ledger.take_over(slow.id, 5)) == [2, 3, 4]
     assert ledger.take_over(slow.id, 1) is None
 
 
