@@ -31,6 +31,8 @@ def status(run: RunName, storage: RunStorage = "runs", address: Dashboard = None
     Prints the newest metrics of a run that trains, and the result of a run that has ended. A run is "lost" if its
     driver (the process that directs the run) is gone and left no result: then it prints the reason, the seconds since
     the driver's last sign of life, and the command that continues the run.
+
+    With --address, prints Ray's status of the driver's job on that cluster, and the newest line of progress.
     """
     if address:
         from psgd.cluster.jobs import Jobs

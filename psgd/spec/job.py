@@ -75,7 +75,7 @@ class RunConfig(Spec):
     target: TargetConfig | None = Field(default=None, examples=[{"metric": "val/accuracy", "value": 0.97}])
     """Metric and value at which the run ends early, such as `{metric: val/accuracy, value: 0.97}`. null: no target."""
     storage: str = Field(default="runs", min_length=1)
-    """Folder or fsspec URL, such as `s3://bucket/runs`, in which the run gets a directory of its own name. On a
+    """Folder or fsspec URL, such as `s3://bucket/runs`, in which the run gets a directory with its name. On a
     cluster, every node must be able to read and write there."""
 
     @model_validator(mode="after")
@@ -90,9 +90,10 @@ class CheckpointConfig(Spec):
     after Ctrl-C."""
 
     every_s: float | None = Field(default=60.0, gt=0)
-    """Seconds between two checkpoints. Lower: less work is repeated after a server is lost. null: not used."""
+    """Seconds between two checkpoints. Lower: less work is repeated after a server is lost. null: no checkpoints
+    by time."""
     every_updates: Count | None = None
-    """Number of steps of the servers between two checkpoints. null: not used."""
+    """Number of steps of the servers between two checkpoints. null: no checkpoints by number of steps."""
     keep: Count = 3
     """Number of checkpoints to keep. Older ones are deleted."""
 
@@ -101,10 +102,11 @@ class FailureConfig(Spec):
     """The number of failures that the run survives, and its time limits for answers and processes."""
 
     max_failures: Whole = Field(default=10, ge=-1)
-    """Number of times that a dead or silent worker or server is replaced. At the next one the run fails. -1: no limit.
-    Processes of preempted nodes are replaced too, and not counted."""
+    """Number of dead or silent workers and servers that are replaced. If there is one more, the run fails. -1: no
+    limit. Processes of preempted nodes are replaced without being counted."""
     max_rejected: Whole = Field(default=10, ge=0)
-    """Number of gradients with infinite or NaN values that are refused. At the next one the run fails as diverged."""
+    """Number of gradients with infinite or NaN values that are refused. If there is one more, the run fails as
+    diverged."""
     poison: Literal["fail", "skip"] = "fail"
     """The treatment of a poison batch, which at each attempt kills its worker or gives infinite or NaN gradients.
     `fail`: the run ends and names the batch. `skip`: the run goes on without the batch and counts it as discarded."""

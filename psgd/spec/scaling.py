@@ -49,9 +49,10 @@ class ScalingConfig(Spec):
     GPU."""
     servers: Whole = Field(default=1, ge=1, le=64)
     """Number of server processes. Each holds one slice of the weights (a partition), and they are spread over the
-    nodes. More: faster steps for large models, and more messages per push."""
+    nodes. More: each server needs less memory and has less traffic, and each push takes more messages. On one node, two
+    servers are slower than one."""
     pipeline: Whole = Field(default=0, ge=0, le=2)
-    """Number of batches that a worker may compute before it has the answer to its last push. Higher: workers wait less
+    """Number of batches that a worker may compute while it waits for the answer to a push. Higher: workers wait less
     for a slow network, and staleness grows by about the number of workers for each of these batches."""
     lane: Literal["auto", "shm", "tcp", "ray"] = "auto"
     """The way in which workers send gradients to servers. `shm`: shared memory, on one node only. `tcp`: sockets.

@@ -138,8 +138,8 @@ class ContenderConfig(Spec):
     name: str | None = Field(default=None, min_length=1)
     """Name of this mode in the results. null: the mode and its fields."""
     consistency: ConsistencySpec
-    """The mode and its fields, as in the job's section `consistency`. In the short form of the mode that the job itself
-    uses, fields that are not given have the job's values."""
+    """The mode and its fields, as in the job's section `consistency`. If the short form names the job's
+    own mode, fields that are not given have the job's values."""
     lr: float | None = Field(default=None, gt=0)
     """Learning rate in this mode, which replaces `optimizer.lr`. null: `optimizer.lr`."""
     correction: CorrectionSpec | None = None

@@ -218,8 +218,8 @@ class _Data(Spec):
     epoch."""
     drop_last: bool = False
     """true: in each epoch the last batch of each shard is left out if it is shorter than `batch_size`, as by a PyTorch
-    `DataLoader`. For models that cannot use a very short batch, such as batch normalisation with a single example. With
-    `shuffle`, each epoch leaves out different examples. false: each epoch uses every example exactly once."""
+    `DataLoader`. Use it for models that fail on a very short batch, such as batch normalisation on a single example.
+    With `shuffle`, each epoch leaves out different examples. false: each epoch uses every example exactly once."""
     num_shards: Count = 1
     """Number of shards, the pieces that the training data is cut into; the seed decides the cut. 1: every epoch
     shuffles all examples together, as a PyTorch `DataLoader` does. More: every epoch shuffles each shard by itself, and
@@ -233,7 +233,7 @@ class _Data(Spec):
     examples."""
     validation_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Share of the examples that is used for validation instead of training, such as 0.2; the seed chooses the
-    examples. For data without a validation part of its own. null: all examples are used for training."""
+    examples. Use it if the data has no validation examples. null: all examples are used for training."""
 
 
 class NpzData(_Data):
