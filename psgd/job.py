@@ -33,7 +33,7 @@ class OpenJob:
 
     @classmethod
     def open(cls, spec: JobSpec) -> Self:
-        """Open the data, build the model and try it on one batch, so that a fault is found before workers start.
+        """Open the data, build the model and try it on two batches, so that a fault is found before workers start.
 
         Raises:
             InputError: the data cannot be used, or the model does not fit it.
