@@ -34,7 +34,7 @@ class RunPlan:
     """A run that passed every check, with everything that it starts from.
 
     Attributes:
-        job: the job as given, with a name. Its data is open, and its model was tried on a full batch and on the smallest one.
+        job: the job as given, with a name. Its data is open, and its model was tried on two batches.
         partitions: the slices of the weights, one for each server.
         run: the run directory, whose storage was tested.
         spec: the job, with the settings of the checkpoint if there is one.
