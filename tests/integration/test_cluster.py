@@ -225,7 +225,7 @@ def test_a_users_model_travels_and_the_run_is_continued_and_stopped(cluster: Clu
     ("arguments", "message"),
     [
         (("--storage", "/kept", "--address", "http://127.0.0.1:1"), "nothing answers at http://127.0.0.1:1"),
-        (("--storage", "/kept", "--address", "127.0.0.1:8265"), "expected the dashboard's URL"),
+        (("--storage", "/kept", "--address", "127.0.0.1:8265"), "expected the URL of Ray's dashboard"),
         (("--storage", "kept"), "'kept' is relative"),
         (("--storage", "/kept", "--set", "data={format: csv, path: table.csv}"), "data.path: 'table.csv' is relative"),
     ],
