@@ -45,7 +45,7 @@ class Result:
     metrics: dict[str, float | None]
     ledger: LedgerCounts
     failures: dict[str, int]  # kind -> number, since this driver started: worker_lost, worker_silent, server_lost, ...
-    goodput: float | None  # share of the computed batches that were applied, since this driver started
+    goodput: float | None  # share of computed batches applied or skipped, since this driver started
     checkpoint: str | None  # newest committed checkpoint
     error: str | None
 

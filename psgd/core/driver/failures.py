@@ -67,7 +67,7 @@ class FailureCounts:
         return self._deaths.pop(lease, None)
 
     def goodput(self, pushes: int) -> float | None:
-        """Return the share of computed batches that no failure wasted; None if none was computed.
+        """Return the share of computed batches that were applied or skipped; None if none was computed.
 
         Args:
             pushes: number of pushes that reached the servers.

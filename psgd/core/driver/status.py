@@ -114,7 +114,7 @@ class RunStatus:
         staleness: number of applied gradients by staleness, over all partitions.
         failures: number of failures by kind.
         charged_failures: number of failures that count against `failure.max_failures`.
-        goodput: share of the batches computed in this process that no failure wasted.
+        goodput: share of the batches computed in this process that were applied or skipped.
         ledger: counts of batches over the whole run.
         checkpoint: newest checkpoint, and the newest attempt to write one.
     """
