@@ -9,38 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psgd.errors import SpecError
-from psgd.spec import BspConsistency, CosineSchedule, JobSpec, RingmasterConsistency, SspConsistency
+from psgd.spec import BspConsistency, CosineSchedule, RingmasterConsistency, SspConsistency
 from psgd.spec.changes import change_settings, change_workers, override_spec
-
-MINIMAL: dict[str, Any] = {
-    "model": {"kind": "linear"},
-    "data": {"format": "sklearn", "dataset": "iris"},
-    "optimizer": {"lr": 0.1},
-    "run": {"epochs": 1},
-    "scaling": {"workers": 4},
-}
-MODES: dict[str, dict[str, Any]] = {
-    "async": {},
-    "bsp": {},
-    "k_sync": {"k": 2},
-    "backup": {"b": 1},
-    "ssp": {"s": 1},
-    "softsync": {"s": 2},
-    "ringmaster": {"r": 2},
-    "rennala": {"s": 3},
-    "malenia": {"s": 3},
-    "ringleader": {},
-    "buffered": {"k": 2},
-    "local": {"h": 4, "lr": 0.1},
-}
-
-
-def spec(**changes: Any) -> JobSpec:
-    return JobSpec.model_validate(MINIMAL | changes)
-
-
-def mode(name: str, **fields: Any) -> dict[str, Any]:
-    return {"mode": name} | MODES[name] | fields
+from tests.support.minimal_specs import mode, spec
 
 
 def test_what_can_change_is_changed_and_nothing_else() -> None:

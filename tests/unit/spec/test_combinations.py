@@ -5,30 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from psgd.spec import JobSpec
 from psgd_workers.spec import Int8Compression, LocalSteps, NoCompression, TopKCompression, WorkerOptions
+from tests.support.minimal_specs import MINIMAL, MODES, mode, spec
 
-MINIMAL: dict[str, Any] = {
-    "model": {"kind": "linear"},
-    "data": {"format": "sklearn", "dataset": "iris"},
-    "optimizer": {"lr": 0.1},
-    "run": {"epochs": 1},
-    "scaling": {"workers": 4},
-}
-MODES: dict[str, dict[str, Any]] = {
-    "async": {},
-    "bsp": {},
-    "k_sync": {"k": 2},
-    "backup": {"b": 1},
-    "ssp": {"s": 1},
-    "softsync": {"s": 2},
-    "ringmaster": {"r": 2},
-    "rennala": {"s": 3},
-    "malenia": {"s": 3},
-    "ringleader": {},
-    "buffered": {"k": 2},
-    "local": {"h": 4, "lr": 0.1},
-}
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "staleness_lr": {},
     "delay_adaptive": {},
@@ -46,14 +25,6 @@ IN_A_MEAN = {
 }
 OF_DIFFERENCES = {("local", correction) for correction in ("staleness_lr", "delay_adaptive", "rescaled")}
 SENSIBLE = EVERYWHERE | IN_A_MEAN | OF_DIFFERENCES
-
-
-def spec(**changes: Any) -> JobSpec:
-    return JobSpec.model_validate(MINIMAL | changes)
-
-
-def mode(name: str, **fields: Any) -> dict[str, Any]:
-    return {"mode": name} | MODES[name] | fields
 
 
 def correction(name: str) -> dict[str, Any]:
