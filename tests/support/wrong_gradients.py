@@ -15,8 +15,8 @@ from psgd_workers.models.numpy.network import Network
 __all__ = ["Accumulates", "NanGradient", "Nondeterministic", "ScaledRow", "SkipsBias", "ZeroGradient"]
 
 
-class ScaledRow(Network):
-    """A model whose gradient is 1.5 times the right one in one of ten rows."""
+class _Wrong(Network):
+    """A softmax regression on digits whose gradient passes through `write`."""
 
     def __init__(self) -> None:
         super().__init__((64, 10), "cross_entropy")
@@ -29,98 +29,64 @@ class ScaledRow(Network):
         gradient: Mapping[str, FloatArray],
         seed: int,
     ) -> float:
-        loss = super().loss_and_gradient(weights, features, labels, gradient, seed)
-        gradient["layers.0.weight"][3] *= 1.5
+        right = {name: array.copy() for name, array in gradient.items()}
+        loss = super().loss_and_gradient(weights, features, labels, right, seed)
+        self.write(right, gradient)
         return loss
 
+    def write(self, right: Mapping[str, FloatArray], gradient: Mapping[str, FloatArray]) -> None:
+        """Write into `gradient` what the model makes of the right gradient."""
+        raise NotImplementedError
 
-class Nondeterministic(Network):
+
+class ScaledRow(_Wrong):
+    """A model whose gradient is 1.5 times the right one in one of ten rows."""
+
+    def write(self, right: Mapping[str, FloatArray], gradient: Mapping[str, FloatArray]) -> None:
+        for name, array in right.items():
+            gradient[name][:] = array
+        gradient["layers.0.weight"][3] *= 1.5
+
+
+class Nondeterministic(_Wrong):
     """A model whose gradient grows a little with each call."""
 
     def __init__(self) -> None:
-        super().__init__((64, 10), "cross_entropy")
+        super().__init__()
         self._calls = count()
 
-    def loss_and_gradient(
-        self,
-        weights: Mapping[str, FloatArray],
-        features: FloatArray,
-        labels: NDArray[Any],
-        gradient: Mapping[str, FloatArray],
-        seed: int,
-    ) -> float:
-        loss = super().loss_and_gradient(weights, features, labels, gradient, seed)
+    def write(self, right: Mapping[str, FloatArray], gradient: Mapping[str, FloatArray]) -> None:
+        for name, array in right.items():
+            gradient[name][:] = array
         gradient["layers.0.weight"][:] *= 1 + 1e-4 * next(self._calls)
-        return loss
 
 
-class SkipsBias(Network):
+class SkipsBias(_Wrong):
     """A model that does not write the gradient of its bias."""
 
-    def __init__(self) -> None:
-        super().__init__((64, 10), "cross_entropy")
-
-    def loss_and_gradient(
-        self,
-        weights: Mapping[str, FloatArray],
-        features: FloatArray,
-        labels: NDArray[Any],
-        gradient: Mapping[str, FloatArray],
-        seed: int,
-    ) -> float:
-        own = {name: array.copy() for name, array in gradient.items()}
-        loss = super().loss_and_gradient(weights, features, labels, own, seed)
-        gradient["layers.0.weight"][:] = own["layers.0.weight"]
-        return loss
+    def write(self, right: Mapping[str, FloatArray], gradient: Mapping[str, FloatArray]) -> None:
+        gradient["layers.0.weight"][:] = right["layers.0.weight"]
 
 
-class Accumulates(SkipsBias):
+class Accumulates(_Wrong):
     """A model that adds to the gradient array instead of overwriting it."""
 
-    def loss_and_gradient(
-        self,
-        weights: Mapping[str, FloatArray],
-        features: FloatArray,
-        labels: NDArray[Any],
-        gradient: Mapping[str, FloatArray],
-        seed: int,
-    ) -> float:
-        own = {name: array.copy() for name, array in gradient.items()}
-        loss = Network.loss_and_gradient(self, weights, features, labels, own, seed)
-        for name, array in own.items():
+    def write(self, right: Mapping[str, FloatArray], gradient: Mapping[str, FloatArray]) -> None:
+        for name, array in right.items():
             gradient[name][:] += array
-        return loss
 
 
-class ZeroGradient(SkipsBias):
+class ZeroGradient(_Wrong):
     """A model whose gradient is zero."""
 
-    def loss_and_gradient(
-        self,
-        weights: Mapping[str, FloatArray],
-        features: FloatArray,
-        labels: NDArray[Any],
-        gradient: Mapping[str, FloatArray],
-        seed: int,
-    ) -> float:
-        loss = Network.loss_and_gradient(self, weights, features, labels, gradient, seed)
+    def write(self, right: Mapping[str, FloatArray], gradient: Mapping[str, FloatArray]) -> None:
         for array in gradient.values():
             array[:] = 0
-        return loss
 
 
-class NanGradient(SkipsBias):
+class NanGradient(_Wrong):
     """A model whose gradient is NaN."""
 
-    def loss_and_gradient(
-        self,
-        weights: Mapping[str, FloatArray],
-        features: FloatArray,
-        labels: NDArray[Any],
-        gradient: Mapping[str, FloatArray],
-        seed: int,
-    ) -> float:
-        loss = Network.loss_and_gradient(self, weights, features, labels, gradient, seed)
+    def write(self, right: Mapping[str, FloatArray], gradient: Mapping[str, FloatArray]) -> None:
         for array in gradient.values():
             array[:] = np.nan
-        return loss
