@@ -89,6 +89,9 @@ class RecordKind(IntEnum):
     SKIP = 5  # a batch was settled without its gradient
 
 
+PUSH = RecordKind.PUSH  # bound once: in Python 3.11, access through the enum takes 80 ns
+
+
 class Journal:
     """Records since the last `take()`.
 
@@ -135,24 +138,8 @@ class Journal:
         code = OUTCOMES[outcome]
         name = worker.encode()
         versions = chain.from_iterable(others) if others else ()
-        self._append(
-            (
-                RecordKind.PUSH,
-                code,
-                name,
-                slot,
-                number,
-                carries,
-                now,
-                *batch,
-                examples,
-                *read,
-                *version,
-                loss,
-                compute_s,
-                *versions,
-            )
-        )
+        fields = (*batch, examples, *read, *version, loss, compute_s, *versions)
+        self._append((PUSH, code, name, slot, number, carries, now, *fields))
 
     def _record(
         self,

@@ -44,6 +44,9 @@ from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradi
 
 __all__ = ["ParameterServer"]
 
+# Bound once: in Python 3.11, access through the enum takes 80 ns.
+APPLIED = Outcome.APPLIED
+BUFFERED = Outcome.BUFFERED
 KEPT_EPOCHS = 2  # epochs whose final weights are kept: the newest, and the one before, which may be under evaluation
 
 
@@ -207,7 +210,7 @@ class ParameterServer:
         gradient = self._tally.arrived(gradient, now)
         self._observer.pushed(gradient)
         outcome = self._admit(gradient)
-        if outcome is Outcome.BUFFERED:
+        if outcome is BUFFERED:
             self._collect(gradient)
         else:
             self._tally.refused(gradient, outcome)
@@ -220,8 +223,8 @@ class ParameterServer:
             round_.pushed.add(gradient.worker)
         outcome_on_arrival = outcome
         self._close_if_due(now)
-        if outcome is Outcome.BUFFERED and self.version.updates > updates:
-            outcome = Outcome.APPLIED
+        if outcome is BUFFERED and self.version.updates > updates:
+            outcome = APPLIED
         self.journal.push(now, gradient, outcome, self.version)
         if not self._parked and not self._mode.waiting(round_)(gradient.worker):  # the usual case
             return (Receipt(gradient.worker, gradient.batch, outcome, self.version),)
@@ -261,7 +264,7 @@ class ParameterServer:
             return Outcome.REQUEUED
         if not self._mode.admits(self.version.updates - gradient.read.updates):
             return self._late_outcome
-        return Outcome.BUFFERED
+        return BUFFERED
 
     def _in_history(self, read: Version) -> bool:
         """Return True if the present weights come from those of version `read`; False if those were rolled back."""
@@ -393,8 +396,8 @@ class ParameterServer:
             if waits(push.worker):
                 still_parked.append(push)
                 continue
-            applied = push.outcome is Outcome.BUFFERED and version.updates > push.updates
-            released.append(Receipt(push.worker, push.batch, Outcome.APPLIED if applied else push.outcome, version))
+            applied = push.outcome is BUFFERED and version.updates > push.updates
+            released.append(Receipt(push.worker, push.batch, APPLIED if applied else push.outcome, version))
         self._parked = still_parked
         return tuple(released)
 

@@ -79,16 +79,14 @@ class PushCheck:
 
     def _check_name(self, gradient: Gradient) -> None:
         """Refuse a push whose name or versions do not fit into the journal's fields."""
-        slot = gradient.slot
-        number = gradient.number
-        if not (0 <= slot < SLOTS and 0 < number < COUNTS and 0 <= gradient.carries < number):
+        _, slot, number, _, _, (incarnation, updates), _, _, _, _, _, _, others, carries = gradient
+        if not (0 <= slot < SLOTS and 0 <= carries < number < COUNTS):
             raise PushRefusedError(
-                f"the push has number {number} of slot {slot} and carries on {gradient.carries}; expected a slot from "
+                f"the push has number {number} of slot {slot} and carries on {carries}; expected a slot from "
                 f"0 to {SLOTS - 1}, a number of 1 or more, and to carry on an earlier number or 0 for none"
             )
-        others = gradient.others
-        known = _fits_journal(gradient.read) and (not others or all(map(_fits_journal, others)))
-        if not known or len(others) + 1 != self._partitions:
+        fits = 0 <= incarnation < INCARNATIONS and 0 <= updates < COUNTS and len(others) + 1 == self._partitions
+        if not fits or (others and not all(map(_fits_journal, others))):
             raise PushRefusedError(
                 f"the push was computed from {(gradient.read, *others)}; expected the versions of {self._partitions} "
                 "partitions"

@@ -13,6 +13,7 @@ from psgd_workers.messages import BatchId, Gradient, Outcome
 
 __all__ = ["Tally"]
 
+APPLIED = Outcome.APPLIED  # bound once: in Python 3.11, access through the enum takes 80 ns
 LOSS_EPOCHS = 2  # epochs whose loss is kept: the open one and the newest complete one
 JITTER_S = 0.01  # seconds by which a push may be slower to arrive than the worker's push before it
 
@@ -77,15 +78,17 @@ class Tally:
 
     def collected(self, gradient: Gradient) -> None:
         """Count the loss and the computing time of a gradient that entered a round."""
-        self.longest_s = max(self.longest_s, gradient.compute_s)
+        if gradient.compute_s > self.longest_s:
+            self.longest_s = gradient.compute_s
         epoch = gradient.batch.epoch
         loss = self._losses.get(epoch)
         if loss is None:
             loss = self._losses[epoch] = [0.0, 0]
             for old in sorted(self._losses)[:-LOSS_EPOCHS]:
                 del self._losses[old]
-        loss[0] += gradient.loss * gradient.examples
-        loss[1] += gradient.examples
+        examples = gradient.examples
+        loss[0] += gradient.loss * examples
+        loss[1] += examples
 
     def stepped(self, members: Sequence[StepMember], updates: int, now: float) -> int:
         """Count the gradients of a step.
@@ -103,7 +106,7 @@ class Tally:
             self.staleness[updates - 1 - updates_read] += 1
             examples += count
         self.samples += examples
-        self.pushes[Outcome.APPLIED] += len(members)
+        self.pushes[APPLIED] += len(members)
         self.stepped_at = now
         if self.first is None:
             self.first = Mark(now, updates, self.samples)

@@ -23,7 +23,7 @@ from psgd_workers.messages import BatchId, Encoded, FloatArray, Gradient, Outcom
 from psgd_workers.transport.affinity import NOWHERE
 from psgd_workers.transport.memory import Slot
 
-__all__ = ["HEADER_SIZE", "Frame", "FrameKind", "PushFormat"]
+__all__ = ["HEADER_SIZE", "Frame", "FrameKind", "PushFormat", "pack_receipt"]
 
 MAGIC = b"psgd"
 FORMAT = 1
@@ -35,6 +35,7 @@ HEADER_SIZE = HEADER.size
 ENCODINGS = ("", *ARRAYS)  # compression by the code of a push; "": values are not compressed
 OUTCOMES = tuple(Outcome)  # outcome by the code of a receipt
 CODES = {outcome: code for code, outcome in enumerate(OUTCOMES)}
+CHECKSUM = Struct("<I")
 LENGTHS = Struct("<QQ")  # lengths of the two arrays of an encoded gradient
 VERSION = Struct("<IQ")  # incarnation, updates
 SMALL = 16_384  # largest number of values for which every push fits into a socket's buffer
@@ -53,6 +54,8 @@ class FrameKind(IntEnum):
 
 
 KINDS = {kind.value: kind for kind in FrameKind}
+RECEIPT = FrameKind.RECEIPT  # bound once: in Python 3.11, access through the enum takes 80 ns
+UNUSED = (0.0, 0.0, 0.0, 0, 0, NOWHERE)  # fields of a push that follow the version
 
 
 class Frame(NamedTuple):
@@ -77,10 +80,9 @@ class Frame(NamedTuple):
     def pack(self) -> bytes:
         """Return the header as `HEADER_SIZE` bytes."""
         kind, slot, code, wants, incarnation, payload, batch, examples, version, *rest = self
-        fields = FIELDS.pack(
-            MAGIC, FORMAT, kind, slot, code, wants, incarnation, payload, *batch, examples, *version, *rest
+        return _with_checksum(
+            FIELDS.pack(MAGIC, FORMAT, kind, slot, code, wants, incarnation, payload, *batch, examples, *version, *rest)
         )
-        return fields + crc32(fields).to_bytes(4, "little")
 
     @classmethod
     def unpack(cls, header: bytes | bytearray | memoryview) -> Frame:
@@ -159,19 +161,6 @@ class Frame(NamedTuple):
         fields = (batch, examples, read, loss, norm, compute_s, number, carries)
         return cls(FrameKind.PUSH, slot, code, wants, incarnation, payload, *fields, processor)
 
-    @classmethod
-    def of_receipt(cls, receipt: Receipt, slot: int, wants: bool, payload: int) -> Frame:
-        """Return the header of a receipt.
-
-        Args:
-            receipt: the receipt.
-            slot: number of the slot from which the push came.
-            wants: True if the push wanted the new weights.
-            payload: length of the weights that follow, in bytes; 0 if they are in shared memory.
-        """
-        _, batch, outcome, version = receipt
-        return cls(FrameKind.RECEIPT, slot, CODES[outcome], wants, version.incarnation, payload, batch, 0, version)
-
     def receipt(self, worker: str) -> Receipt:
         """Return the receipt that this header carries.
 
@@ -184,6 +173,24 @@ class Frame(NamedTuple):
         if self.kind is not FrameKind.RECEIPT or self.code >= len(OUTCOMES):
             raise FrameError(f"the server answered {self.kind.name} with code {self.code}, expected a receipt")
         return Receipt(worker, self.batch, OUTCOMES[self.code], self.version)
+
+
+def pack_receipt(receipt: Receipt, slot: int, wants: bool, payload: int) -> bytes:
+    """Return the header of a receipt as bytes. Unlike `Frame.pack`, it builds no `Frame`, which takes as long again.
+
+    Args:
+        receipt: the receipt.
+        slot: number of the slot from which the push came.
+        wants: True if the push wanted the new weights.
+        payload: length of the weights that follow, in bytes; 0 if they are in shared memory.
+    """
+    _, batch, outcome, version = receipt
+    fields = (MAGIC, FORMAT, RECEIPT, slot, CODES[outcome], wants, version.incarnation, payload, *batch, 0, *version)
+    return _with_checksum(FIELDS.pack(*fields, *UNUSED))
+
+
+def _with_checksum(fields: bytes) -> bytes:
+    return fields + CHECKSUM.pack(crc32(fields))
 
 
 class PushFormat(NamedTuple):

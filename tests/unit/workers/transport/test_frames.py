@@ -23,7 +23,7 @@ from psgd_workers.spec import (
     ScaledSignCompression,
     TopKCompression,
 )
-from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind, PushFormat
+from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind, PushFormat, pack_receipt
 from psgd_workers.transport.memory import Slot
 
 BYTE, SHORT, WORD, LONG = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32, 64))
@@ -157,7 +157,7 @@ def test_damaged_headers_are_refused_or_say_what_their_bytes_say() -> None:
 @pytest.mark.parametrize("outcome", Outcome)
 def test_a_receipt_is_read_as_it_was_given(outcome: Outcome) -> None:
     receipt = Receipt("worker-7", BatchId(4, 5, 6), outcome, Version(2, 99))
-    frame = Frame.unpack(Frame.of_receipt(receipt, slot=3, wants=True, payload=12).pack())
+    frame = Frame.unpack(pack_receipt(receipt, slot=3, wants=True, payload=12))
     assert (frame.slot, frame.wants, frame.payload, frame.incarnation) == (3, True, 12, 2)
     assert frame.receipt("worker-7") == receipt
 
@@ -166,7 +166,7 @@ def test_a_receipt_is_read_as_it_was_given(outcome: Outcome) -> None:
     ("change", "message"), [({"code": 6}, "RECEIPT with code 6"), ({"kind": FrameKind.WEIGHTS}, "WEIGHTS with code 0")]
 )
 def test_what_is_no_receipt_is_refused(change: dict[str, Any], message: str) -> None:
-    frame = Frame.of_receipt(Receipt("w", BatchId(0, 0, 0), Outcome.APPLIED, Version(1, 1)), 0, False, 0)
+    frame = Frame.unpack(pack_receipt(Receipt("w", BatchId(0, 0, 0), Outcome.APPLIED, Version(1, 1)), 0, False, 0))
     with pytest.raises(FrameError, match=message):
         frame._replace(**change).receipt("w")
 
