@@ -1,4 +1,4 @@
-"""Preflight: all checks of a run. Each is made once, former_driver any training process exists."""
+"""Preflight: all checks of a run. Each is made once, before any training process exists."""
 
 from __future__ import annotations
 

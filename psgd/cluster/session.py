@@ -7,8 +7,9 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import ray
@@ -32,6 +33,11 @@ RESOURCE_LIMITS = {
     "bytes of a file": resource.RLIMIT_FSIZE,
     "bytes of memory": resource.RLIMIT_AS,
 }
+
+# Threads of a local Ray with its driver, measured with Ray 2.60 on two processors; more processors mean more threads.
+RAY_THREADS = 180
+PROCESS_THREADS = 26  # of each actor's process
+PROBE_S = 60.0  # time limit for the threads that test the limit
 
 
 def py_modules() -> list[str]:
@@ -68,8 +74,10 @@ def session(spec: JobSpec, address: str | None) -> Iterator[None]:
 
 
 def _start(spec: JobSpec) -> None:
+    options = _local_options(spec)
+    _check_threads(RAY_THREADS + PROCESS_THREADS * options["num_cpus"])
     try:
-        ray.init(**_local_options(spec))
+        ray.init(**options)
     except Exception as error:  # Ray raises bare exceptions, too
         ray.shutdown()  # end the processes that did start
         reason = reason_of(error).rstrip(".")
@@ -83,6 +91,37 @@ def _local_options(spec: JobSpec) -> dict[str, Any]:
     # Ray starts one process per CPU in advance. One more CPU per server means that no actor waits for its process.
     cpus = spec.scaling.most_workers * spec.scaling.cpus_per_worker + spec.scaling.servers
     return {"address": "local", "num_cpus": cpus, "include_dashboard": False, "logging_level": logging.ERROR}
+
+
+def _check_threads(needed: int) -> None:
+    """Raise an error if this process cannot start as many threads as a local Ray needs.
+
+    Where a thread cannot be started, Ray's own processes and this one abort or hang, without a word about the cause.
+    """
+    started = _startable_threads(needed)
+    if started < needed:
+        raise ClusterStartError(
+            f"Ray cannot start on this machine: it needs about {needed} threads for this job, but only {started} can "
+            f"be started. Limits of this process: {_limits()}. Raise the limit with `ulimit -u`, or the process limit "
+            "of the container, or lower scaling.workers"
+        )
+
+
+def _startable_threads(wanted: int) -> int:
+    """Return how many threads can be started, at most `wanted`. Starting them tests every limit, also a container's."""
+    end = Event()
+    started: list[Thread] = []
+    try:
+        with suppress(RuntimeError, MemoryError):  # the limit is reached
+            for _ in range(wanted):
+                thread = Thread(target=end.wait, args=(PROBE_S,), name="psgd-limit-probe", daemon=True)
+                thread.start()
+                started.append(thread)
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
+    return len(started)
 
 
 def _log_directory() -> Path:

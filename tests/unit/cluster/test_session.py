@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -56,6 +57,26 @@ def test_a_ray_that_does_not_start_is_one_sentence_with_its_logs_and_the_limits(
     )
     assert "\n" not in str(failed.value)
     assert ended == ["shutdown"]
+
+
+def test_a_process_limit_that_ray_would_hit_is_refused_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch, ended: list[str]
+) -> None:
+    fail(monkeypatch, AssertionError("Ray must not be started"))
+    start = Thread.start
+    probes: list[Thread] = []
+
+    def limited(thread: Thread) -> None:
+        if len(probes) == 100:
+            raise RuntimeError("can't start new thread")
+        probes.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(Thread, "start", limited)
+    with pytest.raises(ClusterStartError, match=r"needs about \d+ threads for this job, but only 100 .*`ulimit -u`"):
+        begin(job(), None)
+    assert not any(probe.is_alive() for probe in probes)
+    assert not ended
 
 
 @pytest.mark.parametrize(
