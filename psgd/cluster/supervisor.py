@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import inf
 from typing import Any
 
 import ray
@@ -43,6 +44,7 @@ from psgd.core.driver.events import (
     LeaseClosed,
     Leave,
     Note,
+    Paused,
     Reported,
     Save,
     SaveFailed,
@@ -70,8 +72,9 @@ __all__ = ["Inputs", "Supervisor"]
 
 RECORDED_EVENTS = (  # written to events.jsonl
     *(WorkerUp, WorkerLost, WorkerFailed, LaneFailed, ServerLost),
-    *(SaveFailed, Evaluated, EvaluationLost, Stop, Scale),
+    *(SaveFailed, Evaluated, EvaluationLost, Stop, Scale, Paused),
 )
+PAUSE_S = 1.0  # a loop that comes around later than it wanted by this many seconds was paused
 Observer = Callable[[Callable[[float], RunStatus], float], None]
 
 
@@ -138,6 +141,7 @@ class Supervisor:
         self._weights_gather = WeightsGather(len(inputs.context.partitions))
         self._finish: Finish | None = None
         self._reported = False  # True once any server has reported
+        self._looked_at = inf  # monotonic time at which the last look for answers ended
 
     def train(self) -> Finish:
         """Run the job until it has ended. Every actor is ended when this method returns or raises.
@@ -187,13 +191,26 @@ class Supervisor:
             self._events.append(Stop("interrupted"))
         if not self._events:
             self._collect(self._wake_at(now) - now)
+            self._notice_pause(time.monotonic())
             self._expire(time.monotonic())
         events, self._events = self._events, []
         return events or [Tick()]
 
+    def _notice_pause(self, now: float) -> None:
+        """Do not count time in which this process was stopped, swapped out or waited for storage as others' silence.
+
+        Answers may have arrived meanwhile that have not been read, so no call expires before another look for them.
+        """
+        paused_s = now - self._looked_at - POLL_S
+        self._looked_at = now
+        if paused_s < PAUSE_S:
+            return
+        self._calls = {ref: replace(call, deadline=call.deadline + paused_s) for ref, call in self._calls.items()}
+        self._events.insert(0, Paused(paused_s))
+
     def _wake_at(self, now: float) -> float:
         deadlines = [now + POLL_S, *(call.deadline for call in self._calls.values())]
-        deadlines.append(self._coordinator.next_deadline() or float("inf"))
+        deadlines.append(self._coordinator.next_deadline() or inf)
         return max(now, min(deadlines))
 
     def _collect(self, timeout_s: float) -> None:
@@ -367,7 +384,7 @@ class Supervisor:
         """
         # No time limit: the coordinator decides how long a worker may be silent, as servers report the worker's pushes.
         on_error = partial(self._worker_error, name, lease)
-        self._calls[ref] = _Call(on_answer, on_error, float("inf"), self._workers[name])
+        self._calls[ref] = _Call(on_answer, on_error, inf, self._workers[name])
 
     def _worker_error(self, name: str, lease: int | None, error: RayError) -> Event | None:
         event = worker_failure(name, lease, error)
@@ -414,7 +431,7 @@ class Supervisor:
             self._track_server_call(partition, ref, partial(self._checkpoint_writer.add_part, number))
             on_error = partial(self._save_failed, partition, server, number)
             # No time limit: the storage has its own, and the server's reports show that it lives.
-            self._calls[ref] = replace(self._calls[ref], on_error=on_error, deadline=float("inf"))
+            self._calls[ref] = replace(self._calls[ref], on_error=on_error, deadline=inf)
 
     def _save_failed(self, partition: int, server: Any, number: int, error: RayError) -> Event | None:
         cause = error.cause if isinstance(error, RayTaskError) else None

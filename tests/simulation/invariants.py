@@ -209,7 +209,7 @@ class Audit:
             last = self.notes(saved.states[partition])
             _check(auditor.notes.contained == last.contained, "the last checkpoint lacks the last gradients")
             live = {worker.name for worker in cluster.status.workers if worker.joined}
-            _check(server.report().heard.keys() <= live, "a round waits for workers that have left")
+            _check(server.clocks.keys() <= live, "a round waits for workers that have left")
         _check(cluster.status.open_leases == 0, "leases are still open at the end")
         known = {worker.name for worker in cluster.status.workers}
         _check(cluster.workers.keys() <= known, f"workers {cluster.workers.keys() - known} are still alive")

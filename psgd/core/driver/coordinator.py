@@ -6,6 +6,7 @@ leases, waits until no batch is in doubt, saves and commits the state, and evalu
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, Literal
 
 from psgd.core.driver.checkpoint_schedule import CheckpointSchedule
@@ -24,6 +25,7 @@ from psgd.core.driver.events import (
     LeaseClosed,
     Leave,
     Note,
+    Paused,
     Reported,
     Saved,
     SaveFailed,
@@ -165,8 +167,7 @@ class Coordinator:
     def _take(self, event: Event, now: float) -> None:
         match event:
             case Started():
-                for partition in range(self._partitions):
-                    self._actions += self._servers.start(partition)
+                self._actions += chain.from_iterable(map(self._servers.start, range(self._partitions)))
             case Reported():
                 self._on_report(event, now)
             case Stop(status):
@@ -179,6 +180,8 @@ class Coordinator:
                 self._on_server_lost(event, now)
             case Saved() | SaveFailed() | Committed():
                 self._on_save(event, now)
+            case Paused(seconds):
+                self._worker_table.excuse(seconds, now)
             case Tick():
                 pass  # `_decide` does the rest
             case _:
@@ -261,7 +264,7 @@ class Coordinator:
         for lease, lost in self._ledger.reported(report, event.asked):
             self._on_settled(lease, lost.tolist(), now)
         self._failure_counts.progressed(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
-        self._worker_table.heard(report, now)
+        self._worker_table.take_report(report, now)
         if self._overdue:
             self._silence_check_at = now
         if absent_s is not None and before is not None:

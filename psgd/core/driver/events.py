@@ -34,6 +34,7 @@ __all__ = [
     "LeaseClosed",
     "Leave",
     "Note",
+    "Paused",
     "Reported",
     "Save",
     "SaveFailed",
@@ -187,6 +188,13 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """The driver did not run for a while: it was stopped, swapped out, or waited for storage. It heard no worker."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """The time that `Coordinator.next_deadline` returned has come."""
 
@@ -208,6 +216,7 @@ Event = (
     | Stop
     | Change
     | Scale
+    | Paused
     | Tick
 )
 

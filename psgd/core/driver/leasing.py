@@ -205,7 +205,7 @@ class Leasing:
         """Tell the servers about a worker before its first lease."""
         if not worker.joined:
             worker.joined = True
-            worker.heard.clear()
+            worker.pushes.clear()
             self._actions.append(Join(worker.name))
 
     def _grant(self, worker: WorkerRecord, lease: Lease | None, now: float) -> None:

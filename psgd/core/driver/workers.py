@@ -36,7 +36,7 @@ class WorkerRecord:
     lease_began: float = 0.0  # time at which the lease at work began
     evaluations: list[int | None] = field(default_factory=list)  # names of the weights that it evaluates
     batch_s: float | None = None  # smoothed seconds per batch
-    heard: dict[int, int] = field(default_factory=dict)  # partition -> pushes of this worker, by the newest report
+    pushes: dict[int, int] = field(default_factory=dict)  # partition -> its pushes, by the newest report
     residual_norm: float = 0.0  # norm of the values that compression left out of its pushes, at its newest lease's end
     lane_failures: int = 0  # number of lane failures in a row
     called_off: int = -1  # newest cancelled lease; it and older ones may end early
@@ -181,7 +181,7 @@ class WorkerTable:
             worker: the worker.
             at_most: upper limit, in seconds.
         """
-        if not any(worker.heard.values()):
+        if not any(worker.pushes.values()):
             return at_most
         return min(at_most, max(LEAST_SILENCE_TIMEOUT_S, SILENCE_FACTOR * self._longest_s))
 
@@ -201,6 +201,11 @@ class WorkerTable:
         if not worker.leases or not servers_ready:
             return inf
         return worker.alive_at + self.silence_timeout_s(worker, limits.timeout_s)
+
+    def excuse(self, paused_s: float, now: float) -> None:
+        """Do not count `paused_s` seconds as silence of any worker, because the driver was paused and heard nothing."""
+        for worker in self._workers.values():
+            worker.alive_at = min(now, worker.alive_at + paused_s)
 
     def lease_size(self, worker: WorkerRecord) -> int:
         """Return the number of batches that take about `lease_s`."""
@@ -226,7 +231,7 @@ class WorkerTable:
                 worker.name,
                 _phase(worker, parked),
                 worker.joined,
-                pushes=max(worker.heard.values(), default=0),
+                pushes=max(worker.pushes.values(), default=0),
                 leases=len(worker.leases),
                 leased=sum(worker.leases.values()),
                 batch_s=worker.batch_s,
@@ -240,13 +245,13 @@ class WorkerTable:
         """Return the norm of the values that compression left out of all workers' pushes, removed workers included."""
         return sqrt(self._removed_residual_sq + sum(worker.residual_norm**2 for worker in self._workers.values()))
 
-    def heard(self, report: Report, now: float) -> None:
+    def take_report(self, report: Report, now: float) -> None:
         """Note the workers that have pushed since the last report or wait for a receipt: they are alive."""
         self._longest_s = max(self._longest_s, report.longest_s)
-        for name, pushes in report.heard.items():
+        for name, pushes in report.worker_pushes.items():
             worker = self._workers.get(name)
-            if worker and (pushes != worker.heard.get(report.partition, 0) or name in report.parked):
-                worker.heard[report.partition] = pushes
+            if worker and (pushes != worker.pushes.get(report.partition, 0) or name in report.parked):
+                worker.pushes[report.partition] = pushes
                 worker.alive_at = now
 
 

@@ -153,6 +153,11 @@ class ParameterServer:
         return self._tally.samples
 
     @property
+    def clocks(self) -> dict[str, int]:
+        """Clock of each live worker: its number of pushes, made equal for all workers at an epoch's end."""
+        return dict(self._round.live)
+
+    @property
     def can_save(self) -> bool:
         """Return True if `state()` would be complete: no state contains the open round of a mode in lock-step."""
         return not (self._aggregator.keeps and len(self._aggregator))
@@ -455,7 +460,7 @@ class ParameterServer:
             dict(tally.staleness),
             tally.losses(),
             tally.samples,
-            dict(self._round.live),
+            dict(tally.worker_pushes),
             frozenset(push.worker for push in self._parked),
             tally.bytes,
             tally.first,

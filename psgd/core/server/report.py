@@ -44,7 +44,7 @@ class Report:
     staleness: Mapping[int, int]  # staleness -> number of applied gradients
     losses: Mapping[int, EpochLoss]  # epoch -> loss, for the newest epochs
     samples: int  # examples applied
-    heard: Mapping[str, int]  # live worker -> number of its pushes, of any outcome: the worker's clock
+    worker_pushes: Mapping[str, int]  # worker with a lease -> number of its pushes since it joined, of any outcome
     parked: frozenset[str]  # workers whose receipt is held back
     bytes_pushed: int  # bytes of the vectors of all pushes
     first: Mark | None  # progress at the first step of this incarnation

@@ -29,6 +29,7 @@ class Tally:
         longest_s: longest computing time of a batch in this process, seconds.
         first: progress at the first step of this process.
         stepped_at: time of the newest step of this process, seconds.
+        worker_pushes: worker with a lease -> number of its pushes since it joined, of any outcome.
     """
 
     def __init__(self) -> None:
@@ -41,18 +42,21 @@ class Tally:
         self.stepped_at: float | None = None
         self._losses: dict[int, list[Any]] = {}  # epoch -> [total, examples] of its EpochLoss
         self._rejected = Counter[BatchId]()
+        self.worker_pushes: dict[str, int] = {}
         self._last_push_at: dict[str, float] = {}  # worker with a lease -> time of its last push, or of its join
 
     def joined(self, worker: str, now: float) -> None:
-        """Start to measure the time between the pushes of a worker that got a lease."""
+        """Start to count the pushes of a worker that got a lease, and to measure the time between them."""
         self._last_push_at.setdefault(worker, now)
+        self.worker_pushes.setdefault(worker, 0)
 
     def left(self, worker: str) -> None:
         """Forget a worker that has no lease any more."""
         self._last_push_at.pop(worker, None)
+        self.worker_pushes.pop(worker, None)
 
     def arrived(self, gradient: Gradient, now: float) -> Gradient:
-        """Count the bytes of a push, and limit the computing time that its worker reported.
+        """Count a push and its bytes, and limit the computing time that its worker reported.
 
         A worker computes one batch at a time, so a batch took at most the time since the last push of its worker. For
         a worker that has no lease, that time is unknown, and the limit is next to 0.
@@ -68,6 +72,7 @@ class Tally:
         else:
             allowed_s = now - last_push_at + JITTER_S
             self._last_push_at[worker] = now
+            self.worker_pushes[worker] += 1
         return gradient if gradient.compute_s <= allowed_s else gradient._replace(compute_s=allowed_s)
 
     def refused(self, gradient: Gradient, outcome: Outcome) -> None:

@@ -22,6 +22,7 @@ from psgd.core.driver.events import (
     EvaluationLost,
     Event,
     Finish,
+    Paused,
     Reported,
     ServerLost,
     Started,
@@ -84,6 +85,10 @@ class Cluster:
     def answers(self, actor: str, method: str, answer: Any) -> None:
         """Set the answer to a method's calls from now on. An exception is raised instead of returned."""
         self._answers[actor, method] = answer
+
+    def answers_all(self, calls: list[Call], actor: str, answer: Any) -> None:
+        """Answer the open calls of an actor."""
+        self._due.update({call: answer for call in calls if call.actor.name == actor})
 
     def called(self, call: Call) -> Call:
         key = call.actor.name, call.method
@@ -228,6 +233,32 @@ def test_answers_of_one_actor_that_expire_at_once_mean_one_loss(tmp_path: Path, 
     (_, lost) = script.events
     assert isinstance(lost, ServerLost)
     assert "no answer in time" in lost.cause
+
+
+def test_answers_that_arrived_while_the_driver_was_paused_are_in_time(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver is paused for 30 s while it waits. Then Ray hands over one answer at first, and the other later."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    pauses = iter([0.0, 30.0])
+    wait = cluster.wait
+
+    def paused_wait(calls: list[Call], num_returns: int, timeout: float) -> tuple[list[Call], list[Call]]:
+        pause = next(pauses, 0.0) if timeout > 0 else 0.0
+        clock.now += pause
+        if pause:
+            cluster.answers_all(calls, "server-0-1", "report")
+        return wait(calls, num_returns, timeout)
+
+    cluster.wait = paused_wait  # type: ignore[method-assign]
+    cluster.may_be_silent = True
+    ask: list[Action] = [AskReport(0, 1, wait=False), AskReport(1, 1, wait=False)]
+    script = Script((Started, [StartServer(0), StartServer(1), *ask]), (Paused, []), (Reported, [DONE]))
+    assert train(tmp_path, script, failure={"timeout_s": 3.0}) == DONE
+    (_, paused, _) = script.events
+    assert isinstance(paused, Paused)
+    assert paused.seconds == pytest.approx(30.0, abs=1.0)
 
 
 def test_a_worker_is_stopped_whose_death_was_found_a_moment_before(tmp_path: Path, cluster: Cluster) -> None:

@@ -452,7 +452,7 @@ class Starts(Recorded):
         self.ahead: list[int] = []
 
     def _started(self, worker: str, batch: BatchId) -> float:
-        clocks = self.servers[0].report().heard
+        clocks = self.servers[0].clocks
         if worker in clocks:
             self.ahead.append(clocks[worker] - min(clocks.values()))
         return float(self._pace_s(worker, batch))
@@ -501,7 +501,7 @@ def test_in_ssp_nobody_is_ahead_at_an_epochs_start() -> None:
         server.push(push(batch, server.version, worker="a"), now=1.0)
     server.join("b", now=1.0)
     server.push(push(BATCHES[GRID.num_batches - 1], server.version, worker="a"), now=1.0)
-    assert len(set(server.report().heard.values())) == 1
+    assert len(set(server.clocks.values())) == 1
 
 
 def test_in_malenia_who_has_left_holds_no_round_up() -> None:

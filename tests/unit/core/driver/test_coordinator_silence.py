@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from psgd.core.driver.events import Commit, Finish, StopWorker, WorkerLost
+from psgd.core.driver.events import Commit, Finish, Paused, StopWorker, Tick, WorkerLost
 from psgd.core.driver.workers import LEAST_SILENCE_TIMEOUT_S
 from psgd.simulation.problem import Timing
 from psgd_workers.messages import EpochGrid
 from tests.support.coordinator_runs import assert_exactly_once, notes, run, run_killing, start
 from tests.support.in_process import START_S, Fault
+from tests.support.jobs import job
 
 
 @pytest.mark.parametrize("mode", ["async", "bsp"])
@@ -22,6 +23,28 @@ def test_a_silent_worker_is_given_up_after_the_time_limit(mode: str) -> None:
     assert last_life + 4 <= at <= last_life + 4 + 0.3
     assert "failure.timeout_s" in stopped.cause
     assert host.status.charged_failures == 1
+
+
+def test_a_silent_worker_is_given_up_although_epochs_are_short() -> None:
+    """At each epoch's end, the server makes the workers' clocks equal. That is no sign of life."""
+    host = run(
+        grid=EpochGrid((4, 4), 8),
+        faults=[Fault("worker-0", 9, "silent")],
+        failure={"timeout_s": 4.0},
+        run={"epochs": 400},
+    )
+    assert [stopped.worker for _, stopped in host.did(StopWorker)] == ["worker-0"]
+    assert host.did(StopWorker)[0][0] <= START_S + 9 * 0.05 + 4 + 0.5
+
+
+def test_time_in_which_the_driver_was_paused_is_not_a_workers_silence() -> None:
+    coordinator, _ = start()
+    limits = job().failure
+    late = limits.start_timeout_s + limits.timeout_s + 1.0
+    assert not any(isinstance(action, StopWorker) for action in coordinator.handle(Paused(late - 0.5), late))
+    assert [worker.silent_s for worker in coordinator.status(late).workers] == [0.5, 0.5]
+    stopped = [action for action in coordinator.handle(Tick(), 2 * late) if isinstance(action, StopWorker)]
+    assert [action.worker for action in stopped] == ["worker-0", "worker-1"]
 
 
 def test_whoever_pushes_often_is_given_up_sooner() -> None:

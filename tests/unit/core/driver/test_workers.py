@@ -71,17 +71,17 @@ def test_a_queued_lease_is_timed_from_the_end_of_the_one_before(worker_table: Wo
 
 
 def test_pushes_and_parking_are_signs_of_life(worker_table: WorkerTable) -> None:
-    heard = {"worker-0": 2, "worker-1": 0, "worker-2": 0, "gone": 4}
-    worker_table.heard(replace(EMPTY, heard=heard, parked=frozenset({"worker-2"})), now=3.0)
+    pushes = {"worker-0": 2, "worker-1": 0, "worker-2": 0, "gone": 4}
+    worker_table.take_report(replace(EMPTY, worker_pushes=pushes, parked=frozenset({"worker-2"})), now=3.0)
     assert [worker.alive_at for worker in worker_table] == [3, 0, 3]
-    worker_table.heard(replace(EMPTY, heard=heard, parked=frozenset({"worker-2"})), now=4.0)
+    worker_table.take_report(replace(EMPTY, worker_pushes=pushes, parked=frozenset({"worker-2"})), now=4.0)
     assert [worker.alive_at for worker in worker_table] == [3, 0, 4]
 
 
 def test_another_partitions_count_is_no_sign_of_life(worker_table: WorkerTable) -> None:
     """Two servers' counts of one worker's pushes may differ for the whole run."""
     for now, partition, pushes in ((1.0, 0, 5), (2.0, 1, 4), (3.0, 0, 5), (4.0, 1, 4)):
-        worker_table.heard(replace(EMPTY, partition=partition, heard={"worker-0": pushes}), now)
+        worker_table.take_report(replace(EMPTY, partition=partition, worker_pushes={"worker-0": pushes}), now)
     assert worker_table["worker-0"].alive_at == 2
 
 
@@ -105,7 +105,7 @@ def test_patience_is_so_many_of_the_longest_batch_within_limits(worker_table: Wo
         (0.5, SILENCE_FACTOR),
         (10.0, 60),
     ):
-        worker_table.heard(replace(EMPTY, longest_s=longest_s, heard={"worker-0": 1}), now=1.0)
+        worker_table.take_report(replace(EMPTY, longest_s=longest_s, worker_pushes={"worker-0": 1}), now=1.0)
         assert worker_table.silence_timeout_s(worker, at_most=60.0) == silence_timeout_s
     assert worker_table.silence_timeout_s(worker, at_most=4.0) == 4
     assert worker_table.silence_timeout_s(worker_table["worker-1"], at_most=60.0) == 60  # no push of it was heard

@@ -254,7 +254,7 @@ def test_a_joiner_is_waited_for() -> None:
     target.join("b", now=0.5)  # joining again changes nothing
     assert target.push(push(FIRST, V0, worker="a"), now=1.0) == ()
     assert len(target.push(push(SECOND, V0, worker="b"), now=1.0)) == 2
-    assert target.report().heard == {"a": 1, "b": 1}
+    assert target.clocks == target.report().worker_pushes == {"a": 1, "b": 1}
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
@@ -485,7 +485,7 @@ def test_a_restored_server_goes_on_bit_for_bit(mode: str, done: int) -> None:
     np.testing.assert_array_equal(again.published, undisturbed.published)
     ours = again.report()
     theirs = undisturbed.report()
-    for name in ("epochs", "pushes", "staleness", "losses", "samples", "heard", "parked"):
+    for name in ("epochs", "pushes", "staleness", "losses", "samples", "worker_pushes", "parked"):
         assert getattr(ours, name) == getattr(theirs, name), name
     np.testing.assert_array_equal(again.epoch_weights(3), undisturbed.epoch_weights(3))
 
