@@ -20,6 +20,7 @@ import numpy as np
 
 from psgd.errors import PushRefusedError
 from psgd.serving.host import ServerHost
+from psgd.serving.limited_log import LimitedLog
 from psgd_workers.errors import FrameError
 from psgd_workers.messages import FloatArray, Receipt, Version
 from psgd_workers.transport.affinity import NOWHERE, allowed_processors, run_on
@@ -48,6 +49,7 @@ class WorkerConnection:
         stream: blocking socket, after the handshake.
         hello: the worker's message of the handshake.
         segment: the worker's memory; None: it is not shared.
+        warnings: log for the reason why the connection is closed.
 
     Attributes:
         frame_s: seconds that the rest of a header or payload may take after its first bytes; None: no limit.
@@ -61,10 +63,12 @@ class WorkerConnection:
         stream: socket.socket,
         hello: Hello,
         segment: Segment | None,
+        warnings: LimitedLog,
     ) -> None:
         self._host = host
         self._push_format = push_format
         self._stream = stream
+        self._warnings = warnings
         self._worker = hello.worker
         self._incarnation = host.server.version.incarnation
         self._shared = [Slot(slot.weights[part], slot.gradient[part]) for slot in segment.slots] if segment else None
@@ -121,7 +125,7 @@ class WorkerConnection:
         return False
 
     def _log_closed(self, why: str) -> None:
-        log.warning("the connection of %s was closed: %s", self._worker, why)
+        self._warnings.warning("the connection of %s was closed: %s", self._worker, why)
 
     def _receive_and_serve(self) -> bool:
         """Receive one frame and serve it. Return False if the worker has closed the connection."""

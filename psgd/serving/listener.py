@@ -3,26 +3,30 @@
 A thread accepts connections. Each connection gets a thread of its own, which does the handshake and then serves frames,
 so that no worker waits for another. A connection is closed, with a line in the log, if its handshake fails or takes too
 long, if the worker sends bytes that are no frame of this job, or if it sends requests without reading the answers.
+Processes of other users, who can connect to a Unix socket in the abstract namespace, are refused before the handshake.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import secrets
 import socket
 from collections.abc import Callable
-from threading import BoundedSemaphore, Event, Lock, Thread
+from struct import Struct
+from threading import Event, Lock, Thread
 from time import monotonic
 
 from psgd.serving.connection import WorkerConnection
+from psgd.serving.handshakes import Handshakes
 from psgd.serving.host import ServerHost
+from psgd.serving.limited_log import LimitedLog
 from psgd.serving.poller import SharedPoller
 from psgd_workers.errors import FrameError, LaneError, ListenError
 from psgd_workers.transport.affinity import allowed_processors
 from psgd_workers.transport.frames import PushFormat
 from psgd_workers.transport.handshake import HELLO_SIZE, KEY_SIZE, Address, Greeting, Hello
+from psgd_workers.transport.handshake_stream import HandshakeStream
 from psgd_workers.transport.memory import PublishedVector, Segment
 from psgd_workers.transport.streams import shut
 
@@ -30,14 +34,12 @@ __all__ = ["Listener"]
 
 HANDSHAKE_S = 5.0  # seconds that a handshake may take
 JOIN_S = 5.0  # seconds to wait for a thread to end after its connection was shut down
-HANDSHAKES = 64  # handshakes at the same time; more connections wait in the kernel's queue
 MAX_SLOTS = 8  # slots of one worker: the depth of its pipeline plus one
 BACKLOG = 1024  # connections in the kernel's queue
 RETRY_S = 1.0  # seconds until the next attempt after a connection could not be accepted
 SILENCE_S = 60  # seconds of silence after which the kernel probes a connection to another node
 PROBES = 5  # unanswered probes after which the kernel closes the connection
-
-log = logging.getLogger("psgd.lanes")
+PEER = Struct("3i")  # process, user and group at the other end of a Unix socket
 
 
 class Listener:
@@ -81,6 +83,7 @@ class Listener:
         self._num_local = 0  # workers on this machine that are served by a thread of their own
         self._threads: set[Thread] = set()
         self._poller: SharedPoller | None = None
+        self._log = LimitedLog()
 
     def listen_unix(self) -> None:
         """Listen on a Unix socket in Linux' abstract namespace: it has no file that could be left behind.
@@ -157,6 +160,7 @@ class Listener:
             thread.join(JOIN_S)
         for listening in self._sockets:
             listening.close()
+        self._log.close()
 
     def _start(self, name: str, work: Callable[..., None], *arguments: object) -> None:
         """Start a thread for which `close` waits.
@@ -180,19 +184,23 @@ class Listener:
             raise
 
     def _accept(self, listening: socket.socket, shared: bool) -> None:
-        handshakes = BoundedSemaphore(HANDSHAKES)
+        handshakes = Handshakes()
         while True:
-            handshakes.acquire()
             try:
-                self._start_serving(listening.accept()[0], shared, handshakes)
+                stream = listening.accept()[0]
+                if shared and (fault := _foreign_user(stream)):
+                    stream.close()
+                    self._log.warning("a new connection was refused: %s", fault)
+                else:
+                    self._start_serving(stream, shared, handshakes)
             except (OSError, RuntimeError, MemoryError) as error:  # for example, too many open files: try again later
-                handshakes.release()
                 if self._closing.is_set():
                     return
-                log.warning("cannot accept a worker: %s", error)
+                self._log.warning("cannot accept a worker: %s", error)
                 self._closing.wait(RETRY_S)
 
-    def _start_serving(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> None:
+    def _start_serving(self, stream: socket.socket, shared: bool, handshakes: Handshakes) -> None:
+        handshakes.begin(stream)
         with self._lock:
             self._streams.add(stream)
             if self._closing.is_set():
@@ -200,11 +208,12 @@ class Listener:
             try:
                 self._start("psgd-connection", self._serve, stream, shared, handshakes)
             except RuntimeError:
+                handshakes.end(stream)
                 self._streams.discard(stream)
                 stream.close()
                 raise
 
-    def _serve(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> None:
+    def _serve(self, stream: socket.socket, shared: bool, handshakes: Handshakes) -> None:
         """Serve one connection from the handshake until it is closed, unless the shared poller takes it over."""
         is_polled = False
         try:
@@ -213,7 +222,7 @@ class Listener:
             if not is_polled:
                 self._forget(stream)
 
-    def _serve_or_hand_over(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> bool:
+    def _serve_or_hand_over(self, stream: socket.socket, shared: bool, handshakes: Handshakes) -> bool:
         """Return True if the shared poller took the connection over, False once it is closed.
 
         When this returns, nothing refers to the connection and to the worker's memory any more.
@@ -235,7 +244,7 @@ class Listener:
                 self._add_to_poller(connection, stream)
                 return True
         except (OSError, RuntimeError) as error:  # for example, too many open files or threads
-            log.warning("a worker is served by a thread of its own: %s", error)
+            self._log.warning("a worker is served by a thread of its own: %s", error)
             return False
 
     def _serve_here(self, connection: WorkerConnection, shared: bool) -> None:
@@ -269,36 +278,37 @@ class Listener:
             self._streams.discard(stream)
         stream.close()
 
-    def _admit(self, stream: socket.socket, shared: bool, handshakes: BoundedSemaphore) -> WorkerConnection | None:
+    def _admit(self, stream: socket.socket, shared: bool, handshakes: Handshakes) -> WorkerConnection | None:
         """Do the handshake and return the connection; None if it fails, for a reason that is logged."""
         try:
-            return self._shake_hands(stream, shared)
+            return self._shake_hands(stream, shared, handshakes)
         except TimeoutError:
-            log.warning("a new connection was closed: its handshake was not finished within %s s", HANDSHAKE_S)
+            self._log.warning("a new connection was closed: its handshake was not finished within %s s", HANDSHAKE_S)
         except (LaneError, OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: no more threads
-            log.warning("a new connection was closed in its handshake: %s", error)
+            self._log.warning("a new connection was closed in its handshake: %s", error)
         finally:
-            handshakes.release()
+            handshakes.end(stream)
         return None
 
-    def _shake_hands(self, stream: socket.socket, shared: bool) -> WorkerConnection:
+    def _shake_hands(self, stream: socket.socket, shared: bool, handshakes: Handshakes) -> WorkerConnection:
         handshake = HandshakeStream(stream, monotonic() + HANDSHAKE_S)
         greeting = Greeting.new()
         handshake.send(greeting.pack())
         hello = Hello.unpack(handshake.recv(HELLO_SIZE), self.key, greeting)
+        handshakes.end(stream)
         self._check(hello, shared)
         welcome = hello.welcome(self.key)
         segment = None
         if shared:
             assert self._published is not None
-            socket.send_fds(stream, [welcome], [self._published.file])
-            segment = Segment(self._num_parameters, hello.slots, handshake.recv_descriptor())
+            handshake.send_descriptor(welcome, self._published.file)
+            segment = Segment(self._num_parameters, hello.slots, handshake.recv_descriptor(1)[1])
             handshake.send(b"\0")
         else:
             _keep_alive(stream)
             handshake.send(welcome)
         stream.settimeout(None)  # from here on only closing ends a wait
-        return WorkerConnection(self._host, self._push_format, self._part, stream, hello, segment)
+        return WorkerConnection(self._host, self._push_format, self._part, stream, hello, segment, self._log)
 
     def _check(self, hello: Hello, shared: bool) -> None:
         """Raise FrameError if the worker expects another server or another layout of its memory."""
@@ -310,54 +320,11 @@ class Listener:
             )
 
 
-class HandshakeStream:
-    """Sends and receives the messages of a handshake, all of them before one deadline.
-
-    Args:
-        stream: socket of the connection.
-        deadline: latest time on the monotonic clock, in seconds.
-
-    Raises:
-        TimeoutError: in every method, after the deadline.
-        FrameError: in the methods that receive, if the worker closes the connection or sends something else.
-    """
-
-    def __init__(self, stream: socket.socket, deadline: float) -> None:
-        self._stream = stream
-        self._deadline = deadline
-
-    def _limit(self) -> None:
-        """Let the next call of the socket wait until the deadline."""
-        left = self._deadline - monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._stream.settimeout(left)
-
-    def send(self, data: bytes) -> None:
-        """Send all bytes."""
-        self._limit()
-        self._stream.sendall(data)
-
-    def recv(self, size: int) -> bytes:
-        """Receive `size` bytes."""
-        data = b""
-        while len(data) < size:
-            self._limit()
-            more = self._stream.recv(size - len(data))
-            if not more:
-                raise FrameError("the worker closed the connection")
-            data += more
-        return data
-
-    def recv_descriptor(self) -> int:
-        """Receive one byte with one file descriptor, and return the descriptor."""
-        self._limit()
-        byte, files, _, _ = socket.recv_fds(self._stream, 1, 1)
-        if len(byte) != 1 or len(files) != 1:
-            for file in files:
-                os.close(file)
-            raise FrameError(f"the worker passed {len(files)} descriptors of its memory, expected 1")
-        return files[0]
+def _foreign_user(stream: socket.socket) -> str:
+    """Return the reason if another user's process is at the other end of a Unix socket, else an empty text."""
+    process, user, _ = PEER.unpack(stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+    ours = os.geteuid()
+    return "" if user == ours else f"process {process} is of user {user}, and this server is of user {ours}"
 
 
 def _keep_alive(stream: socket.socket) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ import numpy as np
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.report import Report
+from psgd.serving import limited_log
 from psgd.serving.host import Reply, ServerHost
 from psgd.serving.listener import Listener
 from psgd.spec import JobSpec
@@ -172,6 +174,8 @@ class ServerHarness:
         self._sockets: list[socket.socket] = []
         self._segment = Segment(num_parameters, 2)  # memory for sockets that a test uses by hand
         self._small = frames.SMALL
+        self._max_lines = limited_log.MAX_LINES
+        limited_log.MAX_LINES = sys.maxsize  # tests wait for lines, also for the last of many
         self._policy = os.sched_getscheduler(0)
         self._excepthook = threading.excepthook
         threading.excepthook = self.errors.append
@@ -326,6 +330,7 @@ class ServerHarness:
         self.listener.close()
         self.listener.wait_until_all_left()
         frames.SMALL = self._small
+        limited_log.MAX_LINES = self._max_lines
         threading.excepthook = self._excepthook
         self.published.close()
         self._segment.close()

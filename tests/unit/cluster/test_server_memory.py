@@ -20,6 +20,7 @@ from psgd.core.server.partitions import Partition
 from psgd.errors import ClusterError
 from psgd.serving.connection import WorkerConnection
 from psgd.serving.host import ServerHost
+from psgd.serving.limited_log import LimitedLog
 from psgd.spec import ConsistencySpec, CorrectionSpec, JobSpec, OptimizerSpec
 from psgd_workers.messages import EpochGrid, Version
 from psgd_workers.transport.handshake import Hello
@@ -123,7 +124,7 @@ def test_a_connection_that_carries_vectors_keeps_room_for_them(correction: str, 
     hello = Hello.new(1, SIZE, pipeline + 1, False, "worker-0")
     ours, its = socket.socketpair()
     with ours, its:
-        peer = WorkerConnection(host, push_format_of(spec, partition), slice(0, SIZE), ours, hello, None)
+        peer = WorkerConnection(host, push_format_of(spec, partition), slice(0, SIZE), ours, hello, None, LimitedLog())
         room = sum(len(payload) for payload in peer._inline)
         peer._answers.close()
     assert room == server_memory(spec, SIZE, 1, connected=1) - server_memory(spec, SIZE, 1)

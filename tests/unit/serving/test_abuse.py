@@ -19,13 +19,13 @@ from zlib import crc32
 import numpy as np
 import pytest
 
+from psgd.serving import handshakes, limited_log, poller
 from psgd.serving import listener as listener_module
-from psgd.serving import poller
 from psgd_workers.errors import ServerGoneError, SharedMemoryError
 from psgd_workers.messages import Outcome, Version
 from psgd_workers.transport import memory
 from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind
-from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE
+from psgd_workers.transport.handshake import GREETING_SIZE, HELLO_SIZE, WELCOME_SIZE
 from tests.support.server_harness import (
     BIG,
     FIRST,
@@ -265,30 +265,59 @@ def test_a_worker_that_reads_late_but_all_may_have_all_its_slots_answered(harnes
 def test_silent_connections_from_the_network_do_not_keep_workers_of_this_machine_out(
     monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
 ) -> None:
-    monkeypatch.setattr(listener_module, "HANDSHAKES", 3)
+    monkeypatch.setattr(handshakes, "MAX_HANDSHAKES", 3)
     monkeypatch.setattr(listener_module, "HANDSHAKE_S", 10 * LIMIT_S)
     harness = harnesses()
+    before = harness.connected("shm")  # silent, too; connections from the network do not take its place
     silent = [harness.connected("tcp") for _ in range(8)]
-    for stream in silent[:3]:
+    assert all(map(closed, silent[:5]))
+    for stream in silent[5:]:
         exactly(stream, GREETING_SIZE)
-    assert not select.select(silent[3:], [], [], 0)[0]
     works(harness, 0, "shm")
-    for stream in silent:
-        stream.close()
     works(harness, 1, "tcp")
+    assert closed(silent[5]), "it made room for the worker"
+    harness.greet(before, "shm")
+    harness.finish(before, "shm")
+    assert before.recv(1) == b"\0"
 
 
-def test_many_silent_connections_are_closed_and_workers_get_in(
-    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_workers_get_in_at_once_beside_500_silent_connections(
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, kind: LaneCase
 ) -> None:
-    monkeypatch.setattr(listener_module, "HANDSHAKES", 20)
-    monkeypatch.setattr(listener_module, "HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(listener_module, "HANDSHAKE_S", 10 * LIMIT_S)  # none of them is closed for its silence
     harness = harnesses()
-    silent = [harness.connected("tcp") for _ in range(60)]
-    harness.log.wait("handshake was not finished within 0.1 s", times=50)
-    monkeypatch.setattr(listener_module, "HANDSHAKE_S", LIMIT_S)  # the worker has enough time
-    works(harness, 0, "tcp")
-    assert all(map(closed, silent[:50]))
+    silent = [harness.connected(kind) for _ in range(500)]
+    works(harness, 0, kind)
+    assert all(map(closed, silent[: 500 - handshakes.MAX_HANDSHAKES]))
+
+
+def test_a_storm_of_connections_does_not_fill_the_log(monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses) -> None:
+    harness = harnesses()
+    monkeypatch.setattr(limited_log, "MAX_LINES", 5)
+    for _ in range(40):
+        with harness.connected("tcp") as stream:
+            stream.sendall(bytes(HELLO_SIZE))
+            assert closed(stream)
+    harness.listener.close()
+    assert harness.log.count("does not have this run's key") == 5
+    assert harness.log.lines[-1] == "35 more lines about connections were left out"
+    assert len(harness.log.lines) == 6
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as another user")
+def test_another_user_of_the_machine_is_refused(harnesses: Harnesses) -> None:
+    harness = harnesses()
+    stream = harness.unconnected("shm")
+    process = os.fork()
+    if process == 0:  # the kernel notes the user at the moment of the connection
+        os.setuid(65534)
+        harness.connect(stream)
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == 0
+    assert closed(stream)
+    harness.log.wait("a new connection was refused: process .* is of user 65534, and this server is of user 0")
+    works(harness, 0, "shm")
 
 
 @contextmanager
@@ -358,7 +387,7 @@ def test_a_server_that_cannot_take_a_workers_memory_drops_it(harnesses: Harnesse
     with no_more_files():
         socket.send_fds(stream, [b"\0"], [file])
         assert closed(stream)
-    harness.log.wait("the worker passed 0 descriptors of its memory")
+    harness.log.wait("has 1 bytes and 0 descriptors, expected 1 and 1")
     os.close(file)
     works(harness)
 

@@ -151,7 +151,7 @@ def memory_of(slots: int, more: int = 0, seals: int = fcntl.F_SEAL_SHRINK) -> Ca
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        (no_file, "the worker passed 0 descriptors of its memory, expected 1"),
+        (no_file, "has 1 bytes and 0 descriptors, expected 1 and 1"),
         (a_pipe, "is no shared memory"),
         (memory_of(3), "shared memory of 24576 bytes with.*; expected 16384"),
         (memory_of(2, more=-1), "shared memory of 16383 bytes with"),

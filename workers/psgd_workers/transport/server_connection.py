@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import ExitStack
+from time import monotonic
 from typing import Self
 
 from psgd_workers.errors import FrameError, LaneTimeoutError, ServerGoneError
 from psgd_workers.transport.frames import HEADER_SIZE, Frame
 from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
+from psgd_workers.transport.handshake_stream import HandshakeStream
 from psgd_workers.transport.memory import Segment
 from psgd_workers.transport.streams import limit, receive, send, shut
 
@@ -19,34 +22,39 @@ CLOSED = f"{GONE}: it closed the connection; the server's log says why"
 
 
 class ServerConnection:
-    """A socket to one server, blocking, with a time limit in the kernel.
+    """A socket to one server, blocking, with a time limit in the kernel after the handshake.
 
     Every method that sends or receives raises `LaneTimeoutError` when the limit is over, and `ServerGoneError` when the
     connection is closed or fails.
 
     Args:
         stream: connected socket.
+        connect_s: seconds that connecting and the handshake may take.
+        deadline: time on the monotonic clock at which they are over.
     """
 
-    def __init__(self, stream: socket.socket) -> None:
+    def __init__(self, stream: socket.socket, connect_s: float, deadline: float) -> None:
         self._stream = stream
+        self._connect_s = connect_s
+        self._deadline = deadline
         self._header = memoryview(bytearray(HEADER_SIZE))
         self._limit_s: float | None = None
 
     @classmethod
     def unix(cls, path: str, timeout_s: float) -> Self:
-        """Connect to a Unix socket in Linux' abstract namespace within `timeout_s` seconds."""
+        """Connect to a Unix socket in Linux' abstract namespace. The handshake must end in `timeout_s` seconds, too."""
         return cls._open(socket.AF_UNIX, "\0" + path, timeout_s)
 
     @classmethod
     def tcp(cls, host: str, port: int, timeout_s: float) -> Self:
-        """Connect to a port of the network within `timeout_s` seconds."""
+        """Connect to a port of the network. The handshake must end in `timeout_s` seconds, too."""
         connection = cls._open(socket.AF_INET, (host, port), timeout_s)
         connection._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
     @classmethod
     def _open(cls, family: int, to: str | tuple[str, int], timeout_s: float) -> Self:
+        deadline = monotonic() + timeout_s
         try:
             stream = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:  # for example, too many open files
@@ -54,13 +62,10 @@ class ServerConnection:
         try:
             stream.settimeout(timeout_s)
             stream.connect(to)
-            stream.settimeout(None)  # from here on `limit` sets limits
         except OSError as error:
             stream.close()
             raise ServerGoneError(f"cannot reach the server at {to!r}: {error}") from error
-        connection = cls(stream)
-        connection.limit(timeout_s)
-        return connection
+        return cls(stream, timeout_s, deadline)
 
     def limit(self, timeout_s: float | None) -> None:
         """Set how many seconds each later call may wait; None: until the connection is closed."""
@@ -88,12 +93,6 @@ class ServerConnection:
         if got < len(into):
             raise ServerGoneError(CLOSED)
 
-    def receive_bytes(self, size: int) -> bytes:
-        """Receive `size` bytes."""
-        data = bytearray(size)
-        self.receive(memoryview(data))
-        return bytes(data)
-
     def receive_header(self) -> Frame:
         """Receive the header of the next frame.
 
@@ -104,7 +103,7 @@ class ServerConnection:
         return Frame.unpack(self._header)
 
     def shake_hands(self, address: Address, worker: str, segment: Segment, shared: bool) -> int | None:
-        """Do the worker's part of the handshake.
+        """Do the worker's part of the handshake, within the time that is left of the limit for connecting.
 
         Args:
             address: address of the server, with the key.
@@ -118,45 +117,40 @@ class ServerConnection:
         Raises:
             FrameError: the server does not belong to this run.
         """
-        greeting = Greeting.unpack(self.receive_bytes(GREETING_SIZE))
+        try:
+            return self._shake_hands(HandshakeStream(self._stream, self._deadline), address, worker, segment, shared)
+        except TimeoutError as error:
+            raise LaneTimeoutError(f"no answer from the server within {self._connect_s} s") from error
+        except ConnectionError as error:
+            raise ServerGoneError(CLOSED) from error
+        except OSError as error:
+            raise ServerGoneError(f"{GONE}: {error}") from error
+        finally:
+            self._stream.settimeout(None)  # from here on `limit` sets limits
+
+    def _shake_hands(
+        self, handshake: HandshakeStream, address: Address, worker: str, segment: Segment, shared: bool
+    ) -> int | None:
+        greeting = Greeting.unpack(handshake.recv(GREETING_SIZE))
         num_parameters = len(segment.slots[0].weights)
         hello = Hello.new(address.incarnation, num_parameters, len(segment.slots), shared, worker)
-        self.send(hello.pack(address.key, greeting))
-        welcome, files = self._welcome(shared)
-        try:
+        handshake.send(hello.pack(address.key, greeting))
+        file = None
+        if shared:
+            welcome, file = handshake.recv_descriptor(WELCOME_SIZE)
+        else:
+            welcome = handshake.recv(WELCOME_SIZE)
+        with ExitStack() as on_error:
+            if file is not None:
+                on_error.callback(os.close, file)
             if welcome != hello.welcome(address.key):
                 raise FrameError("the server at this address does not have this run's key")
-            if not shared:
-                return None
-            if len(files) != 1 or segment.file is None:
-                raise FrameError(f"the server passed {len(files)} descriptors, expected 1")
-            self._pass(segment.file)
-            self.receive_bytes(1)
-            return files.pop()
-        finally:
-            for file in files:
-                os.close(file)
-
-    def _pass(self, file: int) -> None:
-        """Pass a descriptor to the server."""
-        try:
-            socket.send_fds(self._stream, [b"\0"], [file])
-        except OSError as error:
-            raise ServerGoneError(f"{GONE}: {error}") from error
-
-    def _welcome(self, shared: bool) -> tuple[bytes, list[int]]:
-        """Receive the server's answer to the hello, and the descriptors that come with it."""
-        if not shared:
-            return self.receive_bytes(WELCOME_SIZE), []
-        try:
-            welcome, files, _, _ = socket.recv_fds(self._stream, WELCOME_SIZE, 1)
-        except BlockingIOError as error:
-            raise LaneTimeoutError(f"no answer from the server within {self._limit_s} s") from error
-        except OSError as error:
-            raise ServerGoneError(f"{GONE}: {error}") from error
-        if not welcome:
-            raise ServerGoneError(CLOSED)
-        return welcome, files
+            if shared:
+                assert segment.file is not None
+                handshake.send_descriptor(b"\0", segment.file)
+                handshake.recv(1)
+            on_error.pop_all()
+        return file
 
     def hang_up(self) -> None:
         """Shut the connection down, which ends the waits of all threads. `close` must follow."""

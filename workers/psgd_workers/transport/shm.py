@@ -26,7 +26,7 @@ class ShmLane:
         part: slice of the weights that the partition holds.
         push_format: layout of the pushes that the partition accepts.
         address: address of the server.
-        timeout_s: seconds that connecting and each step of the handshake may take.
+        timeout_s: seconds that connecting and the handshake may take together.
 
     Raises:
         ServerGoneError: the server cannot be reached.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import socket
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from psgd.core.server.partitions import Partition
 from psgd.serving import connection
+from psgd.serving.limited_log import LimitedLog
 from psgd_workers.errors import FrameError, LaneError, LaneTimeoutError, ServerGoneError, SharedMemoryError
 from psgd_workers.messages import Outcome, Receipt, Version
 from psgd_workers.transport import memory, shm
@@ -374,6 +376,23 @@ def test_a_worker_does_not_wait_for_a_server_that_says_nothing(harnesses: Harnes
 
 
 @pytest.mark.parametrize("kind", LANE_CASES)
+def test_a_server_that_sends_a_byte_at_a_time_does_not_extend_the_limit(harnesses: Harnesses, kind: LaneCase) -> None:
+    def drip(stream: socket.socket) -> None:
+        for byte in Greeting.new().pack():
+            stream.sendall(bytes([byte]))
+            if select.select([stream], [], [], 0.05)[0]:  # the worker has hung up
+                return
+        raise AssertionError("the worker waited for the whole greeting")
+
+    harness = harnesses()
+    with (
+        false_server(kind, drip) as changes,
+        pytest.raises(LaneTimeoutError, match=r"no answer from the server within 0\.2 s"),
+    ):
+        harness.lane(kind, address=harness.address._replace(**changes), timeout_s=0.2)
+
+
+@pytest.mark.parametrize("kind", LANE_CASES)
 def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
 
@@ -572,7 +591,7 @@ def test_the_memory_of_a_worker_that_was_gone_before_its_receipt_is_let_go(harne
     ours, its = socket.socketpair()
     segment = Segment(NUM_PARAMETERS, 1)
     served = connection.WorkerConnection(
-        harness.host, harness.push_format, harness.part, ours, harness.hello("shm"), segment
+        harness.host, harness.push_format, harness.part, ours, harness.hello("shm"), segment, LimitedLog()
     )
     its.close()
     served._answer_push(0, False, Receipt("by-hand", FIRST, Outcome.APPLIED, V1))()
