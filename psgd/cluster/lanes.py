@@ -104,7 +104,9 @@ def push_format_of(spec: JobSpec, partition: Partition) -> PushFormat:
     """Return the layout of the pushes that a partition of a job accepts."""
     encoding = "" if spec.compression.name == "none" or not partition.num_trainable else spec.compression.name
     size = partition.stop - partition.start
-    return PushFormat(size, partition.num_trainable, encoding, spec.worker_options.sends_weights, spec.scaling.servers)
+    scaling = spec.scaling
+    sends_weights = spec.worker_options.sends_weights
+    return PushFormat(size, partition.num_trainable, encoding, sends_weights, scaling.servers, scaling.authenticate)
 
 
 def route(spec: JobSpec, worker: str, partition: Partition, find_server: Callable[[], Any], node: str) -> Route:

@@ -24,10 +24,11 @@ from psgd.serving.limited_log import LimitedLog
 from psgd_workers.errors import FrameError
 from psgd_workers.messages import FloatArray, Receipt, Version
 from psgd_workers.transport.affinity import NOWHERE, allowed_processors, run_on
-from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind, PushFormat, pack_receipt
+from psgd_workers.transport.frame_stream import Accept, FrameStream
+from psgd_workers.transport.frames import Frame, FrameKind, PushFormat, pack_receipt
 from psgd_workers.transport.handshake import Hello
 from psgd_workers.transport.memory import Segment, Slot
-from psgd_workers.transport.streams import receive, send, shut
+from psgd_workers.transport.streams import shut
 
 __all__ = ["WorkerConnection"]
 
@@ -35,7 +36,6 @@ log = logging.getLogger("psgd.lanes")
 
 PUSH = FrameKind.PUSH  # bound once: in Python 3.11, access through the enum takes 80 ns
 SETTLED = 8  # pushes in a row from one processor, after which the worker is assumed to stay there
-INCOMPLETE = "the worker closed it in the middle of a frame"
 UNREAD = "the worker sends requests but does not read the answers"
 
 
@@ -47,12 +47,11 @@ class WorkerConnection:
         push_format: layout of the pushes that the partition accepts.
         part: slice of the weights that the partition holds.
         stream: blocking socket, after the handshake.
+        frames: the frames on this socket.
         hello: the worker's message of the handshake.
         segment: the worker's memory; None: it is not shared.
         warnings: log for the reason why the connection is closed.
 
-    Attributes:
-        frame_s: seconds that the rest of a header or payload may take after its first bytes; None: no limit.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class WorkerConnection:
         push_format: PushFormat,
         part: slice,
         stream: socket.socket,
+        frames: FrameStream,
         hello: Hello,
         segment: Segment | None,
         warnings: LimitedLog,
@@ -81,9 +81,8 @@ class WorkerConnection:
         self._worker_waits = hello.slots == 1 and push_format.size == hello.num_parameters
         self._processor = NOWHERE  # from which the last push came
         self._num_pushes_there = 0  # pushes in a row from that processor
-        self._header = memoryview(bytearray(HEADER_SIZE))
-        self.frame_s: float | None = None
-        self._answers: _Answers = (_DirectAnswers if segment else _QueuedAnswers)(stream)
+        self._frames = frames
+        self._answers: _Answers = _DirectAnswers(stream) if segment else _QueuedAnswers(frames, stream)
 
     def run(self, is_machine_full: Callable[[], bool]) -> None:
         """Serve frames until the connection is closed. The calling thread must serve only this connection.
@@ -111,8 +110,29 @@ class WorkerConnection:
             False if the connection is closed now. If something was wrong, the log says what. A push without a receipt
             stays in the server's state.
         """
+        return self._serve_received(self._frames.receive)
+
+    def serve_part(self) -> bool:
+        """Receive what has arrived of a frame without waiting. Serve the frame if it is whole; see `serve_frame`."""
+        return self._serve_received(self._frames.receive_part)
+
+    def drop(self, why: str) -> None:
+        """Close the connection, and log the reason."""
+        self._log_closed(why)
+        self._close()
+
+    @property
+    def part_since(self) -> float:
+        """Monotonic time since which the rest of a frame is awaited; infinity if none is."""
+        return self._frames.part_since
+
+    def _serve_received(self, receive: Callable[[Accept], tuple[Frame, memoryview] | None]) -> bool:
         try:
-            if self._receive_and_serve():
+            received = receive(self._accept)
+            if received is not None:
+                self._serve(*received)
+                return True
+            if not self._frames.is_closed:
                 return True
             if self._answers.fault:
                 self._log_closed(self._answers.fault)
@@ -120,27 +140,20 @@ class WorkerConnection:
             self._log_closed(str(error))
         except Exception:  # a fault of the server: close the connection, so that the worker does not wait in vain
             log.exception("the connection of %s was closed because of a fault in the server", self._worker)
+        self._close()
+        return False
+
+    def _close(self) -> None:
         shut(self._stream)
         self._answers.close()
-        return False
 
     def _log_closed(self, why: str) -> None:
         self._warnings.warning("the connection of %s was closed: %s", self._worker, why)
 
-    def _receive_and_serve(self) -> bool:
-        """Receive one frame and serve it. Return False if the worker has closed the connection."""
-        got = receive(self._stream, self._header, self.frame_s)
-        if not got:
-            return False
-        if got < HEADER_SIZE:
-            raise FrameError(INCOMPLETE)
-        frame = Frame.unpack(self._header)
+    def _accept(self, frame: Frame) -> memoryview:
+        """Check a header, and return the buffer for the payload."""
         self._check(frame)
-        payload = self._inline[frame.slot][: frame.payload]
-        if frame.payload and receive(self._stream, payload, self.frame_s) < frame.payload:
-            raise FrameError(INCOMPLETE)
-        self._serve(frame, payload)
-        return True
+        return self._inline[frame.slot][: frame.payload]
 
     def _check(self, frame: Frame) -> None:
         """Raise FrameError if no worker of this server would send such a header now."""
@@ -241,10 +254,11 @@ class _DirectAnswers:
 class _QueuedAnswers:
     """Sends answers in a thread of its own, as fast as the worker reads them, for answers with weights."""
 
-    def __init__(self, stream: socket.socket) -> None:
+    def __init__(self, frames: FrameStream, stream: socket.socket) -> None:
         self.fault = ""  # text, because an exception's traceback would keep the worker's memory alive
+        self._frames = frames
         self._stream = stream
-        self._queue = SimpleQueue[tuple[bytes | memoryview, ...]]()
+        self._queue = SimpleQueue[tuple[bytes, memoryview | None] | None]()
         self._thread = Thread(target=self._send, name="psgd-answers", daemon=True)
         self._thread.start()
 
@@ -253,18 +267,19 @@ class _QueuedAnswers:
         return self._queue.qsize()
 
     def put(self, header: bytes, weights: memoryview | None) -> None:
-        self._queue.put((header,) if weights is None else (header, weights))
+        self._queue.put((header, weights))
 
     def _send(self) -> None:
         try:
-            while parts := self._queue.get():
-                send(self._stream, *parts)
+            while answer := self._queue.get():
+                header, weights = answer
+                self._frames.send(header, *(() if weights is None else (weights,)))
         except (OSError, MemoryError) as error:
             self.fault = f"{type(error).__name__}: {error}"
             shut(self._stream)
 
     def close(self) -> None:
-        self._queue.put(())
+        self._queue.put(None)
         self._thread.join()
 
 

@@ -24,6 +24,8 @@ from psgd.serving.limited_log import LimitedLog
 from psgd.serving.poller import SharedPoller
 from psgd_workers.errors import FrameError, LaneError, ListenError
 from psgd_workers.transport.affinity import allowed_processors
+from psgd_workers.transport.authentication import FrameAuthenticator
+from psgd_workers.transport.frame_stream import FrameStream
 from psgd_workers.transport.frames import PushFormat
 from psgd_workers.transport.handshake import HELLO_SIZE, KEY_SIZE, Address, Greeting, Hello
 from psgd_workers.transport.handshake_stream import HandshakeStream
@@ -308,7 +310,14 @@ class Listener:
             _keep_alive(stream)
             handshake.send(welcome)
         stream.settimeout(None)  # from here on only closing ends a wait
-        return WorkerConnection(self._host, self._push_format, self._part, stream, hello, segment, self._log)
+        frames = self._frames(stream, greeting, hello)
+        return WorkerConnection(self._host, self._push_format, self._part, stream, frames, hello, segment, self._log)
+
+    def _frames(self, stream: socket.socket, greeting: Greeting, hello: Hello) -> FrameStream:
+        if hello.shared or not self._push_format.authenticates:
+            return FrameStream(stream)
+        to_server, to_worker = hello.frame_keys(self.key, greeting)
+        return FrameStream(stream, FrameAuthenticator(to_worker), FrameAuthenticator(to_server))
 
     def _check(self, hello: Hello, shared: bool) -> None:
         """Raise FrameError if the worker expects another server or another layout of its memory."""

@@ -10,18 +10,20 @@ import logging
 import os
 import select
 from collections.abc import Callable
+from math import inf
 from socket import socket
 from threading import Lock
+from time import monotonic
 
 from psgd.serving.connection import WorkerConnection
 from psgd_workers.transport.memory import PublishedVector
-from psgd_workers.transport.streams import limit, shut
+from psgd_workers.transport.streams import shut
 
 __all__ = ["SharedPoller"]
 
 log = logging.getLogger("psgd.lanes")
 
-FRAME_S = 1.0  # seconds that the rest of a header or payload may take; a worker sends each of them as a whole
+FRAME_S = 1.0  # seconds that the rest of a frame may take after its first bytes; a worker sends it as a whole
 
 
 class SharedPoller:
@@ -38,6 +40,7 @@ class SharedPoller:
         self._lock = Lock()  # guards `_connections` and `_ended`
         self._ended = False
         self._connections: dict[int, tuple[WorkerConnection, socket]] = {}
+        self._in_part: set[int] = set()  # connections on which a part of a frame has arrived
         self._poll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)  # `close` writes to it, which ends the wait for frames
         self._poll.register(self._bell, select.EPOLLIN)
@@ -55,8 +58,6 @@ class SharedPoller:
 
     def _add(self, connection: WorkerConnection, stream: socket) -> None:
         number = stream.fileno()
-        connection.frame_s = FRAME_S
-        limit(stream, FRAME_S)
         self._connections[number] = connection, stream
         self._count()  # before the worker gets its first answer, so that it reads the new number
         try:
@@ -64,8 +65,6 @@ class SharedPoller:
         except OSError:
             del self._connections[number]
             self._count()
-            connection.frame_s = None
-            limit(stream, None)
             raise
 
     def _count(self) -> None:
@@ -81,7 +80,7 @@ class SharedPoller:
             self._ended = True
         for number, (connection, stream) in list(self._connections.items()):
             shut(stream)
-            while connection.serve_frame():  # the frames that had arrived before
+            while connection.serve_part():  # the frames that had arrived before
                 pass
             self._remove(number)
         self.release()
@@ -89,11 +88,30 @@ class SharedPoller:
     def _poll_until_closed(self) -> None:
         is_closed = False
         while not is_closed:
-            for number, _ in self._poll.poll():
+            for number, _ in self._poll.poll(FRAME_S if self._in_part else None):
                 if number == self._bell:
                     is_closed = True
-                elif not self._connections[number][0].serve_frame():
-                    self._remove(number)
+                else:
+                    self._serve(number)
+            if self._in_part:
+                self._drop_overdue(monotonic())
+
+    def _serve(self, number: int) -> None:
+        connection = self._connections[number][0]
+        if not connection.serve_part():
+            self._remove(number)
+        elif connection.part_since < inf:
+            self._in_part.add(number)
+        elif self._in_part:
+            self._in_part.discard(number)
+
+    def _drop_overdue(self, now: float) -> None:
+        """Close the connections on which the rest of a frame has been awaited for too long."""
+        for number in list(self._in_part):
+            connection = self._connections[number][0]
+            if now - connection.part_since >= FRAME_S:
+                connection.drop(f"the rest of a frame did not arrive within {FRAME_S} s")
+                self._remove(number)
 
     def release(self) -> None:
         """Close the poller's file descriptors. `run` calls this; only a poller that never runs needs it."""
@@ -102,6 +120,7 @@ class SharedPoller:
 
     def _remove(self, number: int) -> None:
         stream = self._connections.pop(number)[1]
+        self._in_part.discard(number)
         self._count()
         self._poll.unregister(stream)
         self._forget(stream)

@@ -151,6 +151,7 @@ class ServerHarness:
         num_parameters: values of the whole weights.
         tcp: True to listen on the network.
         unix: True to listen on a Unix socket.
+        authenticates: True if frames on the network have tags. Frames that a test makes by hand have none.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class ServerHarness:
         num_parameters: int = NUM_PARAMETERS,
         tcp: bool = True,
         unix: bool = True,
+        authenticates: bool = False,
     ) -> None:
         self.spec = spec
         self.partition = partition
@@ -181,7 +183,10 @@ class ServerHarness:
         threading.excepthook = self.errors.append
         logging.getLogger("psgd.lanes").addHandler(self.log)
         encoding = "" if spec.compression.name == "none" else spec.compression.name
-        self.push_format = PushFormat(self.size, partition.num_trainable, encoding, spec.worker_options.sends_weights)
+        sends_weights = spec.worker_options.sends_weights
+        self.push_format = PushFormat(
+            self.size, partition.num_trainable, encoding, sends_weights, authenticates=authenticates
+        )
         self.server = self.reference(self.published)
         self.host = _Host(self.server)
         self.listener = self.listen(tcp, unix)

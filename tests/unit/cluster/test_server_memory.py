@@ -23,6 +23,7 @@ from psgd.serving.host import ServerHost
 from psgd.serving.limited_log import LimitedLog
 from psgd.spec import ConsistencySpec, CorrectionSpec, JobSpec, OptimizerSpec
 from psgd_workers.messages import EpochGrid, Version
+from psgd_workers.transport.frame_stream import FrameStream
 from psgd_workers.transport.handshake import Hello
 from tests.support.jobs import job
 from tests.support.measured_server import SIZE, WORKERS
@@ -124,7 +125,16 @@ def test_a_connection_that_carries_vectors_keeps_room_for_them(correction: str, 
     hello = Hello.new(1, SIZE, pipeline + 1, False, "worker-0")
     ours, its = socket.socketpair()
     with ours, its:
-        peer = WorkerConnection(host, push_format_of(spec, partition), slice(0, SIZE), ours, hello, None, LimitedLog())
+        peer = WorkerConnection(
+            host,
+            push_format_of(spec, partition),
+            slice(0, SIZE),
+            ours,
+            FrameStream(ours),
+            hello,
+            None,
+            LimitedLog(),
+        )
         room = sum(len(payload) for payload in peer._inline)
         peer._answers.close()
     assert room == server_memory(spec, SIZE, 1, connected=1) - server_memory(spec, SIZE, 1)

@@ -127,7 +127,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
         assert len(harness.streams()) == 1
         worker.send_signal(signal.SIGKILL)
         assert worker.wait(LIMIT_S) == -signal.SIGKILL
-    harness.log.wait("the connection of by-hand was closed: the worker closed it in the middle of a frame")
+    harness.log.wait("the connection of by-hand was closed: the other end closed it in the middle of a frame")
     harness.listener.wait_until_all_left()
     assert harness.streams() == []
     assert harness.untouched()
@@ -142,8 +142,38 @@ def test_a_worker_that_sends_half_a_frame_keeps_no_other_polled_worker_waiting(
     stream = harness.shaken("polled")
     stream.sendall(header(harness, payload=0).pack()[:-1])
     assert closed(stream)
-    harness.log.wait("the connection of by-hand was closed: .*temporarily unavailable")
+    harness.log.wait("the connection of by-hand was closed: the rest of a frame did not arrive within 0.05 s")
     works(harness, kind="polled")
+
+
+def test_polled_workers_that_stop_in_the_middle_of_a_frame_slow_down_no_other(harnesses: Harnesses) -> None:
+    """None of them is waited for: the other pushes go on, and the eight are dropped after the limit."""
+    harness = harnesses()
+    streams = harness.all_shaken("polled", 8)
+    push = header(harness, payload=0).pack()
+    for number, stream in enumerate(streams):
+        stream.sendall(push[: 1 + 10 * number])
+    worker = harness.lane("polled")
+    for position in range(50):
+        receipt = worker.lane.push(worker.gradient(0, batch(position), V1), 0, wants=True).receipt(LIMIT_S)
+        assert receipt.outcome is Outcome.APPLIED
+    assert harness.log.count("was closed") == 0, "50 pushes took less than the limit for the rest of a frame"
+    assert all(map(closed, streams))
+    assert harness.log.count("the rest of a frame did not arrive within 1.0 s") == 8
+
+
+@pytest.mark.parametrize("sections", [{}, INT8])
+def test_a_polled_frame_may_arrive_in_pieces(harnesses: Harnesses, sections: Any) -> None:
+    harness = harnesses(sections=sections)
+    stream = harness.shaken("polled")
+    worker = harness.lane("polled")
+    gradient = worker.gradient(0, FIRST, V1)
+    payload = b"".join(harness.push_format.payload(gradient, shared=True))
+    for byte in Frame.of_push(gradient, 0, False, 1, len(payload)).pack() + payload:
+        stream.sendall(bytes([byte]))
+        harness.report()  # takes the server's lock, so that the poller gets its turns
+    answer = Frame.unpack(exactly(stream, HEADER_SIZE))
+    assert (answer.kind, answer.version) == (FrameKind.RECEIPT, Version(1, 1))
 
 
 @pytest.mark.parametrize("kind", LANE_CASES)
@@ -205,10 +235,10 @@ def test_a_poller_that_fails_keeps_nobody_waiting_and_later_workers_have_threads
         def __getattr__(self, name: str) -> Any:
             return getattr(self._poll, name)
 
-        def poll(self) -> Any:
+        def poll(self, timeout: float | None) -> Any:
             if self._returned:
                 raise MemoryError("no room")
-            events = self._poll.poll()
+            events = self._poll.poll(timeout)
             self._returned = self.armed
             return events
 

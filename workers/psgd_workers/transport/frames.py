@@ -201,6 +201,7 @@ class PushFormat(NamedTuple):
     encoding: str = ""  # name of the compression; "": values are not compressed
     sends_weights: bool = False  # a push also carries the weights that it was computed from
     partitions: int = 1  # partitions of the job: a push ends with the versions of the others
+    authenticates: bool = False  # frames on the network have tags; see `psgd_workers.transport.authentication`
 
     @property
     def is_small(self) -> bool:

@@ -106,6 +106,16 @@ class Hello(NamedTuple):
         """Return the server's answer: its proof that it has the key too."""
         return proof(key, b"server", self.nonce)
 
+    def frame_keys(self, key: bytes, greeting: Greeting) -> tuple[bytes, bytes]:
+        """Return the keys of the tags of frames on this connection: of those to the server, and of those to the worker.
+
+        Args:
+            key: the run's key.
+            greeting: the server's greeting in this handshake.
+        """
+        nonces = greeting.nonce + self.nonce
+        return proof(key, b"pushes", nonces), proof(key, b"answer", nonces)
+
 
 def proof(key: bytes, *parts: bytes) -> bytes:
     """Return the HMAC-SHA256 of the parts, joined. Only the last part may vary in length."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from time import monotonic
 from typing import Self
 
 from psgd_workers.errors import FrameError, LaneTimeoutError, ServerGoneError
-from psgd_workers.transport.frames import HEADER_SIZE, Frame
+from psgd_workers.transport.authentication import FrameAuthenticator
+from psgd_workers.transport.frame_stream import FrameStream
+from psgd_workers.transport.frames import Frame
 from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
 from psgd_workers.transport.handshake_stream import HandshakeStream
 from psgd_workers.transport.memory import Segment
-from psgd_workers.transport.streams import limit, receive, send, shut
+from psgd_workers.transport.streams import limit, shut
 
 __all__ = ["ServerConnection"]
 
@@ -37,7 +40,7 @@ class ServerConnection:
         self._stream = stream
         self._connect_s = connect_s
         self._deadline = deadline
-        self._header = memoryview(bytearray(HEADER_SIZE))
+        self._frames = FrameStream(stream)
         self._limit_s: float | None = None
 
     @classmethod
@@ -73,36 +76,37 @@ class ServerConnection:
             limit(self._stream, timeout_s)
             self._limit_s = timeout_s
 
-    def send(self, *parts: bytes | memoryview) -> None:
-        """Send all parts, one after the other."""
+    def send(self, header: bytes, *payload: bytes | memoryview) -> None:
+        """Send a frame."""
         try:
-            send(self._stream, *parts)
+            self._frames.send(header, *payload)
         except BlockingIOError as error:
             raise LaneTimeoutError(f"the server did not read a message within {self._limit_s} s") from error
         except OSError as error:
             raise ServerGoneError(f"{GONE}: {error}") from error
 
-    def receive(self, into: memoryview) -> None:
-        """Receive bytes until `into` is full."""
+    def receive(self, accept: Callable[[Frame], memoryview]) -> Frame:
+        """Receive the next frame, and return its header.
+
+        Args:
+            accept: checks a header, and returns the buffer for the payload.
+
+        Raises:
+            FrameError: the bytes are no frame of this connection.
+        """
         try:
-            got = receive(self._stream, into)
+            received = self._frames.receive(accept)
         except BlockingIOError as error:
             raise LaneTimeoutError(f"no answer from the server within {self._limit_s} s") from error
         except OSError as error:
             raise ServerGoneError(f"{GONE}: {error}") from error
-        if got < len(into):
+        if received is None:
             raise ServerGoneError(CLOSED)
+        return received[0]
 
-    def receive_header(self) -> Frame:
-        """Receive the header of the next frame.
-
-        Raises:
-            FrameError: the bytes are no header.
-        """
-        self.receive(self._header)
-        return Frame.unpack(self._header)
-
-    def shake_hands(self, address: Address, worker: str, segment: Segment, shared: bool) -> int | None:
+    def shake_hands(
+        self, address: Address, worker: str, segment: Segment, shared: bool, authenticates: bool = False
+    ) -> int | None:
         """Do the worker's part of the handshake, within the time that is left of the limit for connecting.
 
         Args:
@@ -110,6 +114,7 @@ class ServerConnection:
             worker: name of the worker.
             segment: memory of the worker.
             shared: True to share the segment and the published weights.
+            authenticates: True if every frame after the handshake has a tag.
 
         Returns:
             The descriptor of the server's published weights; None if nothing is shared.
@@ -118,7 +123,8 @@ class ServerConnection:
             FrameError: the server does not belong to this run.
         """
         try:
-            return self._shake_hands(HandshakeStream(self._stream, self._deadline), address, worker, segment, shared)
+            handshake = HandshakeStream(self._stream, self._deadline)
+            return self._shake_hands(handshake, address, worker, segment, shared, authenticates)
         except TimeoutError as error:
             raise LaneTimeoutError(f"no answer from the server within {self._connect_s} s") from error
         except ConnectionError as error:
@@ -129,7 +135,13 @@ class ServerConnection:
             self._stream.settimeout(None)  # from here on `limit` sets limits
 
     def _shake_hands(
-        self, handshake: HandshakeStream, address: Address, worker: str, segment: Segment, shared: bool
+        self,
+        handshake: HandshakeStream,
+        address: Address,
+        worker: str,
+        segment: Segment,
+        shared: bool,
+        authenticates: bool,
     ) -> int | None:
         greeting = Greeting.unpack(handshake.recv(GREETING_SIZE))
         num_parameters = len(segment.slots[0].weights)
@@ -150,6 +162,9 @@ class ServerConnection:
                 handshake.send_descriptor(b"\0", segment.file)
                 handshake.recv(1)
             on_error.pop_all()
+        if authenticates:
+            to_server, to_worker = hello.frame_keys(address.key, greeting)
+            self._frames = FrameStream(self._stream, FrameAuthenticator(to_server), FrameAuthenticator(to_worker))
         return file
 
     def hang_up(self) -> None:

@@ -16,6 +16,8 @@ from psgd_workers.transport.server_connection import ServerConnection
 
 __all__ = ["ShmLane"]
 
+EMPTY = memoryview(b"")
+
 
 class ShmLane:
     """A worker's lane to a server on the same node. Only one thread may use it.
@@ -103,19 +105,19 @@ class ShmLane:
         """Wait for the next frame of a slot.
 
         Raises:
-            FrameError: the frame is of another kind or server, or has a payload.
+            FrameError: the frame is of another kind or server.
         """
         frame = self._next(slot)
-        found = (frame.kind, frame.slot, frame.incarnation, frame.payload)
-        expected = (kind, slot, self._incarnation, 0)
+        found = (frame.kind, frame.slot, frame.incarnation)
+        expected = (kind, slot, self._incarnation)
         if found != expected:
-            raise FrameError(f"the server answered {found}, expected {expected}: kind, slot, incarnation, payload")
+            raise FrameError(f"the server answered {found}, expected {expected}: kind, slot, incarnation")
         return frame
 
     def _next(self, slot: int) -> Frame:
         if slot in self._arrived:
             return self._arrived.pop(slot)
-        while (frame := self._connection.receive_header()).slot != slot:
+        while (frame := self._connection.receive(_no_payload)).slot != slot:
             if frame.slot >= len(self._weights) or frame.slot in self._arrived:
                 raise FrameError(f"the server answered slot {frame.slot} of {len(self._weights)}, which awaits nothing")
             self._arrived[frame.slot] = frame
@@ -129,6 +131,13 @@ class ShmLane:
         """Implement `Lane.close`."""
         self._set_patient(False)
         self._connection.close()
+
+
+def _no_payload(frame: Frame) -> memoryview:
+    """Return an empty buffer: answers have no payload, because weights are in shared memory."""
+    if frame.payload:
+        raise FrameError(f"the server sent {frame.payload} bytes of payload, expected none")
+    return EMPTY
 
 
 class _ShmPending:

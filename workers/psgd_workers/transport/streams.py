@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from math import inf
 from struct import pack
-from time import monotonic
 
 __all__ = ["limit", "receive", "send", "shut"]
 
@@ -42,13 +40,12 @@ def send(stream: socket.socket, *parts: bytes | memoryview) -> None:
         sent = max(0, sent - len(part))
 
 
-def receive(stream: socket.socket, into: memoryview, rest_s: float | None = None) -> int:
+def receive(stream: socket.socket, into: memoryview) -> int:
     """Receive bytes until `into` is full.
 
     Args:
         stream: socket to read from.
         into: buffer to fill.
-        rest_s: seconds that the rest may take after the first bytes, checked at each arrival; None: no limit.
 
     Returns:
         The number of bytes received: fewer than `len(into)` if the other end closed the connection.
@@ -59,10 +56,7 @@ def receive(stream: socket.socket, into: memoryview, rest_s: float | None = None
     got = count = stream.recv_into(into)
     if got == len(into):  # the common case
         return got
-    deadline = inf if rest_s is None else monotonic() + rest_s
     while count and got < len(into):
-        if monotonic() >= deadline:
-            raise TimeoutError(f"the rest of a message did not arrive within {rest_s} s")
         got += (count := stream.recv_into(into[got:]))
     return got
 

@@ -20,6 +20,8 @@ from psgd_workers.transport.server_connection import ServerConnection
 
 __all__ = ["TcpLane"]
 
+EMPTY = memoryview(b"")
+
 
 class _Fault(NamedTuple):
     """The error that ended a lane.
@@ -62,7 +64,7 @@ class TcpLane:
         self._weights: list[FloatArray] = [slot.weights[part] for slot in segment.slots]
         self._connection = ServerConnection.tcp(address.host, address.port, timeout_s)
         try:
-            self._connection.shake_hands(address, worker, segment, shared=False)
+            self._connection.shake_hands(address, worker, segment, False, push_format.authenticates)
         except BaseException:
             self._connection.close()
             raise
@@ -106,30 +108,32 @@ class TcpLane:
         self._sending.submit(self._send_parts, frame.pack(), *payload)
         return expected.answer
 
-    def _send_parts(self, *parts: bytes | memoryview) -> None:
+    def _send_parts(self, header: bytes, *payload: memoryview) -> None:
         try:
-            self._connection.send(*parts)
+            self._connection.send(header, *payload)
         except LaneError:
             self._connection.hang_up()  # this ends the receiving thread, which then fails all expected answers
 
     def _receive(self) -> None:
         try:
             while True:
-                self._receive_answer(self._connection.receive_header())
+                frame = self._connection.receive(self._accept)
+                self._expected.pop((frame.kind, frame.slot)).answer.set_result(frame)
         except LaneError as error:
             self._fail(_Fault(type(error), str(error)))
 
-    def _receive_answer(self, frame: Frame) -> None:
+    def _accept(self, frame: Frame) -> memoryview:
+        """Check the header of an answer, and return the buffer for its weights.
+
+        The answer stays in `_expected`, so that `_fail` reaches it if the payload breaks off.
+        """
         key = (frame.kind, frame.slot)
         if key not in self._expected or frame.incarnation != self._incarnation:
             raise FrameError(f"the server sent {frame}, which answers no request")
-        answer, payload = self._expected[key]
+        payload = self._expected[key].payload
         if frame.payload != payload:
             raise FrameError(f"the server sent {frame.payload} bytes of weights, expected {payload}")
-        if payload:
-            self._connection.receive(self._weights[frame.slot].data.cast("B"))
-        del self._expected[key]  # only now, so that `_fail` reaches this answer if the payload breaks off
-        answer.set_result(frame)
+        return self._weights[frame.slot].data.cast("B") if payload else EMPTY
 
     def _fail(self, fault: _Fault) -> None:
         """End the lane: all expected answers, and all later requests, get this fault."""

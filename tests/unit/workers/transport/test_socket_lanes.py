@@ -19,8 +19,9 @@ from psgd.serving import connection
 from psgd.serving.limited_log import LimitedLog
 from psgd_workers.errors import FrameError, LaneError, LaneTimeoutError, ServerGoneError, SharedMemoryError
 from psgd_workers.messages import Outcome, Receipt, Version
-from psgd_workers.transport import memory, shm
+from psgd_workers.transport import frame_stream, memory, shm
 from psgd_workers.transport.affinity import NOWHERE
+from psgd_workers.transport.frame_stream import FrameStream
 from psgd_workers.transport.frames import HEADER_SIZE
 from psgd_workers.transport.handshake import HELLO_SIZE, WELCOME_SIZE, Greeting, Hello
 from psgd_workers.transport.memory import Segment
@@ -519,12 +520,12 @@ def test_a_push_that_the_server_does_not_take_can_be_given_up(
     harness = harnesses(**BIG)
     given_up = threading.Event()
 
-    def no_payload(stream: socket.socket, into: memoryview, rest_s: float | None) -> int:
+    def no_payload(stream: socket.socket, into: memoryview) -> int:
         if len(into) > HEADER_SIZE:
             assert given_up.wait(LIMIT_S)
-        return receive(stream, into, rest_s)
+        return receive(stream, into)
 
-    monkeypatch.setattr(connection, "receive", no_payload)
+    monkeypatch.setattr(frame_stream, "receive", no_payload)
     client = harness.lane("tcp", slots=1)
     began = time.monotonic()
     pending = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=False)
@@ -533,7 +534,7 @@ def test_a_push_that_the_server_does_not_take_can_be_given_up(
     client.lane.close()
     given_up.set()
     assert time.monotonic() - began < LIMIT_S / 2
-    harness.log.wait("of worker-0 was closed: the worker closed it in the middle of a frame")
+    harness.log.wait("of worker-0 was closed: the other end closed it in the middle of a frame")
     assert harness.untouched()
 
 
@@ -591,7 +592,14 @@ def test_the_memory_of_a_worker_that_was_gone_before_its_receipt_is_let_go(harne
     ours, its = socket.socketpair()
     segment = Segment(NUM_PARAMETERS, 1)
     served = connection.WorkerConnection(
-        harness.host, harness.push_format, harness.part, ours, harness.hello("shm"), segment, LimitedLog()
+        harness.host,
+        harness.push_format,
+        harness.part,
+        ours,
+        FrameStream(ours),
+        harness.hello("shm"),
+        segment,
+        LimitedLog(),
     )
     its.close()
     served._answer_push(0, False, Receipt("by-hand", FIRST, Outcome.APPLIED, V1))()
