@@ -136,12 +136,7 @@ def _supervise(plan: RunPlan, progress: bool, interruption: Interruption) -> Res
         plan.owner.driver,
         run.storage.url,
     )
-    inputs = Inputs(
-        context,
-        ray.put(job.dataset),
-        ray.put(job.weights),
-        lambda batch: len(job.shards.rows(batch)),
-    )
+    inputs = Inputs(context, ray.put(job.dataset), ray.put(job.weights))
     checkpoint_writer = CheckpointWriter(
         run, context, job.dataset.fingerprint, job.spec.identity_hash(), plan.checkpoint
     )

@@ -146,14 +146,9 @@ class ServerActor:
         """Change the settings. Return the version from which the new settings hold."""
         return self._host.change(settings)
 
-    async def skip(self, batch: BatchId, examples: int) -> None:
-        """Count a batch as settled without its gradient.
-
-        Args:
-            batch: the batch.
-            examples: number of examples in the batch.
-        """
-        self._host.skip(batch, examples)
+    async def skip(self, batch: BatchId) -> None:
+        """Count a batch as settled without its gradient."""
+        self._host.skip(batch)
 
     async def report(self, wait: bool) -> Report:
         """Return a report.

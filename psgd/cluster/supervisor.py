@@ -66,7 +66,7 @@ from psgd.core.driver.weights_gather import EvaluationRequest, WeightsGather
 from psgd.spec import Settings
 from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.run_directory import RunDirectory
-from psgd_workers.messages import BatchId, FloatArray, Version
+from psgd_workers.messages import FloatArray, Version
 
 __all__ = ["Inputs", "Supervisor"]
 
@@ -85,7 +85,6 @@ class Inputs:
     context: RunContext
     dataset: ray.ObjectRef[Any]
     weights: ray.ObjectRef[Any]  # the initial weights
-    examples: Callable[[BatchId], int]  # returns the number of examples in a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +325,7 @@ class Supervisor:
                 case Leave(worker):
                     self._track_server_call(partition, server.leave.remote(worker), lambda _: None)
                 case Skip(batch):
-                    examples = self._inputs.examples(batch)
-                    self._track_server_call(partition, server.skip.remote(batch, examples), lambda _: None)
+                    self._track_server_call(partition, server.skip.remote(batch), lambda _: None)
                 case ChangeServer(number, settings) if number == partition:
                     on_answer = partial(self._record_change, partition, settings)
                     self._track_server_call(partition, server.change.remote(settings), on_answer)

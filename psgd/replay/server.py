@@ -225,7 +225,7 @@ class ReplayServer:
             case RecordKind.CHANGE:
                 self._server.change(self._settings(record), now)
             case RecordKind.SKIP:
-                self._server.skip(record.batch, record.examples, now)
+                self._server.skip(record.batch, now)
             case RecordKind.PUSH:
                 self._server.push(self._cut(record, computed) if computed else self._refused_gradient(record), now)
                 self.pushes += self._segment.in_lineage

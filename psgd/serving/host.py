@@ -100,10 +100,10 @@ class ServerHost:
             due = self._prepare_answers(self.server.leave(worker, time.monotonic()))
         _send(due)
 
-    def skip(self, batch: BatchId, examples: int) -> None:
-        """Skip a batch of `examples` examples: it counts as done without a gradient."""
+    def skip(self, batch: BatchId) -> None:
+        """Skip a batch: it counts as done without a gradient."""
         with self._server_lock:
-            due = self._prepare_answers(self.server.skip(batch, examples, time.monotonic()))
+            due = self._prepare_answers(self.server.skip(batch, time.monotonic()))
         _send(due)
 
     def change(self, settings: Settings) -> Version:

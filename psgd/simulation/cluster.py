@@ -390,7 +390,7 @@ class VirtualCluster(VirtualClock):
 
     def _on_skip(self, action: Skip) -> None:
         for partition, server in list(self.servers.items()):
-            self._network.deliver(partition, server.skip(action.batch, self.problem.examples(action.batch), self.now))
+            self._network.deliver(partition, server.skip(action.batch, self.now))
             self.serve_pending(partition)
 
     def _on_note(self, action: Note) -> None:

@@ -10,11 +10,6 @@ from psgd_workers.messages import BatchId, EpochGrid, Evaluation, FloatArray
 __all__ = ["Problem", "Timing"]
 
 
-def _one_example(batch: BatchId) -> int:
-    del batch
-    return 1
-
-
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A training problem: everything that a simulated cluster knows about the model and the data."""
@@ -23,7 +18,6 @@ class Problem:
     weights: FloatArray  # [num_parameters], initial weights
     gradient: Callable[[BatchId, FloatArray, FloatArray], float]  # (batch, weights, out) -> loss
     num_trainable: int | None = None  # number of values before the first buffer; None: the model has no buffers
-    examples: Callable[[BatchId], int] = _one_example  # number of examples in a batch
     evaluate: Callable[[FloatArray], Evaluation] | None = None  # weights -> result; None: there is no validation data
 
     @property

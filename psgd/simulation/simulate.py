@@ -155,7 +155,6 @@ class JobWorkload:
             job.weights,
             self._gradient,
             job.layout.num_trainable,
-            lambda batch: len(shards.rows(batch)),
         )
 
     def _gradient(self, batch: BatchId, weights: FloatArray, out: FloatArray) -> float:

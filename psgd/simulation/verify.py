@@ -142,11 +142,9 @@ class _Trial:
         affordable = limit_s / (perf_counter() - began) / GRADIENTS
         whole = job.shards.grid.batches_per_shard[0]
         num_batches = int(max(2, min(whole, MOST_BATCHES, affordable)))
-        examples = sum(self._examples(BatchId(0, 0, index)) for index in range(num_batches))
-        self._grid = EpochGrid((num_batches,), examples)
-
-    def _examples(self, batch: BatchId) -> int:
-        return len(self._job.shards.rows(batch))
+        grid = job.shards.grid
+        examples = sum(grid.examples(BatchId(0, 0, index)) for index in range(num_batches))
+        self._grid = EpochGrid((num_batches,), examples, grid.batch_size, (examples,))
 
     def _with(self, *overrides: str) -> JobSpec:
         """Return the trial's job with some fields replaced."""
@@ -160,7 +158,7 @@ class _Trial:
     def _run(self, spec: JobSpec, **options: Any) -> VirtualCluster:
         """Train the trial epoch on a virtual cluster."""
         job = self._job
-        problem = Problem(self._grid, job.weights, self._worker.gradient, job.layout.num_trainable, self._examples)
+        problem = Problem(self._grid, job.weights, self._worker.gradient, job.layout.num_trainable)
         run = VirtualCluster(spec, problem, _uneven_s, **options).run()
         if run.finish is None or run.finish.status != "finished":
             raise _TrialError(f"{run.finish.error if run.finish else 'the trial did not end'}")
@@ -302,7 +300,7 @@ class _Trial:
                 raise _TrialError(f"training diverges: the gradient of {members[0]} is not finite. Lower optimizer.lr")
             optimizer.step(weights[:trainable], change[:trainable], schedule.rate(seen))
             weights[trainable:] -= change[trainable:]
-            seen += sum(self._examples(batch) for batch in members)
+            seen += sum(self._grid.examples(batch) for batch in members)
         return weights
 
     def _gradient(self, weights: FloatArray, members: tuple[BatchId, ...]) -> FloatArray:
@@ -317,7 +315,7 @@ class _Trial:
         gradients = [self._gradient(weights, (batch,)) for batch in members]
         if len(members) == 1:
             return gradients[0]
-        examples = [self._examples(batch) for batch in members]
+        examples = [self._grid.examples(batch) for batch in members]
         total = np.zeros_like(weights)
         for gradient, number in zip(gradients, examples, strict=True):
             total += np.multiply(gradient, number * len(members) / sum(examples))

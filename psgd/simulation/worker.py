@@ -266,7 +266,7 @@ class VirtualWorker:
         assert self._computed
         pipeline_slot = self.slots[slot]
         values, weights, loss, seconds = self._computed
-        examples = self._problem.examples(batch)
+        examples = self._problem.grid.examples(batch)
         norm = gradient_norm(values, self._trainable)
         gradients = self._senders[slot].gradients(
             batch, examples, pipeline_slot.reads, values, weights, loss, norm, seconds

@@ -83,7 +83,6 @@ def simulated_s(mode: dict[str, Any]) -> float:
         shards.grid,
         open_job.weights,
         worker.gradient,
-        examples=lambda batch: len(shards.rows(batch)),
         evaluate=lambda weights: worker.evaluate(weights, validation),
     )
 

@@ -152,7 +152,6 @@ class InProcess(VirtualCluster):
         grid: the shape of an epoch.
         weights: `[num_parameters]`, the initial weights, without buffers.
         gradient: (batch, weights, out) -> loss, as `psgd_workers.worker.Worker.gradient`.
-        examples: batch -> number of its examples.
         compute_s: (worker, batch) -> virtual seconds of one gradient.
         start_s: worker -> virtual seconds that its process takes to start; infinite if it never starts.
         evaluate: weights -> result; None if there is nothing to validate on.
@@ -175,7 +174,6 @@ class InProcess(VirtualCluster):
         weights: FloatArray,
         gradient: Callable[[BatchId, FloatArray, FloatArray], float],
         *,
-        examples: Callable[[BatchId], int] = lambda batch: 1,
         compute_s: Callable[[str, BatchId], float] = _constant_s,
         start_s: Callable[[str], float] = lambda worker: START_S,
         evaluate: Callable[[FloatArray], Evaluation] | None = None,
@@ -185,7 +183,7 @@ class InProcess(VirtualCluster):
         observers: Sequence[ClusterObserver] = (),
         **options: Any,
     ) -> None:
-        problem = Problem(grid, weights, gradient, examples=examples, evaluate=evaluate)
+        problem = Problem(grid, weights, gradient, evaluate=evaluate)
         recorder = _Recorder()
         super().__init__(
             spec,

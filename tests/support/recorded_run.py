@@ -91,7 +91,6 @@ class RecordedRun(InProcess):
             job.shards.grid,
             job.weights,
             self.gradient,
-            examples=lambda batch: len(job.shards.rows(batch)),
             observers=[writer],
             incarnation=writer.incarnation - 1,
             **{"compute_s": _uneven} | options,

@@ -67,11 +67,14 @@ class Outcome(Enum):
 class EpochGrid:
     """The number of batches in each shard and of examples in an epoch; the same for every epoch.
 
-    Positions number the batches of an epoch in `BatchId` order, from 0 to `num_batches - 1`.
+    Positions number the batches of an epoch in `BatchId` order, from 0 to `num_batches - 1`. In a shard, each batch but
+    the last has `batch_size` examples. Without `examples_per_shard`, all batches are equally large.
     """
 
     batches_per_shard: tuple[int, ...]
     num_examples: int
+    batch_size: int = 0
+    examples_per_shard: tuple[int, ...] = ()
     _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)  # by shard, the position after its last batch
     _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)  # by shard, the position of its first batch
 
@@ -88,6 +91,12 @@ class EpochGrid:
     def shard_start(self, shard: int) -> int:
         """Return the position of a shard's first batch."""
         return self._starts[shard]
+
+    def examples(self, batch: BatchId) -> int:
+        """Return the number of examples in a batch."""
+        if not self.examples_per_shard:
+            return self.num_examples // self.num_batches
+        return min(self.batch_size, self.examples_per_shard[batch.shard] - batch.index * self.batch_size)
 
     def position(self, batch: BatchId) -> int:
         """Return the position of a batch in its epoch."""

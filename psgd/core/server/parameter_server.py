@@ -221,7 +221,7 @@ class ParameterServer:
             self._tally.refused(gradient, outcome)
             self._refused_epoch = max(self._refused_epoch, gradient.batch.epoch)
             if outcome is Outcome.DISCARDED:
-                self._skip(gradient.batch, gradient.examples)
+                self._skip(gradient.batch)
         if gradient.worker in round_.live:
             round_.live[gradient.worker] += 1
         if self._mode.belongs(outcome):
@@ -236,26 +236,25 @@ class ParameterServer:
         self._parked.append(_Parked(gradient.worker, gradient.batch, outcome_on_arrival, updates))
         return self._release_receipts()
 
-    def skip(self, batch: BatchId, examples: int, now: float) -> tuple[Receipt, ...]:
+    def skip(self, batch: BatchId, now: float) -> tuple[Receipt, ...]:
         """Settle a batch without its gradient, as if it had been discarded. No-op if the batch is settled already.
 
         Args:
             batch: the batch to skip.
-            examples: number of its examples.
             now: time of the server's clock, seconds.
 
         Returns:
             The receipts that are due now, as the open round may have waited for this batch only.
         """
         if batch not in self._settled:
-            self._skip(batch, examples)
-            self.journal.skip(now, batch, examples, self.version)
+            self._skip(batch)
+            self.journal.skip(now, batch, self._grid.examples(batch), self.version)
             self._close_if_due(now)
         return self._release_receipts()
 
-    def _skip(self, batch: BatchId, examples: int) -> None:
+    def _skip(self, batch: BatchId) -> None:
         self._settled.add(batch, skip=True)
-        self._counted_examples += examples
+        self._counted_examples += self._grid.examples(batch)
         self._observer.skipped(batch)
 
     # ADMIT

@@ -70,12 +70,13 @@ class PushCheck:
         per_shard = self._grid.batches_per_shard
         # A partition that was restored may be an epoch behind the others.
         exists = epoch <= epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
-        if not exists or min(gradient.batch) < 0 or not 0 < gradient.examples <= self._grid.num_examples:
+        if not exists or min(gradient.batch) < 0:
             raise PushRefusedError(
-                f"the push names {gradient.batch} with {gradient.examples} examples; expected an epoch from 0 to "
-                f"{epochs + 1}, a shard below {len(per_shard)}, an index below the number of the shard's batches, and "
-                f"1 to {self._grid.num_examples} examples"
+                f"the push names {gradient.batch}; expected an epoch from 0 to {epochs + 1}, a shard below "
+                f"{len(per_shard)}, and an index below the number of the shard's batches"
             )
+        if gradient.examples != (expected := self._grid.examples(gradient.batch)):
+            raise PushRefusedError(f"{gradient.batch} was pushed with {gradient.examples} examples; it has {expected}")
 
     def _check_name(self, gradient: Gradient) -> None:
         """Refuse a push whose name or versions do not fit into the journal's fields."""

@@ -42,6 +42,7 @@ DIGITS: dict[str, Any] = {
         "format": "sklearn",
         "dataset": "digits",
         "batch_size": 16,
+        "drop_last": True,  # so that all batches of the joined epochs are equally large
         "normalize": "unit",
         "validation_fraction": 360 / 1797,
     },
@@ -99,7 +100,7 @@ def _problem(opened: OpenJob) -> Problem:
         return worker.gradient(original(batch), weights, out)
 
     grid = EpochGrid((batches,), 2 * EPOCHS * shards.grid.num_examples)
-    return Problem(grid, opened.weights, gradient, examples=lambda batch: len(shards.rows(original(batch))))
+    return Problem(grid, opened.weights, gradient)
 
 
 def claims(results: Sequence[Trained]) -> list[Claim]:

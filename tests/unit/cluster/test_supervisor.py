@@ -170,7 +170,7 @@ def train(tmp_path: Path, script: Script, **sections: Any) -> Finish:
         take_commands=list,
         beat=lambda now: None,
     )
-    inputs: Any = Inputs(context, None, None, len)  # type: ignore[arg-type]
+    inputs: Any = Inputs(context, None, None)  # type: ignore[arg-type]
     coordinator: Any = script
     checkpoint_writer = CheckpointWriter(run, context, "", "", None)
     return Supervisor(coordinator, inputs, run, checkpoint_writer, lambda *_: None, lambda _: None).train()

@@ -57,7 +57,7 @@ class Training:
         plain = {"optimizer": {"lr": 0.1, "momentum": options.pop("momentum", 0.0)}, "run": {"epochs": EPOCHS}}
         sections = {name: options.pop(name) for name in JobSpec.model_fields if name in options}
         spec = job(mode, workers, **plain | sections)
-        return InProcess(spec, self.grid, self.initial, self.worker.gradient, examples=self.examples, **options)
+        return InProcess(spec, self.grid, self.initial, self.worker.gradient, **options)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ class Shards:
         self._sizes = [len(shard) - count for shard, count in zip(self._shards, dropped, strict=True)]
         self.left_out = sum(dropped)
         batches = tuple(-(-size // self._batch_size) for size in self._sizes)
-        self.grid = EpochGrid(batches, num_examples - self.left_out)
+        self.grid = EpochGrid(batches, num_examples - self.left_out, self._batch_size, tuple(self._sizes))
 
     def rows(self, batch: BatchId) -> NDArray[np.int64]:
         """Return the rows of a batch's examples, read-only: `[batch_size · steps]`, or fewer at the end of a shard."""

@@ -53,8 +53,8 @@ def test_an_observer_is_told_everything_in_the_order_of_its_happening() -> None:
     server = ParameterServer(job(), WHOLE, START, GRID, V0, observer=told)
     server.push(push(at(0), V0), now=1.0)
     server.push(push(at(0), V0), now=1.0)  # a duplicate
-    server.skip(at(1), 1, now=1.0)
-    server.skip(at(1), 1, now=1.0)  # no-op: it is settled
+    server.skip(at(1), now=1.0)
+    server.skip(at(1), now=1.0)  # no-op: it is settled
     server.push(push(at(1), V0), now=1.0)
     state = server.state()
     ParameterServer.restore(job(), GRID, state, incarnation=2, now=2.0, observer=told)

@@ -648,8 +648,8 @@ def test_an_epochs_end_keeps_the_average_of_that_instant() -> None:
 
 def test_what_is_done_without_is_settled_and_what_comes_of_it_later_a_duplicate() -> None:
     target = server()
-    assert target.skip(FIRST, examples=1, now=1.0) == ()
-    target.skip(FIRST, examples=1, now=2.0)  # no-op: it is settled
+    assert target.skip(FIRST, now=1.0) == ()
+    target.skip(FIRST, now=2.0)  # no-op: it is settled
     (receipt,) = target.push(push(FIRST, V0), now=3.0)
     assert receipt.outcome is Outcome.DUPLICATE
     np.testing.assert_array_equal(target.weights, START)
@@ -661,7 +661,7 @@ def test_what_is_contained_cannot_be_done_without_any_more() -> None:
     target = server()
     target.push(push(FIRST, V0), now=1.0)
     weights = target.weights
-    target.skip(FIRST, examples=1, now=2.0)
+    target.skip(FIRST, now=2.0)
     np.testing.assert_array_equal(target.weights, weights)
     assert target.state().part("skipped") == {}
 
@@ -669,9 +669,9 @@ def test_what_is_contained_cannot_be_done_without_any_more() -> None:
 def test_a_round_does_not_wait_for_what_is_done_without() -> None:
     target = bsp("a", "b")
     for number in range(GRID.num_batches - 2):
-        target.skip(batch_at(number), examples=1, now=1.0)
+        target.skip(batch_at(number), now=1.0)
     assert target.push(push(batch_at(GRID.num_batches - 2), V0, worker="a"), now=2.0) == ()
-    (receipt,) = target.skip(batch_at(GRID.num_batches - 1), examples=1, now=3.0)
+    (receipt,) = target.skip(batch_at(GRID.num_batches - 1), now=3.0)
     assert (receipt.worker, receipt.outcome, target.epochs) == ("a", Outcome.APPLIED, 1)
 
 
