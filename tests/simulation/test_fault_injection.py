@@ -14,7 +14,7 @@ from psgd.core.server.parameter_server import ParameterServer
 from psgd.errors import RunError
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.observer import ClusterObserver
-from psgd_workers.messages import Gradient, Outcome, Version
+from psgd_workers.messages import FloatArray, Gradient, Outcome, Version
 from tests.simulation.fault_injection import FAULTS, describe_failure, draw_run, run_with_faults
 from tests.simulation.invariants import ViolationError
 
@@ -79,11 +79,11 @@ class AppliesTwice(ParameterServer):
         outcome = super()._admit(gradient)
         return Outcome.BUFFERED if outcome is Outcome.DUPLICATE else outcome
 
-    def _collect(self, gradient: Gradient) -> None:
+    def _collect(self, gradient: Gradient, values: FloatArray) -> None:
         settled = self._settled
         if gradient.batch in settled:
             self._settled = AppliedSet(self._grid)
-        super()._collect(gradient)
+        super()._collect(gradient, values)
         self._settled = settled
 
 

@@ -216,8 +216,12 @@ class ParameterServer:
         self._observer.pushed(gradient)
         outcome = self._admit(gradient)
         if outcome is BUFFERED:
-            self._collect(gradient)
-        else:
+            values = self._decode(gradient)
+            if _is_finite(values) and (gradient.weights_read is None or _is_finite(gradient.weights_read)):
+                self._collect(gradient, values)
+            else:
+                outcome = Outcome.REJECTED
+        if outcome is not BUFFERED:
             self._tally.refused(gradient, outcome)
             self._refused_epoch = max(self._refused_epoch, gradient.batch.epoch)
             if outcome is Outcome.DISCARDED:
@@ -289,11 +293,10 @@ class ParameterServer:
 
     # DECODE, CORRECT, AGGREGATE
 
-    def _collect(self, gradient: Gradient) -> None:
+    def _collect(self, gradient: Gradient, values: FloatArray) -> None:
         self._observer.collected(gradient)
         staleness = self.version.updates - gradient.read.updates
         weight = self._mode.weight(staleness) * self._correction.factor(gradient, staleness)
-        values = self._decode(gradient)
         scale = 1.0
         if self._corrects:
             values, scale = self._correct(gradient, values, self._clip_factor(gradient))
@@ -547,3 +550,14 @@ class ParameterServer:
         server.journal.fork(now, origin, server.version)
         server._observer.restored(server, state)
         return server
+
+
+def _is_finite(vector: FloatArray) -> bool:
+    """Return True if all values are finite. A worker's word for it, the norm, may be wrong.
+
+    The scalar product is read off in half the time of a test of every value. It is finite unless a value is not, or the
+    values are so large that their squares overflow.
+    """
+    with np.errstate(over="ignore"):
+        square = vector.dot(vector)
+    return isfinite(square) or bool(np.isfinite(vector).all())

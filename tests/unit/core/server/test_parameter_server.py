@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import permutations
+from math import inf, nan
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from psgd.core.server.journal import RecordKind
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.errors import WeightsNotKeptError
 from psgd.spec import JobSpec
-from psgd_workers.messages import BatchId, FloatArray, Outcome, Receipt, Version
+from psgd_workers.messages import BatchId, Encoded, FloatArray, Outcome, Receipt, Version
 from tests.support.jobs import GRID, START, job, push, quadratic
 
 V0 = Version(1, 0)
@@ -158,6 +160,45 @@ def test_a_batch_pushed_again_is_refused_as_a_duplicate() -> None:
     receipts = target.push(push(FIRST, target.version, worker="worker-1"), now=2.0)
     assert receipts == (Receipt("worker-1", FIRST, Outcome.DUPLICATE, Version(1, 1)),)
     np.testing.assert_array_equal(target.published, before)
+
+
+@pytest.mark.parametrize("value", [nan, inf, -inf])
+def test_values_that_are_not_finite_are_rejected_whatever_the_norm_says(value: float) -> None:
+    target = server()
+    values = np.ones_like(START)
+    values[-1] = value
+    assert outcomes(target.push(push(FIRST, V0, values=values, norm=1.0), now=1.0)) == [Outcome.REJECTED]
+    np.testing.assert_array_equal(target.published, START)
+    assert outcomes(target.push(push(FIRST, V0), now=2.0)) == [Outcome.APPLIED]
+
+
+def test_finite_values_whose_squares_overflow_are_applied() -> None:
+    target = server()
+    values = np.full_like(START, 1e30)
+    assert outcomes(target.push(push(FIRST, V0, values=values, norm=1e31), now=1.0)) == [Outcome.APPLIED]
+
+
+@pytest.mark.parametrize(
+    ("compression", "arrays"),
+    [
+        ({"name": "fp16"}, (np.array([1, inf, 0, 0, 0, 0], np.float16),)),
+        ({"name": "top_k", "ratio": 0.5}, (np.array([0], np.uint32), np.array([nan], np.float32))),
+    ],
+)
+def test_compressed_values_that_are_not_finite_are_rejected(
+    compression: dict[str, Any], arrays: tuple[NDArray[Any], ...]
+) -> None:
+    target = server(compression=compression)
+    gradient = push(FIRST, V0)._replace(values=Encoded(compression["name"], len(START), arrays), norm=1.0)
+    assert outcomes(target.push(gradient, now=1.0)) == [Outcome.REJECTED]
+    np.testing.assert_array_equal(target.published, START)
+
+
+def test_weights_read_that_are_not_finite_are_rejected() -> None:
+    target = server(correction={"name": "dc_asgd"})
+    gradient = push(FIRST, V0)._replace(weights_read=np.full_like(START, nan))
+    assert outcomes(target.push(gradient, now=1.0)) == [Outcome.REJECTED]
+    np.testing.assert_array_equal(target.published, START)
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("nan")), (1.0, float("inf"))])
@@ -327,7 +368,7 @@ def test_long_gradients_are_clipped_as_torch_does(length: float) -> None:
     values = randoms(0)
     values *= np.float32(length) / np.linalg.norm(values)
     target = server(optimizer={"lr": 1.0, "max_grad_norm": 1.0})
-    target.push(push(FIRST, V0, values=values), now=1.0)
+    target.push(push(FIRST, V0, values=values, norm=1e31), now=1.0)
     parameter = torch.zeros(len(values), requires_grad=True)
     parameter.grad = torch.from_numpy(values.copy())
     torch.nn.utils.clip_grad_norm_([parameter], 1.0)
