@@ -22,7 +22,7 @@ from psgd.interruption import Interruption, run_interruptibly
 from psgd.job import OpenJob
 from psgd.monitoring.console import stderr_console, warn
 from psgd.monitoring.metrics import run_metrics
-from psgd.monitoring.observer import Observer
+from psgd.monitoring.observer import RunObserver
 from psgd.monitoring.progress import Display
 from psgd.result import Result
 from psgd.spec import JobSpec
@@ -173,7 +173,7 @@ def _train(
 ) -> tuple[Finish, RunStatus]:
     """Train. Return the way in which the training ended, and the last status of the run."""
     with Display(job.spec, stderr_console(quiet=not progress)) as display:
-        observer = Observer(run, display, warn, time.monotonic())
+        observer = RunObserver(run, display, warn, time.monotonic())
         supervisor = Supervisor(
             coordinator,
             inputs,

@@ -29,7 +29,7 @@ GAP = "  "
 BAR = 20  # length of the bar, in cells of the terminal
 LEAST_BAR = 8  # cells; a shorter bar is left out
 NO_LOSS = ["loss -     "]  # before the first loss of an epoch: as wide as a loss, so that the line does not jump
-MOST_NAMED = 3  # largest number of processes that the live line names as waited for
+MAX_NAMED_PROCESSES = 3  # largest number of processes that the live line names as waited for
 STUCK_S = 2.0  # seconds of waiting after which the live line names the processes that the run waits for
 
 
@@ -154,8 +154,8 @@ def _number(name: str, value: float | None) -> list[str]:
 def _waiting(status: RunStatus) -> list[str]:
     if not status.waiting_for:
         return []
-    more = len(status.waiting_for) - MOST_NAMED
-    named = ", ".join(status.waiting_for[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(status.waiting_for) - MAX_NAMED_PROCESSES
+    named = ", ".join(status.waiting_for[:MAX_NAMED_PROCESSES]) + (f" and {more} more" if more > 0 else "")
     return [f"waiting for {named}"]
 
 

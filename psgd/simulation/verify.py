@@ -41,7 +41,7 @@ LEAST_SLOPE = 1e-2  # shortest direction that is checked, relative to the length
 SLOPE_TOLERANCE = 0.02  # largest relative difference; kinks of the loss and float32 do not allow a much smaller one
 BIG_BATCH_TOLERANCE = 1e-4  # largest difference, relative to the largest change of a weight: sums in another order
 GRADIENTS = 60  # approximate number of gradients that all checks together compute for each batch of the trial epoch
-MOST_BATCHES = 64  # largest number of batches in the trial epoch
+MAX_TRIAL_BATCHES = 64  # largest number of batches in the trial epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class _Trial:
         self._worker.gradient(BatchId(0, 0, 0), job.weights, out)
         affordable = limit_s / (perf_counter() - began) / GRADIENTS
         whole = job.shards.grid.batches_per_shard[0]
-        num_batches = int(max(2, min(whole, MOST_BATCHES, affordable)))
+        num_batches = int(max(2, min(whole, MAX_TRIAL_BATCHES, affordable)))
         examples = sum(self._examples(BatchId(0, 0, index)) for index in range(num_batches))
         self._grid = EpochGrid((num_batches,), examples)
 

@@ -205,7 +205,7 @@ class Coordinator:
             case Evaluated(_, epochs, evaluation):
                 self._evaluations.done(worker, epochs, evaluation, now)
             case EvaluationLost(_, epochs):
-                self._evaluations.cancelled(worker, epochs, now)
+                self._evaluations.evaluation_lost(worker, epochs, now)
 
     def _on_worker_lost(self, worker: WorkerRecord, event: WorkerLost, now: float) -> None:
         """Remove a worker whose process is gone. Fail the run if the model could not be built on the first workers."""
@@ -367,7 +367,7 @@ class Coordinator:
             self._failure_counts.died(next(iter(worker.leases)), worker.name, now, suspicious)
         for lease in list(worker.leases):
             self._close(worker, lease, now)
-        self._evaluations.lost(worker)
+        self._evaluations.worker_lost(worker)
         if worker.joined:
             self._actions.append(Leave(worker.name))
         self._worker_table.remove(worker.name)
