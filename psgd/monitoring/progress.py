@@ -48,7 +48,8 @@ class Display:
         self._console = console
         self._live = Live(console=console, transient=True, auto_refresh=False) if _is_live(console) else None
         self._printed = 0  # newest epoch whose line was printed
-        self._waiting: tuple[tuple[str, ...], float] = ((), 0.0)  # (processes waited for, time in seconds since when)
+        # (processes and steps that the run waits for, time at which this began, in seconds)
+        self._waiting: tuple[tuple[str, ...], float] = ((), 0.0)
 
     def __enter__(self) -> Self:
         if self._live:

@@ -77,9 +77,9 @@ class Evaluations:
             self.results[epochs] = evaluation
 
     def evaluation_lost(self, worker: WorkerRecord, epochs: int | None, now: float) -> None:
-        """Close an evaluation without a result: the weights were lost with their server.
+        """Close an evaluation without a result: a server does not have the weights any more.
 
-        An evaluation is requested again when the epoch is complete again.
+        If the epoch has to be trained again, its evaluation is requested again at its end.
         """
         self._close(worker, epochs, now)
 

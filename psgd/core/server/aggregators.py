@@ -57,7 +57,7 @@ class Contribution(NamedTuple):
 
 
 class Aggregator(Protocol):
-    """Port: collects the gradients of one round after another, for one partition."""
+    """Interface of the aggregators, which collect the gradients of one round after another, for one partition."""
 
     keeps: bool  # True if it keeps the gradients themselves until the step; a state cannot contain its open round
 

@@ -31,7 +31,7 @@ __all__ = ["Correction", "build_correction"]
 
 
 class Correction(Protocol):
-    """Port: one correction, for the trained values `[size]` of one partition."""
+    """Interface of the corrections of a server, for the trained values `[size]` of its partition."""
 
     rate: float  # η of the optimizer before its schedule; set by the server whenever the settings change
     elementwise: bool  # True if `correct` changes values
