@@ -26,6 +26,7 @@ from psgd.simulation.problem import Problem
 from psgd.spec import JobSpec, ScalingConfig
 from psgd.spec.changes import override_spec
 from psgd.spec.reader import as_spec
+from psgd_workers.counting import counted
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from psgd_workers.models import build_model
 
@@ -269,7 +270,8 @@ class _Trial:
         random = np.random.default_rng(0)
         status = self._run(spec, faults=Crashes(lambda: float(random.exponential(1.5)), seed=1)).status
         counts = status.ledger
-        observed = f"{counts.applied} applied, {counts.batches} different, {status.charged_failures} workers killed"
+        killed = counted(status.charged_failures, "worker")
+        observed = f"{counts.applied} applied, {counts.batches} different, {killed} killed"
         return observed, counts.applied == counts.batches == self.num_batches
 
     # References

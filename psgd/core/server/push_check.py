@@ -7,6 +7,7 @@ import numpy as np
 from psgd.core.server.partitions import Partition
 from psgd.errors import PushRefusedError
 from psgd.spec import JobSpec
+from psgd_workers.counting import counted
 from psgd_workers.errors import EncodingError
 from psgd_workers.gradients.compression import decode
 from psgd_workers.messages import Encoded, EpochGrid, FloatArray, Gradient, Version
@@ -72,9 +73,9 @@ class PushCheck:
         exists = epoch <= epochs + 1 and shard < len(per_shard) and index < per_shard[shard]
         if not exists or min(gradient.batch) < 0 or not 0 < gradient.examples <= self._grid.num_examples:
             raise PushRefusedError(
-                f"the push names {gradient.batch} with {gradient.examples} examples; expected an epoch from 0 to "
-                f"{epochs + 1}, a shard below {len(per_shard)}, an index below the number of the shard's batches, and "
-                f"1 to {self._grid.num_examples} examples"
+                f"the push names {gradient.batch} with {counted(gradient.examples, 'example')}; expected an epoch "
+                f"from 0 to {epochs + 1}, a shard below {len(per_shard)}, an index below the number of the shard's "
+                f"batches, and 1 to {self._grid.num_examples} examples"
             )
 
     def _check_name(self, gradient: Gradient) -> None:
