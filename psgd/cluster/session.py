@@ -106,8 +106,8 @@ def _check_threads(needed: int) -> None:
     if started < needed:
         raise ClusterStartError(
             f"Ray cannot start on this machine: it needs about {needed} threads for this job, but only {started} can "
-            f"be started. Limits of this process: {_limits()}. Raise the limit with `ulimit -u`, or the process limit "
-            "of the container, or lower scaling.workers"
+            f"be started. Limits of this process: {_limits()}. Raise the limit of processes (`ulimit -u`), of memory "
+            "(`ulimit -v`) or of the container, or lower scaling.workers"
         )
 
 
