@@ -5,8 +5,8 @@ that is raised inside a fork handler, a destructor or a callback is dropped, per
 issue 106238). Therefore the work runs in its own thread, in which Python never runs a handler, and the main thread only
 waits for signals and for the end of the work. The work checks its `Interruption` at safe points.
 
-It also keeps Ray from installing its own handler for SIGTERM, which exits at once: Ray does that only if it is started
-in the main thread.
+Running the work in another thread also keeps Ray from installing its own handler for SIGTERM, which exits at once: Ray
+does that only if it is started in the main thread.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Interruption:
 
     @contextmanager
     def critical(self, outlook: str) -> Iterator[None]:
-        """Mark a section that must run to its end, because it would leave files or processes behind.
+        """Mark a section that must run to its end: if it were cut off, it would leave files or processes behind.
 
         After a first signal, the main thread waits for the end of the section. The section should check `requested`
         from time to time, and then clean up and end. Sections may be nested.
@@ -158,7 +158,7 @@ def _next_signal(inbox: SimpleQueue[int | None], install: Callable[[], None]) ->
 
 
 def _print_answer(message: str, waits: bool) -> None:
-    again = ". The same signal again ends it at once" if waits else ""
+    again = ". The same signal again ends psgd at once" if waits else ""
     with suppress(OSError):  # stderr is closed
         sys.stderr.write(f"psgd: {message}{again}\n")  # in one call: the work may write at the same time
         sys.stderr.flush()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from psgd_workers.counting import counted
+
 if TYPE_CHECKING:
     from psgd.result import Result
     from psgd.simulation.verify import Check
@@ -39,7 +41,7 @@ def print_result(result: Result) -> None:
 
     console = stderr_console()
     status = Text(result.status, style=f"bold {COLOURS.get(result.status, 'green')}")
-    progress = f"{result.epochs} epochs, {result.updates} updates in {result.duration_s:.1f} s"
+    progress = f"{counted(result.epochs, 'epoch')}, {counted(result.updates, 'update')} in {result.duration_s:.1f} s"
     console.print(status, f"{result.name}: {progress}", soft_wrap=True)
     for title, (metric, template) in SUMMARY.items():
         if (value := result.metrics.get(metric)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +11,15 @@ import typer
 
 from psgd.cli.options import Dashboard, RunName, RunStorage
 from psgd.cli.output import print_json, printable
+from psgd_workers.counting import counted
 
 if TYPE_CHECKING:
     from psgd.store.run_directory import RunDirectory
 
 __all__ = ["logs", "open_run", "scale", "set_", "status", "stop"]
+
+
+STORAGE = "runs"  # default of --storage
 
 
 def open_run(run: str, storage: str) -> RunDirectory:
@@ -25,12 +30,12 @@ def open_run(run: str, storage: str) -> RunDirectory:
     return RunDirectory(Storage(storage).folder(run))
 
 
-def status(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) -> None:
+def status(run: RunName, storage: RunStorage = STORAGE, address: Dashboard = None) -> None:
     """Print the state of a run, as JSON.
 
     Prints the newest metrics of a run that trains, and the result of a run that has ended. A run is "lost" if its
-    driver (the process that directs the run) is gone and left no result: then it prints the reason, the seconds since
-    the driver's last sign of life, and the command that continues the run.
+    driver (the process that directs the run) is gone and left no result. For such a run, the command prints the reason,
+    the seconds since the driver's last sign of life, and the command that continues the run.
 
     With --address, prints Ray's status of the driver's job on that cluster, and the newest line of progress.
     """
@@ -56,7 +61,7 @@ def status(run: RunName, storage: RunStorage = "runs", address: Dashboard = None
     )
 
 
-def logs(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) -> None:
+def logs(run: RunName, storage: RunStorage = STORAGE, address: Dashboard = None) -> None:
     """Print the events of a run, one per line.
 
     With --address, print the output of the run's driver on that cluster instead.
@@ -72,7 +77,7 @@ def logs(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) 
         typer.echo(printable(f"{when}  {line['event']:<18} {fields}"))
 
 
-def stop(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) -> None:
+def stop(run: RunName, storage: RunStorage = STORAGE, address: Dashboard = None) -> None:
     """Ask a run to save its state and end.
 
     `psgd train --resume` continues it later. Exits with 2 if the run is not running. With --address, Ray is asked
@@ -84,7 +89,7 @@ def stop(run: RunName, storage: RunStorage = "runs", address: Dashboard = None) 
         Jobs(address).stop(run)
     else:
         open_run(run, storage).command("stop")
-    typer.echo(f"asked {run} to stop; `psgd status {run}` shows when it has stopped")
+    typer.echo(f"asked {run} to stop; `{_command('status', run, storage, address)}` shows when it has stopped")
 
 
 def set_(
@@ -93,7 +98,7 @@ def set_(
         list[str],
         typer.Argument(metavar="FIELD=VALUE", help="New values, such as consistency.mode=bsp optimizer.lr=0.1."),
     ],
-    storage: RunStorage = "runs",
+    storage: RunStorage = STORAGE,
 ) -> None:
     """Change settings of a run while it trains.
 
@@ -101,17 +106,25 @@ def set_(
     after how many steps of the servers the change took effect, or why it was refused.
     """
     open_run(run, storage).command("set", settings)
-    typer.echo(f"asked {run} to set {' '.join(settings)}; `psgd logs {run}` shows when they took effect, or why not")
+    follow = _command("logs", run, storage)
+    typer.echo(f"asked {run} to set {' '.join(settings)}; `{follow}` shows when they took effect, or why not")
 
 
 def scale(
     run: RunName,
     workers: Annotated[int, typer.Argument(min=1, metavar="WORKERS", help="Number of workers from now on.")],
-    storage: RunStorage = "runs",
+    storage: RunStorage = STORAGE,
 ) -> None:
     """Change the number of workers of a run while it trains.
 
     New workers join as soon as the cluster has room. A worker that leaves finishes its current batch first.
     """
     open_run(run, storage).command("scale", [str(workers)])
-    typer.echo(f"asked {run} to use {workers} workers; `psgd logs {run}` shows them join or leave, or why not")
+    follow = _command("logs", run, storage)
+    typer.echo(f"asked {run} to use {counted(workers, 'worker')}; `{follow}` shows them join or leave, or why not")
+
+
+def _command(name: str, run: str, storage: str, address: str | None = None) -> str:
+    """Return a command about the same run as the present one: with its --address, or else with its --storage."""
+    place = ["--address", address] if address else ["--storage", storage] if storage != STORAGE else []
+    return shlex.join(["psgd", name, run, *place])

@@ -95,8 +95,8 @@ def simulate(
     A mode decides which gradients form a step, and which workers wait. Runs the real code of the servers and of the
     driver with simulated workers, on the job's own model and data or on a quadratic function. For each mode it shows
     the time and the examples needed to reach a target, the throughput, the staleness of gradients and each worker's
-    share of the work. An option that is not given has its value in the job's `simulate` section, or else the default
-    below.
+    share of the work. An option that is not given takes its value from the job's `simulate` section, or else the
+    default below.
     """
     from psgd.simulation.command import run
     from psgd.spec.reader import load_spec

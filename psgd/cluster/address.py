@@ -1,14 +1,13 @@
 """Addresses of Ray clusters: parse one, and refuse it if a driver cannot connect to it.
 
-Without these checks, Ray would wait 20 seconds if the port is not the one of its head, and minutes if an HTTP server
-answers there.
+Without these checks, Ray would wait 20 seconds if nothing listens at the port, and for ever if another program does.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from http.client import HTTPConnection, HTTPException
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from psgd.errors import ClusterError
@@ -16,6 +15,9 @@ from psgd.errors import ClusterError
 __all__ = ["check_listening", "find_address"]
 
 CONNECT_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 10.0
+FRAME_HEADER_SIZE = 9  # bytes of a frame's header in HTTP/2: length, type, flags, stream (RFC 9113, section 4.1)
+SETTINGS = b"\x04"  # type of the frame that begins every connection of HTTP/2
 NAMES_OF_RAY = ("auto", "local")  # addresses that Ray resolves itself
 
 
@@ -36,12 +38,7 @@ def find_address(given: str | None) -> str | None:
     _check_scheme(given_by, address)
     host, port = _split_address(given_by, address)
     check_listening(host, port, address)
-    if _speaks_http(host, port):
-        raise ClusterError(
-            f"{given_by} {address!r}: an HTTP server answers there, such as Ray's dashboard. A driver connects to the "
-            "port of Ray's head instead (6379 by default). To run the driver on the cluster: "
-            f"psgd submit JOB.yaml --address http://{address}"
-        )
+    _check_head(given_by, address, host, port)
     return address
 
 
@@ -94,14 +91,29 @@ def check_listening(host: str, port: int, address: str) -> None:
         ) from error
 
 
-def _speaks_http(host: str, port: int) -> bool:
-    """Return True if a plain HTTP request is answered. Ray's head sends an HTTP/2 frame and closes the connection."""
-    connection = HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
-    try:
-        connection.request("HEAD", "/")
-        connection.getresponse()
-    except (HTTPException, OSError):
-        return False
-    finally:
-        connection.close()
-    return True
+def _check_head(given_by: str, address: str, host: str, port: int) -> None:
+    """Raise an error unless Ray's head answers, which sends HTTP/2's SETTINGS frame on every connection at once."""
+    answer = _first_bytes(host, port)
+    if answer.startswith(b"HTTP/"):
+        raise ClusterError(
+            f"{given_by} {address!r}: an HTTP server answers there, such as Ray's dashboard. A driver connects to the "
+            "port of Ray's head instead (6379 by default). To run the driver on the cluster: "
+            f"psgd submit JOB.yaml --address http://{address}"
+        )
+    if answer[3:4] != SETTINGS and not os.environ.get("RAY_USE_TLS"):
+        given = f"it sent {answer[:20]!r}" if answer else f"it sent nothing within {ANSWER_TIMEOUT_S:g} s"
+        raise ClusterError(
+            f"{given_by} {address!r}: the process there is not Ray's head: {given}. Give the port of Ray's head, which "
+            "is 6379 by default"
+        )
+
+
+def _first_bytes(host: str, port: int) -> bytes:
+    """Send a plain HTTP request. Return the first bytes of the answer, which HTTP/1 and HTTP/2 begin differently."""
+    answer = b""
+    with suppress(OSError), socket.create_connection((host, port), CONNECT_TIMEOUT_S) as connection:
+        connection.settimeout(ANSWER_TIMEOUT_S)
+        connection.sendall(b"HEAD / HTTP/1.0\r\n\r\n")
+        while len(answer) < FRAME_HEADER_SIZE and (more := connection.recv(100)):
+            answer += more
+    return answer

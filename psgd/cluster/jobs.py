@@ -67,14 +67,14 @@ class Jobs:
         Args:
             spec: the job. The cluster must be able to reach its paths.
             name: name of the run.
-            modules: source directories of the user that the model needs.
+            modules: folders with the user's Python code that the model imports.
 
         Returns:
             The submission id of the Ray job.
 
         Raises:
             SpecError: a path is relative: the cluster does not know this machine's folders.
-            ClusterError: the job server refused the job.
+            ClusterError: the job server refused the job, or could not be reached.
         """
         _check_paths(spec)
         with TemporaryDirectory() as folder, _map_errors(self._address):
@@ -122,9 +122,9 @@ class Jobs:
         if found.status == JobStatus.SUCCEEDED:
             return
         if found.driver_exit_code == EXIT_REFUSED:
-            raise InputError(f"job {job}: its driver refused the job for the reason printed above")
+            raise InputError(f"Ray job {job}: its driver refused the training job, for the reason printed above")
         reason = str(found.message).partition(LOGS_MARK)[0]
-        raise RunError(f"job {job} ended {found.status.value}: {reason}")
+        raise RunError(f"Ray job {job} ended {found.status.value}: {reason}")
 
     async def _print_output(self, job: str) -> None:
         async for lines in self._client.tail_job_logs(job):
@@ -139,7 +139,10 @@ class Jobs:
         with _map_errors(self._address):
             jobs = [job for job in self._client.list_jobs() if (job.metadata or {}).get(RUN_KEY) == run]
         if not jobs:
-            raise RunNotFoundError(f"no job of the cluster at {self._address} belongs to a run named {run!r}")
+            raise RunNotFoundError(
+                f"no job of the cluster at {self._address} belongs to a run named {run!r}: check the name and the "
+                "address"
+            )
         return max(jobs, key=lambda job: job.start_time or 0)
 
     def status(self, run: str) -> dict[str, str | None]:
@@ -193,4 +196,7 @@ def _map_errors(address: str) -> Iterator[None]:
     try:
         yield
     except (RayError, RuntimeError, ValueError, OSError) as error:
-        raise ClusterError(f"the job server at {address} refused a request: {error}") from error
+        raise ClusterError(
+            f"a request to the job server at {address} failed: {error}. Check that the cluster runs and that its "
+            "dashboard is at this address"
+        ) from error

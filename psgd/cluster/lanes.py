@@ -147,5 +147,5 @@ def _connect_first(attempts: list[Connect], segment: Segment) -> Lane:
         try:
             return connect(segment)
         except LaneError as error:
-            log.warning("this machine cannot use a faster lane, so the worker tries the next one: %s", error)
+            log.warning("the worker could not connect to a server, so it tries a slower lane: %s", error)
     return attempts[-1](segment)

@@ -1,4 +1,7 @@
-"""Preflight: all checks of a run. Each is made once, before any training process exists."""
+"""Preflight: the checks of a run, before any training process exists.
+
+Each is made once. Only the checkpoint is chosen again if the run's former driver committed another one meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ def preflight(
 
     Args:
         spec: the job.
-        name: name of the run. None: the job's name, or else a name made of the time.
+        name: name of the run. None: the job's name, or else a name made from the present date and time.
         storage: folder or URL that holds the runs. None: the job's storage.
         address: address of a running cluster; see `find_address`.
         resume: True to continue a run that exists.
@@ -76,6 +79,7 @@ def preflight(
     Raises:
         InputError: the job cannot be run. No training process was started, and no other driver was disturbed.
         ClusterStartError: no local Ray could be started.
+        ClusterLostError: the cluster refused a call.
     """
     interruption.outlook = "nothing was started"
     spec = _with_name(as_spec(spec), name, None if storage is None else location(storage))
@@ -144,7 +148,7 @@ def _with_settings_of(job: OpenJob, checkpoint: Checkpoint | None) -> JobSpec:
 
 
 def _take_over(run: RunDirectory, former_driver: str | None) -> Owner:
-    """Take over the run. Its former driver deletes nothing more, and commits at most one more checkpoint.
+    """Take over the run. Its former driver stops at its next commit; only a commit under way may still complete.
 
     Args:
         run: the run directory.

@@ -2,7 +2,7 @@
 
 Ray ends a driver about 15 seconds after its raylet is gone, and 60 seconds after the head is gone. The driver exits
 with code 1 and cannot write anything more. But the port of a process refuses connections as soon as the process has
-ended. The probe notices this, so the driver still has time to write how far the run came.
+ended. The probe notices this, so the driver still has time to write how far the run got.
 """
 
 from __future__ import annotations

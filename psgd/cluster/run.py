@@ -22,7 +22,7 @@ from psgd.interruption import Interruption, run_interruptibly
 from psgd.job import OpenJob
 from psgd.monitoring.console import stderr_console, warn
 from psgd.monitoring.metrics import run_metrics
-from psgd.monitoring.observer import Observer
+from psgd.monitoring.observer import RunObserver
 from psgd.monitoring.progress import Display
 from psgd.result import Result
 from psgd.spec import JobSpec
@@ -48,7 +48,7 @@ def train(
 
     Args:
         spec: the job, or a mapping with the fields of a job file.
-        name: name of the run. Default: the job's name; without one, a name made from the time.
+        name: name of the run. Default: the job's name; without one, a name made from the present date and time.
         storage: folder or fsspec URL in which the run's directory is created. Default: `spec.run.storage`.
         address: address of a running Ray cluster, `HOST:PORT` or `auto`. Default: the present connection, or
             `RAY_ADDRESS`, or a local cluster of the job's size, which ends with the run.
@@ -60,7 +60,9 @@ def train(
 
     Raises:
         InputError: an argument cannot be used. Nothing was started.
-        RunFailedError: the run failed, or could not save its weights. The error's `result` says how far the run came.
+        ClusterStartError: Ray did not start on this machine.
+        ClusterLostError: the cluster refused a call before training began.
+        RunFailedError: the run failed, or could not save its weights. The error's `result` says how far the run got.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP. A run that had begun was saved, unless the same signal came twice;
             `resume=True` continues it.
 
@@ -106,6 +108,8 @@ def run_job(
 
     Raises:
         InputError: an argument cannot be used. Nothing was started.
+        ClusterStartError: Ray did not start on this machine.
+        ClusterLostError: the cluster refused a call before training began.
     """
     with preflight(spec, name=name, storage=storage, address=address, resume=resume, interruption=interruption) as plan:
         return _supervise(plan, progress, interruption)
@@ -168,7 +172,7 @@ def _train(
 ) -> tuple[Finish, RunStatus]:
     """Train. Return the way in which the training ended, and the last status of the run."""
     with Display(job.spec, stderr_console(quiet=not progress)) as display:
-        observer = Observer(run, display, warn, time.monotonic())
+        observer = RunObserver(run, display, warn, time.monotonic())
         supervisor = Supervisor(
             coordinator,
             inputs,

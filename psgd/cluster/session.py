@@ -1,4 +1,7 @@
-"""A connection to Ray: to a local cluster started for the run, to a running cluster, or the one that the caller has."""
+"""A connection to Ray for a run.
+
+It is a new one, to a local cluster started for the run or to a running cluster, or else the one that the caller has.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from psgd.cluster.placement import living_nodes
 from psgd.core.server.memory import FLOAT32, server_memory
 from psgd.errors import ClusterError, ClusterStartError
 from psgd.spec import JobSpec
+from psgd_workers.counting import counted
 from psgd_workers.transport.memory import free_memory
 
 __all__ = ["SHIPPED", "check_room", "py_modules", "session"]
@@ -102,8 +106,8 @@ def _check_threads(needed: int) -> None:
     if started < needed:
         raise ClusterStartError(
             f"Ray cannot start on this machine: it needs about {needed} threads for this job, but only {started} can "
-            f"be started. Limits of this process: {_limits()}. Raise the limit with `ulimit -u`, or the process limit "
-            "of the container, or lower scaling.workers"
+            f"be started. Limits of this process: {_limits()}. Raise the limit of processes (`ulimit -u`), of memory "
+            "(`ulimit -v`) or of the container, or lower scaling.workers"
         )
 
 
@@ -197,10 +201,10 @@ def _check_memory(spec: JobSpec, num_parameters: int) -> None:
     total = scaling.servers * server + scaling.least_workers * worker
     if max(server, worker) > max(nodes) or total > sum(nodes):
         raise ClusterError(
-            f"weights of {num_parameters:,} values take {_gib(server)} in each of {scaling.servers} servers and "
-            f"{_gib(worker)} in each of {scaling.least_workers} workers, {_gib(total)} in all, but the nodes have "
-            f"{', '.join(map(_gib, nodes))}. Raise scaling.servers, lower scaling.workers or scaling.pipeline, or add "
-            "memory"
+            f"weights of {num_parameters:,} values take {_gib(server)} in each server and {_gib(worker)} in each "
+            f"worker, together {_gib(total)} for {counted(scaling.servers, 'server')} and "
+            f"{counted(scaling.least_workers, 'worker')}, but the nodes have {', '.join(map(_gib, nodes))}. Raise "
+            "scaling.servers, lower scaling.workers or scaling.pipeline, or add memory"
         )
 
 
@@ -219,12 +223,12 @@ def _check_processors(spec: JobSpec) -> None:
     room = sum(int(min(node.get(kind, 0.0) // amount for kind, amount in need.items())) for node in nodes)
     if room >= scaling.least_workers or (limit_s > 0 and _wait_for_room(need, scaling.least_workers, limit_s)):
         return
-    needed = " and ".join(f"{scaling.least_workers * amount:g} {kind}s" for kind, amount in need.items())
-    available = " and ".join(f"{sum(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in need)
+    needed = " and ".join(counted(float(scaling.least_workers * amount), kind) for kind, amount in need.items())
+    available = " and ".join(counted(float(sum(node.get(kind, 0.0) for node in nodes)), kind) for kind in need)
     raise ClusterError(
-        f"the job needs {needed} ({scaling.least_workers} workers), but the cluster has {available}, which is room for "
-        f"{room} workers. Lower scaling.workers or scaling.cpus_per_worker, or set failure.start_timeout_s to wait "
-        "for a cluster that grows"
+        f"the job needs {needed} ({counted(scaling.least_workers, 'worker')}), but the cluster has {available}, which "
+        f"is room for {counted(room, 'worker')}. Lower scaling.workers or scaling.cpus_per_worker, or set "
+        "failure.start_timeout_s to wait for a cluster that grows"
     )
 
 

@@ -107,7 +107,7 @@ class Supervisor:
         checkpoint_writer: writes the run's checkpoints.
         observe: called after every event with two arguments: a function that returns the run's status at a given time,
             and the present time.
-        check_cluster: called with the present time, raises a `ClusterLostError` if the cluster is gone.
+        check_cluster: called with the present time; raises `ClusterLostError` if the cluster is gone.
         interrupted: returns True once a signal has asked that the run be saved and ended.
     """
 

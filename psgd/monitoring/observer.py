@@ -9,13 +9,13 @@ from psgd.monitoring.metrics import metrics_row
 from psgd.monitoring.progress import Display
 from psgd.store.run_directory import RunDirectory
 
-__all__ = ["Observer"]
+__all__ = ["RunObserver"]
 
 LOOK_S = 0.2  # seconds between two statuses: the time to make one grows with the number of workers
 METRICS_S = 1.0  # seconds between two rows of metrics.jsonl
 
 
-class Observer:
+class RunObserver:
     """Writes metrics, updates the display and warns of checkpoints that cannot be written.
 
     Args:

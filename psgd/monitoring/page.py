@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from psgd.errors import InputError
 from psgd.monitoring.plots import svg
+from psgd_workers.counting import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +63,7 @@ class Page:
         """
         for row in rows:
             if len(row) != len(columns):
-                raise InputError(f"a table of {len(columns)} columns got a row of {len(row)}: {list(row)}")
+                raise InputError(f"a table of {counted(len(columns), 'column')} got a row of {len(row)}: {list(row)}")
         numeric = [all(_is_number(row[i]) or row[i] is None for row in rows) for i in range(len(columns))]
         body = [_row("td", [_cell_text(value) for value in row], numeric) for row in rows]
         table = ["<table><thead>", _row("th", columns, numeric), "</thead><tbody>", *body, "</tbody></table>"]

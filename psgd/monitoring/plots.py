@@ -41,10 +41,10 @@ WIDTH = 800 * PX
 HEIGHT = 400 * PX
 BAR_HEIGHT = 28 * PX
 LONGEST_LABEL = 40  # characters
-MOST_MARKED = 16  # a curve of at most this many points shows a dot at each
-MOST_NAMED = 32  # at most this many bars show their names and values
+MAX_MARKED_POINTS = 16  # a curve of at most this many points shows a dot at each
+MAX_NAMED_BARS = 32  # at most this many bars show their names and values
 LEAST_BINS = 12  # the axis has room for this many bins, so that a few bins stay narrow
-MOST_BINS = 64  # a wider range gets wider bins
+MAX_BINS = 64  # a wider range gets wider bins
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def histogram(counts: Mapping[int, int], x_label: str, y_label: str, title: str 
 
 
 def bars(values: Mapping[str, float], name_label: str, value_label: str, title: str | None = None) -> Figure:
-    """Draw a bar for each name, in the order given. More than `MOST_NAMED` bars are numbered instead of named.
+    """Draw a bar for each name, in the order given. More than `MAX_NAMED_BARS` bars are numbered instead of named.
 
     Raises:
         InputError: there is no finite value.
@@ -139,7 +139,7 @@ def bars(values: Mapping[str, float], name_label: str, value_label: str, title: 
     if not any(isfinite(value) for value in values.values()):
         raise InputError(f"nothing to plot for {value_label!r}: none of {len(values)} values is finite")
     lengths = [value if isfinite(value) else 0.0 for value in values.values()]
-    if len(values) > MOST_NAMED:
+    if len(values) > MAX_NAMED_BARS:
         figure, axes = _figure(HEIGHT, f"{name_label}, 1 to {len(values)} in order", value_label, title)
         axes.stairs(lengths, np.arange(len(lengths) + 1) + 0.5, fill=True, color=COLOURS[0])
         axes.grid(visible=False, axis="x")
@@ -206,7 +206,7 @@ def _line(axes: Axes, number: int, curve: Curve, log_x: bool, log_y: bool) -> tu
     drawable = np.isfinite(x) & np.isfinite(y) & ((x > 0) | (not log_x)) & ((y > 0) | (not log_y))
     colour = COLOURS[number % len(COLOURS)]
     dash = DASHES[number // len(COLOURS) % len(DASHES)]
-    marker: Literal["o", ""] = "o" if drawable.sum() <= MOST_MARKED else ""
+    marker: Literal["o", ""] = "o" if drawable.sum() <= MAX_MARKED_POINTS else ""
     (line,) = axes.plot(
         x,
         np.where(drawable, y, np.nan),
@@ -225,10 +225,8 @@ def _line(axes: Axes, number: int, curve: Curve, log_x: bool, log_y: bool) -> tu
 
 
 def _bin_width(span: int) -> int:
-    """Return the smallest width among 1, 2, 5, 10, 20, ... for which `MOST_BINS` bins cover `span` numbers."""
-    return next(
-        width for power in count() for step in (1, 2, 5) if span <= MOST_BINS * (width := step * int(10**power))
-    )
+    """Return the smallest width among 1, 2, 5, 10, 20, ... for which `MAX_BINS` bins cover `span` numbers."""
+    return next(width for power in count() for step in (1, 2, 5) if span <= MAX_BINS * (width := step * int(10**power)))
 
 
 def _counted(counts: Mapping[int, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -29,7 +29,7 @@ GAP = "  "
 BAR = 20  # length of the bar, in cells of the terminal
 LEAST_BAR = 8  # cells; a shorter bar is left out
 NO_LOSS = ["loss -     "]  # before the first loss of an epoch: as wide as a loss, so that the line does not jump
-MOST_NAMED = 3  # largest number of processes that the live line names as waited for
+MAX_NAMED_PROCESSES = 3  # largest number of processes that the live line names as waited for
 STUCK_S = 2.0  # seconds of waiting after which the live line names the processes that the run waits for
 
 
@@ -48,7 +48,8 @@ class Display:
         self._console = console
         self._live = Live(console=console, transient=True, auto_refresh=False) if _is_live(console) else None
         self._printed = 0  # newest epoch whose line was printed
-        self._waiting: tuple[tuple[str, ...], float] = ((), 0.0)  # (processes waited for, time in seconds since when)
+        # (processes and steps that the run waits for, time at which this began, in seconds)
+        self._waiting: tuple[tuple[str, ...], float] = ((), 0.0)
 
     def __enter__(self) -> Self:
         if self._live:
@@ -154,8 +155,8 @@ def _number(name: str, value: float | None) -> list[str]:
 def _waiting(status: RunStatus) -> list[str]:
     if not status.waiting_for:
         return []
-    more = len(status.waiting_for) - MOST_NAMED
-    named = ", ".join(status.waiting_for[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(status.waiting_for) - MAX_NAMED_PROCESSES
+    named = ", ".join(status.waiting_for[:MAX_NAMED_PROCESSES]) + (f" and {more} more" if more > 0 else "")
     return [f"waiting for {named}"]
 
 

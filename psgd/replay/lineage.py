@@ -22,6 +22,7 @@ from psgd.core.server.journal import RECORD, RecordKind, record_type
 from psgd.errors import JournalError
 from psgd.store.checkpoints import Checkpoints, Manifest
 from psgd.store.run_directory import RunDirectory
+from psgd_workers.counting import counted
 from psgd_workers.messages import BatchId, Outcome, Version
 
 __all__ = ["IncarnationJournal", "Record", "Segment", "read_lineage"]
@@ -35,11 +36,11 @@ class Record(NamedTuple):
 
     kind: int  # a `RecordKind`
     outcome_code: int  # index of the push's outcome in `Outcome`
-    worker_name: bytes  # encoded
-    slot: int  # of the worker's pipeline
-    number: int  # of the push in its slot
+    worker_name: bytes  # name of the worker, encoded
+    slot: int  # slot of the worker's pipeline
+    number: int  # number of the push within its slot
     carries: int  # number of the push whose remainder, left out by compression, is in this push
-    now: float  # the server's clock, seconds
+    now: float  # time of the server's clock, in seconds
     epoch: int
     shard: int
     batch_index: int  # index of the batch in its shard; in a record of kind CHANGE, index of the settings
@@ -92,16 +93,18 @@ class Record(NamedTuple):
     def __str__(self) -> str:
         """Return a description of the record and of the server's version after it."""
         before = f"version {self.read_updates} of incarnation {self.read_incarnation}"
-        after = f"version {self.updates} of incarnation {self.incarnation}"
         match self.kind:
             case RecordKind.PUSH:
-                batch = tuple(self.batch)
-                push = f"a push by {self.worker} of batch {batch}, computed from {before}"
-                return f"{push}: {self.outcome.value}, {after}"
+                event = f"a push by {self.worker} of {self.batch.text}, computed from {before}: {self.outcome.value}"
             case RecordKind.FORK:
-                return f"a fork from {before}: {after}"
+                event = f"a fork from {before}"
+            case RecordKind.CHANGE:
+                event = f"a change to settings {self.batch_index}"
+            case RecordKind.SKIP:
+                event = f"a skip of {self.batch.text}"
             case _:
-                return f"a {RecordKind(self.kind).name.lower()} of {self.worker or self.batch_index}: {after}"
+                event = f"a {RecordKind(self.kind).name.lower()} of {self.worker}"
+        return f"{event}, after which the server had version {self.updates} of incarnation {self.incarnation}"
 
 
 class Segment(NamedTuple):
@@ -109,14 +112,14 @@ class Segment(NamedTuple):
 
     checkpoint: str  # name of the checkpoint at its end, which may never have been committed
     in_lineage: bool  # True if the state contains these records; False: they are part of an abandoned branch
-    records: NDArray[np.void]  # of `record_type`
+    records: NDArray[np.void]  # array of the dtype `record_type`
 
 
 class IncarnationJournal(NamedTuple):
     """The journal of one incarnation of a server."""
 
     session: int  # the run's incarnation when its driver started; names of workers are unique within a session
-    incarnation: int  # of the server
+    incarnation: int  # incarnation of the server
     origin: str | None  # name of the checkpoint that it continued from; None: the initial weights
     workers: int | dict[str, int] | None  # value of `scaling.workers` in this session; None: as in the run's job
     segments: tuple[Segment, ...]  # oldest first
@@ -171,7 +174,7 @@ def _cut_at_change(segments: Iterable[Segment]) -> tuple[Segment, ...]:
 
 
 class _Start(NamedTuple):
-    """The start of an incarnation: of all servers with the run, or of one server in place of a lost one."""
+    """The start of an incarnation: all servers start with the run, or one server replaces a lost one."""
 
     session: int
     incarnation: int
@@ -252,8 +255,9 @@ class _ServerStarts:
         """Raise an error if the run had another number of servers when this incarnation started."""
         if start.servers not in (None, partitions):
             raise JournalError(
-                f"{self._url} was trained by {start.servers} servers before it was resumed with {partitions}. A run "
-                "cannot be replayed across a change of the number of servers, because each journal is of one partition"
+                f"{self._url} was trained by {counted(start.servers, 'server')} before it was resumed "
+                f"with {partitions}. A run cannot be replayed across a change of the number of servers, because each "
+                "journal is of one partition"
             )
 
     def to_read(self, newest: dict[int, int], branches: bool) -> list[tuple[_Start, int]]:
@@ -379,7 +383,10 @@ def _check_records(path: str, records: NDArray[np.void], incarnation: int, parti
 
 
 def _check_forks(run: RunDirectory, journal: IncarnationJournal) -> None:
-    """Raise an error unless only a journal that continues from a checkpoint has a fork, as its first record."""
+    """Raise an error if a journal's forks do not agree with its origin.
+
+    A journal that continues from a checkpoint has exactly one fork, as its first record. Any other journal has none.
+    """
     kinds = np.concatenate([np.zeros(0, np.uint8), *(segment.records["kind"] for segment in journal.segments)])
     forks = np.flatnonzero(kinds == RecordKind.FORK).tolist()
     if forks != ([] if journal.origin is None else [0]) and (journal.in_lineage or len(kinds)):

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from psgd.core.server.journal import OUTCOMES, RECORD, RecordKind
 from psgd.errors import JournalError
 from psgd.replay.lineage import IncarnationJournal
+from psgd_workers.counting import counted
 from psgd_workers.gradients.sender import TAKEN
-from psgd_workers.messages import Version
+from psgd_workers.messages import BatchId, Version
 
 __all__ = ["NO_PUSH", "Pushes"]
 
@@ -111,7 +112,7 @@ def _versions(contents: NDArray[np.int64]) -> tuple[Version, ...]:
 def _contradiction(one: NDArray[np.int64], other: NDArray[np.int64]) -> str:
     """Return a message about two records of one push, given their `_contents`."""
     texts = [
-        f"batch {tuple(contents[:3].tolist())} of {contents[3]} examples, computed from versions "
+        f"{BatchId(*contents[:3].tolist()).text} of {counted(int(contents[3]), 'example')}, computed from versions "
         f"{list(map(tuple, _versions(contents)))}"
         for contents in (one, other)
     ]

@@ -37,8 +37,9 @@ from psgd.spec import Settings
 from psgd.store.checkpoints import Checkpoints, Manifest
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
+from psgd_workers.counting import counted
 from psgd_workers.gradients.layout import Layout
-from psgd_workers.messages import FloatArray
+from psgd_workers.messages import BatchId, FloatArray
 from psgd_workers.spec import NoCompression
 
 __all__ = ["Replay", "replay"]
@@ -60,7 +61,8 @@ class Replay:
 
     def __str__(self) -> str:
         """Return the result in one line, for people."""
-        counts = f"{self.pushes} pushes of {self.incarnations} incarnations, {self.updates} updates"
+        pushes = f"{counted(self.pushes, 'push', 'pushes')} of {counted(self.incarnations, 'incarnation')}"
+        counts = f"{pushes}, {counted(self.updates, 'update')}"
         match self.agrees:
             case True:
                 verdict = f"checkpoint {self.checkpoint} agrees bit for bit"
@@ -98,7 +100,7 @@ def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = No
     job = OpenJob.open(spec)
     _check(run, job, manifest, until)
     states = [checkpoint.state(partition) for partition in range(manifest.partitions)]
-    # Abandoned branches are needed if other servers used gradients computed from them, and if workers remember what
+    # Abandoned branches are needed in two cases: other servers used gradients computed from them, or workers keep what
     # compression left out.
     branches = manifest.partitions > 1 or not isinstance(spec.compression, NoCompression)
     lineages = [read_lineage(run, manifest, partition, branches) for partition in range(manifest.partitions)]
@@ -142,7 +144,8 @@ def _check(run: RunDirectory, job: OpenJob, manifest: Manifest, until: int | Non
         raise ModelError(f"the model of {url} has other tensors than the model that was trained: restore its code")
     if until is not None and until > manifest.updates:
         raise JournalError(
-            f"--until {until}: the newest checkpoint of {url} has {manifest.updates} updates: give at most that many"
+            f"--until {until}: the newest checkpoint of {url} has {counted(manifest.updates, 'update')}: give "
+            "at most that many"
         )
 
 
@@ -153,10 +156,10 @@ def _check_batches(run: RunDirectory, job: OpenJob, segment: NDArray[np.void]) -
     known = pushes["shard"] < len(sizes)
     known &= pushes["index"] < sizes[np.minimum(pushes["shard"], len(sizes) - 1)]
     if not known.all():
-        epoch, shard, index = pushes[~known][["epoch", "shard", "index"]][0].tolist()
+        batch = BatchId(*pushes[~known][["epoch", "shard", "index"]][0].tolist())
         raise JournalError(
-            f"the journal of {run.storage.url} names batch {index} of shard {shard} in epoch {epoch}, which its job "
-            "does not have: the journal belongs to another run. Restore it"
+            f"the journal of {run.storage.url} names {batch.text}, which its job does not have: the journal belongs to "
+            "another run. Restore it"
         )
 
 

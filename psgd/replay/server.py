@@ -142,7 +142,7 @@ class ReplayServer:
         return self._server.state()
 
     def start(self) -> None:
-        """Go to the first record. Call `expect` for every version that will be read before this."""
+        """Go to the first record. Before this, `expect` must have been called for every version that will be read."""
         self._go_to_next()
 
     def _go_to_next(self) -> None:
@@ -177,7 +177,10 @@ class ReplayServer:
     # Versions that gradients were computed from
 
     def expect(self, read: Version) -> None:
-        """Announce a gradient that was computed from this version. Its weights are kept once the replay reaches it."""
+        """Announce a gradient that was computed from this version.
+
+        The weights of the version are kept once the replay reaches it.
+        """
         self._pending_reads[read] += 1
 
     def weights_at(self, version: Version) -> FloatArray | None:

@@ -219,7 +219,7 @@ class _Answers(Protocol):
 
 
 class _DirectAnswers:
-    """Sends each answer in the calling thread, for answers without weights.
+    """Sends answers without weights, each in the calling thread.
 
     If the worker reads its answers, the socket's buffer always has room for another header, so sending never waits.
     """
@@ -252,7 +252,7 @@ class _DirectAnswers:
 
 
 class _QueuedAnswers:
-    """Sends answers in a thread of its own, as fast as the worker reads them, for answers with weights."""
+    """Sends answers with weights, in a thread of its own, as fast as the worker reads them."""
 
     def __init__(self, frames: FrameStream, stream: socket.socket) -> None:
         self.fault = ""  # text, because an exception's traceback would keep the worker's memory alive

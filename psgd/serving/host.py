@@ -170,7 +170,10 @@ class ServerHost:
                 if self._snapshot is wanted:
                     self._snapshot = None
         if not wanted.done():
-            raise StorageError(f"no round closed within {timeout_s} s, and the state within a round cannot be saved")
+            raise StorageError(
+                f"no round closed within {timeout_s} s, and the state within a round cannot be saved: raise "
+                "failure.timeout_s, or find the worker that keeps the round open"
+            )
         return wanted.result()
 
 

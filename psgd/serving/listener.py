@@ -324,8 +324,9 @@ class Listener:
         expected = (self._host.server.version.incarnation, self._num_parameters, shared)
         if (hello.incarnation, hello.num_parameters, hello.shared) != expected or not 0 < hello.slots <= MAX_SLOTS:
             raise FrameError(
-                f"{hello.worker} has {hello.slots} slots and (incarnation, values, shared) = "
-                f"{(hello.incarnation, hello.num_parameters, hello.shared)}; expected 1 to {MAX_SLOTS} and {expected}"
+                f"{hello.worker} has (incarnation, values, shared) = "
+                f"{(hello.incarnation, hello.num_parameters, hello.shared)}, expected {expected}; its number of slots "
+                f"is {hello.slots}, expected 1 to {MAX_SLOTS}"
             )
 
 

@@ -55,6 +55,7 @@ from psgd.simulation.observer import ClusterObserver
 from psgd.simulation.problem import Problem, Timing
 from psgd.simulation.worker import RunningComputations, Validation, VirtualWorker
 from psgd.spec import JobSpec
+from psgd_workers.counting import counted
 from psgd_workers.loop import PipelineSlot
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Version
 
@@ -68,8 +69,8 @@ class VirtualCheckpoint(NamedTuple):
     """A committed checkpoint."""
 
     states: tuple[ServerState, ...]  # by partition
-    number: int  # of the checkpoint
-    updates: int  # of the weights
+    number: int  # number of the checkpoint
+    updates: int  # number of updates in the weights
     requeued: int  # number of pushes requeued by the run so far
 
 
@@ -209,7 +210,7 @@ class VirtualCluster(VirtualClock):
         )
 
     def stop(self) -> None:
-        """Ask the coordinator to end the run in good order."""
+        """Ask the coordinator to save the run and end it."""
         self.after(0.0, self._tell, Stop("stopped"))
 
     def kill_driver(self) -> None:
@@ -298,8 +299,8 @@ class VirtualCluster(VirtualClock):
             return states[partition]
         if reason := disagreement(states):
             raise ResumeError(
-                f"a checkpoint of {len(states)} servers cannot be cut for {len(self.parts)}: {reason}. "
-                f"Resume it with {len(states)} servers"
+                f"a checkpoint of {counted(len(states), 'server')} cannot be cut for {len(self.parts)}: {reason}. "
+                f"Resume it with {counted(len(states), 'server')}"
             )
         return repartition(states, self._partitions[partition])
 

@@ -30,6 +30,7 @@ from psgd.simulation.simulate import (
 from psgd.spec import JobSpec, SimulateConfig
 from psgd.spec.reader import as_spec, parse_spec
 from psgd.store.storage import Storage
+from psgd_workers.counting import counted
 
 __all__ = ["run"]
 
@@ -62,11 +63,14 @@ def run(
         job = _with_one_epoch(job) if section.model else job
         result = simulate(name, job, workload, scenario, section.until)
         results.append(result)
-        line = f"simulated {name}: {result.updates} updates in {result.time_s:.4g} virtual s; {result.status}"
+        line = (
+            f"simulated {name}: {counted(result.updates, 'update')} in {result.time_s:.4g} virtual s; {result.status}"
+        )
         console.print(line, soft_wrap=True)
     console.print(_table(results))
     if html:
-        lead = f"{workers} workers, {_describe(section.delays)} virtual seconds a gradient, seed {section.seed}."
+        delays = f"{_describe(section.delays)} virtual seconds a gradient"
+        lead = f"{counted(workers, 'worker')}, {delays}, seed {section.seed}."
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(comparison.page(results, lead), encoding="utf-8")
         console.print(f"figures: {html}", soft_wrap=True)

@@ -25,6 +25,7 @@ from psgd.spec import (
     MeasuredDelays,
     SlowDelays,
 )
+from psgd_workers.counting import counted
 
 __all__ = ["Constant", "Delays", "Exponential", "Gamma", "Linear", "Lognormal", "Measured", "Slow", "build_delays"]
 
@@ -138,7 +139,7 @@ class Measured:
         """Collect the compute times in a journal, with its workers in the order of their numbers.
 
         Args:
-            records: journal records of dtype `psgd.core.server.journal.RECORD`.
+            records: journal records, with the fields of `psgd.core.server.journal.RECORD`.
 
         Raises:
             SpecError: no record holds the compute time of a gradient.
@@ -149,8 +150,8 @@ class Measured:
         names, owners = np.unique(timed["worker"], return_inverse=True)
         if not len(names):
             raise SpecError(
-                f"none of the journal's {len(records)} records holds the compute time of a gradient: name a run that "
-                "trained on at least one batch"
+                f"the journal has {counted(len(records), 'record')}, none of which holds the compute time of a "
+                "gradient: name a run that trained on at least one batch"
             )
         # In numerical order: worker-2 comes before worker-10.
         numbered = sorted(range(len(names)), key=lambda owner: (len(names[owner]), names[owner]))

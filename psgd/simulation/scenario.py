@@ -21,7 +21,7 @@ class Scenario:
     link_s: float = 0.0  # transfer of a gradient to the server; the same again for the weights on their way back
     crash_s: float | None = None  # mean time between two crashes, over all workers; None: no worker crashes
     join_s: float = 0.0  # mean time until a worker joins, at the start and after a crash
-    seed: int = 0  # of the delays, crashes and joins
+    seed: int = 0  # seed of the delays, crashes and joins
 
     @classmethod
     def of(cls, section: SimulateConfig, workers: int, delays: Delays) -> Scenario:

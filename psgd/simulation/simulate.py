@@ -59,7 +59,7 @@ class SimulationResult:
     name: str
     status: str
     metric: str
-    value: float  # of the metric, at the end
+    value: float  # value of the metric, at the end
     time_s: float
     updates: int
     examples: int  # number of examples applied
@@ -71,7 +71,7 @@ class SimulationResult:
     staleness: dict[str, float | None]  # mean, p50, p95, max
     staleness_counts: dict[int, int]  # staleness -> number of gradients
     shares: dict[str, float]  # worker -> its share of the gradients in the weights
-    crashes: int  # of workers
+    crashes: int  # number of crashes of workers
     curve: tuple[Point, ...]
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from psgd.simulation.problem import Problem
 from psgd.spec import JobSpec, ScalingConfig
 from psgd.spec.changes import override_spec
 from psgd.spec.reader import as_spec
+from psgd_workers.counting import counted
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray
 from psgd_workers.models import build_model
 
@@ -41,7 +42,7 @@ LEAST_SLOPE = 1e-2  # shortest direction that is checked, relative to the length
 SLOPE_TOLERANCE = 0.02  # largest relative difference; kinks of the loss and float32 do not allow a much smaller one
 BIG_BATCH_TOLERANCE = 1e-4  # largest difference, relative to the largest change of a weight: sums in another order
 GRADIENTS = 60  # approximate number of gradients that all checks together compute for each batch of the trial epoch
-MOST_BATCHES = 64  # largest number of batches in the trial epoch
+MAX_TRIAL_BATCHES = 64  # largest number of batches in the trial epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class _Trial:
         self._worker.gradient(BatchId(0, 0, 0), job.weights, out)
         affordable = limit_s / (perf_counter() - began) / GRADIENTS
         whole = job.shards.grid.batches_per_shard[0]
-        num_batches = int(max(2, min(whole, MOST_BATCHES, affordable)))
+        num_batches = int(max(2, min(whole, MAX_TRIAL_BATCHES, affordable)))
         grid = job.shards.grid
         examples = sum(grid.examples(BatchId(0, 0, index)) for index in range(num_batches))
         self._grid = EpochGrid((num_batches,), examples, grid.batch_size, (examples,))
@@ -267,7 +268,8 @@ class _Trial:
         random = np.random.default_rng(0)
         status = self._run(spec, faults=Crashes(lambda: float(random.exponential(1.5)), seed=1)).status
         counts = status.ledger
-        observed = f"{counts.applied} applied, {counts.batches} different, {status.charged_failures} workers killed"
+        killed = counted(status.charged_failures, "worker")
+        observed = f"{counts.applied} applied, {counts.batches} different, {killed} killed"
         return observed, counts.applied == counts.batches == self.num_batches
 
     # References

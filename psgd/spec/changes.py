@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from psgd.errors import SpecError
 from psgd.spec.job import JobSpec
 from psgd.spec.reader import parse_spec, with_setting
+from psgd_workers.counting import counted
 
 __all__ = ["change_settings", "change_workers", "override_spec"]
 
@@ -76,7 +77,7 @@ def change_workers(spec: JobSpec, workers: str) -> JobSpec:
         raise SpecError(f"expected a number of workers, such as 4, not {workers!r:.80}")
     tree = spec.model_dump(mode="json")
     tree["scaling"]["workers"] = int(workers)
-    return parse_spec(tree, f"the job with {workers} workers")
+    return parse_spec(tree, f"the job with {counted(int(workers), 'worker')}")
 
 
 def _changed(before: JobSpec, after: JobSpec) -> Iterator[str]:

@@ -20,6 +20,7 @@ from psgd.spec.correction import (
 )
 from psgd.spec.optimizer import OptimizerSpec, SgdOptimizer
 from psgd.spec.scaling import ScalingConfig
+from psgd_workers.counting import counted
 
 __all__ = ["faults"]
 
@@ -41,15 +42,19 @@ def faults(
 
 
 def _too_few_workers(consistency: ConsistencySpec, workers: int) -> Iterator[str]:
+    have = counted(workers, "worker")
     match consistency:
         case KSyncConsistency(k=k) if k > workers:
-            yield f"consistency.k is {k}, but there are {workers} workers: lower k, or raise scaling.workers"
+            yield f"consistency.k is {k}, but the job has {have}: lower k, or raise scaling.workers"
         case BackupConsistency(b=b) if b >= workers:
-            yield f"consistency.b is {b}, which leaves none of {workers} workers: lower b, or raise scaling.workers"
+            yield (
+                f"consistency.b is {b}, but the job has {have}, and at least one must be left: lower b, or raise "
+                "scaling.workers"
+            )
         case SoftsyncConsistency(s=s) if s > workers:
             yield (
-                f"consistency.s is {s}, but there are {workers} workers, and s can be at most that: lower s, or "
-                "raise scaling.workers"
+                f"consistency.s is {s}, but the job has {have}, and s can be at most that: lower s, or raise "
+                "scaling.workers"
             )
 
 

@@ -83,8 +83,8 @@ class DanaCorrection(_Correction):
 
 
 class RescaledCorrection(_Correction):
-    """The learning rate of a gradient is proportional to the mean time that its worker computes on a gradient, so that
-    a fast worker, which sends more gradients, does not count more than a slow one."""
+    """The learning rate of a gradient is proportional to the mean time that its worker takes for a gradient, so that a
+    fast worker, which sends more gradients, does not count more than a slow one."""
 
     name: Literal["rescaled"]
     """The kind of correction."""

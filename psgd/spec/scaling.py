@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Strict, Tag, model_validator
 
+from psgd_workers.counting import counted
 from psgd_workers.spec import Count, Spec, Whole, whole
 
 __all__ = ["ScalingConfig", "WorkerRange"]
@@ -87,7 +88,7 @@ class ScalingConfig(Spec):
             )
         if last - first + 1 < self.servers:
             raise ValueError(
-                f"ports [{first}, {last}] has {last - first + 1} ports, but all {self.servers} servers may run on one "
-                "node and need a port each: widen ports, or lower servers"
+                f"ports [{first}, {last}] has {counted(last - first + 1, 'port')}, but all {self.servers} servers may "
+                "run on one node and need a port each: widen ports, or lower servers"
             )
         return self

@@ -53,7 +53,7 @@ class CheckpointWriter:
     def _why_unfit(self, checkpoint: Checkpoint) -> str | None:
         """Return the reason why a checkpoint cannot be the origin; None if it can.
 
-        A checkpoint that is newer than the one which the run was resumed from belongs to a history that was given up.
+        A checkpoint that this driver neither resumed from nor committed may belong to a history that was given up.
         """
         return None if checkpoint.manifest.name in self.committed else "is not part of this run's history"
 

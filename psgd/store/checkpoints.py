@@ -2,7 +2,7 @@
 
 A checkpoint is whole if and only if its file COMMITTED exists and the checksums in it hold.
 
-    checkpoints/000007-2/        checkpoint 7, written by incarnation 2
+    checkpoints/000007-2/        checkpoint 7, written while the newest server was incarnation 2
       server-0.safetensors       weights, optimizer state and applied sets of partition 0
       server-0.json              versions and counts of partition 0
       COMMITTED                  the Manifest, which the driver writes last
@@ -33,6 +33,7 @@ from psgd.errors import CheckpointError, DamagedFileError, StorageError
 from psgd.jsontext import parse_json, to_json
 from psgd.spec import Settings
 from psgd.store.storage import Storage
+from psgd_workers.counting import counted
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import FloatArray
 from psgd_workers.spec import Spec
@@ -65,9 +66,9 @@ class Manifest(Spec):
     incarnation: int
     """Incarnation of the newest server when the checkpoint was written."""
     updates: int
-    """Steps contained in the weights, of the partition with the fewest."""
+    """Number of steps in the partition that has the fewest."""
     epochs: int
-    """Complete epochs, of the partition with the fewest."""
+    """Number of epochs that are complete in every partition."""
     seed: int
     """Seed of the job."""
     spec_hash: str
@@ -103,7 +104,7 @@ def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArr
         run: the folder of the run.
         checkpoint: name of the checkpoint.
         state: state of the server.
-        journal: records of type `psgd.core.server.journal.RECORD`.
+        journal: records of the dtype that `psgd.core.server.journal.record_type` returns.
 
     Returns:
         The names and checksums of the files.
@@ -174,7 +175,7 @@ class Checkpoint:
         states = self.states()
         if reason := disagreement(states):
             raise CheckpointError(
-                f"checkpoint {self.manifest.name} cannot be repartitioned for {servers} servers: {reason}"
+                f"checkpoint {self.manifest.name} cannot be repartitioned for {counted(servers, 'server')}: {reason}"
             )
         return repartition(states, partition)
 
@@ -255,12 +256,12 @@ class Checkpoints:
                 checkpoint = self.open(name)
             except (CheckpointError, StorageError) as error:
                 faults.append(str(error))
-                refused(f"{error}; the one before it is tried")
+                refused(f"{error}; psgd tries the previous checkpoint")
                 continue
             whole = True
             if (reason := why_unfit(checkpoint) if why_unfit else None) is None:
                 return checkpoint
-            refused(f"checkpoint {name} {reason}; the one before it is tried")
+            refused(f"checkpoint {name} {reason}; psgd tries the previous checkpoint")
         if faults and not whole:
             raise CheckpointError(f"every checkpoint in {self._run.url} is damaged: {'; '.join(faults)}")
         return None
@@ -340,7 +341,7 @@ def load_weights(path: str | PathLike[str], averaged: bool = False) -> dict[str,
 
     Args:
         path: directory of a run, or of one checkpoint inside it, as a string, a `Path` or an fsspec URL.
-        averaged: True to return the moving average that `optimizer.ema` asks for instead of the weights themselves.
+        averaged: True to return the moving average of the weights (see `optimizer.ema`), False to return the weights.
 
     Returns:
         A float32 array for each tensor name, including buffers.

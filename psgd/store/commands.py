@@ -1,8 +1,8 @@
 """Commands for a run that trains: files that `psgd stop`, `set` and `scale` write into `commands/` of its directory.
 
 The entries of this folder are not trusted, because any process may write there. The driver takes out a few entries at a
-time, reads only regular files of bounded size, and refuses with a reason every entry that is no command for it. See
-`Storage.take_out`.
+time, reads only regular files of bounded size, and refuses every other entry, and every file that is no command for it,
+with a reason. See `Storage.take_out`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Resuming: the choice of the checkpoint that a run continues from, and the checks that it may."""
+"""Resuming: chooses the checkpoint that a run continues from, and checks that the job may continue from it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from psgd.spec import JobSpec
 from psgd.spec.reader import parse_spec
 from psgd.store.checkpoints import Checkpoint, Checkpoints, Manifest
 from psgd.store.run_directory import RunDirectory
+from psgd_workers.counting import counted
 
 __all__ = ["check_checkpoint", "find_checkpoint", "with_settings"]
 
 
 def find_checkpoint(run: RunDirectory, spec: JobSpec, refused: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that the job's number of servers can continue from.
+    """Return the newest checkpoint from which the job can continue with its number of servers.
 
     A checkpoint of another number of servers can be repartitioned if all its partitions contain the same batches.
 
@@ -52,14 +53,15 @@ def find_checkpoint(run: RunDirectory, spec: JobSpec, refused: Callable[[str], N
         if reason is None:
             return None
         misfits.append(manifest)
-        return f"is of {manifest.partitions} servers and cannot be repartitioned for {servers}, because {reason}"
+        origin = counted(manifest.partitions, "server")
+        return f"is of {origin} and cannot be repartitioned for {servers}, because {reason}"
 
     checkpoint = Checkpoints(run.storage).newest(refused, why_unfit)
     if checkpoint is None and misfits:
         raise ResumeError(
-            f"no checkpoint of {run.storage.url} can be repartitioned for {servers} servers: in each, the partitions "
-            f"contain different batches. Resume with scaling.servers={misfits[0].partitions}, end the run in good "
-            f"order (by `psgd stop`, or at an epoch's end), and then resume with {servers} servers"
+            f"no checkpoint of {run.storage.url} can be repartitioned for {counted(servers, 'server')}: in each, the "
+            f"partitions contain different batches. Resume with scaling.servers={misfits[0].partitions}, end the run "
+            f"by `psgd stop` or at the end of an epoch, and then resume with {counted(servers, 'server')}"
         )
     if checkpoint is None:
         _check_never_committed(run)

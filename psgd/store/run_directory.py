@@ -2,7 +2,7 @@
 
 spec.yaml        the job as it was given
 resolved.json    the job with every default
-env.json         versions of Python and of the packages that ran it
+env.json         versions of Python and of the packages that the run uses
 owner            the driver that may commit
 events.jsonl     events of the run, with their causes
 metrics.jsonl    metrics over time
@@ -159,7 +159,7 @@ class RunDirectory:
             self.is_ours = False
             raise OwnershipError(
                 f"the run in {self.storage.url} was taken over by process {found.pid} on {found.host}; "
-                "this driver stops and commits nothing"
+                "this driver stops and commits nothing more"
             )
         if found.incarnation < self._owner.incarnation:  # the write failed when the server was started
             self.storage.write("owner", _json(asdict(self._owner)))

@@ -108,8 +108,10 @@ class Storage:
     def take_out(self, folder: str, number: int, most_bytes: int, taken: set[str]) -> list[TakenFile]:
         """Take entries out of a folder that any process may write to.
 
-        Regular files are read, unless they are too large, and deleted. Links, folders and pipes are moved into
-        `refused/` and never opened. Files whose name begins with a dot are left alone: they are still being written.
+        Regular files are read and then deleted; the content of a file that is too large is not returned. Links,
+        folders and pipes are never opened. On a disk they are moved into `refused/`. In an object store, an entry that
+        is not a file stays where it is. Files whose name begins with a dot are left alone, because they are still being
+        written.
 
         Args:
             folder: name of the folder, which need not exist.
@@ -182,7 +184,7 @@ class Storage:
     def _put(self, path: str, data: bytes) -> None:
         """Write a file in one request of an object store.
 
-        An open file would not do: closing it after a fault would leave half of its content there.
+        Writing through an open file is not safe: after a fault, closing it would leave half of its content there.
         """
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         self._fs.pipe_file(path, data)

@@ -101,7 +101,7 @@ def test_a_second_driver_goes_on_from_what_the_first_saved_until_then(
 
 def test_a_batch_that_kills_its_workers_is_named_or_done_without(tmp_path: Path) -> None:
     model = {"kind": "python", "path": "tests.support.faulty_models:poisoned", "kwargs": {"row": 100}}
-    with pytest.raises(RunFailedError, match=r"BatchId\(epoch=0, shard=0, index=\d+\) was tried 2 times"):
+    with pytest.raises(RunFailedError, match=r"batch \d+ of shard 0 in epoch 1 was tried 2 times"):
         psgd.train(job(tmp_path, 1, model=model, failure={"poison_tries": 2}), name="fails", progress=False)
     failure = {"poison": "skip", "poison_tries": 2}
     result = psgd.train(job(tmp_path, 1, model=model, failure=failure), name="skips", progress=False)

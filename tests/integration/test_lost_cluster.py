@@ -65,7 +65,7 @@ def test_a_model_that_only_the_driver_can_import_fails_the_run_once(psgd: Comman
     options = ("--set", "model={kind: python, path: 'ours:build'}", "--set", "run.epochs=1")
     failed = psgd.run("train", DIGITS, *options, PYTHONDONTWRITEBYTECODE="1", PYTHONPATH=with_path(psgd))
     assert failed.returncode == 3, failed.stderr
-    assert "could not be built on its machine" in failed.stderr
+    assert "could not begin to work on its machine" in failed.stderr
     assert "No module named 'ours'" in failed.stderr
     run = psgd.folder / "runs" / "digits"
     assert recorded(run, "worker_lost")[0]["died"] is False

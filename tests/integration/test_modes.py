@@ -113,7 +113,7 @@ def test_settings_change_while_a_run_trains_and_a_resumed_one_keeps_them(tmp_pat
     assert [event["accepted"] for event in recorded(run, "command")] == [True, False, False, True]
     reasons = [event["reason"] for event in recorded(run, "command") if not event["accepted"]]
     assert "data.batch_size cannot change while the job runs" in reasons[0]
-    assert "consistency.k is 9, but there are 3 workers" in reasons[1]
+    assert "consistency.k is 9, but the job has 3 workers" in reasons[1]
 
     (result,) = results
     assert result.ledger.batches == result.ledger.applied

@@ -47,7 +47,7 @@ FORBIDDEN = [
         "The core imports no disk, network, thread, process or clock", "psgd/core/server/tally.py", "import threading"
     ),
     Forbidden(
-        "The core imports four modules of psgd_workers",
+        "The core imports five modules of psgd_workers",
         "psgd/core/server/tally.py",
         "from psgd_workers.transport import frames",
     ),

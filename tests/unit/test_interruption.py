@@ -81,7 +81,7 @@ def work():
     return interruption.requested
 """)
     assert (done.returncode, done.stdout) == (0, "saved\nreturned True\n")
-    assert done.stderr == "psgd: interrupted: the run is saved. The same signal again ends it at once\n"
+    assert done.stderr == "psgd: interrupted: the run is saved. The same signal again ends psgd at once\n"
 
 
 def test_the_same_signal_again_does_not_wait_and_another_one_does() -> None:

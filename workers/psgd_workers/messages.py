@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd_workers.counting import counted
+
 __all__ = [
     "BatchId",
     "BatchRange",
@@ -42,11 +44,16 @@ class BatchId(NamedTuple):
     shard: int  # from 0
     index: int  # type: ignore[assignment]  # in its shard, from 0; hides tuple.index
 
+    @property
+    def text(self) -> str:
+        """Return the batch's name for people. Epochs are counted from 1, as in all output; the other numbers from 0."""
+        return f"batch {self.index} of shard {self.shard} in epoch {self.epoch + 1}"
+
 
 class Version(NamedTuple):
     """The version of one server's partition. Later versions compare greater."""
 
-    incarnation: int  # increases by one whenever the server is started or restored
+    incarnation: int  # number of this start or restoration, counted over the whole run; a later one has a higher number
     updates: int  # optimizer steps contained in the weights; continues to count after a restart
 
 
@@ -105,7 +112,9 @@ class EpochGrid:
     def batch(self, epoch: int, position: int) -> BatchId:
         """Return the batch at a position of an epoch: the inverse of `position`."""
         if not 0 <= position < self.num_batches:
-            raise IndexError(f"position {position} is outside an epoch of {self.num_batches} batches")
+            raise IndexError(
+                f"position {position} is outside an epoch of {counted(self.num_batches, 'batch', 'batches')}"
+            )
         shard = bisect_right(self._ends, position)
         return BatchId(epoch, shard, position - self._starts[shard])
 
@@ -172,14 +181,14 @@ class Gradient(NamedTuple):
     """
 
     worker: str
-    slot: int  # of the worker's pipeline, from 0
+    slot: int  # slot of the worker's pipeline, from 0
     number: int  # counts the pushes of that slot, from 1
     batch: BatchId
     examples: int  # number of examples in the batch
     read: Version  # version of this partition that the gradient was computed from
     values: FloatArray | Encoded  # [partition size]; if encoded, [number of trained values in the partition]
-    loss: float  # mean over the batch's examples
-    norm: float  # Euclidean, of the trained tensors over all partitions; inf or nan if any value is not finite
+    loss: float  # mean loss over the batch's examples
+    norm: float  # Euclidean norm of the trained tensors over all partitions; inf or nan if any value is not finite
     compute_s: float  # seconds spent backpropagating
     buffers: FloatArray | None = None  # with an encoded gradient: gradient of the partition's buffers
     weights_read: FloatArray | None = None  # [partition size]; sent if the job's correction needs it

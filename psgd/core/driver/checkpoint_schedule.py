@@ -1,4 +1,4 @@
-"""When a checkpoint is due, and the progress of the one that is being written."""
+"""The times at which checkpoints are due, and the progress of the one that is being written."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class CheckpointSchedule:
         self._config = config
         self._partitions = partitions
         self._number = number
-        self._parts: dict[int, Saved] | None = None  # partition -> its written part; None if none is being written
+        self._parts: dict[int, Saved] | None = (
+            None  # partition -> its written part; None: no checkpoint is being written
+        )
         self._begun_updates = saved_updates or 0  # updates when the newest attempt began; the attempt may have failed
         self.saved_updates = saved_updates
         self.saved_epochs = saved_epochs

@@ -52,6 +52,7 @@ from psgd.core.driver.status_reader import StatusReader
 from psgd.core.driver.workers import LEASE_S, LEAST_SILENCE_TIMEOUT_S, WorkerRecord, WorkerTable
 from psgd.result import Status
 from psgd.spec import JobSpec, Settings
+from psgd_workers.counting import counted
 from psgd_workers.messages import BatchId, EpochGrid
 
 __all__ = ["Coordinator"]
@@ -208,13 +209,13 @@ class Coordinator:
             case Evaluated(_, epochs, evaluation):
                 self._evaluations.done(worker, epochs, evaluation, now)
             case EvaluationLost(_, epochs):
-                self._evaluations.cancelled(worker, epochs, now)
+                self._evaluations.evaluation_lost(worker, epochs, now)
 
     def _on_worker_lost(self, worker: WorkerRecord, event: WorkerLost, now: float) -> None:
-        """Remove a worker whose process is gone. Fail the run if the model could not be built on the first workers."""
+        """Remove a worker whose process is gone. Fail the run if one of the first workers could not begin to work."""
         if not event.died and not self._enough_were_up:
             self._fail(
-                f"the model of {worker.name} could not be built on its machine, but was built on the driver's: "
+                f"{worker.name} could not begin to work on its machine, although its model was built on the driver's: "
                 f"{event.cause}. Install the modules that the model needs on every machine, or send them with the job "
                 "(psgd submit --py-module FOLDER)"
             )
@@ -279,7 +280,7 @@ class Coordinator:
             self._actions += self._leasing.call_off()
 
     def _on_restored(self, partition: int, absent_s: float, batches_lost: int, now: float) -> None:
-        """Bring a restored server up to date: its checkpoint lacks new settings, live workers and skipped batches.
+        """Send a restored server the settings, live workers and skipped batches that its checkpoint may lack.
 
         Workers could not push while it was absent, so the time limits for their silence start again now.
 
@@ -316,9 +317,13 @@ class Coordinator:
         """Skip a poison batch, or fail the run because of it."""
         self._failure_counts.count("poison")
         tries = self._poison_tracker.tries(batch)
-        cause = f"{batch} was tried {tries} times, and each time its worker died or its gradient was not finite"
+        attempts = f"{batch.text} was tried {counted(tries, 'time')}"
+        cause = f"{attempts}, and each time its worker died or its gradient was not finite"
         if self._spec.failure.poison == "fail":
-            self._fail(f"{cause}. Check the examples of this batch, or set failure.poison to skip")
+            self._fail(
+                f"{cause}. Check the examples of this batch (shards and their batches are counted from 0), or set "
+                "failure.poison to skip"
+            )
             return
         self._note("poison_skipped", batch=batch, tries=tries)
         self._actions += self._poison_tracker.skips(self._ledger)
@@ -332,8 +337,8 @@ class Coordinator:
             self._rejected_before = rejected
         if rejected - self._rejected_before > self._spec.failure.max_rejected:
             self._fail(
-                f"training diverged: {rejected - self._rejected_before} gradients were not finite, and "
-                f"failure.max_rejected is {self._spec.failure.max_rejected}. Lower optimizer.lr, or set "
+                f"training diverged: {counted(rejected - self._rejected_before, 'gradient')} had values that are not "
+                f"finite, and failure.max_rejected is {self._spec.failure.max_rejected}. Lower optimizer.lr, or set "
                 "optimizer.max_grad_norm"
             )
 
@@ -349,11 +354,13 @@ class Coordinator:
                 self._finish_unsaved(event.cause)
 
     def _finish_unsaved(self, cause: str) -> None:
-        reached = f"{self._servers.updates} updates and {self._servers.epochs} complete epochs"
+        epochs = counted(self._servers.epochs, "complete epoch")
+        reached = f"{counted(self._servers.updates, 'update')} and {epochs}"
         self._finish = self._finish or Finish(
             "unsaved",
             f"training reached {reached}, but the last checkpoint could not be written: {cause}; "
-            f"{self._checkpoints.status.text}. Repair the storage, then continue from there with --resume",
+            f"{self._checkpoints.status.text}. Repair the storage; --resume then continues from the newest checkpoint, "
+            "or from the beginning if there is none",
         )
 
     def _change(self, settings: Settings) -> None:
@@ -370,7 +377,7 @@ class Coordinator:
             self._failure_counts.died(next(iter(worker.leases)), worker.name, now, suspicious)
         for lease in list(worker.leases):
             self._close(worker, lease, now)
-        self._evaluations.lost(worker)
+        self._evaluations.worker_lost(worker)
         if worker.joined:
             self._actions.append(Leave(worker.name))
         self._worker_table.remove(worker.name)

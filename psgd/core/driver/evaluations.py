@@ -76,10 +76,10 @@ class Evaluations:
         if not self._close(worker, epochs, now):
             self.results[epochs] = evaluation
 
-    def cancelled(self, worker: WorkerRecord, epochs: int | None, now: float) -> None:
-        """Close an evaluation without a result: the weights were lost with their server.
+    def evaluation_lost(self, worker: WorkerRecord, epochs: int | None, now: float) -> None:
+        """Close an evaluation without a result: a server does not have the weights any more.
 
-        An evaluation is requested again when the epoch is complete again.
+        If the epoch has to be trained again, its evaluation is requested again at its end.
         """
         self._close(worker, epochs, now)
 
@@ -92,7 +92,7 @@ class Evaluations:
             self._void.remove((worker.name, epochs))
         return void
 
-    def lost(self, worker: WorkerRecord) -> None:
+    def worker_lost(self, worker: WorkerRecord) -> None:
         """Request a lost worker's evaluations again, before all others. Drop evaluations of rolled back weights."""
         void = [epochs for name, epochs in self._void if name == worker.name]
         self._void = [(name, epochs) for name, epochs in self._void if name != worker.name]

@@ -96,7 +96,7 @@ class WorkerLost:
     worker: str
     cause: str
     preempted: bool = False  # True if its node was taken away on purpose: this counts as no failure
-    died: bool = True  # False if its model could not be built
+    died: bool = True  # False if it never began to work: its model or runtime environment could not be built
 
 
 @dataclass(frozen=True, slots=True)

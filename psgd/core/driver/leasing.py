@@ -16,9 +16,9 @@ from psgd_workers.messages import Lease
 
 __all__ = ["Leasing"]
 
-TAKEOVER_S = 1.0  # seconds of work left from which a lease may be shared; reports are too rare to measure less
+TAKEOVER_S = 1.0  # least work left in a lease that may be shared, in seconds; reports are too rare to measure less
 SEARCH_INTERVAL_S = 0.25  # seconds between two searches for such a lease; a search costs 1 ms with 1,000 workers
-TAKEOVER_FACTOR = 4  # work left from which a lease may be shared, in batch times of the idle worker
+TAKEOVER_FACTOR = 4  # least work left in such a lease, in batch times of the idle worker; the larger limit counts
 
 
 class Leasing:

@@ -39,7 +39,7 @@ class _Closed:
     """A closed lease whose batches are in doubt."""
 
     positions: Positions
-    stamp: int  # of its closing
+    stamp: int  # stamp of its closing
     unreported: frozenset[int]  # partitions that have not reported since
 
 
@@ -128,7 +128,7 @@ class Ledger:
         return self._lease(np.concatenate([own, self._first_pending(0, start, batches - len(own))]))
 
     def _first_pending(self, start: int, stop: int, batches: int) -> Positions:
-        """Return the first pending positions of a range, at most `batches`. Search by pieces, as epochs are long."""
+        """Return the first pending positions of a range, at most `batches`. Search in pieces: epochs are long."""
         found: list[Positions] = []
         piece = max(WINDOW, 2 * batches)
         while batches > 0 and start < stop:

@@ -1,4 +1,4 @@
-"""Poison: batches that are skipped because too many attempts to apply them failed."""
+"""Poison: batches at which too many attempts failed."""
 
 from __future__ import annotations
 

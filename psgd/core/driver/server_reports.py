@@ -59,7 +59,10 @@ class ServerReports:
 
     @property
     def pushes(self) -> int:
-        """Return the number of pushes in this process to the partition with the most, over all its servers."""
+        """Return the largest number of pushes that a partition has received since this process started.
+
+        Pushes to all servers that held the partition count.
+        """
         return max(self._pushes.values())
 
     def start(self, partition: int) -> list[Action]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from psgd.result import LedgerCounts
+from psgd_workers.counting import counted
 from psgd_workers.messages import Evaluation
 
 __all__ = [
@@ -36,7 +37,7 @@ class WorkerStatus:
     name: str
     phase: WorkerPhase  # waiting: its receipt is held back until other workers have pushed
     joined: bool  # True if the servers count it as live
-    pushes: int  # number of pushes since it last joined, by the newest reports
+    pushes: int  # number of pushes since it last joined, according to the newest reports
     leases: int  # leases that it has
     leased: int  # batches in these leases
     batch_s: float | None  # smoothed seconds per batch; None until it has finished a lease
@@ -80,7 +81,8 @@ class CheckpointStatus:
         """Return a clause about the newest checkpoint, for messages."""
         if self.updates is None:
             return "nothing is saved"
-        return f"the newest checkpoint contains {self.updates} updates and {self.epochs} complete epochs"
+        epochs = counted(self.epochs, "complete epoch")
+        return f"the newest checkpoint contains {counted(self.updates, 'update')} and {epochs}"
 
 
 @dataclass(frozen=True, slots=True)

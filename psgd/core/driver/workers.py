@@ -16,7 +16,7 @@ __all__ = ["WorkerRecord", "WorkerTable"]
 LEASE_S = 2.0  # seconds of work in a lease: long compared with a call (1 ms), short enough to repeat after a death
 LEAST_LEASE_S = 0.03  # least seconds of work in a lease: a change to the next lease takes a worker some ms
 FIRST_LEASE = 16  # batches in a lease of a worker whose speed is unknown
-AHEAD = 2  # most leases of a worker: the one at work and one queued
+AHEAD = 2  # largest number of leases of a worker: the one at work and one queued
 SILENCE_FACTOR = 20  # a worker is given up if it is silent for this many times the duration of the longest batch
 EVALUATION_FACTOR = 10  # an evaluation may take this many times `failure.timeout_s`
 LEAST_BATCH_S = 1e-6  # least measured seconds per batch: a clock may stand still
@@ -36,7 +36,7 @@ class WorkerRecord:
     lease_began: float = 0.0  # time at which the lease at work began
     evaluations: list[int | None] = field(default_factory=list)  # names of the weights that it evaluates
     batch_s: float | None = None  # smoothed seconds per batch
-    pushes: dict[int, int] = field(default_factory=dict)  # partition -> its pushes, by the newest report
+    pushes: dict[int, int] = field(default_factory=dict)  # partition -> number of its pushes, in the newest report
     residual_norm: float = 0.0  # norm of the values that compression left out of its pushes, at its newest lease's end
     lane_failures: int = 0  # number of lane failures in a row
     called_off: int = -1  # newest cancelled lease; it and older ones may end early

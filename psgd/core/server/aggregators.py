@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.server.state import Vectors
+from psgd.core.server.state import VectorCounts
 from psgd_workers.messages import BatchId, FloatArray
 
 __all__ = [
@@ -57,7 +57,7 @@ class Contribution(NamedTuple):
 
 
 class Aggregator(Protocol):
-    """Port: collects the gradients of one round after another, for one partition."""
+    """Interface of the aggregators, which collect the gradients of one round after another, for one partition."""
 
     keeps: bool  # True if it keeps the gradients themselves until the step; a state cannot contain its open round
 
@@ -73,7 +73,7 @@ class Aggregator(Protocol):
     def close(self) -> Step:
         """Return the mean of the open round, and begin the next round."""
 
-    def vectors(self, workers: int, scaled: bool) -> Vectors:
+    def vectors(self, workers: int, scaled: bool) -> VectorCounts:
         """Return the number of vectors that the aggregator keeps.
 
         Args:
@@ -140,9 +140,9 @@ class OneGradient(_Collector):
             values = _scale_into(self._scratch, values, self._trainable, contribution.scale, 1.0)
         return Step(values, contribution.weight, [contribution.member])
 
-    def vectors(self, workers: int, scaled: bool) -> Vectors:
+    def vectors(self, workers: int, scaled: bool) -> VectorCounts:
         """Count one vector for the scaled gradient."""
-        return Vectors(1 if scaled else 0)
+        return VectorCounts(1 if scaled else 0)
 
 
 class RoundMean(_Collector):
@@ -182,9 +182,9 @@ class RoundMean(_Collector):
         self._mean /= len(round_)
         return Step(self._mean, weight, members)
 
-    def vectors(self, workers: int, scaled: bool) -> Vectors:
+    def vectors(self, workers: int, scaled: bool) -> VectorCounts:
         """Count the mean and a scratch vector. The gradients of the round are memory of their senders."""
-        return Vectors(2 if scaled or workers > 1 else 0)
+        return VectorCounts(2 if scaled or workers > 1 else 0)
 
 
 class RunningMean(_Collector):
@@ -218,9 +218,9 @@ class RunningMean(_Collector):
         self._members = []
         return step
 
-    def vectors(self, workers: int, scaled: bool) -> Vectors:
+    def vectors(self, workers: int, scaled: bool) -> VectorCounts:
         """Count the sum, which a state contains, and a scratch vector."""
-        return Vectors(2, 1)
+        return VectorCounts(2, 1)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return `sum` `[partition size]` and its members; nothing if the round is empty."""
@@ -328,9 +328,9 @@ class TableMean(_Collector):
         self.table.clear()
         return step
 
-    def vectors(self, workers: int, scaled: bool) -> Vectors:
+    def vectors(self, workers: int, scaled: bool) -> VectorCounts:
         """Count a sum for each worker, which a state contains, the mean, and a scratch vector."""
-        return Vectors(workers + 2, workers)
+        return VectorCounts(workers + 2, workers)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return the sums and counts of the table."""
@@ -410,13 +410,13 @@ class RingleaderTables(_Collector):
         self._table.clear()
         self._table, self._next = self._next, self._table
 
-    def vectors(self, workers: int, scaled: bool) -> Vectors:
+    def vectors(self, workers: int, scaled: bool) -> VectorCounts:
         """Count the sums of two tables, which a state contains, and a mean and a scratch vector for each table.
 
         The next table never has the sum of the worker that is owed the last step on the present one.
         """
         sums = 2 * workers - 1
-        return Vectors(sums + 4, sums)
+        return VectorCounts(sums + 4, sums)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return both tables, the workers that are owed a step, and the worker that pushed last."""

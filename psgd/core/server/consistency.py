@@ -44,7 +44,7 @@ class Round:
 
 
 class Consistency(Protocol):
-    """Port: one consistency mode of one server. Except `aggregator`, no method changes anything."""
+    """Interface of the consistency modes of a server. Except `aggregator`, no method changes anything."""
 
     def aggregator(self, size: int, trainable: int) -> Aggregator:
         """Build the aggregator that collects the rounds of this mode.

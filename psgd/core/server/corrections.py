@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.core.server.optimizers import Watch
-from psgd.core.server.state import Vectors
+from psgd.core.server.state import VectorCounts
 from psgd.spec import (
     CorrectionSpec,
     DanaCorrection,
@@ -31,7 +31,7 @@ __all__ = ["Correction", "build_correction"]
 
 
 class Correction(Protocol):
-    """Port: one correction, for the trained values `[size]` of one partition."""
+    """Interface of the corrections of a server, for the trained values `[size]` of its partition."""
 
     rate: float  # η of the optimizer before its schedule; set by the server whenever the settings change
     elementwise: bool  # True if `correct` changes values
@@ -74,7 +74,7 @@ class Correction(Protocol):
     def leave(self, worker: str) -> None:
         """Forget the statistics of a worker that is idle, gone or dead."""
 
-    def vectors(self, workers: int) -> Vectors:
+    def vectors(self, workers: int) -> VectorCounts:
         """Return the number of vectors that the correction keeps.
 
         Args:
@@ -116,9 +116,9 @@ class Plain:
     def leave(self, worker: str) -> None:
         """No-op: there are no statistics of single workers."""
 
-    def vectors(self, workers: int) -> Vectors:
+    def vectors(self, workers: int) -> VectorCounts:
         """Count no vector."""
-        return Vectors(0)
+        return VectorCounts(0)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return nothing."""
@@ -194,9 +194,9 @@ class DcAsgd(Plain):
         out += values
         return out
 
-    def vectors(self, workers: int) -> Vectors:
+    def vectors(self, workers: int) -> VectorCounts:
         """Count two scratch vectors and, if adaptive, the running mean. Only the running mean is saved."""
-        return Vectors(2) if self._squares is None else Vectors(3, 1)
+        return VectorCounts(2) if self._squares is None else VectorCounts(3, 1)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return `squares` `[size]`, the running mean, if adaptive."""
@@ -261,9 +261,9 @@ class GapAware(Plain):
         squares *= self.DECAY
         squares += scratch
 
-    def vectors(self, workers: int) -> Vectors:
+    def vectors(self, workers: int) -> VectorCounts:
         """Count two scratch vectors and the running mean. Only the running mean is saved."""
-        return Vectors(3, 1)
+        return VectorCounts(3, 1)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return `squares` `[size]`, the running mean, and its number of `steps`."""
@@ -323,9 +323,9 @@ class Dana(Plain):
             for velocity in self._velocities.values():
                 self._sum += velocity
 
-    def vectors(self, workers: int) -> Vectors:
+    def vectors(self, workers: int) -> VectorCounts:
         """Count a velocity for each worker, their sum, and a scratch vector."""
-        return Vectors(workers + 2)
+        return VectorCounts(workers + 2)
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return nothing: to a restored server all workers are new."""

@@ -23,7 +23,7 @@ __all__ = ["RECORD", "Journal", "RecordKind", "plain", "record_type"]
 RECORD = np.dtype(  # one record of a run with a single partition
     [
         ("kind", "u1"),  # a RecordKind
-        ("outcome", "u1"),  # of a push: number in OUTCOMES
+        ("outcome", "u1"),  # number of the push's outcome in OUTCOMES
         ("worker", "S16"),
         ("slot", "u1"),  # slot, number and carries name a push, as in `Gradient`
         ("number", "<u8"),

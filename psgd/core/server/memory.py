@@ -6,7 +6,7 @@ from psgd.core.server.consistency import build_consistency
 from psgd.core.server.corrections import build_correction
 from psgd.core.server.optimizers import build_optimizer
 from psgd.core.server.parameter_server import KEPT_EPOCHS
-from psgd.core.server.state import Vectors
+from psgd.core.server.state import VectorCounts
 from psgd.spec import JobSpec
 
 __all__ = ["FLOAT32", "server_memory"]
@@ -36,7 +36,7 @@ def server_memory(spec: JobSpec, size: int, workers: int, connected: int = 0) ->
     return FLOAT32 * size * vectors
 
 
-def _parts(spec: JobSpec, workers: int) -> list[Vectors]:
+def _parts(spec: JobSpec, workers: int) -> list[VectorCounts]:
     """Return the vectors of each part that lives as long as the server."""
     optimizer = spec.optimizer
     # These parts are built only to read their number of vectors; with size 0 they take no memory.
@@ -45,11 +45,11 @@ def _parts(spec: JobSpec, workers: int) -> list[Vectors]:
     elementwise = correction.elementwise or optimizer.clip_value is not None
     copies = workers if aggregator.keeps else 1  # number of decoded or corrected gradients at the same time
     return [
-        Vectors(1, 1),  # the weights
-        Vectors(1 if correction.shifts else 0),  # shifted weights that workers pull
-        Vectors(1, 1) if optimizer.ema is not None else Vectors(0),
-        Vectors(copies if elementwise else 0),
-        Vectors(0) if spec.compression.name == "none" else Vectors(copies + 1 if aggregator.keeps else 1),
+        VectorCounts(1, 1),  # the weights
+        VectorCounts(1 if correction.shifts else 0),  # shifted weights that workers pull
+        VectorCounts(1, 1) if optimizer.ema is not None else VectorCounts(0),
+        VectorCounts(copies if elementwise else 0),
+        VectorCounts(0) if spec.compression.name == "none" else VectorCounts(copies + 1 if aggregator.keeps else 1),
         build_optimizer(optimizer, 0).vectors(),
         correction.vectors(workers),
         aggregator.vectors(workers, scaled=optimizer.max_grad_norm is not None and not elementwise),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.server.state import Vectors
+from psgd.core.server.state import VectorCounts
 from psgd.spec import (
     AdagradOptimizer,
     AdamOptimizer,
@@ -110,7 +110,7 @@ class Optimizer(ABC):
         """Update the state that changes once per step, and return the rule for its blocks."""
 
     @abstractmethod
-    def vectors(self) -> Vectors:
+    def vectors(self) -> VectorCounts:
         """Return the number of vectors that the rule keeps."""
 
     @abstractmethod
@@ -166,10 +166,10 @@ class Sgd(Optimizer):
             return velocity
         return np.add(gradient, np.multiply(velocity, self._momentum, out=scratch), out=scratch)
 
-    def vectors(self) -> Vectors:
+    def vectors(self) -> VectorCounts:
         """Count the velocity, if there is momentum."""
         kept = 1 if self._spec.momentum else 0
-        return Vectors(kept, kept)
+        return VectorCounts(kept, kept)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return `velocity` `[size]`: v, after the first step with momentum."""
@@ -209,9 +209,9 @@ class Adagrad(Optimizer):
         np.sqrt(u, out=u)
         return np.divide(gradient, u, out=u)
 
-    def vectors(self) -> Vectors:
+    def vectors(self) -> VectorCounts:
         """Count the accumulator."""
-        return Vectors(1, 1)
+        return VectorCounts(1, 1)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return `accumulator` `[size]`: s."""
@@ -276,9 +276,9 @@ class Adam(Optimizer):
         square += scratch
         return mean, square
 
-    def vectors(self) -> Vectors:
+    def vectors(self) -> VectorCounts:
         """Count both means."""
-        return Vectors(2, 2)
+        return VectorCounts(2, 2)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return `mean` and `square` `[size]`: m and v; and `steps` `[1]`, int64: t."""
@@ -332,9 +332,9 @@ class DelayedNesterov(Optimizer):
         total[:] = 0
         return u
 
-    def vectors(self) -> Vectors:
+    def vectors(self) -> VectorCounts:
         """Count the velocity and the sum."""
-        return Vectors(2, 2)
+        return VectorCounts(2, 2)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return `velocity` `[size]`, `sum` `[size]` and `pushes` `[1]`, int64.

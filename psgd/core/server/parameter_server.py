@@ -39,6 +39,7 @@ from psgd.core.server.state import ServerState
 from psgd.core.server.tally import Tally
 from psgd.errors import WeightsNotKeptError
 from psgd.spec import JobSpec, Settings
+from psgd_workers.counting import counted
 from psgd_workers.gradients.compression import decode
 from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
 
@@ -435,8 +436,8 @@ class ParameterServer:
         if epochs not in self._epoch_weights:
             kept = ", ".join(map(str, sorted(self._epoch_weights))) or "none"
             raise WeightsNotKeptError(
-                f"the weights after {epochs} epochs are not kept; epochs kept: {kept} (a server keeps those of the "
-                f"{KEPT_EPOCHS} newest epochs that it completed)"
+                f"the weights after {counted(epochs, 'epoch')} are not kept; epochs kept: {kept} (a server keeps "
+                f"those of the {KEPT_EPOCHS} newest epochs that it completed)"
             )
         return self._epoch_weights[epochs].copy()
 

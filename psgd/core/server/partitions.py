@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from psgd.errors import SpecError
+from psgd_workers.counting import counted
 
 __all__ = ["Partition", "partition_weights"]
 
@@ -40,8 +41,8 @@ def partition_weights(num_parameters: int, num_trainable: int, servers: int) -> 
     """
     if num_parameters < servers:
         raise SpecError(
-            f"scaling.servers is {servers}, but the model has {num_parameters} parameters, and every server "
-            f"needs at least one: set scaling.servers to {num_parameters} or less"
+            f"scaling.servers is {servers}, but the model has {counted(num_parameters, 'parameter')}, and every "
+            f"server needs at least one: set scaling.servers to {num_parameters} or less"
         )
     unit = LINE if num_parameters >= LINE * servers else 1
     units, more = divmod(num_parameters // unit, servers)  # the first `more` slices get a unit more

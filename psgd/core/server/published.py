@@ -12,7 +12,7 @@ __all__ = ["PrivateVector", "Published"]
 
 
 class Published(Protocol):
-    """Port: a vector that tells its readers when it changes."""
+    """Interface of a vector that tells its readers when it changes."""
 
     values: FloatArray  # [partition size]
 

@@ -7,6 +7,7 @@ import numpy as np
 from psgd.core.server.partitions import Partition
 from psgd.errors import PushRefusedError
 from psgd.spec import JobSpec
+from psgd_workers.counting import counted
 from psgd_workers.errors import EncodingError
 from psgd_workers.gradients.compression import decode
 from psgd_workers.messages import Encoded, EpochGrid, FloatArray, Gradient, Version
@@ -76,7 +77,9 @@ class PushCheck:
                 f"{len(per_shard)}, and an index below the number of the shard's batches"
             )
         if gradient.examples != (expected := self._grid.examples(gradient.batch)):
-            raise PushRefusedError(f"{gradient.batch} was pushed with {gradient.examples} examples; it has {expected}")
+            raise PushRefusedError(
+                f"{gradient.batch} was pushed with {counted(gradient.examples, 'example')}; it has {expected}"
+            )
 
     def _check_name(self, gradient: Gradient) -> None:
         """Refuse a push whose name or versions do not fit into the journal's fields."""

@@ -1,6 +1,6 @@
 """Learning-rate schedules: the rate as a function of the number of examples that a partition has applied or skipped.
 
-This number is saved with the weights, so partitions, restarts and late joiners agree on the rate.
+This number is saved with the weights, so all partitions agree on the rate, also after a restart.
 """
 
 from __future__ import annotations

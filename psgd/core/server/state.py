@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-__all__ = ["ServerState", "Vectors"]
+__all__ = ["ServerState", "VectorCounts"]
 
 
-class Vectors(NamedTuple):
+class VectorCounts(NamedTuple):
     """A number of float32 vectors, each as long as the partition's slice of the weights."""
 
-    held: int  # most vectors that are in memory at the same time
-    saved: int = 0  # number of them that a state contains
+    held: int  # largest number of vectors in memory at the same time
+    saved: int = 0  # number of these vectors that a state contains
 
 
 @dataclass(frozen=True, slots=True)

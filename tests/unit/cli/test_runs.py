@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -59,8 +60,37 @@ def test_set_leaves_the_settings_for_the_driver(psgd: Any, run: RunDirectory) ->
 def test_scale_takes_the_number_of_workers_after_the_name(psgd: Any, run: RunDirectory) -> None:
     code, out, _ = psgd("scale", "iris", "4")
     assert code == 0
-    assert "asked iris to use 4 workers" in out
+    assert "asked iris to use 4 workers; `psgd logs iris` shows" in out
     assert commands(run) == [("scale", ["4"])]
+
+
+@pytest.mark.parametrize(
+    ("words", "follow"),
+    [
+        (["stop", "iris"], "psgd status iris"),
+        (["set", "iris", "optimizer.lr=5"], "psgd logs iris"),
+        (["scale", "iris", "1"], "psgd logs iris"),
+    ],
+)
+def test_the_command_that_shows_the_effect_looks_in_the_same_storage(
+    psgd: Any, run: RunDirectory, words: list[str], follow: str
+) -> None:
+    folder = run.storage.url.rpartition("/")[0]
+    assert f"; `{follow} --storage {folder}` shows" in psgd(*words, "--storage", folder)[1]
+    assert f"; `{follow}` shows" in psgd(*words)[1]
+
+
+def test_after_a_stop_on_a_cluster_the_status_is_that_of_the_cluster(
+    psgd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        "psgd.cluster.jobs.Jobs", lambda address: SimpleNamespace(stop=lambda run: asked.append((address, run)))
+    )
+    url = "http://head:8265"
+    code, out, _ = psgd("stop", "iris", "--address", url)
+    assert (code, asked) == (0, [(url, "iris")])
+    assert out == f"asked iris to stop; `psgd status iris --address {url}` shows when it has stopped\n"
 
 
 COMMANDS = [["stop", "iris"], ["set", "iris", "optimizer.lr=5"], ["scale", "iris", "4"]]

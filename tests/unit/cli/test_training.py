@@ -53,7 +53,7 @@ def test_a_missing_job_file_is_refused_with_exit_2(psgd: Any) -> None:
 @pytest.mark.parametrize(
     ("status", "code", "told"),
     [
-        ("finished", 0, "finished iris: 1 epochs, 5 updates"),
+        ("finished", 0, "finished iris: 1 epoch, 5 updates"),
         ("stopped", 0, "--resume continues it"),
         ("interrupted", 130, "--resume continues it"),
         ("failed", 3, "worker-0 [red]: scripted"),
@@ -102,7 +102,7 @@ def test_names_and_paths_are_printed_as_they_are(
     monkeypatch.setattr("psgd.cluster.run.run_job", lambda *arguments, **options: ended)
     code, _, err = psgd("train", "job.yaml", "--storage", name)
     assert code == (3 if status == "failed" else 0)
-    assert f"{status} {name}: 1 epochs" in err
+    assert f"{status} {name}: 1 epoch," in err
     assert f"runs/{name}\n" in err
     assert f"cannot write {name}\n" in err
 
@@ -146,7 +146,7 @@ main()
         (
             "submit",
             [
-                "psgd: interrupted: the job is submitted first. The same signal again ends it at once",
+                "psgd: interrupted: the job is submitted first. The same signal again ends psgd at once",
                 f"psgd: {CONTINUES}",
             ],
         ),

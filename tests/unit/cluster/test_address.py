@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from psgd.cluster import address as address_module
 from psgd.cluster.address import find_address
 from psgd.errors import ClusterError
 
@@ -72,6 +73,26 @@ def test_a_dashboards_port_is_recognised() -> None:
     with (
         answering(b"", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n") as port,
         pytest.raises(ClusterError, match=rf"HTTP server answers.*psgd submit .* http://127\.0\.0\.1:{port}$"),
+    ):
+        find_address(f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(
+    ("answer", "given"),
+    [
+        (b"-ERR unknown command\r\n", r"it sent b'-ERR unknown"),  # Redis
+        (b"SSH-2.0-OpenSSH_9.2\r\n", r"it sent b'SSH-2\.0"),
+        (b"", r"it sent nothing within 0\.1 s"),
+    ],
+)
+def test_another_program_at_the_port_is_refused_because_ray_would_wait_for_it_for_ever(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes, given: str
+) -> None:
+    monkeypatch.setattr(address_module, "ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    with (
+        answering(b"", answer) as port,
+        pytest.raises(ClusterError, match=f"the process there is not Ray's head: {given}"),
     ):
         find_address(f"127.0.0.1:{port}")
 

@@ -150,7 +150,7 @@ def test_output_is_passed_on_until_the_run_has_succeeded(server: JobServer, caps
 def test_a_refusal_is_printed_once(server: JobServer, capsys: pytest.CaptureFixture[str]) -> None:
     server.output = "psgd: no data\n"
     server.details = {"status": JobStatus.FAILED, "message": REFUSAL, "driver_exit_code": 2}
-    with pytest.raises(InputError, match="its driver refused the job") as refused:
+    with pytest.raises(InputError, match="its driver refused the training job") as refused:
         Jobs(ADDRESS).wait("raysubmit_1", "run")
     assert (capsys.readouterr().err + str(refused.value)).count("no data") == 1
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from psgd.core.driver.checkpoint_schedule import PAUSES_S
 from psgd.core.driver.events import Action, Stop
 from psgd.core.driver.status import RunStatus
-from psgd.monitoring.observer import METRICS_S, Observer
+from psgd.monitoring.observer import METRICS_S, RunObserver
 from psgd.monitoring.progress import Display
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.observer import ClusterObserver
@@ -33,14 +33,14 @@ class Observed(InProcess):
         self.told: list[str] = []
         self.directory = RunDirectory(Storage(str(folder)))
         display = Display(spec, Console(quiet=True))
-        self.observer = Observer(self.directory, display, self.told.append, 0.0)
+        self.observer = RunObserver(self.directory, display, self.told.append, 0.0)
         super().__init__(spec, GRID, START, quadratic, observers=[Shown(self.observer)], **options)
 
 
 class Shown(ClusterObserver):
     """Lets an observer read the coordinator's status after each of its actions."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: RunObserver) -> None:
         self._observer = observer
 
     def acted(self, cluster: VirtualCluster, action: Action) -> None:

@@ -206,7 +206,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another() -> None:
         ("async,,bsp", "one of them is empty"),
         ("bsp,bsp", "two of the modes are named 'bsp': give different modes"),
         ("ringmaster", r"simulate\.modes\.0\.consistency\.r: missing"),
-        ("k_sync:k=9", "mode k_sync:k=9: .*\n  consistency.k is 9, but there are 4 workers"),
+        ("k_sync:k=9", "mode k_sync:k=9: .*\n  consistency.k is 9, but the job has 4 workers"),
         ("ringmaster:r", "expected FIELD=VALUE, such as r=32, in the mode 'ringmaster:r', not 'r'"),
         ("ringmastr:r=3", r"simulate\.modes\.0\.consistency\.mode: .* did you mean 'ringmaster'"),
         ("bsp:correction=staleness_lr", "does nothing in mode bsp"),

@@ -92,7 +92,7 @@ def test_a_change_of_nothing_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        (["consistency.mode=k_sync", "consistency.k=9"], "consistency.k is 9, but there are 4 workers"),
+        (["consistency.mode=k_sync", "consistency.k=9"], "consistency.k is 9, but the job has 4 workers"),
         (["consistency.mode=bsp"], "correction staleness_lr does nothing in mode bsp"),
         (["optimizer.lr=0"], "expected a number above 0, not 0"),
         (["consistency.mode=lockstep"], "lockstep"),

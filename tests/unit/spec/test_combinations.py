@@ -37,9 +37,13 @@ def correction(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fits", "wrong", "message"),
     [
-        (mode("k_sync", k=4), mode("k_sync", k=5), "consistency.k is 5, but there are 4 workers: lower k, or raise"),
-        (mode("backup", b=3), mode("backup", b=4), "consistency.b is 4, which leaves none of 4 workers: lower b"),
-        (mode("softsync", s=4), mode("softsync", s=5), "consistency.s is 5, but there are 4 workers"),
+        (mode("k_sync", k=4), mode("k_sync", k=5), "consistency.k is 5, but the job has 4 workers: lower k, or raise"),
+        (
+            mode("backup", b=3),
+            mode("backup", b=4),
+            "consistency.b is 4, but the job has 4 workers, and at least one must be left: lower b",
+        ),
+        (mode("softsync", s=4), mode("softsync", s=5), "consistency.s is 5, but the job has 4 workers"),
     ],
 )
 def test_a_mode_that_counts_workers_needs_enough(fits: dict[str, Any], wrong: dict[str, Any], message: str) -> None:

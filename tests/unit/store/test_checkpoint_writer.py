@@ -151,5 +151,5 @@ def test_a_newer_one_of_a_branch_that_was_given_up_is_passed_over(run: RunDirect
     assert resumed.committed == ["000000-1"]
     assert origin(resumed) == "000000-1"
     assert recorded(run, "checkpoint_refused") == [
-        "checkpoint 000001-1 is not part of this run's history; the one before it is tried"
+        "checkpoint 000001-1 is not part of this run's history; psgd tries the previous checkpoint"
     ]

@@ -267,7 +267,7 @@ def test_every_file_may_be_cut_short_anywhere(run: Storage, file: str) -> None:
         assert newest.manifest.name == "000001-1"
         assert told == [
             f"checkpoint 000002-1: {file} is missing, or its checksum is not the committed one; "
-            "the one before it is tried"
+            "psgd tries the previous checkpoint"
         ]
 
 
@@ -279,7 +279,7 @@ def test_a_newer_format_gives_way_to_the_one_before_and_this_is_told(run: Storag
     newest = Checkpoints(run).newest(refused=told.append)
     assert newest is not None
     assert newest.manifest.name == "000001-1"
-    assert "has format 2, and this psgd reads format 1: use the psgd that wrote it; the one before" in told[0]
+    assert "has format 2, and this psgd reads format 1: use the psgd that wrote it; psgd tries the previous" in told[0]
 
 
 def test_pruning_takes_what_a_crash_left_unfinished(run: Storage) -> None:

@@ -16,6 +16,7 @@ from psgd.spec import JobSpec
 from psgd.store.checkpoints import Checkpoints, write_part
 from psgd.store.resuming import check_checkpoint, find_checkpoint
 from psgd.store.run_directory import RunDirectory
+from psgd_workers.counting import counted
 from psgd_workers.messages import Version
 from tests.support.recorded_run import digits, run_directory
 from tests.unit.store.test_checkpoints import fail, manifest
@@ -106,7 +107,7 @@ def test_the_newest_that_can_be_cut_is_used_and_this_is_told(run: RunDirectory, 
     assert found.manifest.name == "000001-1"
     assert told == [
         "checkpoint 000002-1 is of 2 servers and cannot be repartitioned for 3, because partitions 0 and 1 made 8 and "
-        "9 updates; the one before it is tried"
+        "9 updates; psgd tries the previous checkpoint"
     ]
     same = find_checkpoint(run, spec(2), refused=fail)  # as many servers as the newest checkpoint has
     assert same is not None
@@ -167,6 +168,6 @@ def test_a_run_that_was_cut_anew_has_no_replay(run: RunDirectory, job: OpenJob, 
     resolved = json.loads(run.storage.read("resolved.json"))
     assert resolved["scaling"]["servers"] == 1
     with pytest.raises(
-        JournalError, match=rf"by {before} servers before it was resumed with {after}.*cannot be replayed"
+        JournalError, match=rf"by {counted(before, 'server')} before it was resumed with {after}.*cannot be replayed"
     ):
         replay(run)

@@ -122,7 +122,7 @@ def test_a_checkpoint_that_cannot_be_read_gives_way_and_this_is_told(faulty: Fau
     assert newest.manifest.name == "000001-1"
     (fault,) = told
     assert "000002-1" in fault
-    assert "OSError: gone; the one before it is tried" in fault
+    assert "OSError: gone; psgd tries the previous checkpoint" in fault
 
 
 def test_storage_of_which_nothing_can_be_read_is_told(faulty: FaultyFilesystem) -> None:

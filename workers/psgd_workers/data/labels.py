@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd_workers.counting import counted
 from psgd_workers.data.features import check_finite
 from psgd_workers.data.raw import RawArray
 from psgd_workers.errors import DataError
@@ -120,8 +121,8 @@ def _all_targets(parts: Sequence[RawArray]) -> list[NDArray[Any]]:
     for raw, values in zip(parts, targets, strict=True):
         if values.shape[1] != targets[0].shape[1]:
             raise DataError(
-                f"{raw.name} has {values.shape[1]} targets per example, but {parts[0].name} has {targets[0].shape[1]}; "
-                "give both parts the same number"
+                f"{raw.name} has {counted(values.shape[1], 'target')} per example, but {parts[0].name} has "
+                f"{targets[0].shape[1]}; give both parts the same number"
             )
     return targets
 

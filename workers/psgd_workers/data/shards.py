@@ -1,9 +1,9 @@
 """Assigns the training examples to batches: a function of the seed, the epoch and the shard, and of nothing else.
 
-The examples are permuted once at random and cut into shards. In each epoch every shard is shuffled separately. All
-random generators share the seed of the job, and differ in the `spawn_key` of their `SeedSequence`. (Entropy lists of
-different lengths are no replacement: NumPy pads them with zeros, so that `[seed]` and `[seed, 0, 0]` are the same
-stream.)
+With `shuffle`, the examples are permuted once at random before they are cut into shards, and in each epoch every shard
+is shuffled separately. Without it, the order of the file is kept. All random generators share the seed of the job, and
+differ in the `spawn_key` of their `SeedSequence`. (Entropy lists of different lengths are no replacement: NumPy pads
+them with zeros, so that `[seed]` and `[seed, 0, 0]` are the same stream.)
 
 References:
     https://numpy.org/doc/stable/reference/random/parallel.html
@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd_workers.counting import counted
 from psgd_workers.errors import DataError
 from psgd_workers.messages import BatchId, EpochGrid
 
@@ -106,10 +107,10 @@ def _check_sizes(num_examples: int, num_shards: int, batch_size: int) -> None:
     if num_examples == 0:
         raise DataError("there are no training examples; expected at least one")
     if num_shards > num_examples:
-        raise DataError(f"{num_examples} examples cannot fill {num_shards} shards; lower num_shards")
+        raise DataError(f"{counted(num_examples, 'example')} cannot fill {num_shards} shards; lower num_shards")
     smallest = num_examples // num_shards
     if batch_size > smallest:
         raise DataError(
-            f"batch_size {batch_size} is larger than a shard: {num_examples} examples in {num_shards} shards make "
-            f"shards of {smallest}; lower batch_size or num_shards"
+            f"batch_size {batch_size} is larger than a shard: {num_examples} examples in "
+            f"{counted(num_shards, 'shard')} make shards of {smallest}; lower batch_size or num_shards"
         )

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd_workers.counting import counted
 from psgd_workers.errors import EncodingError
 from psgd_workers.messages import Encoded, FloatArray
 from psgd_workers.spec import (
@@ -116,7 +117,7 @@ class TopK:
     def decode(encoded: Encoded, out: FloatArray) -> None:
         indices, values = _checked(encoded, (np.uint32, None), (np.float32, None))
         if len(indices) != len(values):
-            raise EncodingError(f"a top_k gradient has {len(indices)} indices for {len(values)} values")
+            raise EncodingError(f"a top_k gradient has {len(indices)} indices for {counted(len(values), 'value')}")
         if not (indices[1:] > indices[:-1]).all():
             raise EncodingError("the indices of a top_k gradient are not strictly ascending")
         if len(indices) and indices[-1] >= out.size:
@@ -201,7 +202,7 @@ def decode(encoded: Encoded, out: FloatArray) -> None:
     if decoder is None:
         raise EncodingError(f"a gradient is compressed as {encoded.kind!r}, expected one of {', '.join(DECODERS)}")
     if encoded.size != out.size:
-        raise EncodingError(f"a {encoded.kind} gradient has {encoded.size} values, expected {out.size}")
+        raise EncodingError(f"a {encoded.kind} gradient has {counted(encoded.size, 'value')}, expected {out.size}")
     decoder(encoded, out)
 
 
@@ -296,7 +297,7 @@ def _checked(encoded: Encoded, *expected: tuple[type[np.generic], int | None]) -
         expected_text = ", ".join(f"{kind.__name__}[{'k' if length is None else length}]" for kind, length in expected)
         found_text = ", ".join(f"{dtype}{list(shape)}" for dtype, shape in found) or "no arrays"
         raise EncodingError(
-            f"a {encoded.kind} gradient of {encoded.size} values has {found_text}, expected {expected_text}"
+            f"a {encoded.kind} gradient of {counted(encoded.size, 'value')} has {found_text}, expected {expected_text}"
         )
     return encoded.arrays
 

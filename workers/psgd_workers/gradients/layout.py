@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd_workers.counting import counted
 from psgd_workers.errors import ModelError
 from psgd_workers.messages import FloatArray
 
@@ -75,7 +76,8 @@ class Layout:
         """
         if flat.shape != (self.num_parameters,):
             raise ModelError(
-                f"a flat vector of shape {flat.shape} does not fit this layout of {self.num_parameters} values"
+                f"a flat vector of shape {flat.shape} does not fit this layout, which has "
+                f"{counted(self.num_parameters, 'value')}"
             )
         parts = zip(self.names, self._parts, self.shapes, strict=True)
         return {name: flat[part].reshape(shape) for name, part, shape in parts}

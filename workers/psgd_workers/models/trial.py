@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd_workers.counting import counted
 from psgd_workers.data.examples import Dataset
 from psgd_workers.errors import ModelError
 from psgd_workers.gradients.layout import Layout
@@ -91,9 +92,9 @@ class ModelTrial:
             ModelError: the model raised, violates the `Model` protocol, or its outputs do not fit the labels.
         """
         self._predict(first)
-        self._backpropagate(first, f"the first batch ({_examples_text(len(first))})", "")
+        self._backpropagate(first, f"the first batch ({counted(len(first), 'example')})", "")
         if len(smallest) < len(first):
-            batch = f"the smallest batch ({_examples_text(len(smallest))}, the last batch of a shard)"
+            batch = f"the smallest batch ({counted(len(smallest), 'example')}, the last batch of a shard)"
             self._backpropagate(
                 smallest, batch, ". Leave it out by `data.drop_last: true`, or choose another batch_size"
             )
@@ -139,7 +140,7 @@ class ModelTrial:
             outputs = self.model.predict(self.layout.views(self.weights.copy()), train.inputs(rows))
         except Exception as error:  # the user's model may raise any exception
             raise ModelError(
-                f"the model failed to predict the first batch ({_examples_text(len(rows))} of shape "
+                f"the model failed to predict the first batch ({counted(len(rows), 'example')} of shape "
                 f"{list(train.features.shape[1:])}): {_describe(error)}"
             ) from error
         self._check_outputs(np.shape(outputs), len(rows))
@@ -151,9 +152,9 @@ class ModelTrial:
         is_one_logit = self.loss is None and needed == 2 and found == 1  # above 0: the second class
         if found != needed and not (may_have_more and found > needed) and not is_one_logit:
             raise ModelError(
-                f"the model's outputs do not fit the labels: for {_examples_text(rows)} their shape is {list(shape)}, "
-                f"expected {[rows, needed]}, {meaning}. Give the model's last layer that many outputs, or choose "
-                "another loss"
+                f"the model's outputs do not fit the labels: for {counted(rows, 'example')} their shape is "
+                f"{list(shape)}, expected {[rows, needed]}, {meaning}. Give the model's last layer that many outputs, "
+                "or choose another loss"
             )
 
     def _needed_outputs(self) -> tuple[int, str]:
@@ -178,12 +179,8 @@ class ModelTrial:
             evaluate(self.model, self.layout.views(self.weights.copy()), validation[-last:])
         except Exception as error:  # the user's model may raise any exception
             raise ModelError(
-                f"the model failed to evaluate {_examples_text(last)} of the validation part: {_describe(error)}"
+                f"the model failed to evaluate {counted(last, 'example')} of the validation part: {_describe(error)}"
             ) from error
-
-
-def _examples_text(number: int) -> str:
-    return "1 example" if number == 1 else f"{number} examples"
 
 
 def _describe(error: Exception) -> str:

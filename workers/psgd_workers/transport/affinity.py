@@ -1,6 +1,6 @@
 """Processor affinity and scheduling of the calling thread.
 
-A server thread that runs on the processor of the worker that waits for it answers sooner."""
+A server thread answers sooner if it runs on the same processor as the worker that waits for the answer."""
 
 from __future__ import annotations
 

@@ -63,19 +63,19 @@ class Frame(NamedTuple):
 
     kind: FrameKind
     slot: int  # number of the worker's slot
-    code: int  # of a push: index in ENCODINGS; of a receipt: index in OUTCOMES
+    code: int  # index in ENCODINGS of a push's compression, or in OUTCOMES of a receipt's outcome
     wants: bool  # weights are wanted with the answer
-    incarnation: int  # of the server
-    payload: int  # bytes that follow the header
+    incarnation: int  # incarnation of the server
+    payload: int  # number of bytes that follow the header
     batch: BatchId = BatchId(0, 0, 0)
     examples: int = 0
-    version: Version = Version(0, 0)  # of a push: the version that it was computed from; of an answer: the server's
+    version: Version = Version(0, 0)  # version that a push was computed from, or that an answer's server has
     loss: float = 0.0
     norm: float = 0.0
     compute_s: float = 0.0
-    number: int = 0  # of a push; see `Gradient`
-    carries: int = 0  # of a push; see `Gradient`
-    processor: int = NOWHERE  # of a push on the shm lane: the processor on which the worker runs
+    number: int = 0  # number of a push; see `Gradient`
+    carries: int = 0  # field `carries` of a push; see `Gradient`
+    processor: int = NOWHERE  # processor on which the worker runs, in a push on the shm lane
 
     def pack(self) -> bytes:
         """Return the header as `HEADER_SIZE` bytes."""
@@ -123,7 +123,10 @@ class Frame(NamedTuple):
         if checksum != crc32(header[: FIELDS.size]):
             raise FrameError("the checksum of a frame's header is wrong")
         if kind not in KINDS or wants > 1:
-            raise FrameError(f"a frame of kind {kind} wants {wants}, expected a kind from 1 to {len(KINDS)} and 0 or 1")
+            raise FrameError(
+                f"a frame has kind {kind} and `wants` {wants}; expected a kind from 1 to {len(KINDS)}, and 0 or 1 in "
+                "`wants`"
+            )
         return cls(
             KINDS[kind],
             slot,
@@ -176,7 +179,7 @@ class Frame(NamedTuple):
 
 
 def pack_receipt(receipt: Receipt, slot: int, wants: bool, payload: int) -> bytes:
-    """Return the header of a receipt as bytes. Unlike `Frame.pack`, it builds no `Frame`, which takes as long again.
+    """Return the header of a receipt as bytes. It builds no `Frame`, unlike `Frame.pack`: that would double the time.
 
     Args:
         receipt: the receipt.

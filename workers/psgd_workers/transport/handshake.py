@@ -71,7 +71,7 @@ class Greeting(NamedTuple):
 class Hello(NamedTuple):
     """The worker's first message: its name, and the size of its memory."""
 
-    incarnation: int  # of the server that the worker expects
+    incarnation: int  # incarnation of the server that the worker expects
     num_parameters: int  # values of the whole weights
     slots: int  # slots of the worker's segment: batches that it may have in hand
     shared: bool  # the worker shares its segment

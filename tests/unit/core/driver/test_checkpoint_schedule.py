@@ -112,9 +112,9 @@ def test_a_run_whose_end_cannot_be_written_is_unsaved_and_says_what_is() -> None
     assert host.status.epochs == 1
     assert [checkpoint.updates for checkpoint in host.checkpoints] == [host.status.checkpoint.updates]
     assert host.finish.error == (
-        f"training reached {GRID.num_batches} updates and 1 complete epochs, but the last checkpoint could not be "
-        f"written: the disk is full; {host.status.checkpoint.text}. Repair the storage, then continue from "
-        "there with --resume"
+        f"training reached {GRID.num_batches} updates and 1 complete epoch, but the last checkpoint could not be "
+        f"written: the disk is full; {host.status.checkpoint.text}. Repair the storage; --resume then "
+        "continues from the newest checkpoint, or from the beginning if there is none"
     )
 
 

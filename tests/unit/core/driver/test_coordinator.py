@@ -57,7 +57,7 @@ def test_a_worker_that_cannot_be_built_fails_the_run_at_once() -> None:
     (finish,) = coordinator.handle(WorkerLost("worker-1", "ImportError: no my_model", died=False), 1.0)
     assert isinstance(finish, Finish)
     assert finish.status == "failed"
-    assert "the model of worker-1 could not be built on its machine" in str(finish.error)
+    assert "worker-1 could not begin to work on its machine" in str(finish.error)
     assert "ImportError: no my_model. Install the modules" in str(finish.error)
 
 

@@ -74,7 +74,7 @@ def test_what_a_lost_worker_was_at_goes_first_to_another(evaluations: Evaluation
         evaluations.want(epochs)
     evaluations.assign(now=1.0)
     evaluations.want(3)
-    evaluations.lost(worker_table.remove("worker-0"))
+    evaluations.worker_lost(worker_table.remove("worker-0"))
     assert [action.epochs for action in evaluations.assign(now=2.0)] == [1, 2, 3]
 
 
@@ -102,14 +102,14 @@ def test_what_a_dead_worker_did_in_vain_goes_to_nobody(evaluations: Evaluations,
     evaluations.want(3)
     (given,) = evaluations.assign(now=1.0)
     evaluations.forget(1)
-    evaluations.lost(worker_table.remove(given.worker))
+    evaluations.worker_lost(worker_table.remove(given.worker))
     assert (evaluations.open, evaluations.waiting) == (0, False)
 
 
 def test_one_that_did_not_begin_may_be_wanted_again(evaluations: Evaluations, worker_table: WorkerTable) -> None:
     evaluations.want(1)
     (given,) = evaluations.assign(now=1.0)
-    evaluations.cancelled(worker_table[given.worker], 1, now=2.0)
+    evaluations.evaluation_lost(worker_table[given.worker], 1, now=2.0)
     assert evaluations.open == 0
     evaluations.want(1)
     assert evaluations.waiting

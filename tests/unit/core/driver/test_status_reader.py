@@ -138,7 +138,7 @@ def test_a_failed_last_checkpoint_waits_for_the_storage() -> None:
     failed = next(status for status in run.statuses if status.waiting_for == ("storage",))
     assert (failed.checkpoint.retries, failed.checkpoint.fault) == (True, "the disk is full")
     assert failed.checkpoint.text == "nothing is saved"
-    assert run.status.checkpoint.text == f"the newest checkpoint contains {SIZE} updates and 1 complete epochs"
+    assert run.status.checkpoint.text == f"the newest checkpoint contains {SIZE} updates and 1 complete epoch"
 
 
 def test_workers_are_described_by_what_they_are_at() -> None:

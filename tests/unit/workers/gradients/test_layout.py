@@ -58,7 +58,7 @@ def test_writing_to_a_view_writes_to_the_vector() -> None:
 
 
 def test_a_vector_of_another_length_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"shape \(4,\) does not fit this layout of 3 values"):
+    with pytest.raises(ModelError, match=r"shape \(4,\) does not fit this layout, which has 3 values"):
         Layout.of({"a": np.zeros(3)}).views(np.zeros(4))
 
 

@@ -95,10 +95,10 @@ def test_a_header_of_another_length_is_refused(length: int) -> None:
     [
         (0, b"P", r"begins with b'Psgd' and format 1, expected b'psgd' and 1"),
         (4, b"\2", r"begins with b'psgd' and format 2"),
-        (5, b"\0", "of kind 0 .* a kind from 1 to 6"),
-        (5, b"\7", "of kind 7"),
-        (8, b"\2", "wants 2, expected .* 0 or 1"),
-        (9, b"\1", "wants 257"),
+        (5, b"\0", "has kind 0 .* a kind from 1 to 6"),
+        (5, b"\7", "has kind 7"),
+        (8, b"\2", "`wants` 2; expected .* 0 or 1"),
+        (9, b"\1", "`wants` 257"),
     ],
 )
 def test_what_no_frame_says_is_refused_whatever_its_checksum(place: int, value: bytes, message: str) -> None:

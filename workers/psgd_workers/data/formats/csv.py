@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd_workers.counting import counted
 from psgd_workers.data.file import open_file
 from psgd_workers.data.raw import RawArray, RawData, RawPart
 from psgd_workers.errors import DataError
@@ -100,7 +101,9 @@ def _preview(cells: list[str]) -> str:
 def _label_column(spec: CsvData, columns: list[str]) -> int:
     if isinstance(spec.label, int):
         if not -len(columns) <= spec.label < len(columns):
-            raise DataError(f"{spec.path} has no column {spec.label}; it has {len(columns)} columns, numbered from 0")
+            raise DataError(
+                f"{spec.path} has no column {spec.label}; it has {counted(len(columns), 'column')}, numbered from 0"
+            )
         return spec.label % len(columns)
     if columns.count(spec.label) > 1:
         raise DataError(
