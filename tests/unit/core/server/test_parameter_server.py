@@ -368,7 +368,7 @@ def test_long_gradients_are_clipped_as_torch_does(length: float) -> None:
     values = randoms(0)
     values *= np.float32(length) / np.linalg.norm(values)
     target = server(optimizer={"lr": 1.0, "max_grad_norm": 1.0})
-    target.push(push(FIRST, V0, values=values, norm=1e31), now=1.0)
+    target.push(push(FIRST, V0, values=values), now=1.0)
     parameter = torch.zeros(len(values), requires_grad=True)
     parameter.grad = torch.from_numpy(values.copy())
     torch.nn.utils.clip_grad_norm_([parameter], 1.0)
