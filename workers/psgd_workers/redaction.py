@@ -11,7 +11,11 @@ __all__ = ["redact"]
 
 HIDDEN = "***"
 LONGEST_USER = 2000  # characters of a user with its password
-USER = re.compile(rf"(?<=://)[^\s/?#@'\"<>]{{1,{LONGEST_USER}}}@(?=[^\s@])")
+# The second alternative: a colon without a port begins a password, which may contain a slash, although it should not.
+USER = re.compile(
+    rf"(?<=://)(?:[^\s/?#'\"<>]{{1,{LONGEST_USER}}}@(?=[^\s@])"
+    rf"|[^\s/?#@:'\"<>\[]{{0,{LONGEST_USER}}}:(?![0-9]*[\s/?#'\"<>])[^\s@'\"<>]{{0,{LONGEST_USER}}}@(?=[^\s@]))"
+)
 PARAMETER = re.compile(  # in a query: a name that contains one of these words, and its value
     r"([?&;][\w.~%-]{0,60}?(?:token|key|secret|passw|pwd|sig|credential|auth|session)[\w.~%-]{0,60}=)[^\s&;#'\"<>]+",
     re.IGNORECASE,

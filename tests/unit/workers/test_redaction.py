@@ -23,6 +23,9 @@ from psgd_workers.redaction import redact
         ),
         ("https://h/x?sv=1&sig=abc#x", "https://h/x?sv=1&sig=***#x"),
         ("http://h/x?API_KEY=k, then", "http://h/x?API_KEY=*** then"),
+        ("http://me:p/w@host/x", "http://***@host/x"),
+        ("http://me:p?w#1@host/x", "http://***@host/x"),
+        ("http://me:p@w@host:80/x@y", "http://***@host:80/x@y"),
         ("two: s3://a:b@c/d and s3://e:f@g/h", "two: s3://***@c/d and s3://***@g/h"),
     ],
 )
@@ -33,7 +36,17 @@ def test_passwords_and_keys_of_urls_are_hidden(text: str, expected: str) -> None
 
 @pytest.mark.parametrize(
     "text",
-    ["", "me@example.com", "s3://bucket/a@b", "/home/me/x?token=1", "http://h/x?seed=3&epochs=5", "://", "a://@"],
+    [
+        "",
+        "me@example.com",
+        "s3://bucket/a@b",
+        "http://h:80/a@b",
+        "http://[::1]:80/a@b",
+        "/home/me/x?token=1",
+        "http://h/x?seed=3&epochs=5",
+        "://",
+        "a://@",
+    ],
 )
 def test_other_texts_stay_as_they_are(text: str) -> None:
     assert redact(text) == text
