@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd_workers.data.file import open_file
+from psgd_workers.data.memory import check_memory
 from psgd_workers.data.raw import RawArray, RawData, RawPart
 from psgd_workers.errors import DataError
 from psgd_workers.quoting import quoted, shown
@@ -23,6 +24,7 @@ from psgd_workers.spec import CsvData
 __all__ = ["read_csv"]
 
 LONGEST_ROW = 4 << 20  # characters of a row: about a million cells
+LABEL_SIZE = 64  # bytes of a short label while the file is read
 LONGEST_NAME = 60  # characters of a column's name in a message
 MAX_COMPARED = 1_000  # columns that are compared with a wrong name
 MAX_LISTED = 20  # columns that a message lists
@@ -174,8 +176,12 @@ def _listed(columns: list[str]) -> str:
 def _parse_columns(path: str, columns: list[str], label: int, rows: Rows) -> tuple[NDArray[np.float64], NDArray[Any]]:
     names = columns[:label] + columns[label + 1 :]
     features = array("d")
-    labels = []
+    labels: list[str] = []
+    checked = 0  # bytes for which memory was found
     for line, cells in rows:
+        if (size := 8 * len(features) + LABEL_SIZE * len(labels)) >= checked:
+            checked = size + size // 8 + LABEL_SIZE * LONGEST_ROW // 4
+            check_memory(f"the next part of {path}", checked - size)
         if len(cells) != len(columns):
             raise DataError(f"{path}, line {line}: {len(cells)} cells, expected {len(columns)}; complete the row")
         labels.append(cells.pop(label).strip())

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from psgd_workers.data import labels, open_dataset
+from psgd_workers.data import labels, memory, open_dataset
+from psgd_workers.data.formats import csv
 from psgd_workers.data.formats.csv import read_csv
 from psgd_workers.data.labels import encode_labels
 from psgd_workers.data.raw import RawArray, RawPart
@@ -335,3 +336,19 @@ def test_more_texts_than_classes_are_refused(path: Path, monkeypatch: pytest.Mon
     path.write_text("".join(f"0,name{i}\n" for i in range(4)))
     with pytest.raises(DataError, match="has 4 different texts; at most 3 classes are expected"):
         open_dataset(CsvData(format="csv", path=str(path), header=False), 0)
+
+
+def test_a_table_is_read_while_memory_is_free(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write_text("1,2,3,4,y\n" * 10_000)
+    spec = CsvData(format="csv", path=str(path), header=False)
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**20)
+    with pytest.raises(
+        DataError, match=r"the next part of .*table\.csv needs \d+ MiB of memory, but 1 MiB are free here"
+    ):
+        read_csv(spec)
+    asked: list[int] = []
+    monkeypatch.setattr(csv, "check_memory", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr(csv, "LONGEST_ROW", 1_000)
+    read_csv(spec)
+    assert sum(asked) >= 10_000 * (4 * 8 + 64)  # the whole table was asked for, in growing pieces
+    assert len(asked) < 50
