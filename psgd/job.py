@@ -10,12 +10,12 @@ from psgd.errors import ModelError, SpecError
 from psgd.spec import JobSpec
 from psgd_workers.data import Dataset, open_dataset
 from psgd_workers.data.shards import Shards
+from psgd_workers.free_memory import free_memory
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, FloatArray
 from psgd_workers.models import Model, ModelWithBuffers, build_model
 from psgd_workers.models.numpy.network import Network
 from psgd_workers.models.trial import ModelTrial, draw_weights
-from psgd_workers.transport.memory import free_memory
 from psgd_workers.worker import Route, Worker
 
 __all__ = ["OpenJob", "build_shards", "build_worker"]

@@ -26,7 +26,7 @@ from psgd.core.server.memory import FLOAT32, server_memory
 from psgd.errors import ClusterError, ClusterStartError
 from psgd.spec import JobSpec
 from psgd_workers.counting import counted
-from psgd_workers.transport.memory import free_memory
+from psgd_workers.free_memory import free_memory
 
 __all__ = ["SHIPPED", "check_room", "py_modules", "session"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from itertools import islice
 from math import log10
 from typing import Any, get_args
 
@@ -12,10 +13,14 @@ from pydantic import BaseModel, ValidationError
 
 from psgd.spec.places import TAG_FIELDS, Place, arguments, field_names, field_paths, tag_field, tags_of
 from psgd.spec.synonyms import FIELDS, VALUES
+from psgd_workers.quoting import quoted, shown
+from psgd_workers.redaction import redact
 from psgd_workers.spec import Spec, descriptions
 
-__all__ = ["explain"]
+__all__ = ["as_yaml", "explain"]
 
+MAX_ITEMS = 20  # items of a list or a mapping that are shown
+MAX_PLAIN = 60  # characters of a text that is shown without quotes
 MAX_FAULTS = 20  # largest number of fields explained in one message
 NUMBER = re.compile(r"[-+]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][-+]?[0-9]{1,9})?")
 
@@ -67,12 +72,17 @@ def _faults_inside(names: tuple[str, ...], faults: Iterable[tuple[str, ...]]) ->
 def _example(place: Place) -> str:
     """Return an example of the field and its value in YAML, or an empty string."""
     examples = (place.field.examples or []) if place.field else []
-    return " or ".join(f"{place.name}: {_as_yaml(example)}" for example in examples)
+    return " or ".join(f"{place.name}: {as_yaml(example)}" for example in examples)
 
 
 def _path(place: Place, faults: Sequence[Mapping[str, Any]]) -> str:
     tag = [tag_field(*place.options.values())] if faults[0]["type"] == "union_tag_invalid" else []
-    return ".".join([*((name or "''") if len(name) <= 60 else f"{name[:57]}..." for name in place.names), *tag])
+    return ".".join([*(_shown_name(name) for name in place.names), *tag])
+
+
+def _shown_name(name: str) -> str:
+    """Return the name of a field, shortened, and with control characters escaped."""
+    return shown(name if len(name) <= 60 else f"{name[:57]}...") or "''"
 
 
 def _sentence(faults: Sequence[Mapping[str, Any]], place: Place) -> str:
@@ -121,7 +131,7 @@ def _remedy(kinds: Sequence[str], given: Any, place: Place) -> str:
             return "; give a value" if required else "; give a value, or leave the field out"
         case bool():
             words, word = ("yes, on and true", "yes") if given else ("no, off and false", "no")
-            reason = f": YAML reads {words} without quotes as {_as_yaml(given)}"
+            reason = f": YAML reads {words} without quotes as {as_yaml(given)}"
             return f"{reason}; for the text, write it in quotes, such as {word!r}" if text else reason
         case int() | float() if text:
             return "; for the text, write it in quotes" + (f", '{_unquoted(given)}'" if isinstance(given, int) else "")
@@ -264,34 +274,46 @@ def _normalised(text: str) -> str:
 
 
 def _instead_of(given: Any) -> str:
-    return f", not {_as_yaml(given)}"
+    return f", not {as_yaml(given)}"
 
 
-def _as_yaml(value: Any) -> str:
-    """Return a value as it is written in YAML, shortened if it is long."""
+def as_yaml(value: Any, depth: int = 3) -> str:
+    """Return a value as it is written in YAML, in one short line and without the secrets of URLs.
+
+    Args:
+        value: any value.
+        depth: levels of lists and mappings that are written out.
+    """
     match value:
         case str():
-            return repr(value) if len(value) <= 60 else f"{value[:60]!r}... ({len(value):,} characters)"
+            return quoted(value)
         case bool() | None:
             return {True: "true", False: "false", None: "null"}[value]
         case int() if abs(value) >= 10**60:
             return f"a number of {int(value.bit_length() * log10(2)) + 1:,} digits"
+        case Mapping() | list() | tuple() if depth == 0:
+            return "..."
         case Mapping():
-            pairs = (f"{_as_plain_yaml(key)}: {_as_plain_yaml(each)}" for key, each in list(value.items())[:20])
+            pairs = (
+                f"{_as_plain_yaml(key, depth - 1)}: {_as_plain_yaml(value[key], depth - 1)}"
+                for key in islice(value, MAX_ITEMS)
+            )
             return _short("{" + ", ".join(pairs) + "}")
         case list() | tuple():
-            return _short("[" + ", ".join(_as_plain_yaml(each) for each in value[:20]) + "]")
+            return _short("[" + ", ".join(_as_plain_yaml(each, depth - 1) for each in value[:MAX_ITEMS]) + "]")
     return _short(repr(value))
 
 
 def _unquoted(value: Any) -> str:
     """Return a value as it is written in YAML, but text without quotes."""
-    return _as_yaml(value).strip("'")
+    return as_yaml(value).strip("'")
 
 
-def _as_plain_yaml(value: Any) -> str:
+def _as_plain_yaml(value: Any, depth: int = 3) -> str:
     """Return a value as it is written in YAML, without quotes if YAML needs none."""
-    return value if isinstance(value, str) and re.fullmatch(r"\.\.\.|[A-Za-z_][\w./:-]*", value) else _as_yaml(value)
+    if isinstance(value, str) and len(value) <= MAX_PLAIN and re.fullmatch(r"\.\.\.|[A-Za-z_][\w./:-]*", value):
+        return redact(value)
+    return as_yaml(value, depth)
 
 
 def _short(text: str) -> str:

@@ -81,6 +81,7 @@ def field_paths(root: type[BaseModel], above: str = "") -> tuple[str, ...]:
     return tuple(dict.fromkeys([*here, *sorted(below, key=lambda path: path.count("."))]))
 
 
+@cache
 def tags_of(model: type[BaseModel]) -> list[str]:
     """Return the tags with which a job chooses this class: none if there is no choice."""
     fields = [model.model_fields[name] for name in TAG_FIELDS if name in model.model_fields]
@@ -103,6 +104,7 @@ def field_names(model: type[BaseModel]) -> list[str]:
     return list(dict.fromkeys([*model.model_fields, *aliases]))
 
 
+@cache
 def models_of(owner: type[BaseModel], name: str) -> list[type[BaseModel]]:
     """Return the classes of the values that a field may have: all members of a union."""
     field = owner.model_fields.get(name)

@@ -10,9 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from psgd.errors import SpecError
-from psgd.spec.explanations import explain
+from psgd.spec.explanations import as_yaml, explain
 from psgd.spec.job import JobSpec
 from psgd.spec.yaml_values import FILE_LIMIT, read_yaml
+from psgd_workers.quoting import quoted, shown
+from psgd_workers.regular_file import open_regular_file
 
 __all__ = ["as_spec", "load_spec", "parse_spec", "with_setting"]
 
@@ -25,7 +27,7 @@ def load_spec(
     """Read a job file.
 
     Args:
-        path: job file in YAML, of at most 1 MiB.
+        path: job file in YAML, of at most 256 KiB.
         overrides: settings `FIELD=VALUE`, such as `optimizer.lr=0.1`, which replace fields of the file; each value is
             YAML.
         name: name of the run. None: the `name` in the file, or a name made from the file's own name.
@@ -35,18 +37,19 @@ def load_spec(
         SpecError: the file cannot be read or is not a valid job; every fault is listed.
     """
     path = Path(path)
-    tree = read_yaml(_text(path), str(path), FILE_LIMIT)
+    source = shown(str(path))
+    tree = read_yaml(_text(path), source, FILE_LIMIT)
     if not isinstance(tree, dict):
-        given = "is empty" if tree is None else f"holds {tree!r:.80}"
+        given = "is empty" if tree is None else f"holds {as_yaml(tree)}"
         raise SpecError(
-            f"{path} {given}, but a job file is a mapping of fields such as model and data: see `psgd schema`"
+            f"{source} {given}, but a job file is a mapping of fields such as model and data: see `psgd schema`"
         )
     for override in overrides:
         tree = with_setting(tree, override)
     if storage is not None:
         tree = _replace_field(tree, ("run", "storage"), storage, "--storage")
     given = tree.get("name") if name is None else name
-    return parse_spec(tree | {"name": _name_of(path) if given is None else given}, str(path))
+    return parse_spec(tree | {"name": _name_of(path) if given is None else given}, source)
 
 
 def as_spec(job: JobSpec | Mapping[str, Any]) -> JobSpec:
@@ -60,7 +63,7 @@ def as_spec(job: JobSpec | Mapping[str, Any]) -> JobSpec:
     if isinstance(job, Mapping):
         return parse_spec(dict(job), "the job")
     raise SpecError(
-        f"a job is a JobSpec, or a mapping of its fields such as model and data, not {job!r:.80}; "
+        f"a job is a JobSpec, or a mapping of its fields such as model and data, not {as_yaml(job)}; "
         "psgd.spec.reader.load_spec reads a job file"
     )
 
@@ -95,8 +98,8 @@ def with_setting(tree: Mapping[str, Any], setting: str) -> dict[str, Any]:
     path, equals, text = setting.partition("=")
     names = tuple(path.strip().split("."))
     if not equals or not all(names) or len(names) > MAX_DEPTH:
-        raise SpecError(f"setting {_short(setting)}: expected FIELD=VALUE, such as optimizer.lr=0.1")
-    source = f"setting {_short(setting)}"
+        raise SpecError(f"setting {quoted(setting)}: expected FIELD=VALUE, such as optimizer.lr=0.1")
+    source = f"setting {quoted(setting)}"
     return _replace_field(tree, names, read_yaml(text, source), source)
 
 
@@ -115,21 +118,20 @@ def _replace_field(tree: Mapping[str, Any], names: Sequence[str], value: Any, so
 ALIASES = {"lr": ("learning_rate",), "learning_rate": ("lr",)}  # field -> its other names
 
 
-def _short(setting: str) -> str:
-    return repr(setting) if len(setting) <= 80 else f"{setting[:80]!r}..."
-
-
 def _text(path: Path) -> str:
+    source = f"the job file '{shown(str(path))}'"
     try:
-        with path.open("rb") as file:
+        with open_regular_file(path) as file:
             content = file.read(FILE_LIMIT + 1)
         if len(content) > FILE_LIMIT:
-            raise SpecError(f"the job file {str(path)!r} is larger than 1 MiB, the largest size that is read")
+            raise SpecError(f"{source} is larger than 256 KiB, the largest size that is read")
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise SpecError(f"cannot read the job file {str(path)!r}: {error.strerror or error}") from error
+        raise SpecError(f"cannot read {source}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise SpecError(f"cannot read the job file {str(path)!r}: it is not text in UTF-8 ({error.reason})") from error
+        raise SpecError(f"cannot read {source}: it is not text in UTF-8 ({error.reason})") from error
+    except ValueError as error:
+        raise SpecError(f"cannot read {source}: no file can have this name ({error})") from error
 
 
 def _name_of(path: Path) -> str:

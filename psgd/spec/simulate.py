@@ -11,6 +11,7 @@ form:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, Field, Strict, model_validator
 
 from psgd.spec.consistency import ConsistencySpec
 from psgd.spec.correction import CorrectionSpec
+from psgd_workers.quoting import quoted
 from psgd_workers.spec import Count, Spec, Whole
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "SlowDelays",
     "expand_modes",
 ]
+
+MAX_MODES = 100  # modes that one command compares
 
 # Bounds of most parameters, so that every time drawn from a distribution is finite and above 0.
 Positive = Annotated[float, Field(ge=1e-12, le=1e12)]
@@ -202,7 +206,11 @@ def expand_modes(given: Any, own: ConsistencySpec | None = None) -> Any:
         own: mode of the job itself, whose fields are the defaults of that mode; None if it is not known.
     """
     modes = given.split(",") if isinstance(given, str) else given
-    return [_expand_mode(mode, own) for mode in modes] if isinstance(modes, list | tuple) else given
+    if not isinstance(modes, list | tuple):
+        return given
+    if len(modes) > MAX_MODES:
+        raise ValueError(f"expected at most {MAX_MODES} modes; {len(modes):,} are given")
+    return [_expand_mode(mode, own) for mode in modes]
 
 
 def _expand_mode(given: Any, own: ConsistencySpec | None) -> Any:
@@ -218,8 +226,10 @@ def _expand_mode(given: Any, own: ConsistencySpec | None) -> Any:
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
-            raise ValueError(f"expected FIELD=VALUE, such as r=32, in the mode {given.strip()!r}, not {setting!r}")
-        value = read_yaml(text, f"the mode {given.strip()!r}")
+            raise ValueError(
+                f"expected FIELD=VALUE, such as r=32, in the mode {quoted(given.strip())}, not {quoted(setting)}"
+            )
+        value = read_yaml(text, f"the mode {quoted(given.strip())}")
         if name == "correction":
             others["correction"] = {"name": value}
         elif name == "lr" and mode != "local":
@@ -253,7 +263,7 @@ class SimulateConfig(Spec):
         Annotated[
             tuple[ContenderConfig, ...],
             Strict(False),
-            Field(min_length=1),
+            Field(min_length=1, max_length=MAX_MODES),
             BeforeValidator(expand_modes, json_schema_input_type=list[ContenderConfig | str] | str),
         ]
         | None
@@ -285,8 +295,10 @@ class SimulateConfig(Spec):
     @model_validator(mode="after")
     def _names_differ(self) -> SimulateConfig:
         names = [mode.label for mode in self.modes or ()]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two of the modes are named {repeated[0]!r}: give different modes, or give each a name")
+        if repeated := sorted(name for name, number in Counter(names).items() if number > 1):
+            raise ValueError(
+                f"two of the modes are named {quoted(repeated[0])}: give different modes, or give each a name"
+            )
         return self
 
     @model_validator(mode="after")

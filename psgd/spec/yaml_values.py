@@ -12,13 +12,15 @@ from typing import Any
 import yaml
 
 from psgd.errors import SpecError
+from psgd_workers.quoting import shown
 
 __all__ = ["FILE_LIMIT", "VALUE_LIMIT", "read_yaml"]
 
-FILE_LIMIT = 1 << 20  # bytes of a job file
+FILE_LIMIT = 1 << 18  # bytes of a job file: PyYAML reads about a megabyte in two seconds
 VALUE_LIMIT = 10_000  # characters of a value from a command
 MAX_DEPTH = 32
-MAX_VALUES = 20_000  # an alias counts as all values that it stands for
+MAX_VALUES = 10_000  # an alias counts as all values that it stands for
+MAX_CHARACTERS = 1 << 20  # characters of all values; an alias counts as the texts that it stands for
 LONGEST_NUMBER = 100  # characters; a longer number is read as text
 
 PREFIX = "tag:yaml.org,2002:"
@@ -43,37 +45,41 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._depth = 0
         self._values = 0
-        self._sizes: dict[str, int] = {}  # anchor -> number of values that it stands for, once it is complete
+        self._characters = 0
+        self._sizes: dict[str, tuple[int, int]] = {}  # complete anchor -> values and characters
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: yaml.CollectionStartEvent | yaml.ScalarEvent | yaml.AliasEvent = self.peek_event()  # type: ignore[no-untyped-call]
-        before = self._values
+        values = self._values
+        characters = self._characters
         if isinstance(event, yaml.AliasEvent):
-            self._values += self._size_of(event)
-            self._check(event)
+            self._count(event, *self._size_of(event))
             return super().compose_node(parent, index)
         if event.tag is not None:
             tag = event.tag.replace(PREFIX, "!!")
             raise _refusal(f"tags such as {tag:.80} are not read: write the value without one", event)
         self._depth += 1
-        self._values += 1
-        self._check(event)
+        self._count(event, 1, len(event.value) if isinstance(event, yaml.ScalarEvent) else 0)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if event.anchor is not None:
-            self._sizes[event.anchor] = self._values - before
+            self._sizes[event.anchor] = (self._values - values, self._characters - characters)
         return node
 
-    def _size_of(self, alias: yaml.AliasEvent) -> int:
+    def _size_of(self, alias: yaml.AliasEvent) -> tuple[int, int]:
         if alias.anchor in self.anchors and alias.anchor not in self._sizes:
             raise _refusal(f"the alias *{alias.anchor:.80} stands for something that contains it", alias)
-        return self._sizes.get(str(alias.anchor), 0)  # PyYAML refuses an alias without an anchor
+        return self._sizes.get(str(alias.anchor), (0, 0))  # PyYAML refuses an alias without an anchor
 
-    def _check(self, event: yaml.Event) -> None:
+    def _count(self, event: yaml.Event, values: int, characters: int) -> None:
+        self._values += values
+        self._characters += characters
         if self._depth > MAX_DEPTH:
             raise _refusal(f"values are nested more than {MAX_DEPTH} levels deep", event)
         if self._values > MAX_VALUES:
             raise _refusal(f"there are more than {MAX_VALUES:,} values, including those that aliases stand for", event)
+        if self._characters > MAX_CHARACTERS:
+            raise _refusal(f"the texts that aliases stand for have more than {MAX_CHARACTERS:,} characters", event)
 
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
         if kind is yaml.ScalarNode and len(value) > LONGEST_NUMBER:
@@ -132,8 +138,8 @@ def read_yaml(text: str, source: str, limit: int = VALUE_LIMIT) -> Any:
     except yaml.MarkedYAMLError as error:
         raise SpecError(f"{source} is not YAML that can be read: {_where(error)}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: from chr() or int(), which get any text
-        reason = " ".join(str(error).split())
-        raise SpecError(f"{source} is not YAML that can be read: {reason:.200}") from error
+        reason = shown(" ".join(str(error).split())[:200])
+        raise SpecError(f"{source} is not YAML that can be read: {reason}") from error
 
 
 def _check_name(key: yaml.Node, value: yaml.Node) -> None:
@@ -155,7 +161,7 @@ def _where(error: yaml.MarkedYAMLError) -> str:
     if mark and error.context_mark and error.context_mark.line != mark.line:
         position += f", in the part that begins on line {error.context_mark.line + 1}"
     problem = error.problem or error.context or "malformed"
-    return f"{position}: {problem:.200}{next((hint for sign, hint in HINTS.items() if sign in problem), '')}"
+    return f"{position}: {shown(problem[:200])}{next((hint for sign, hint in HINTS.items() if sign in problem), '')}"
 
 
 HINTS = {  # part of PyYAML's message -> remedy

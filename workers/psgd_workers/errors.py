@@ -1,5 +1,7 @@
 """Errors of a worker machine. `psgd.errors` draws the whole tree of errors; these classes are its lower part."""
 
+from psgd_workers.redaction import redact
+
 __all__ = [
     "DataError",
     "EncodingError",
@@ -19,7 +21,10 @@ __all__ = [
 
 
 class PsgdError(Exception):
-    """Base class of every error that psgd raises on purpose."""
+    """Base class of every error that psgd raises on purpose. Its message shows no password of a URL."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(redact(each) if isinstance(each, str) else each for each in arguments))
 
 
 class InputError(PsgdError, ValueError):

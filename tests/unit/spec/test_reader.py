@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -72,10 +77,10 @@ def test_a_number_with_a_leading_zero_is_decimal(load: Load) -> None:
     assert load(TEXT, "seed=007").seed == 7
 
 
-def test_a_job_file_has_at_most_a_mebibyte(load: Load) -> None:
-    assert load(TEXT + "#" * (2**20 - len(TEXT))).name == "iris"
-    with pytest.raises(SpecError, match="larger than 1 MiB"):
-        load(TEXT + "#" * (2**20 - len(TEXT) + 1))
+def test_a_job_file_has_at_most_256_kibibytes(load: Load) -> None:
+    assert load(TEXT + "#" * (2**18 - len(TEXT))).name == "iris"
+    with pytest.raises(SpecError, match="larger than 256 KiB"):
+        load(TEXT + "#" * (2**18 - len(TEXT) + 1))
 
 
 def test_a_byte_order_mark_is_no_part_of_the_job(load: Load) -> None:
@@ -187,6 +192,132 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SpecError, match="cannot read"):
         load_spec(binary)
+
+
+# Hostile files
+
+MANY = 100_000
+KWARGS = TEXT.replace("{kind: mlp, hidden: [8]}", "{kind: python, path: 'nets:build', kwargs: {a: &a 'X', b: [Y]}}")
+HOSTILE = {
+    "nested aliases": "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else '1'] * 10)}]" for n in range(9)),
+    "nested merges": "a0: &a0 {x: 1}\n"
+    + "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}], y{n}: 1}}" for n in range(1, 9)),
+    "aliases of a long text": KWARGS.replace("X", "x" * MANY).replace("Y", "*a," * 9_000),
+    "a list of aliases of a long text": f"- &a '{'x' * MANY}'\n" + "- *a\n" * 9_000,
+    "digits and an x": f"{TEXT}seed: {'1' * MANY}x\n",
+    "a number of 5,000 digits": f"{TEXT}seed: {'1' * 5_000}\n",
+    "a number of 100 digits": f"{TEXT}seed: {'1' * 100}\n",
+    "an infinite number": TEXT.replace("1e-3", f"1e{'9' * 90}"),
+    "a list of many values": TEXT.replace("[8]", f"[{'1,' * MANY}]"),
+    "many wrong values": TEXT.replace("[8]", f"[{'x,' * 9_000}]"),
+    "many fields": TEXT + "".join(f"f{i}: 1\n" for i in range(4_000)),
+    "many modes": f"{TEXT}simulate: {{modes: '{'async,' * 40_000}'}}\n",
+    "a list of many modes": f"{TEXT}simulate: {{modes: [{'async,' * 9_000}]}}\n",
+    "deep lists": f"{TEXT}x: {'[' * MANY}",
+    "deep mappings": "".join(f"{' ' * i}a:\n" for i in range(600)),
+    "deep keys": "? " * MANY,
+    "a list that contains itself": "a: &a [&b [*a, *b]]\n",
+    "a mapping that contains itself": "model: &a {x: *a}\n",
+    "a list as a key, twice": "? [a, b]\n: 1\n? [a, b]\n: 2\n",
+    "a mapping as a key, twice": "? {a: b}\n: 1\n? {a: b}\n: 2\n",
+    "a date that does not exist": f"{TEXT}seed: 2001-13-45\n",
+    "a NUL": f"{TEXT}name: a\0b\n",
+    "control characters": f"{TEXT}name: a\x07\x1b[31m\n",
+    "escaped control characters": f'{TEXT}"a\\0\\e[31m\\n": 1\nname: "\\e[31m\\u2028"\n',
+    "a control character in a tag": "a: !x%1b%5b31m b\n",
+    "half a character": f'{TEXT}name: "\\ud800"\n',
+    "a long name of a field": f"? {'k' * MANY}\n: 1\n",
+    "a long text": TEXT.replace("mlp", "m" * MANY),
+    "many lines of one text": "a: b\n" + " x\n" * 80_000,
+    "empty lines": "\n" * 200_000,
+    "escapes": f'a: "{chr(92)}x41{"z" * 3}' * 30_000,
+    "many documents": "---\n" * 60_000,
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_file_is_refused_with_a_short_sentence(load: Load, text: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        load(text)
+    assert str(refused.value).replace("\n", "").isprintable()
+    assert len(str(refused.value)) < 10_000
+
+
+LOAD_ALL = """
+import resource, sys
+from psgd.errors import SpecError
+from psgd.spec.reader import load_spec
+
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+
+before = peak()
+for path in sys.argv[1:]:
+    try:
+        load_spec(path)
+    except SpecError:
+        continue
+    raise AssertionError(path)
+print(peak() - before)
+"""
+
+
+def test_hostile_files_take_little_memory(tmp_path: Path) -> None:
+    for number, text in enumerate(HOSTILE.values()):
+        (tmp_path / f"{number}.yaml").write_text(text)
+    command = [sys.executable, "-c", LOAD_ALL, *map(str, sorted(tmp_path.iterdir()))]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 150 * 1024
+
+
+def test_a_file_of_a_gibibyte_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.yaml"
+    with path.open("wb") as file:
+        file.truncate(2**30)
+    tracemalloc.start()
+    with pytest.raises(SpecError, match="larger than 256 KiB"):
+        load_spec(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
+@pytest.mark.parametrize("content", [b"name: \xff\n", TEXT.encode("utf-16"), b"\xed\xa0\x80", b"\xc0\x80"])
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "job.yaml").write_bytes(content)
+    with pytest.raises(SpecError, match="it is not text in UTF-8"):
+        load_spec(tmp_path / "job.yaml")
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_a_device_and_a_directory_are_no_job_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "pipe"), ("/dev/zero", "device"), (tmp_path, "directory")):
+        with pytest.raises(SpecError, match=f"cannot read the job file .*: it is a {kind}; expected a regular file"):
+            load_spec(path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\x1b[31m\nb", "a\ud800", "x" * 5_000])
+def test_a_strange_name_of_a_file_is_shown_in_one_line(name: str) -> None:
+    with pytest.raises(SpecError, match=r"cannot read the job file '[ax]") as refused:
+        load_spec(name)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 600
+
+
+def test_a_login_in_a_url_is_not_shown(load: Load) -> None:
+    with pytest.raises(SpecError, match=re.escape("data: expected fields, not 'https://***@host/a?sig=***'")):
+        load(TEXT.replace("{format: sklearn, dataset: iris}", "'https://me:secret@host/a?sig=secret'"))
+
+
+def test_a_hostile_file_ends_the_command_with_2_and_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(HOSTILE["nested aliases"])
+    command = [sys.executable, "-m", "psgd.cli", "validate", str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 2
+    assert "more than 10,000 values" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 # Overrides

@@ -137,7 +137,7 @@ def test_hostile_values_cost_little(text: str) -> None:
     assert peak < 32e6
 
 
-@pytest.mark.parametrize("text", ["1" * 400_000 + "x", "1_" * 200_000 + "x", "1." + "1" * 400_000 + "x"], ids=len)
+@pytest.mark.parametrize("text", ["1" * 200_000 + "x", "1_" * 100_000 + "x", "1." + "1" * 200_000 + "x"], ids=len)
 def test_long_text_that_begins_like_a_number_takes_linear_time(text: str) -> None:
     assert read_yaml(text, "it", FILE_LIMIT) == text  # in quadratic time, it would take many minutes
 

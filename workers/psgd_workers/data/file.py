@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,15 @@ from typing import IO, Any
 
 import fsspec
 
+from psgd_workers.data.memory import check_memory
 from psgd_workers.errors import DataError
+from psgd_workers.quoting import shown
+from psgd_workers.regular_file import open_regular_file
 
-__all__ = ["open_file"]
+__all__ = ["open_file", "read_file"]
 
 BLOCK = 1 << 20  # bytes read at a time
+PIECE = 16 << 20  # bytes after which `read_file` checks the free memory again
 CONNECT_TIMEOUT_S = 30.0  # time limit to connect to the server of a download
 READ_TIMEOUT_S = 60.0  # longest pause between two bytes of a download
 RETRY = "try again later, or download it and set data.path to the copy"
@@ -51,6 +56,22 @@ def open_file(path: str, **text: Any) -> Iterator[Any]:
         yield io.TextIOWrapper(file, **text) if text else file
 
 
+def read_file(path: str) -> io.BytesIO:
+    """Return the content of a data file, for a reader that needs seeking, which some web servers do not support.
+
+    Raises:
+        DataError: the file cannot be read, or does not fit into memory.
+    """
+    content = io.BytesIO()
+    with open_file(path) as file:
+        check_memory(shown(path), file.raw.size or 0)
+        while piece := file.read(PIECE):
+            check_memory(shown(path), len(piece) + PIECE)
+            content.write(piece)
+    content.seek(0)
+    return content
+
+
 class _CheckedFile(io.RawIOBase):
     """An open file that raises `DataError` if reading fails, or if the file ends before its announced size."""
 
@@ -58,6 +79,9 @@ class _CheckedFile(io.RawIOBase):
         self._path = path
         self._file = file
         self._num_read = 0  # bytes
+        self.size: int | None = getattr(file, "size", None)  # bytes; None if a server does not announce it
+        if self.size is None and not _is_url(path):
+            self.size = os.fstat(file.fileno()).st_size
 
     def readable(self) -> bool:
         return True
@@ -76,9 +100,11 @@ class _CheckedFile(io.RawIOBase):
         except Exception as error:  # each implementation of fsspec raises its own errors
             raise DataError(_read_failure(self._path, error)) from error
         self._num_read += len(data)
-        expected = getattr(self._file, "size", None)
-        if not data and length and expected is not None and self._num_read < expected:
-            raise DataError(f"the download of {self._path} ended after {self._num_read} of {expected} bytes; {RETRY}")
+        if not data and length and self.size is not None and self._num_read < self.size:
+            read = f"{self._num_read} of {self.size} bytes"
+            if not _is_url(self._path):
+                raise DataError(f"{shown(self._path)} became shorter after {read} were read; write the file again")
+            raise DataError(f"the download of {shown(self._path)} ended after {read}; {RETRY}")
         return bytes(data)
 
     def close(self) -> None:
@@ -89,7 +115,7 @@ class _CheckedFile(io.RawIOBase):
 
 def _open(path: str) -> IO[bytes]:
     if not _is_url(path):
-        return Path(path).expanduser().open("rb")
+        return open_regular_file(Path(path).expanduser())
     file: IO[bytes] = fsspec.open(path, "rb", **_time_limits(path)).open()
     return file
 
@@ -111,33 +137,45 @@ def _time_limits(path: str) -> dict[str, Any]:
 
 def _open_failure(path: str, error: BaseException) -> str:
     cause = _cause(error)
+    name = shown(path)
     if (status := _http_status(cause)) is not None:
-        return f"cannot read {path}: the server answered {_status_text(status)}: {_advice(status)}"
+        return f"cannot read {name}: the server answered {_status_text(status)}: {_advice(status)}"
     match cause:
         case FileNotFoundError():
             if "::" in path and _is_url(path):
-                return f"{path} does not exist, or access to it is denied (fsspec does not say which); check data.path"
-            relative = not _is_url(path) and not Path(path).expanduser().is_absolute()
-            return f"{path} does not exist; check data.path{f', which is relative to {Path.cwd()}' if relative else ''}"
+                return f"{name} does not exist, or access to it is denied (fsspec does not say which); check data.path"
+            return f"{name} does not exist; check data.path{_relative_to(path)}"
         case PermissionError():
-            return f"this user has no permission to read {path}; change its permissions or data.path"
+            return f"this user has no permission to read {name}; change its permissions or data.path"
         case TimeoutError():
-            return f"cannot read {path}: the server did not answer in time; {RETRY}"
+            return f"cannot read {name}: the server did not answer in time; {RETRY}"
         case ImportError() | ValueError() if not isinstance(cause, UnicodeError):  # no such package or protocol
-            return f"cannot open {path}: {cause}; set data.path to a local path, or to a URL that fsspec can open here"
+            reason = _text(cause)
+            return f"cannot open {name}: {reason}; set data.path to a local path, or to a URL that fsspec can open here"
         case _:
-            return f"cannot read {path}: {_describe(cause)}; check data.path"
+            return f"cannot read {name}: {_describe(cause)}; check data.path"
+
+
+def _relative_to(path: str) -> str:
+    """Return a hint with the folder in which a relative path was looked for, or an empty string."""
+    if _is_url(path) or Path(path).expanduser().is_absolute():
+        return ""
+    try:
+        return f", which is relative to {shown(str(Path.cwd()))}"
+    except OSError:
+        return ", which is relative to a folder that does not exist any more"
 
 
 def _read_failure(path: str, error: BaseException) -> str:
     cause = _cause(error)
+    name = shown(path)
     if _http_status(cause) is not None:
         return _open_failure(path, error)
     if not _is_url(path):
-        return f"cannot read {path}: {cause}; check data.path"
+        return f"cannot read {name}: {_describe(cause)}; check data.path"
     if isinstance(cause, TimeoutError):
-        return f"the download of {path} stopped: no data for {READ_TIMEOUT_S:g} s; {RETRY}"
-    return f"the download of {path} broke off: {_describe(cause)}; {RETRY}"
+        return f"the download of {name} stopped: no data for {READ_TIMEOUT_S:g} s; {RETRY}"
+    return f"the download of {name} broke off: {_describe(cause)}; {RETRY}"
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -168,4 +206,12 @@ def _describe(error: BaseException) -> str:
             return "its host name cannot be resolved"
         case ConnectionRefusedError():
             return "nothing listens at that host and port"
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        case OSError(strerror=str(reason)):
+            return reason[:1].lower() + reason[1:]
+    text = _text(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _text(error: BaseException) -> str:
+    """Return the message of an error, which may contain the URL with its secrets, or part of the file."""
+    return shown(str(error))

@@ -13,13 +13,15 @@ from psgd_workers.data.features import check_finite
 from psgd_workers.data.raw import RawArray
 from psgd_workers.errors import DataError
 from psgd_workers.messages import FloatArray
+from psgd_workers.quoting import quoted, shown
 from psgd_workers.spec import LossName
 
 __all__ = ["check_two_classes", "encode_labels"]
 
 MAX_CLASSES = 1 << 20  # larger than any vocabulary; labels beyond are taken for amounts or identifiers
 MAX_WHOLE = 1 << 53  # beyond it float64 cannot represent every whole number
-KIND_OF_DTYPE = {"b": "integers", "i": "integers", "u": "integers", "f": "floats", "U": "text"}
+# T: texts of any length, which may end with NUL characters. NumPy drops these from texts of fixed length (U).
+KIND_OF_DTYPE = {"b": "integers", "i": "integers", "u": "integers", "f": "floats", "U": "text", "T": "text"}
 REGRESSION_HINT = "for a regression use `loss: mse`"
 OWN_LOSS_HINT = "for a regression store the labels as floats (in a CSV file: 3.0 instead of 3)"
 
@@ -82,8 +84,8 @@ def check_two_classes(name: str, labels: NDArray[Any], classes: Classes | None, 
     if loss is None or classes is None or (labels != labels[0]).any():
         return
     raise DataError(
-        f"{name}: all {len(labels)} training labels are {classes[labels[0]]!r}, but loss {loss!r} needs examples of at "
-        "least two classes: check which column or array holds the labels, and add examples of another class (if "
+        f"{name}: all {len(labels)} training labels are {quoted(classes[labels[0]])}, but loss {loss!r} needs examples "
+        "of at least two classes: check which column or array holds the labels, and add examples of another class (if "
         "validation_fraction took all of them, lower it or change the seed)"
     )
 
@@ -91,7 +93,8 @@ def check_two_classes(name: str, labels: NDArray[Any], classes: Classes | None, 
 def _kind(raw: RawArray) -> str:
     if raw.values.dtype.kind not in KIND_OF_DTYPE:
         raise DataError(
-            f"{raw.name} has dtype {raw.values.dtype}; expected integers, floats, bools or text: convert it first"
+            f"{raw.name} has dtype {shown(str(raw.values.dtype))}; expected integers, floats, bools or text: "
+            "convert it first"
         )
     return KIND_OF_DTYPE[raw.values.dtype.kind]
 
@@ -108,10 +111,11 @@ def _check_targets(raw: RawArray, kind: str, names: Classes | None) -> None:
     """Refuse named classes as targets of a regression: the numbers of classes are arbitrary."""
     words = names if names and not all(map(str.isdecimal, names)) else ()
     if kind == "text":
-        words = tuple(dict.fromkeys(_one_per_example(raw)[:3].tolist()))
+        words = tuple(dict.fromkeys(_texts(RawArray(raw.name, _one_per_example(raw)[:3]))))
     if words:
+        named = ", ".join(shown(word[:60]) for word in words[:3])
         raise DataError(
-            f"{raw.name} holds classes named {', '.join(words[:3])}; loss 'mse' expects numbers: use `loss: "
+            f"{raw.name} holds classes named {named}; loss 'mse' expects numbers: use `loss: "
             "cross_entropy`, or give the labels as numbers"
         )
 
@@ -143,18 +147,45 @@ def _one_per_example(raw: RawArray) -> NDArray[Any]:
         return values[:, 0]
     if values.ndim != 1:
         raise DataError(
-            f"{raw.name} has dtype {values.dtype} and shape {values.shape}; expected one class per example, "
-            "in shape [examples]. For several targets per example use `loss: mse`, or floats for a model with its own "
-            "loss"
+            f"{raw.name} has dtype {shown(str(values.dtype))} and shape {values.shape}; expected one class per "
+            "example, in shape [examples]. For several targets per example use `loss: mse`, or floats for a model with "
+            "its own loss"
         )
     return values
 
 
 def _text_classes(parts: Sequence[RawArray], loss: LossName | None) -> tuple[list[NDArray[Any]], Classes]:
-    classes = tuple(sorted(set(_one_per_example(parts[0]).tolist())))
+    texts = [_texts(part) for part in parts]
+    classes = tuple(sorted(set(texts[0])))
     if loss == "binary_cross_entropy" and len(classes) > 2:
         raise _too_many_classes(parts[0], classes)
-    return [_encode(part, _one_per_example(part), np.array(classes)) for part in parts], classes
+    if len(classes) > MAX_CLASSES:
+        raise DataError(
+            f"{parts[0].name} has {len(classes):,} different texts; at most {MAX_CLASSES:,} classes are expected: "
+            f"check which column or array holds the labels; {REGRESSION_HINT}"
+        )
+    codes = {name: code for code, name in enumerate(classes)}
+    return [_encode_texts(part, labels, codes) for part, labels in zip(parts, texts, strict=True)], classes
+
+
+def _texts(raw: RawArray) -> list[str]:
+    try:
+        texts: list[str] = _one_per_example(raw).tolist()
+        for text in set(texts):
+            text.encode()
+    except DataError:
+        raise
+    except (ValueError, SystemError) as error:
+        raise DataError(f"{raw.name} holds text that is not valid Unicode; write the labels again") from error
+    return texts
+
+
+def _encode_texts(raw: RawArray, texts: Sequence[str], codes: dict[str, int]) -> Codes:
+    try:
+        return np.array([codes[text] for text in texts], np.int64)
+    except KeyError:
+        row = next(row for row, text in enumerate(texts) if text not in codes)
+        raise _unknown_class(raw, row, quoted(texts[row]), list(codes)) from None
 
 
 def _number_classes(
@@ -211,12 +242,15 @@ def _encode(raw: RawArray, values: NDArray[Any], classes: NDArray[Any]) -> Codes
     codes = np.minimum(np.searchsorted(classes, values), len(classes) - 1)
     wrong = np.flatnonzero(classes[codes] != values)
     if len(wrong):
-        raise DataError(
-            f"{raw.name}: row {wrong[0]} (from 0) has label {values[wrong[0]].item()!r}, which is not among the "
-            f"training classes ({_listed(classes.tolist())}): correct the label, drop the row, or add examples of this "
-            "class to the training part"
-        )
+        raise _unknown_class(raw, int(wrong[0]), repr(values[wrong[0]].item()), classes.tolist())
     return codes.astype(np.int64)
+
+
+def _unknown_class(raw: RawArray, row: int, label: str, classes: Sequence[Any]) -> DataError:
+    return DataError(
+        f"{raw.name}: row {row} (from 0) has label {label}, which is not among the training classes "
+        f"({_listed(classes)}): correct the label, drop the row, or add examples of this class to the training part"
+    )
 
 
 def _too_many_classes(raw: RawArray, classes: Sequence[Any]) -> DataError:
@@ -236,5 +270,5 @@ def _not_numbered(raw: RawArray, values: NDArray[Any], loss: LossName | None) ->
 
 
 def _listed(classes: Sequence[Any]) -> str:
-    shown = [str(label) for label in classes[:4]]
-    return ", ".join(shown) if len(classes) <= 4 else f"{', '.join(shown[:2])}, ..., {classes[-1]}"
+    first = [shown(str(label)[:60]) for label in classes[:4]]
+    return ", ".join(first) if len(classes) <= 4 else f"{', '.join(first[:2])}, ..., {shown(str(classes[-1])[:60])}"

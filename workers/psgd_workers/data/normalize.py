@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd_workers.data.examples import Examples, Features
+from psgd_workers.data.memory import check_memory
 
 __all__ = ["normalize"]
 
@@ -35,11 +36,18 @@ def normalize(kind: Literal["none", "unit", "standardize"], train: Examples, *ot
     Returns:
         The parts, in the order of the arguments. `unit` keeps uint8 features as they are, and `Examples.inputs`
         normalises them batch by batch; `standardize` converts them to float32.
+
+    Raises:
+        DataError: the converted features do not fit into memory.
     """
     parts = (train, *others)
     if kind == "none":
         return parts
     if kind == "standardize":
+        check_memory(
+            "the normalised copy of the features",
+            4 * sum(part.features.size for part in parts if part.features.dtype == np.uint8),
+        )
         parts = tuple(replace(part, features=part.features.astype(np.float32, copy=False)) for part in parts)
     shift, scale = _unit_statistics(train.features) if kind == "unit" else _standard_statistics(parts[0].features)
     scale = np.where(scale == 0, 1.0, scale)

@@ -13,6 +13,7 @@ from psgd_workers.data.formats.csv import read_csv
 from psgd_workers.data.formats.npz import read_npz
 from psgd_workers.data.formats.sklearn import read_sklearn
 from psgd_workers.data.labels import check_two_classes, encode_labels
+from psgd_workers.data.memory import too_large
 from psgd_workers.data.normalize import normalize
 from psgd_workers.data.raw import RawData, RawPart
 from psgd_workers.data.split import split_validation
@@ -40,6 +41,13 @@ def open_dataset(spec: DataSpec, seed: int, loss: LossName | None = None) -> Dat
         DataError: the data is missing, malformed, does not fit the loss, or cannot be split as asked.
         MissingExtraError: reading the format needs a package that is not installed.
     """
+    try:
+        return _opened(spec, seed, loss)
+    except MemoryError as error:
+        raise too_large(f"data of format {spec.format}", "more memory than is free here") from error
+
+
+def _opened(spec: DataSpec, seed: int, loss: LossName | None) -> Dataset:
     raw = _read(spec)
     features = _features(raw.parts)
     labels, classes = encode_labels([part.labels for part in raw.parts], loss, raw.classes)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd_workers.data.examples import Examples
+from psgd_workers.data.memory import check_memory
 from psgd_workers.errors import DataError
 
 __all__ = ["split_validation"]
@@ -27,10 +28,11 @@ def split_validation(examples: Examples, fraction: float, seed: int) -> tuple[Ex
         The training part and the validation part.
 
     Raises:
-        DataError: there is only one example.
+        DataError: there is only one example, or a copy of the examples does not fit into memory.
     """
     if len(examples) < 2:
         raise DataError("the data has one example, which cannot be split: drop validation_fraction, or give more data")
+    check_memory("the data, split into two parts,", examples.features.nbytes + examples.labels.nbytes)
     size = min(max(round(fraction * len(examples)), 1), len(examples) - 1)
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=SPAWN_KEY))
     chosen = np.zeros(len(examples), np.bool_)

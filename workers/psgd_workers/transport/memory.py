@@ -12,25 +12,16 @@ import fcntl
 import mmap
 import os
 import platform
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from psgd_workers.errors import SharedMemoryError
+from psgd_workers.free_memory import free_memory
 from psgd_workers.messages import FloatArray, Version
 
-__all__ = ["PublishedVector", "Segment", "Slot", "free_memory", "has_shared_memory", "stores_are_ordered"]
+__all__ = ["PublishedVector", "Segment", "Slot", "has_shared_memory", "stores_are_ordered"]
 
-MEMINFO = Path("/proc/meminfo")
-OWN_CGROUPS = Path("/proc/self/cgroup")
-CGROUPS = Path("/sys/fs/cgroup")
-CGROUP_FILES = (  # limit, usage, and the name of the page cache in memory.stat; for versions 2 and 1
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 PAGE = mmap.PAGESIZE
 HEADER = 64  # bytes before the values of a published vector: one cache line
 SNAPSHOTS = 3  # attempts of a reader, after which it asks the server for a copy
@@ -58,36 +49,6 @@ def _check_free(needed: int) -> None:
         raise SharedMemoryError(
             f"{needed / 2**20:,.1f} MiB of shared memory are needed, but only {free / 2**20:,.1f} MiB are free"
         )
-
-
-def free_memory() -> int:
-    """Return the free bytes of this machine, or of this container; `sys.maxsize` if the system does not tell."""
-    if not MEMINFO.exists():
-        return sys.maxsize
-    lines = MEMINFO.read_text(encoding="ascii").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return max(0, min([free, *(_free_in(group) for group in _control_groups())]))
-
-
-def _control_groups() -> Iterator[Path]:
-    """Yield the folder of this process's memory cgroup, and of each group around it, whose limit may be lower."""
-    for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines() if OWN_CGROUPS.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):  # version 2 has one group for everything
-            own = CGROUPS / controllers / path.lstrip("/")
-            yield from (own, *own.parents[: len(Path(path).parts) - 1])
-
-
-def _free_in(group: Path) -> int:
-    """Return the bytes that a cgroup may still use; `sys.maxsize` if it has no limit.
-
-    The inactive page cache counts as free: the kernel counts it as used, but drops it before it kills a process.
-    """
-    for limit, used, cache in CGROUP_FILES:
-        if (group / limit).exists() and (text := (group / limit).read_text(encoding="ascii").strip()) != "max":
-            numbers = dict(map(str.split, (group / "memory.stat").read_text(encoding="ascii").splitlines()))
-            return int(text) - int((group / used).read_text(encoding="ascii")) + int(numbers[cache])
-    return sys.maxsize
 
 
 class Slot(NamedTuple):

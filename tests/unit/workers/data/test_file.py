@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import fsspec
 import pytest
 
 from psgd_workers.data import file as module
-from psgd_workers.data.file import open_file
+from psgd_workers.data import memory
+from psgd_workers.data.file import open_file, read_file
 from psgd_workers.errors import DataError
 
 
@@ -47,7 +49,7 @@ def test_an_unreadable_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def locked(*_: object) -> NoReturn:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", locked)  # the tests may run as root, which may read every file
+    monkeypatch.setattr(module, "open_regular_file", locked)  # the tests may run as root, which may read every file
     with pytest.raises(DataError, match=r"this user has no permission to read data\.npz"), open_file("data.npz"):
         pass
 
@@ -147,6 +149,10 @@ class Answers(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         self.send(b"%x\r\n%s\r\n" % (len(CONTENT), CONTENT))
+
+    def cut_chunks_whole(self) -> None:
+        self.cut_chunks()
+        self.send(b"0\r\n\r\n")
 
     def shrunk(self) -> None:
         """Announce 1000 bytes, but have none left when a range of them is requested."""
@@ -269,3 +275,69 @@ def test_of_a_chained_url_no_more_is_said_than_is_known(server: str) -> None:
 def read(url: str, **text: str) -> object:
     with open_file(url, **text) as file:
         return file.read()
+
+
+# Hostile paths
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:secret@127.0.0.1:9/a.csv",
+        "http://me:sec/secret@127.0.0.1:9/a.csv",
+        "http://127.0.0.1:9/a.csv?token=secret",
+        "nowhere://me:secret@host/a.csv",
+        "simplecache::http://me:secret@127.0.0.1:9/a.csv",
+        "http://me:secret@/a.csv",
+        "http://me:secret@[::1/a.csv?sig=secret",
+        "http://me:secret@host:port/a.csv",
+        "http://me:\nsecret@127.0.0.1:9/a.csv",
+    ],
+)
+def test_no_secret_of_a_url_is_shown(url: str) -> None:
+    with pytest.raises(DataError) as refused:
+        read(url)
+    assert "secret" not in str(refused.value)
+    assert "***" in str(refused.value)
+
+
+def test_a_secret_in_the_answer_of_a_server_is_not_shown(server: str) -> None:
+    for url in (f"{server}/404?token=secret", server.replace("//", "//me:secret@") + "/short"):
+        with pytest.raises(DataError) as refused:
+            read(url)
+        assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["a\0b", "a\nb", "\x1b[31m", "http://h\n\0/a", "memory://a\0", "a\ud800", "x" * 10_000, "~nobody-here/a", " "],
+)
+def test_a_strange_path_is_refused_in_one_short_line(path: str) -> None:
+    with pytest.raises(DataError) as refused:
+        read(path)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 1_500
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_and_a_device_are_no_data(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "pipe"), (Path("/dev/zero"), "device")):
+        for reader in (read, read_file):
+            with pytest.raises(DataError, match=f"cannot read {path}: it is a {kind}; expected a regular file"):
+                reader(str(path))
+
+
+def test_a_file_that_does_not_fit_into_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**40)
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**30)
+    with pytest.raises(DataError, match="large needs 1,048,576 MiB of memory, but 1,024 MiB are free here"):
+        read_file(str(tmp_path / "large"))
+
+
+def test_a_download_of_unknown_size_is_read_while_memory_is_free(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_file(f"{server}/cut_chunks_whole").getvalue() == CONTENT
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**20)
+    with pytest.raises(DataError, match="cut_chunks_whole needs 16 MiB of memory, but 1 MiB are free here"):
+        read_file(f"{server}/cut_chunks_whole")

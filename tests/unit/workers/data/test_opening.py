@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +174,20 @@ def test_data_that_cannot_be_learnt_from_is_refused(path: Path, arrays: dict[str
 def test_one_example_cannot_be_split(path: Path) -> None:
     with pytest.raises(DataError, match="drop validation_fraction"):
         open_arrays(path, x_train=[[1]], y_train=[0], fields={"validation_fraction": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.npz", b"PK\x03\x04"), ("a.csv", b"1,q\n2,q\0\n"), ("b.csv", b"x,y\n1_0,0\n")]
+)
+def test_hostile_data_ends_a_command_with_2_and_one_sentence(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    header = "" if name == "a.npz" else ", header: true"
+    (tmp_path / "job.yaml").write_text(
+        f"model: {{kind: linear, loss: mse}}\ndata: {{format: {name[2:]}, path: {name}{header}}}\n"
+        "optimizer: {lr: 0.1}\nrun: {epochs: 1}\n"
+    )
+    command = [sys.executable, "-m", "psgd.cli", "simulate", "job.yaml"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"psgd: {name}")
+    assert ended.stderr.count("\n") == 1
