@@ -71,6 +71,7 @@ class BareServer:
     Args:
         size: values of the weights.
         workers: number of workers that may push.
+        authenticates: True if frames on the network have tags.
 
     Attributes:
         address: address for its workers.
@@ -78,14 +79,15 @@ class BareServer:
 
     address: Address
 
-    def __init__(self, size: int, workers: int) -> None:
+    def __init__(self, size: int, workers: int, authenticates: bool = False) -> None:
         self._size = size
         self._workers = workers
+        self._authenticates = authenticates
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         self._pipe, end = SPAWN.Pipe()
-        process = SPAWN.Process(target=_serve, args=(end, self._size, self._workers), daemon=True)
+        process = SPAWN.Process(target=_serve, args=(end, self._size, self._workers, self._authenticates), daemon=True)
         process.start()
         end.close()
         self._stack.callback(process.join)
@@ -103,7 +105,7 @@ class BareServer:
         return mark
 
 
-def _serve(pipe: Connection, size: int, workers: int) -> None:
+def _serve(pipe: Connection, size: int, workers: int, authenticates: bool) -> None:
     # Imported here, so that the worker processes, up to 64, need not import the core.
     from psgd.core.server.parameter_server import ParameterServer
     from psgd.core.server.partitions import Partition
@@ -116,7 +118,8 @@ def _serve(pipe: Connection, size: int, workers: int) -> None:
     zeros = np.zeros(size, np.float32)
     server = ParameterServer(job(), Partition(0, 0, size, size), zeros, grid, Version(1, 0), published)
     host = ServerHost(server)
-    listener = Listener(host, PushFormat(size, size), size, slice(0, size), published)
+    push_format = PushFormat(size, size, authenticates=authenticates)
+    listener = Listener(host, push_format, size, slice(0, size), published)
     listener.listen_unix()
     listener.listen_tcp(HOST, None)
     pipe.send(listener.address("here", HOST))
@@ -136,16 +139,17 @@ class BareWorker:
         rank: number of the worker, from 0.
         size: values of the weights.
         address: address of the server.
+        authenticates: True if frames on the network have tags.
 
     Attributes:
         slot: memory of the newest weights and of the gradient.
     """
 
-    def __init__(self, kind: LaneKind, rank: int, size: int, address: Address) -> None:
+    def __init__(self, kind: LaneKind, rank: int, size: int, address: Address, authenticates: bool = False) -> None:
         self._name = f"worker-{rank}"
         segment = Segment(size, slots=1)
         try:
-            push_format = PushFormat(size, size)
+            push_format = PushFormat(size, size, authenticates=authenticates)
             whole = slice(0, size)
             self._lane: Lane = LANES[kind](self._name, segment, whole, push_format, address, TIMEOUT_S)
         finally:

@@ -26,7 +26,7 @@ from tests.benchmarks.process_group import process_group
 
 __all__ = ["InOneProcess", "findings", "main"]
 
-KINDS: tuple[LaneKind, ...] = ("shm", "tcp")
+LANES: dict[str, tuple[LaneKind, bool]] = {"shm": ("shm", False), "tcp": ("tcp", False), "authenticated": ("tcp", True)}
 RATE = np.float32(1e-3)
 
 Round = Callable[[], None]
@@ -73,6 +73,7 @@ def findings(turns: Mapping[str, Sequence[float]], size: int) -> list[Finding]:
     return [
         ratio(f"push + weights of {large} on shm ÷ copy, step, copy in NumPy", turns["shm"], plain, at_most=1.5),
         ratio(f"push + weights of {large} on tcp ÷ copy, step, copy in NumPy", turns["tcp"], plain, at_most=6.0),
+        ratio(f"push + weights of {large} on tcp: authenticated ÷ not", turns["authenticated"], turns["tcp"]),
         ratio(f"{large} each way on a bare socket ÷ copy, step, copy in NumPy", turns["loopback"], plain),
     ]
 
@@ -80,12 +81,13 @@ def findings(turns: Mapping[str, Sequence[float]], size: int) -> list[Finding]:
 def _turns(arguments: Namespace) -> dict[str, list[float]]:
     """Return the median seconds of a round, by kind and turn."""
     size = arguments.size
-    with BareServer(size, len(KINDS)) as server, _loopback(4 * size) as loopback, ExitStack() as stack:
-        workers = {kind: BareWorker(kind, rank, size, server.address) for rank, kind in enumerate(KINDS)}
-        for worker in workers.values():
+    with _loopback(4 * size) as loopback, ExitStack() as stack:
+        rounds: dict[str, Round] = {"plain": InOneProcess(size).round, "loopback": loopback}
+        for name, (kind, authenticates) in LANES.items():
+            server = stack.enter_context(BareServer(size, 1, authenticates))
+            worker = BareWorker(kind, 0, size, server.address, authenticates)
             stack.callback(worker.close)
-        rounds: dict[str, Round] = {kind: worker.push for kind, worker in workers.items()}
-        rounds |= {"plain": InOneProcess(size).round, "loopback": loopback}
+            rounds[name] = worker.push
         for once in rounds.values():
             once()  # touches every page
         found: dict[str, list[float]] = {name: [] for name in rounds}
