@@ -51,7 +51,6 @@ class WorkerConnection:
         hello: the worker's message of the handshake.
         segment: the worker's memory; None: it is not shared.
         warnings: log for the reason why the connection is closed.
-
     """
 
     def __init__(

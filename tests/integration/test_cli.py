@@ -12,6 +12,7 @@ from subprocess import CompletedProcess
 from tempfile import mkdtemp
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.command_line import DIGITS, LIMIT_S, CommandLine, eventually, recorded
@@ -53,11 +54,11 @@ def train(epochs: int, *options: str) -> tuple[str, ...]:
     return ("train", DIGITS, "--set", f"run.epochs={epochs}", *options)
 
 
-def end_exactly(psgd: CommandLine) -> None:
+def end_exactly(psgd: CommandLine, *options: str) -> None:
     """Resume the run for two more epochs, and check that every batch of all its epochs was applied once."""
     saved: int = recorded(psgd.folder / "runs" / "digits", "checkpoint")[-1]["epochs"]
     epochs = saved + 2
-    done = psgd.run(*train(epochs, "--resume", "--json"))
+    done = psgd.run(*train(epochs, "--resume", "--json", *options))
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     assert (result["status"], result["epochs"], result["samples"]) == ("finished", epochs, epochs * EXAMPLES)
@@ -192,6 +193,48 @@ def test_a_killed_driver_takes_its_ray_along_and_resuming_ends_exactly(psgd: Com
     assert lost["resume"] in refused.stderr
     end_exactly(psgd)
     assert recorded(run, "started")[-1]["resumed"] is not None
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mode", ["async", "bsp"])
+def test_ten_drivers_killed_at_random_moments_leave_an_exact_run_that_can_be_replayed(
+    psgd: CommandLine, mode: str
+) -> None:
+    run = psgd.folder / "runs" / "digits"
+    options = ("--resume", "--set", f"consistency.mode={mode}", "--set", "checkpoint.every_updates=100")
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        pushed = len(recorded(run, "worker_up"))
+        with psgd.started(*train(ENDLESS, *options)) as driver:
+            eventually(lambda up=pushed: len(recorded(run, "worker_up")) > up)  # type: ignore[misc]
+            time.sleep(rng.uniform(0.0, 4.0))  # the moment of the kill, not a wait for anything
+            driver.kill()
+        eventually(lambda: not psgd.processes())
+    end_exactly(psgd, *options)
+    replayed = psgd.run("replay", "digits")
+    assert replayed.returncode == 0, replayed.stderr
+    assert "bit for bit" in replayed.stdout
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+def test_a_driver_that_was_stopped_for_a_while_gives_up_no_worker(psgd: CommandLine) -> None:
+    run = psgd.folder / "runs" / "digits"
+    with psgd.started(*train(ENDLESS, "--set", "failure.timeout_s=3")) as driver:
+        for _ in range(3):
+            seen = len(recorded(run, "evaluated"))
+            eventually(lambda up=seen: len(recorded(run, "evaluated")) > up)  # type: ignore[misc]
+            driver.send_signal(signal.SIGSTOP)
+            time.sleep(12.0)  # four times the limit for a silent worker
+            driver.send_signal(signal.SIGCONT)
+        seen = len(recorded(run, "evaluated"))
+        eventually(lambda: len(recorded(run, "evaluated")) > seen)
+        driver.send_signal(signal.SIGINT)
+        stderr = driver.communicate(timeout=LIMIT_S)[1]
+    assert driver.returncode == 130, stderr
+    assert json.loads((run / "result.json").read_text())["failures"] == {}
+    assert len(recorded(run, "paused")) == 3
 
 
 CSV = ("--set", "data={format: csv, path: table.csv, label: right, batch_size: 2}")
