@@ -1,7 +1,7 @@
 """Parsing and checking of a run's JSON files: `owner`, `result.json`, `events.jsonl`, `metrics.jsonl` and others.
 
-A file that is empty, truncated or has other content raises one typed error that names the file. In a JSON-lines file, a
-line that a crash truncated is skipped.
+A file that is empty, truncated, too large or has other content raises one typed error that names the file. In a
+JSON-lines file, a line that a crash truncated is skipped.
 """
 
 from __future__ import annotations
@@ -11,14 +11,34 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from psgd.errors import DamagedFileError
-from psgd.jsontext import parse_json
+from psgd.jsontext import RECOVERY, parse_json
 from psgd.result import Result
 from psgd.store.owner import Owner
 
-__all__ = ["parse_document", "parse_lines"]
+__all__ = ["describe", "parse_document", "parse_lines"]
 
 Time = Annotated[float, Field(ge=0, le=253_402_300_799)]  # Unix seconds, up to the year 9999
+Number = Annotated[int, Field(ge=0, lt=2**63)]
 CheckpointName = Annotated[str, Field(pattern=r"^\d+-\d+$", max_length=40)]
+
+
+class _Environment(BaseModel):
+    """The content of `env.json`."""
+
+    python: str
+    platform: str
+    packages: dict[str, str]
+
+
+class _PartMetadata(BaseModel):
+    """The content of `server-N.json` in a checkpoint. Its further fields are those of `ParameterServer.state`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    version: tuple[Number, Number]
+    partition: tuple[Number, Number, Number, Number]
+    epochs: Number
+    settings: dict[str, Any]
 
 
 class _Heartbeat(BaseModel):
@@ -63,6 +83,8 @@ class _Metrics(BaseModel):
 DOCUMENTS: dict[str, TypeAdapter[Any]] = {
     "owner": TypeAdapter(Owner),
     "heartbeat": TypeAdapter(_Heartbeat),
+    "env.json": TypeAdapter(_Environment),
+    "server.json": TypeAdapter(_PartMetadata),
     "result.json": TypeAdapter(Result),
 }
 LINES: dict[str, TypeAdapter[Any]] = {"events.jsonl": TypeAdapter(_Event), "metrics.jsonl": TypeAdapter(_Metrics)}
@@ -73,7 +95,7 @@ def parse_document(name: str, text: bytes, source: str) -> dict[str, Any]:
     """Parse and check a JSON file of a run.
 
     Args:
-        name: name of the file in the run's directory.
+        name: name of the file in the run's directory; `server.json` for the metadata of a checkpoint's part.
         text: content of the file.
         source: path or URL of the file, for the error message.
 
@@ -111,8 +133,10 @@ def _checked(model: TypeAdapter[Any], tree: Any, source: str) -> dict[str, Any]:
         model.validate_python(tree)
         return OBJECT.validate_python(tree)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        reason = ": ".join([*(str(step) for step in fault["loc"]), fault["msg"].removeprefix("Value error, ")])
-        raise DamagedFileError(
-            f"{source} is damaged ({reason}): restore the file from a copy, or start a new run under another --name"
-        ) from error
+        raise DamagedFileError(f"{source} is damaged ({describe(error)}): {RECOVERY}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """Return the first fault, with the path to its field."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join([*(str(step) for step in fault["loc"]), fault["msg"].removeprefix("Value error, ")])[:500]

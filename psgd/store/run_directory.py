@@ -28,6 +28,7 @@ from uuid import uuid4
 import yaml
 
 from psgd.errors import OwnershipError, ResumeError, RunNotFoundError, RunNotRunningError, StorageError
+from psgd.jsontext import MOST_BYTES as MOST_JSON_BYTES
 from psgd.jsontext import to_json
 from psgd.result import Result
 from psgd.spec import JobSpec
@@ -41,7 +42,7 @@ from psgd.store.storage import Storage
 
 __all__ = ["RunDirectory"]
 
-MOST_JSON_BYTES = 2**24  # largest size of a JSON file, bytes
+MOST_LOG_BYTES = 2**28  # largest size of a file of JSON lines that is read
 PACKAGES = ("psgd", "ray", "numpy", "pydantic", "safetensors", "fsspec")
 
 
@@ -234,7 +235,7 @@ class RunDirectory:
             DamagedFileError: a line is not what psgd writes into this file.
         """
         self.check_exists()
-        text = self.storage.read(name) if self.storage.exists(name) else b""
+        text = self.storage.read(name, MOST_LOG_BYTES) if self.storage.exists(name) else b""
         return parse_lines(name, text, f"{self.storage.url}/{name}")
 
     def check_exists(self) -> None:

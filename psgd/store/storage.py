@@ -16,8 +16,9 @@ from uuid import uuid4
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from psgd.errors import StorageError
-from psgd.store.foreign import MOST_SCANNED, TakenFile, size_fault, take_files
+from psgd.errors import DamagedFileError, StorageError
+from psgd.jsontext import RECOVERY
+from psgd.store.foreign import MOST_SCANNED, TakenFile, read_regular, size_fault, take_files
 
 __all__ = ["PATIENCE_S", "Storage", "location"]
 
@@ -71,18 +72,24 @@ class Storage:
         self.delete(name)
 
     def read(self, name: str, most_bytes: int | None = None) -> bytes:
-        """Return the content of a file.
+        """Return the content of a file. Pipes and devices are not opened, because reading them might never end.
 
         Raises:
-            StorageError: there is no such file, it cannot be read, or it has more than `most_bytes` bytes.
+            DamagedFileError: it is not a regular file, or it has more than `most_bytes` bytes.
+            StorageError: there is no such file, or it cannot be read.
         """
+        doing = f"read {name!r}"
         path = join(self._root, name)
-        size = self._call_filesystem(f"read {name!r}", lambda: self._fs.size(path))
-        if most_bytes is not None and (size or 0) > most_bytes:
-            raise StorageError(
-                f"cannot read {name!r} in {self.url}: it has {size} bytes, expected {most_bytes} at most"
-            )
-        data: bytes = self._call_filesystem(f"read {name!r}", lambda: self._fs.cat_file(path), size or 0)
+        size = self._call_filesystem(doing, lambda: self._size(path))
+        limit = size if most_bytes is None else most_bytes
+        data = b""
+        if size <= limit:
+            content = self._call_filesystem(doing, lambda: self._content(path, most_bytes), size)
+            if content is None:
+                raise DamagedFileError(f"{self.url}/{name} is damaged (it is not a regular file): {RECOVERY}")
+            data = content
+        if most_bytes is not None and max(size, len(data)) > most_bytes:
+            raise DamagedFileError(f"{self.url}/{name} is damaged (it has more than {most_bytes:,} bytes): {RECOVERY}")
         return data
 
     def write(self, name: str, data: bytes) -> None:
@@ -150,6 +157,17 @@ class Storage:
         self._call_filesystem(f"delete {name!r}", lambda: self._fs.rm(join(self._root, name), recursive=True))
 
     # Calls of the filesystem
+
+    def _size(self, path: str) -> int:
+        """Return the size of a file. A size that is not known counts as 0."""
+        return int(self._fs.size(path) or 0)
+
+    def _content(self, path: str, most_bytes: int | None) -> bytes | None:
+        """Return the content of a file, or more than `most_bytes` bytes of it; None if it is not a regular file."""
+        if isinstance(self._fs, LocalFileSystem):
+            return read_regular(path, most_bytes)
+        content: bytes = self._fs.cat_file(path, end=None if most_bytes is None else most_bytes + 1)
+        return content
 
     def _list(self, path: str) -> list[str]:
         self._fs.invalidate_cache()
