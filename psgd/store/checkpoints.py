@@ -376,6 +376,19 @@ class Checkpoints:
         except DamagedFileError as error:
             raise CheckpointError(f"checkpoint {name}: {error}") from error
 
+    def delete_unfinished(self, before: str) -> None:
+        """Delete the directories without COMMITTED that are older than a checkpoint.
+
+        Args:
+            before: name of a checkpoint, committed or not. Directories of a later incarnation are left alone: the
+                driver of that incarnation may be writing them.
+        """
+        number, newest = _order(before)
+        for name in self.names():
+            _, incarnation = _order(name)
+            if _order(name) < (number, newest) and incarnation <= newest and self._committed_text(name) is None:
+                self._run.delete(f"checkpoints/{name}")
+
     def prune(self, keep: int) -> list[str]:
         """Delete committed checkpoints except the newest `keep`, and older ones that a crash left unfinished.
 

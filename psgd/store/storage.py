@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from posixpath import join
@@ -25,6 +27,7 @@ __all__ = ["PATIENCE_S", "Storage", "location"]
 PATIENCE_S = 60.0
 SLOWEST = 1e6  # bytes per second; the time limit of a call grows with the size of the file at this rate
 
+HELD = -1  # in place of a descriptor, if another process holds a lock
 SCHEME = re.compile(r"\w{2,}:/(?!/)")  # two letters or more: one letter is a drive of Windows
 
 T = TypeVar("T")
@@ -156,6 +159,24 @@ class Storage:
         """Delete a file, or a folder with its content."""
         self._call_filesystem(f"delete {name!r}", lambda: self._fs.rm(join(self._root, name), recursive=True))
 
+    @contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Lock this folder on a disk, which is created if it does not exist, for as long as the block lasts.
+
+        The lock ends with its process. There is none in an object store, and on a disk that cannot lock.
+
+        Yields:
+            False if another process, or another call in this one, holds the lock.
+        """
+        lock = None
+        if isinstance(self._fs, LocalFileSystem):
+            lock = self._call_filesystem("lock the folder", partial(_lock, self._root))
+        try:
+            yield lock != HELD
+        finally:
+            if lock not in (None, HELD):
+                os.close(lock)
+
     # Calls of the filesystem
 
     def _size(self, path: str) -> int:
@@ -272,6 +293,18 @@ def location(url: str | os.PathLike[str]) -> str:
 def _check_size(size: int | None, data: bytes) -> None:
     if size is not None and size != len(data):
         raise OSError(f"{len(data)} bytes were written, but the file has {size}")
+
+
+def _lock(folder: str) -> int | None:
+    """Return a descriptor that holds the lock of a folder until it is closed; `HELD`; None if it cannot be locked."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        return HELD if isinstance(error, BlockingIOError) else None
+    return descriptor
 
 
 def _rename(before: str, after: str) -> None:

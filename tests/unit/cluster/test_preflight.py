@@ -154,3 +154,20 @@ def test_an_address_is_refused_where_ray_is_connected_already(tmp_path: Path, mo
         plan(tmp_path, address="10.0.0.1:6379")
     monkeypatch.setenv("RAY_ADDRESS", "nonsense")  # not read, because Ray is connected
     assert plan(tmp_path).checkpoint is None
+
+
+def test_a_driver_that_is_refused_records_nothing_in_the_run(
+    tmp_path: Path, meanwhile: list[Callable[[], object]]
+) -> None:
+    record(run_directory(tmp_path), digits())
+    checkpoints = Checkpoints(run_directory(tmp_path).storage)
+    (*_, newest) = checkpoints.committed()
+    checkpoints._run.write(f"checkpoints/{newest}/COMMITTED", b"{}")  # it is refused, which is an event
+    events = (tmp_path / "run" / "events.jsonl").read_bytes()
+    meanwhile.append(run_directory(tmp_path).own)
+    with pytest.raises(RunExistsError):
+        plan(tmp_path, resume=True)
+    assert (tmp_path / "run" / "events.jsonl").read_bytes() == events
+    meanwhile.clear()
+    plan(tmp_path, resume=True)
+    assert run_directory(tmp_path).read_lines("events.jsonl")[-1]["event"] == "checkpoint_refused"
