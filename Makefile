@@ -32,7 +32,7 @@ imports: .venv/dev.stamp ## check that imports run one way
 	$(BIN)/lint-imports
 
 unit: .venv/dev.stamp ## run the fast tests: unit tests, fault injection, arithmetic of the benchmarks
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 tests/unit tests/simulation tests/benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m 'not chaos' tests/unit tests/simulation tests/benchmarks
 
 integration: .venv/dev.stamp ## run the tests on a real, local Ray; as root on Linux, also on three hosts in network namespaces
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration tests/hosts
@@ -40,6 +40,7 @@ integration: .venv/dev.stamp ## run the tests on a real, local Ray; as root on L
 chaos: .venv/dev.stamp ## run 20,000 simulated runs with faults, and kill processes and hosts on real Ray; 40 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulation
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --hypothesis-profile anew tests/unit/core
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m chaos tests/unit
 	$(BIN)/pytest -m chaos tests/integration tests/hosts
 
 bench: .venv/dev.stamp ## measure speed beside its peers, run the published experiments; results in bench/; an hour

@@ -28,6 +28,7 @@ __all__ = ["IncarnationJournal", "Record", "Segment", "read_lineage"]
 
 SEGMENT = re.compile(r"(\d+)-(\d+)-server-(\d+)\.npy")
 OUTCOMES = tuple(Outcome)
+HEADER_BEGIN = 10  # bytes of a file of NumPy before its header; the last two are the header's length
 
 
 class Record(NamedTuple):
@@ -352,11 +353,8 @@ class _SegmentFiles:
                 f"{path} is not the file that was committed with its checkpoint: it was changed, or belongs to another "
                 "run. Restore the file"
             )
-        try:
-            records: NDArray[np.void] = np.load(BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise JournalError(f"{path} is damaged: {error}. Restore the file") from error
-        _check_records(path, records, incarnation, self._partitions)
+        records = _parse_records(path, data, record_type(self._partitions))
+        _check_records(path, records, incarnation)
         return records
 
 
@@ -364,13 +362,40 @@ def _checkpoint(segment: str) -> str:
     return segment.partition("-server-")[0]
 
 
-def _check_records(path: str, records: NDArray[np.void], incarnation: int, partitions: int) -> None:
-    """Raise an error unless all records are of a known type and of this incarnation."""
-    known = records.dtype == record_type(partitions) and records.ndim == 1
-    if not known or (records["kind"] >= len(RecordKind)).any() or (records["outcome"] >= len(OUTCOMES)).any():
-        raise JournalError(
-            f"{path} has records that this version of psgd does not know: use the version that wrote it (see env.json)"
-        )
+def _parse_records(path: str, data: bytes, kind: np.dtype[np.void]) -> NDArray[np.void]:
+    """Return the records in a file that `np.save` wrote.
+
+    The header is compared with the one that psgd writes. NumPy would evaluate it as an expression of Python, with many
+    ways to fail, and would allocate the memory that it names.
+    """
+    end = HEADER_BEGIN + int.from_bytes(data[HEADER_BEGIN - 2 : HEADER_BEGIN], "little")
+    header = data[HEADER_BEGIN:end].strip()
+    fields = np.lib.format.dtype_to_descr(kind)
+    number, rest = divmod(max(0, len(data) - end), kind.itemsize)
+    if not data.startswith(np.lib.format.MAGIC_PREFIX) or (
+        f"'descr': {fields!r}".encode() in header and (rest or not header.endswith(b"}"))
+    ):
+        raise JournalError(f"{path} is damaged: it is not a file of whole records. Restore the file")
+    expected = BytesIO()
+    np.lib.format.write_array_header_1_0(expected, {"descr": fields, "fortran_order": False, "shape": (number,)})
+    if header != expected.getvalue()[HEADER_BEGIN:].strip():
+        raise _unknown(path)
+    return np.frombuffer(data, kind, number, end)
+
+
+def _unknown(path: str) -> JournalError:
+    return JournalError(
+        f"{path} has records that this version of psgd does not know: use the version that wrote it (see env.json), or "
+        "restore the file"
+    )
+
+
+def _check_records(path: str, records: NDArray[np.void], incarnation: int) -> None:
+    """Raise an error unless all records are of a known kind and of this incarnation."""
+    if (records["kind"] >= len(RecordKind)).any() or (records["outcome"] >= len(OUTCOMES)).any():
+        raise _unknown(path)
+    if not all(name.isascii() for name in set(records["worker"].tolist())):
+        raise JournalError(f"{path} is damaged: a worker has a name that is not text. Restore the file")
     if others := set(records["incarnation"].tolist()) - {incarnation}:
         raise JournalError(
             f"{path} has records of incarnation {min(others)}, not of {incarnation}: it belongs to another run. "

@@ -70,9 +70,12 @@ def read_regular(path: str, most_bytes: int | None) -> bytes | None:
     """Return the content of a file, or `most_bytes` + 1 bytes of a larger one; None if it is not a regular file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe does not wait for a writer
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             return None
-        return file.read(-1 if most_bytes is None else most_bytes + 1)
+        if most_bytes is None or status.st_size <= most_bytes:
+            return file.read()  # with a limit, as many bytes would be allocated, also for a short file
+        return file.read(most_bytes + 1)
 
 
 def _read(folder: int, name: str, most_bytes: int) -> TakenFile:

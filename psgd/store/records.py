@@ -11,15 +11,21 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from psgd.errors import DamagedFileError
-from psgd.jsontext import RECOVERY, parse_json
+from psgd.jsontext import RECOVERY, parse_json, to_json
 from psgd.result import Result
 from psgd.store.owner import Owner
 
 __all__ = ["describe", "parse_document", "parse_lines"]
 
-Time = Annotated[float, Field(ge=0, le=253_402_300_799)]  # Unix seconds, up to the year 9999
+Time = Annotated[float, Field(ge=0, le=253_402_128_000)]  # Unix seconds, in the year 9999 in every time zone
 Number = Annotated[int, Field(ge=0, lt=2**63)]
-CheckpointName = Annotated[str, Field(pattern=r"^\d+-\d+$", max_length=40)]
+CheckpointName = Annotated[str, Field(pattern=r"^[0-9]+-[0-9]+$", max_length=40)]
+CHECKPOINT_NAME = TypeAdapter[str | None](CheckpointName | None)
+KINDS = {  # event -> fields with the numbers, and field with the name of a checkpoint, that a replay needs
+    "started": (("incarnation",), "resumed"),
+    "server_started": (("incarnation", "partition"), "checkpoint"),
+    "checkpoint": ((), "name"),
+}
 
 
 class _Environment(BaseModel):
@@ -54,21 +60,24 @@ class _Event(BaseModel):
 
     time: Time
     event: str
-    incarnation: int | None = None
-    partition: int | None = None
+    incarnation: Number | None = None
+    partition: Number | None = None
+    workers: Number | dict[str, Number] | None = None
+    servers: Number | None = None
     resumed: CheckpointName | None = None
     checkpoint: Any = None
     name: Any = None
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
-        required = {
-            "started": ("incarnation", "resumed"),
-            "server_started": ("incarnation", "partition", "checkpoint"),
-            "checkpoint": ("name",),
-        }.get(self.event, ())
-        if missing := [name for name in required if name not in self.model_fields_set]:
+        numbers, checkpoint = KINDS.get(self.event, ((), None))
+        missing = [name for name in numbers if getattr(self, name) is None]
+        if checkpoint is not None and checkpoint not in self.model_fields_set:
+            missing.append(checkpoint)
+        if missing:
             raise ValueError(f"event {self.event!r} lacks {', '.join(missing)}")
+        if checkpoint is not None:
+            CHECKPOINT_NAME.validate_python(getattr(self, checkpoint))
         return self
 
 
@@ -130,7 +139,7 @@ def parse_lines(name: str, text: bytes, source: str) -> list[dict[str, Any]]:
 
 def _checked(model: TypeAdapter[Any], tree: Any, source: str) -> dict[str, Any]:
     try:
-        model.validate_python(tree)
+        model.validate_json(to_json(tree), strict=True)
         return OBJECT.validate_python(tree)
     except ValidationError as error:
         raise DamagedFileError(f"{source} is damaged ({describe(error)}): {RECOVERY}") from error

@@ -16,7 +16,9 @@ refused/         entries of commands/ that were not regular files
 
 from __future__ import annotations
 
+import os
 import platform
+import pwd
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -331,6 +333,17 @@ class RunDirectory:
         return judge_liveness(self.read_owner(), ended, signs, self.read_spec().failure.timeout_s, time.time())
 
     @property
+    def foreign_user(self) -> str | None:
+        """Name of the other user that this directory belongs to; None if it belongs to the present user.
+
+        An object store does not say which user wrote a run, so that the run may be of any user.
+        """
+        users = self.storage.users("", "resolved.json")
+        if users is None:
+            return "an unknown user (an object store does not name one)"
+        return next((f"user {_user_name(user)}" for user in sorted(users) if user != os.geteuid()), None)
+
+    @property
     def resume_command(self) -> str:
         """The command that continues the run."""
         folder, _, name = self.storage.url.rpartition("/")
@@ -388,6 +401,13 @@ class RunDirectory:
             return [] if is_known else [Refusal("commands", f"the folder cannot be read: {error}")]
         self._commands_fault = ""
         return [read_command(file, self._first_incarnation) for file in files]
+
+
+def _user_name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
 
 
 def _json(value: Any) -> bytes:

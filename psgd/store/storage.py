@@ -150,6 +150,15 @@ class Storage:
         """Return True if there is a file or folder of that name."""
         return bool(self._call_filesystem(f"look for {name!r}", lambda: self._fs.exists(join(self._root, name))))
 
+    def users(self, *names: str) -> set[int] | None:
+        """Return the ids of the users that own files or folders, and links to them; None in an object store."""
+        if not isinstance(self._fs, LocalFileSystem):
+            return None
+        paths = [Path(self._root, name) for name in names]
+        return self._call_filesystem(
+            "look for the owner", lambda: {status.st_uid for path in paths for status in (path.stat(), path.lstat())}
+        )
+
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of the entries directly in a folder. A folder that does not exist has none."""
         paths = self._call_filesystem(f"list {folder!r}", lambda: self._list(join(self._root, folder)))
