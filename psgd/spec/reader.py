@@ -16,6 +16,7 @@ from psgd.spec.yaml_values import FILE_LIMIT, read_yaml
 
 __all__ = ["as_spec", "load_spec", "parse_spec", "with_setting"]
 
+LONGEST_FAULT = 500  # characters of a fault in an error; a name in a damaged file may be of any length
 MAX_DEPTH = 16  # field names in a setting such as a.b.c=1
 
 
@@ -78,7 +79,7 @@ def parse_spec(tree: Mapping[str, Any], source: str) -> JobSpec:
     try:
         return JobSpec.model_validate(tree)
     except ValidationError as error:
-        faults = "\n".join(f"  {line}" for line in explain(error, JobSpec))
+        faults = "\n".join(f"  {_cut(line)}" for line in explain(error, JobSpec))
         raise SpecError(f"{source} is not a valid job:\n{faults}") from error
 
 
@@ -113,6 +114,10 @@ def _replace_field(tree: Mapping[str, Any], names: Sequence[str], value: Any, so
 
 
 ALIASES = {"lr": ("learning_rate",), "learning_rate": ("lr",)}  # field -> its other names
+
+
+def _cut(fault: str) -> str:
+    return fault if len(fault) <= LONGEST_FAULT else f"{fault[:LONGEST_FAULT]}..."
 
 
 def _short(setting: str) -> str:

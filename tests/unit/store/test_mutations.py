@@ -31,6 +31,7 @@ from tests.support.run_records import finish
 
 SLOWEST_S = 5.0  # of this process, for one copy
 MOST_MEMORY = 200 * 2**20  # bytes above the size of the copy
+LONGEST_REASON = 30_000  # characters; an error about a job lists many faults
 REPLAYS = 10  # a replay takes longer than a read: one for this number of copies
 TRACED = 4  # tracing the memory takes longer than a read: it is done for one of this number of copies
 
@@ -92,7 +93,7 @@ def refusals(path: Path, number: int, read: Callable[[], object], typed: type[Ex
         path.write_bytes(copy)
         reason = refusal(read, len(copy), typed, index % TRACED == 0)
         refused += reason is not None
-        assert reason is None or 0 < len(reason) < 3000
+        assert reason is None or 0 < len(reason) < LONGEST_REASON
     path.write_bytes(content)
     return refused
 
