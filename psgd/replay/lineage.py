@@ -11,24 +11,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
-from io import BytesIO
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.server.journal import RECORD, RecordKind, record_type
+from psgd.core.server.journal import RECORD, RecordKind
 from psgd.errors import JournalError
 from psgd.store.checkpoints import Checkpoints, Manifest
 from psgd.store.run_directory import RunDirectory
+from psgd.store.segments import parse_segment
 from psgd_workers.messages import BatchId, Outcome, Version
 
 __all__ = ["IncarnationJournal", "Record", "Segment", "read_lineage"]
 
 SEGMENT = re.compile(r"(\d+)-(\d+)-server-(\d+)\.npy")
 OUTCOMES = tuple(Outcome)
-HEADER_BEGIN = 10  # bytes of a file of NumPy before its header; the last two are the header's length
 
 
 class Record(NamedTuple):
@@ -353,8 +352,8 @@ class _SegmentFiles:
                 f"{path} is not the file that was committed with its checkpoint: it was changed, or belongs to another "
                 "run. Restore the file"
             )
-        records = _parse_records(path, data, record_type(self._partitions))
-        _check_records(path, records, incarnation)
+        records = parse_segment(data, path, self._partitions)
+        _check_incarnation(path, records, incarnation)
         return records
 
 
@@ -362,40 +361,8 @@ def _checkpoint(segment: str) -> str:
     return segment.partition("-server-")[0]
 
 
-def _parse_records(path: str, data: bytes, kind: np.dtype[np.void]) -> NDArray[np.void]:
-    """Return the records in a file that `np.save` wrote.
-
-    The header is compared with the one that psgd writes. NumPy would evaluate it as an expression of Python, with many
-    ways to fail, and would allocate the memory that it names.
-    """
-    end = HEADER_BEGIN + int.from_bytes(data[HEADER_BEGIN - 2 : HEADER_BEGIN], "little")
-    header = data[HEADER_BEGIN:end].strip()
-    fields = np.lib.format.dtype_to_descr(kind)
-    number, rest = divmod(max(0, len(data) - end), kind.itemsize)
-    if not data.startswith(np.lib.format.MAGIC_PREFIX) or (
-        f"'descr': {fields!r}".encode() in header and (rest or not header.endswith(b"}"))
-    ):
-        raise JournalError(f"{path} is damaged: it is not a file of whole records. Restore the file")
-    expected = BytesIO()
-    np.lib.format.write_array_header_1_0(expected, {"descr": fields, "fortran_order": False, "shape": (number,)})
-    if header != expected.getvalue()[HEADER_BEGIN:].strip():
-        raise _unknown(path)
-    return np.frombuffer(data, kind, number, end)
-
-
-def _unknown(path: str) -> JournalError:
-    return JournalError(
-        f"{path} has records that this version of psgd does not know: use the version that wrote it (see env.json), or "
-        "restore the file"
-    )
-
-
-def _check_records(path: str, records: NDArray[np.void], incarnation: int) -> None:
-    """Raise an error unless all records are of a known kind and of this incarnation."""
-    if (records["kind"] >= len(RecordKind)).any() or (records["outcome"] >= len(OUTCOMES)).any():
-        raise _unknown(path)
-    if not all(name.isascii() for name in set(records["worker"].tolist())):
-        raise JournalError(f"{path} is damaged: a worker has a name that is not text. Restore the file")
+def _check_incarnation(path: str, records: NDArray[np.void], incarnation: int) -> None:
+    """Raise an error unless all records are of this incarnation."""
     if others := set(records["incarnation"].tolist()) - {incarnation}:
         raise JournalError(
             f"{path} has records of incarnation {min(others)}, not of {incarnation}: it belongs to another run. "

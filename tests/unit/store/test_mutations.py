@@ -23,6 +23,7 @@ from psgd.store.checkpoints import Checkpoint, Checkpoints, Manifest
 from psgd.store.commands import MOST_BYTES, Command, make_command, read_command
 from psgd.store.foreign import TakenFile
 from psgd.store.run_directory import RunDirectory
+from psgd.store.segments import parse_segment
 from psgd.store.storage import Storage
 from psgd_workers.messages import FloatArray
 from tests.support.mutations import mutations
@@ -209,6 +210,12 @@ def test_a_damaged_journal_with_a_checksum_is_refused(run: RunDirectory, number:
     path = Path(run.storage.url, "journal", max(manifest.journal))
     partition = int(path.stem[-1])
     assert refusals(path, number, lambda: read_lineage(run, manifest, partition), JournalError) == number
+
+
+@numbers
+def test_a_damaged_journal_of_unknown_partitions_is_read_or_refused(run: RunDirectory, number: int) -> None:
+    path = segment(run)
+    assert refusals(path, number, lambda: parse_segment(path.read_bytes(), str(path)), JournalError) > number / 4
 
 
 @numbers
