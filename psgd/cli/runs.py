@@ -103,7 +103,8 @@ def set_(
     after how many steps of the servers the change took effect, or why it was refused.
     """
     open_run(run, storage).command("set", settings)
-    typer.echo(f"asked {run} to set {' '.join(settings)}; `psgd logs {run}` shows when they took effect, or why not")
+    given = redact(" ".join(settings))
+    typer.echo(f"asked {run} to set {given}; `psgd logs {run}` shows when they took effect, or why not")
 
 
 def scale(

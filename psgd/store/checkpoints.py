@@ -377,7 +377,7 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {name}: {error}") from error
 
     def delete_unfinished(self, before: str) -> None:
-        """Delete the directories without COMMITTED that are older than a checkpoint.
+        """Delete the directories without COMMITTED, or with a truncated one, that are older than a checkpoint.
 
         Args:
             before: name of a checkpoint, committed or not. Directories of a later incarnation are left alone: the
@@ -386,25 +386,40 @@ class Checkpoints:
         number, newest = _order(before)
         for name in self.names():
             _, incarnation = _order(name)
-            if _order(name) < (number, newest) and incarnation <= newest and self._committed_text(name) is None:
+            if _order(name) < (number, newest) and incarnation <= newest and not self._is_committed(name):
                 self._run.delete(f"checkpoints/{name}")
 
     def prune(self, keep: int) -> list[str]:
-        """Delete committed checkpoints except the newest `keep`, and older ones that a crash left unfinished.
+        """Delete old checkpoints, and older directories that a crash left unfinished.
+
+        The newest `keep` are kept, and all that are newer than these. A checkpoint with a damaged COMMITTED does not
+        count.
 
         Returns:
             The names of the committed checkpoints that were deleted.
         """
-        committed = self.committed()
-        deleted = committed[:-keep]
-        for name in deleted:
-            # COMMITTED first, so that a half-deleted directory does not count as whole.
-            self._run.delete(f"checkpoints/{name}/COMMITTED")
-        newest = _order(committed[-1]) if committed else ()
-        for name in self.names():
-            if name in deleted or (name not in committed and _order(name) < newest):
-                self._run.delete(f"checkpoints/{name}")
+        names = self.names()
+        whole = [name for name in names if self._has_manifest(name)]
+        kept = whole[-keep:]
+        deleted = []
+        for name in names:
+            is_committed = self._is_committed(name)
+            if is_committed and len(kept) == keep and _order(name) < _order(kept[0]):
+                # COMMITTED first, so that a half-deleted directory does not count as whole.
+                self._run.delete(f"checkpoints/{name}/COMMITTED")
+                deleted.append(name)
+            elif is_committed or not kept or _order(name) > _order(kept[-1]):
+                continue
+            self._run.delete(f"checkpoints/{name}")
         return deleted
+
+    def _has_manifest(self, name: str) -> bool:
+        """Return True if a directory has a COMMITTED that is not damaged."""
+        try:
+            self.manifest(name)
+        except (CheckpointError, DamagedFileError):
+            return False
+        return True
 
 
 def _order(name: str) -> tuple[int, ...]:

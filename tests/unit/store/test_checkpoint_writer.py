@@ -10,7 +10,8 @@ from psgd.core.driver.events import Commit, Committed, Saved, SaveFailed
 from psgd.core.server.journal import RECORD
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import partition_weights
-from psgd.errors import OwnershipError, StorageError
+from psgd.errors import CheckpointError, OwnershipError, StorageError
+from psgd.jsontext import MOST_BYTES
 from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.store.run_directory import RunDirectory
@@ -219,3 +220,38 @@ def test_a_directory_that_cannot_be_deleted_is_recorded(run: RunDirectory, monke
     monkeypatch.setattr(Checkpoints, "delete_unfinished", refuse)
     assert writer.begin(2) == "000002-1"
     assert recorded(run, "not_deleted") == ["read-only"]
+
+
+OWNERS = {
+    "deep": b"[" * 100_000,
+    "other types": b'{"driver": 1, "incarnation": "x"}',
+    "huge": b" " * (MOST_BYTES + 1),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("text", OWNERS.values(), ids=OWNERS.keys())
+def test_a_damaged_owner_lets_a_commit_fail_and_the_next_one_succeed(run: RunDirectory, text: bytes) -> None:
+    writer = checkpoint_writer(run)
+    owner = run.storage.read("owner")
+    run.storage.write("owner", text)
+    failed = save(run, writer, 1, updates=10)
+    assert isinstance(failed, SaveFailed)
+    assert "/owner is damaged" in failed.cause
+    assert Checkpoints(run.storage).committed() == []
+    run.storage.write("owner", owner)
+    assert save(run, writer, 2, updates=20) == Committed(2)
+
+
+def test_damaged_manifests_do_not_keep_a_driver_from_committing_and_deleting(run: RunDirectory) -> None:
+    writer = checkpoint_writer(run)
+    texts = [b"[" * 100_000, b"{}", b" " * (MOST_BYTES + 1), b'{"format": 1', b"\xff"]
+    for number, text in enumerate(texts):
+        assert save(run, writer, number, updates=10 * number) == Committed(number)
+        run.storage.write(f"checkpoints/{number:06d}-1/COMMITTED", text)
+        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+            writer.refresh_origin()
+    assert save(run, writer, 9, updates=90) == Committed(9)
+    assert origin(writer) == "000009-1"
+    assert save(run, writer, 10, updates=100) == Committed(10)
+    assert Checkpoints(run.storage).names() == ["000009-1", "000010-1"]

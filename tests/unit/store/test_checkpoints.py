@@ -370,3 +370,14 @@ def test_checkpoints_are_ordered_by_number_not_by_letters(run: Storage) -> None:
     for name in ("999999-2", "1000000-2", "000001-10", "000001-9"):
         save(run, name)
     assert Checkpoints(run).committed() == ["000001-9", "000001-10", "999999-2", "1000000-2"]
+
+
+def test_a_damaged_manifest_does_not_count_among_those_that_are_kept(run: Storage) -> None:
+    for number in range(1, 6):
+        save(run, f"{number:06d}-1")
+    for number in (2, 4):
+        run.write(f"checkpoints/{number:06d}-1/COMMITTED", b"{}")
+    assert Checkpoints(run).prune(keep=2) == ["000001-1", "000002-1"]
+    assert Checkpoints(run).names() == ["000003-1", "000004-1", "000005-1"]
+    save(run, "000006-1")
+    assert Checkpoints(run).prune(keep=2) == ["000003-1", "000004-1"]
