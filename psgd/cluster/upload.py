@@ -16,12 +16,12 @@ from psgd.errors import InputError
 
 __all__ = ["check_secrets", "excludes"]
 
-NEVER = ("__pycache__/", ".git/")  # no model needs them
+NEVER = ("__pycache__", ".git")  # no model needs them; with a slash at the end, Ray would still enter them
 SECRETS = (  # in the language of .gitignore
     *(".env", ".env.*", "!.env.example", "!.env.sample", "!.env.template", ".envrc"),
     *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk"),
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "!id_*.pub"),
-    *(".aws/", ".azure/", ".docker/", ".gnupg/", ".kube/", ".ssh/", "gcloud/"),
+    *(".aws", ".azure", ".config/gcloud", ".docker", ".gnupg", ".kube", ".ssh"),
     *(".git-credentials", ".htpasswd", ".netrc", ".npmrc", ".pgpass", ".pypirc"),
     *("credentials.json", "service-account*.json", "service_account*.json"),
 )
