@@ -12,6 +12,7 @@
     │   ├── RunNotFoundError          no run of this name exists
     │   ├── RunNotRunningError        the run has no running driver that could obey the command
     │   ├── ResumeError               the run belongs to another job, or cannot be continued as asked
+    │   ├── UntrustedRunError         the run of another user names code, which is not executed
     │   ├── JournalError              a journal is incomplete, or belongs to another run
     │   └── ClusterError              the cluster cannot be reached, or is too small for the job
     ├── CheckpointError (ValueError)  a checkpoint is damaged or incomplete
@@ -91,6 +92,7 @@ __all__ = [
     "SpecError",
     "StateUnchangedError",
     "StorageError",
+    "UntrustedRunError",
     "WeightsNotKeptError",
     "WorkerError",
 ]
@@ -122,6 +124,10 @@ class RunNotRunningError(InputError):
 
 class ResumeError(InputError):
     """The run belongs to another job, or cannot be continued as asked."""
+
+
+class UntrustedRunError(InputError):
+    """The run belongs to another user and names code, which is not executed without the present user's consent."""
 
 
 class JournalError(InputError):

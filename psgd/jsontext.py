@@ -1,18 +1,28 @@
 """JSON as all of psgd writes and reads it.
 
 Output is valid by RFC 8259: Infinity and NaN, which JSON does not have, become null. Input that is not valid JSON,
-Infinity and NaN included, raises a `DamagedFileError` that names the file.
+Infinity and NaN included, or that is larger or deeper than any file of psgd, raises a `DamagedFileError` that names
+the file. The limits are checked before the text is parsed, because parsing takes many times its size in memory.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from itertools import accumulate
 from math import isfinite
 from typing import Any, NoReturn
 
 from psgd.errors import DamagedFileError
 
-__all__ = ["parse_json", "to_json"]
+__all__ = ["MOST_BYTES", "MOST_DEPTH", "RECOVERY", "parse_json", "to_json"]
+
+MOST_BYTES = 2**24  # size of a document
+MOST_DEPTH = 64  # levels of lists and objects
+MOST_VALUES = 500_000  # values of lists and objects; a value takes up to 200 bytes of memory
+RECOVERY = "restore the file from a copy, or start a new run under another --name"
+STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+NO_BRACKET = re.compile(r"[^\[\]{}]++")
 
 
 def to_json(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
@@ -43,15 +53,32 @@ def parse_json(text: bytes, source: str) -> Any:
         source: name of the file, for the error.
 
     Raises:
-        DamagedFileError: the text is empty, cut short, nested too deeply, or not JSON.
+        DamagedFileError: the text is empty, cut short, too large, nested too deeply, or not JSON.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        return json.loads(_within_limits(text), parse_constant=_refuse_constant)
+    except ValueError as error:
         reason = "it is empty" if not text.strip() else str(error)
-        raise DamagedFileError(
-            f"{source} is damaged ({reason}): restore the file from a copy, or start a new run under another --name"
-        ) from error
+        raise DamagedFileError(f"{source} is damaged ({reason}): {RECOVERY}") from error
+
+
+def _within_limits(text: bytes) -> str:
+    """Return a document as text, after checking its limits."""
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it has {len(text):,} bytes, more than {MOST_BYTES:,}")
+    decoded = text.decode()
+    brackets = decoded.count("[") + decoded.count("{")
+    if decoded.count(",") + brackets > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES:,} values")
+    if brackets > MOST_DEPTH and _depth(decoded) > MOST_DEPTH:
+        raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep")
+    return decoded
+
+
+def _depth(text: str) -> int:
+    """Return the number of levels of lists and objects, and at least that number if the text is not JSON."""
+    brackets = NO_BRACKET.sub("", STRING.sub("", text))
+    return max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0)
 
 
 def _refuse_constant(constant: str) -> NoReturn:

@@ -33,9 +33,11 @@ def main() -> None:
 def _run(interruption: Interruption) -> None:
     from psgd.cli.app import app
     from psgd.errors import PsgdError, RunError
+    from psgd_workers.redaction import printable
 
     try:
         app(obj=interruption)
     except PsgdError as error:
-        print(f"psgd: {error}", file=sys.stderr)  # noqa: T201 - the command's own output
+        lines = [printable(line) for line in str(error).split("\n")]
+        print("psgd:", "\n".join(lines), file=sys.stderr)  # noqa: T201 - the command's own output
         sys.exit(FAILED if isinstance(error, RunError) else REFUSED)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from psgd_workers.counting import counted
+from psgd_workers.redaction import printable, redact
 
 if TYPE_CHECKING:
     from psgd.result import Result
     from psgd.simulation.verify import Check
 
-__all__ = ["print_checks", "print_json", "print_result", "printable"]
+__all__ = ["print_checks", "print_json", "print_result"]
 
 COLOURS = {"failed": "red", "unsaved": "red", "interrupted": "yellow"}
 SUMMARY = {  # title -> metric and format
@@ -27,10 +28,10 @@ SUMMARY = {  # title -> metric and format
 
 
 def print_json(value: Any, indent: int | None = None) -> None:
-    """Print one JSON document on stdout."""
+    """Print one JSON document on stdout, without the passwords of URLs."""
     from psgd.jsontext import to_json
 
-    typer.echo(to_json(value, indent=indent))
+    typer.echo(redact(to_json(value, indent=indent)))
 
 
 def print_result(result: Result) -> None:
@@ -46,9 +47,9 @@ def print_result(result: Result) -> None:
     for title, (metric, template) in SUMMARY.items():
         if (value := result.metrics.get(metric)) is not None:
             console.print(f"  {title:<20} {template.format(value)}")
-    console.print(f"  {'run directory':<20} {result.path}", soft_wrap=True)
+    console.print(f"  {'run directory':<20} {printable(redact(result.path))}", soft_wrap=True)
     if result.error:
-        console.print(f"  {'error':<20} {result.error}", soft_wrap=True)
+        console.print(f"  {'error':<20} {printable(redact(result.error))}", soft_wrap=True)
     if result.status in ("interrupted", "stopped"):
         console.print("  the same command with --resume continues it")
 
@@ -65,8 +66,3 @@ def print_checks(checks: Iterable[Check]) -> None:
         verdict = Text("holds", style="green") if check.holds else Text("does not hold", style="red")
         table.add_row(check.name, check.promised, check.observed, verdict)
     stderr_console().print(table)
-
-
-def printable(text: str) -> str:
-    """Escape the control characters of a text, so that it stays on one line and cannot control the terminal."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from psgd.cli.options import Dashboard, RunName, RunStorage
-from psgd.cli.output import print_json, printable
+from psgd.cli.output import print_json
 from psgd_workers.counting import counted
+from psgd_workers.redaction import printable, redact
 
 if TYPE_CHECKING:
     from psgd.store.run_directory import RunDirectory
@@ -69,12 +70,13 @@ def logs(run: RunName, storage: RunStorage = STORAGE, address: Dashboard = None)
     if address:
         from psgd.cluster.jobs import Jobs
 
-        typer.echo(Jobs(address).logs(run))
+        for text in redact(Jobs(address).logs(run)).splitlines():
+            typer.echo(printable(text))
         return
     for line in open_run(run, storage).read_lines("events.jsonl"):
         when = datetime.fromtimestamp(line.pop("time")).astimezone().isoformat(sep=" ", timespec="seconds")
         fields = "  ".join(f"{key}={value}" for key, value in line.items() if key != "event" and value is not None)
-        typer.echo(printable(f"{when}  {line['event']:<18} {fields}"))
+        typer.echo(printable(redact(f"{when}  {line['event']:<18} {fields}")))
 
 
 def stop(run: RunName, storage: RunStorage = STORAGE, address: Dashboard = None) -> None:
@@ -107,7 +109,8 @@ def set_(
     """
     open_run(run, storage).command("set", settings)
     follow = _command("logs", run, storage)
-    typer.echo(f"asked {run} to set {' '.join(settings)}; `{follow}` shows when they took effect, or why not")
+    given = redact(" ".join(settings))
+    typer.echo(f"asked {run} to set {given}; `{follow}` shows when they took effect, or why not")
 
 
 def scale(

@@ -14,6 +14,7 @@ import typer
 from psgd.cli import FAILED
 from psgd.cli.options import AsJson, JobFile, Overrides, RunName, RunStorage
 from psgd.cli.output import print_checks, print_json
+from psgd_workers.redaction import printable, redact
 
 __all__ = ["replay", "simulate", "verify"]
 
@@ -152,12 +153,17 @@ def replay(
         Path | None,
         typer.Option(dir_okay=False, metavar="FILE.safetensors", help="Write the recomputed weights to this file."),
     ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Execute the code that the run of another user names as its model."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Recompute a run, and compare the weights bit for bit.
 
     Reads the run's job, its data and its journal (the record of all pushes). Computes every gradient again in one
     process, up to the newest checkpoint, and compares the weights with those saved there. Exits with 3 if they differ.
+    A run that belongs to another user, or lies in an object store, and names code as its model needs --trust.
     """
     from psgd.cli.runs import open_run
 
@@ -168,9 +174,9 @@ def replay(
     from psgd.replay.replay import replay as recompute
 
     with redirect_stdout(sys.stderr):  # the user's own model may print
-        result = recompute(directory, until=until, out=out)
+        result = recompute(directory, until=until, out=out, trust=trust)
     if as_json:
         print_json(result.to_dict())
     else:
-        typer.echo(str(result))
+        typer.echo(printable(redact(str(result))))
     raise typer.Exit(FAILED if result.agrees is False else 0)

@@ -14,6 +14,7 @@ from psgd.cli.options import AsJson, JobFile, JobStorage, NameOption, Overrides
 from psgd.cli.output import print_json, print_result
 from psgd.errors import PsgdError, RunError
 from psgd.interruption import Interruption
+from psgd_workers.redaction import redact
 
 __all__ = ["submit", "train"]
 
@@ -90,6 +91,9 @@ def submit(
             help="Folder with Python code that the model imports. May be repeated.",
         ),
     ] = None,
+    with_secrets: Annotated[
+        bool, typer.Option("--with-secrets", help="Upload also files that look like passwords or private keys.")
+    ] = False,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Show the driver's output until the run ends, or return at once.")
     ] = True,
@@ -107,9 +111,9 @@ def submit(
     interruption: Interruption = context.obj
     jobs = Jobs(address)
     with interruption.critical("the job is submitted first"):
-        identifier = jobs.submit(spec, str(spec.name), py_module or ())
+        identifier = jobs.submit(spec, str(spec.name), py_module or (), with_secrets)
         interruption.outlook = (
-            f"job {identifier} continues on the cluster; `psgd stop {spec.name} --address {address}` ends it"
+            f"job {identifier} continues on the cluster; `psgd stop {spec.name} --address {redact(address)}` ends it"
         )
         typer.echo(identifier)
     if interruption.requested:

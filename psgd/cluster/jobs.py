@@ -17,8 +17,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from psgd.cluster.address import check_listening
 from psgd.cluster.session import SHIPPED, py_modules
+from psgd.cluster.upload import check_secrets, excludes
 from psgd.errors import ClusterError, InputError, RunError, RunNotFoundError, SpecError
 from psgd.spec import JobSpec
+from psgd_workers.redaction import redact
 
 __all__ = ["Jobs"]
 
@@ -61,22 +63,26 @@ class Jobs:
             self._client = JobSubmissionClient(address)
         self._address = address
 
-    def submit(self, spec: JobSpec, name: str, modules: Sequence[Path] = ()) -> str:
+    def submit(self, spec: JobSpec, name: str, modules: Sequence[Path] = (), with_secrets: bool = False) -> str:
         """Start a run's driver on the cluster. If a run of that name exists, the driver continues it.
 
         Args:
             spec: the job. The cluster must be able to reach its paths.
             name: name of the run.
             modules: folders with the user's Python code that the model imports.
+            with_secrets: True to upload files there that look like passwords or private keys.
 
         Returns:
             The submission id of the Ray job.
 
         Raises:
             SpecError: a path is relative: the cluster does not know this machine's folders.
+            InputError: a source directory holds files that look like secrets.
             ClusterError: the job server refused the job, or could not be reached.
         """
         _check_paths(spec)
+        if not with_secrets:
+            check_secrets(modules)
         with TemporaryDirectory() as folder, _map_errors(self._address):
             tree = spec.model_dump(mode="json", exclude_unset=True)
             (Path(folder) / "job.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -87,7 +93,7 @@ class Jobs:
                     runtime_env={
                         "working_dir": folder,
                         "py_modules": [*py_modules(), *(str(module.absolute()) for module in modules)],
-                        "excludes": ["__pycache__"],
+                        "excludes": excludes(with_secrets),
                         "env_vars": {SHIPPED: "1"},
                     },
                     metadata={RUN_KEY: name},
@@ -106,9 +112,10 @@ class Jobs:
             RunError: the run did not succeed, or the connection to the cluster was lost.
             KeyboardInterrupt: the user pressed Ctrl-C. The run goes on, and a line on stderr says so.
         """
+        address = redact(self._address)
         advice = (
-            f"run {run} goes on as job {job}. To follow it: psgd status {run} --address {self._address}. To stop it: "
-            f"psgd stop {run} --address {self._address}"
+            f"run {run} goes on as job {job}. To follow it: psgd status {run} --address {address}. To stop it: "
+            f"psgd stop {run} --address {address}"
         )
         try:
             with _map_errors(self._address):

@@ -6,7 +6,7 @@ Each is made once. Only the checkpoint is chosen again if the run's former drive
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -88,7 +88,13 @@ def preflight(
     former_driver = run.owned_by
     _check_run(run, spec, resume)
     committed = Checkpoints(run.storage).committed()
-    checkpoint = find_checkpoint(run, spec, lambda fault: _report_refusal(run, fault))
+    faults: list[str] = []  # recorded once this driver owns the run
+
+    def refuse(fault: str) -> None:
+        warn(fault)
+        faults.append(fault)
+
+    checkpoint = find_checkpoint(run, spec, refuse)
     job = OpenJob.open(spec)
     partitions = partition_weights(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
     continued = _with_settings_of(job, checkpoint)
@@ -98,8 +104,12 @@ def preflight(
         interruption.check()
         check_room(spec, job.layout.num_parameters)
         interruption.check()
-        plan = RunPlan(job, partitions, run, continued, checkpoint, _take_over(run, former_driver))
-        yield plan if Checkpoints(run.storage).committed() == committed else _with_newest_checkpoint(plan)
+        plan = RunPlan(job, partitions, run, continued, checkpoint, run.take_over(former_driver))
+        if Checkpoints(run.storage).committed() != committed:
+            plan = _with_newest_checkpoint(plan, refuse)
+        for fault in faults:
+            run.event("checkpoint_refused", fault=fault)
+        yield plan
 
 
 def _with_name(spec: JobSpec, name: str | None, storage: str | None) -> JobSpec:
@@ -147,33 +157,10 @@ def _with_settings_of(job: OpenJob, checkpoint: Checkpoint | None) -> JobSpec:
     return with_settings(job.spec, checkpoint.manifest)
 
 
-def _take_over(run: RunDirectory, former_driver: str | None) -> Owner:
-    """Take over the run. Its former driver stops at its next commit; only a commit under way may still complete.
-
-    Args:
-        run: the run directory.
-        former_driver: id of the driver that owned the run when it was checked; None if it had no owner.
-
-    Raises:
-        RunExistsError: another driver took over the run since then, during the seconds that Ray takes to start.
-    """
-    if run.owned_by != former_driver:
-        raise RunExistsError(
-            f"another driver took over the run in {run.storage.url} while Ray was started here: --resume takes it "
-            "over again, another --name starts a new run"
-        )
-    return run.own()
-
-
-def _with_newest_checkpoint(plan: RunPlan) -> RunPlan:
+def _with_newest_checkpoint(plan: RunPlan, refuse: Callable[[str], None]) -> RunPlan:
     """Return the plan with the newest checkpoint.
 
     The run's former driver committed a checkpoint while Ray was started here, and may have deleted the one in the plan.
     """
-    checkpoint = find_checkpoint(plan.run, plan.job.spec, lambda fault: _report_refusal(plan.run, fault))
+    checkpoint = find_checkpoint(plan.run, plan.job.spec, refuse)
     return replace(plan, checkpoint=checkpoint, spec=_with_settings_of(plan.job, checkpoint))
-
-
-def _report_refusal(run: RunDirectory, fault: str) -> None:
-    warn(fault)
-    run.event("checkpoint_refused", fault=fault)

@@ -153,12 +153,25 @@ def _supervise(plan: RunPlan, progress: bool, interruption: Interruption) -> Res
         saved_epochs=manifest.epochs if manifest else 0,
         requeued=manifest.requeued if manifest else 0,
     )
+    checkpoint_writer.delete_unfinished()
     finish, status = _train(job, run, coordinator, inputs, checkpoint_writer, progress, interruption)
+    finish = _unless_taken_over(run, finish)
     result = _result(run, status, finish, checkpoint_writer.committed[-1] if checkpoint_writer.committed else None)
     if run.is_ours:
         run.event("finished", status=finish.status, error=finish.error)
         run.finish(result)
     return result
+
+
+def _unless_taken_over(run: RunDirectory, finish: Finish) -> Finish:
+    """Return the way in which the training ended. If another driver took over the run, this is what ended it."""
+    try:
+        run.check_owner()
+    except OwnershipError as error:
+        return finish if str(error) in str(finish.error) else Finish("failed", str(error))
+    except StorageError:  # it is not known; the result says what is saved
+        pass
+    return finish
 
 
 def _train(

@@ -79,8 +79,8 @@ class ServerActor:
         owner = RunDirectory(self._storage).read_owner()
         if owner is None or owner.driver != driver:
             raise StorageError(
-                f"the server's machine does not see the driver's files in {self._storage.url}. "
-                "Set run.storage to a folder or URL that every machine shares"
+                f"the server's machine does not see the driver's files in {self._storage.url}. Set run.storage to a "
+                "folder or URL that every machine shares. If it does, another driver has taken over the run"
             )
 
     async def address(self) -> Address:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from psgd_workers.redaction import printable, redact
+
 __all__ = ["stderr_console", "warn"]
 
 
@@ -17,5 +19,5 @@ def stderr_console(*, quiet: bool = False) -> Console:
 
 
 def warn(text: str) -> None:
-    """Print a warning on stderr."""
-    stderr_console().print(Text("warning", style="yellow"), text, sep=": ", soft_wrap=True)
+    """Print a warning on stderr, without the passwords of URLs and without control characters."""
+    stderr_console().print(Text("warning", style="yellow"), printable(redact(text)), sep=": ", soft_wrap=True)

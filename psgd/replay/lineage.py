@@ -11,17 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
-from io import BytesIO
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from psgd.core.server.journal import RECORD, RecordKind, record_type
+from psgd.core.server.journal import RECORD, RecordKind
 from psgd.errors import JournalError
 from psgd.store.checkpoints import Checkpoints, Manifest
 from psgd.store.run_directory import RunDirectory
+from psgd.store.segments import parse_segment
 from psgd_workers.counting import counted
 from psgd_workers.messages import BatchId, Outcome, Version
 
@@ -356,11 +356,8 @@ class _SegmentFiles:
                 f"{path} is not the file that was committed with its checkpoint: it was changed, or belongs to another "
                 "run. Restore the file"
             )
-        try:
-            records: NDArray[np.void] = np.load(BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise JournalError(f"{path} is damaged: {error}. Restore the file") from error
-        _check_records(path, records, incarnation, self._partitions)
+        records = parse_segment(data, path, self._partitions)
+        _check_incarnation(path, records, incarnation)
         return records
 
 
@@ -368,13 +365,8 @@ def _checkpoint(segment: str) -> str:
     return segment.partition("-server-")[0]
 
 
-def _check_records(path: str, records: NDArray[np.void], incarnation: int, partitions: int) -> None:
-    """Raise an error unless all records are of a known type and of this incarnation."""
-    known = records.dtype == record_type(partitions) and records.ndim == 1
-    if not known or (records["kind"] >= len(RecordKind)).any() or (records["outcome"] >= len(OUTCOMES)).any():
-        raise JournalError(
-            f"{path} has records that this version of psgd does not know: use the version that wrote it (see env.json)"
-        )
+def _check_incarnation(path: str, records: NDArray[np.void], incarnation: int) -> None:
+    """Raise an error unless all records are of this incarnation."""
     if others := set(records["incarnation"].tolist()) - {incarnation}:
         raise JournalError(
             f"{path} has records of incarnation {min(others)}, not of {incarnation}: it belongs to another run. "

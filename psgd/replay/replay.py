@@ -27,20 +27,20 @@ from safetensors.numpy import save
 from psgd.core.server.journal import RecordKind
 from psgd.core.server.partitions import Partition
 from psgd.core.server.state import ServerState
-from psgd.errors import CheckpointError, DataError, JournalError, ModelError
+from psgd.errors import CheckpointError, DataError, JournalError, ModelError, UntrustedRunError
 from psgd.job import OpenJob
 from psgd.replay.lineage import IncarnationJournal, read_lineage
 from psgd.replay.pushes import Pushes
 from psgd.replay.replayer import Replayer
 from psgd.replay.server import ReplayServer
-from psgd.spec import Settings
+from psgd.spec import JobSpec, Settings
 from psgd.store.checkpoints import Checkpoints, Manifest
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.counting import counted
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import BatchId, FloatArray
-from psgd_workers.spec import NoCompression
+from psgd_workers.spec import LinearModel, MlpModel, NoCompression
 
 __all__ = ["Replay", "replay"]
 
@@ -78,21 +78,25 @@ class Replay:
         return asdict(self)
 
 
-def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = None) -> Replay:
+def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = None, trust: bool = False) -> Replay:
     """Recompute a run up to its newest checkpoint, and compare the weights.
 
     Args:
         run: the run directory; it is only read.
         until: number of updates at which each server stops. None: the newest checkpoint.
         out: file for the replayed weights, as safetensors with the names of the model's tensors. None: no file.
+        trust: True to execute the code that the run names as its model, although the run belongs to another user.
 
     Raises:
+        UntrustedRunError: the run belongs to another user and names code as its model. Nothing was executed.
         InputError: the run does not exist, or its data, model or journal has changed since the training.
         CheckpointError: the run has no usable checkpoint.
         ReplayError: a record comes out differently than in the run.
     """
     began = perf_counter()
     spec = run.read_spec()
+    if not trust:
+        _check_trust(run, spec)
     checkpoint = Checkpoints(run.storage).newest(refused=lambda _: None)
     if checkpoint is None:
         raise CheckpointError(f"{run.storage.url} holds no committed checkpoint, and so there is nothing to replay")
@@ -130,6 +134,18 @@ def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = No
         tensor=tensor,
         seconds=perf_counter() - began,
     )
+
+
+def _check_trust(run: RunDirectory, spec: JobSpec) -> None:
+    """Refuse to execute code that the run of another user names. psgd's own models need no trust."""
+    if isinstance(spec.model, LinearModel | MlpModel):
+        return
+    user = run.foreign_user
+    if user is not None:
+        raise UntrustedRunError(
+            f"{run.storage.url} belongs to {user}, and its resolved.json names the factory {spec.model.path!r}, which "
+            "a replay would execute as you. If you trust that code, give --trust (in Python, trust=True)"
+        )
 
 
 def _check(run: RunDirectory, job: OpenJob, manifest: Manifest, until: int | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from pydantic import BaseModel
 from rich.table import Table
 
 from psgd.core.server.journal import plain
-from psgd.errors import RunNotFoundError, StorageError
+from psgd.errors import JournalError, RunNotFoundError, StorageError
 from psgd.job import OpenJob
 from psgd.monitoring.console import stderr_console
 from psgd.simulation.delays import build_delays
@@ -29,6 +28,7 @@ from psgd.simulation.simulate import (
 )
 from psgd.spec import JobSpec, SimulateConfig
 from psgd.spec.reader import as_spec, parse_spec
+from psgd.store.segments import parse_segment
 from psgd.store.storage import Storage
 from psgd_workers.counting import counted
 
@@ -114,9 +114,9 @@ def read_journal(path: str) -> NDArray[np.void]:
     storage = Storage(path.rpartition("/")[0] or ".") if path.endswith(".npy") else Storage(path).folder("journal")
     names = [path.rpartition("/")[2]] if path.endswith(".npy") else storage.names("")
     try:
-        data = [BytesIO(storage.read(name)) for name in names if name.endswith(".npy")]
-        segments = [plain(np.load(segment, allow_pickle=False)) for segment in data]
-    except (StorageError, ValueError) as error:
+        files = [(name, storage.read(name)) for name in names if name.endswith(".npy")]
+        segments = [plain(parse_segment(data, f"{storage.url}/{name}")) for name, data in files]
+    except (StorageError, JournalError) as error:
         raise RunNotFoundError(
             f"{path} holds no journal that can be read: {error}. Give a run's directory, such as runs/digits"
         ) from error

@@ -18,6 +18,7 @@ from psgd_workers.regular_file import open_regular_file
 
 __all__ = ["as_spec", "load_spec", "parse_spec", "with_setting"]
 
+LONGEST_FAULT = 500  # characters of a fault in an error; a name in a damaged file may be of any length
 MAX_DEPTH = 16  # field names in a setting such as a.b.c=1
 
 
@@ -81,7 +82,7 @@ def parse_spec(tree: Mapping[str, Any], source: str) -> JobSpec:
     try:
         return JobSpec.model_validate(tree)
     except ValidationError as error:
-        faults = "\n".join(f"  {line}" for line in explain(error, JobSpec))
+        faults = "\n".join(f"  {_cut(line)}" for line in explain(error, JobSpec))
         raise SpecError(f"{source} is not a valid job:\n{faults}") from error
 
 
@@ -116,6 +117,10 @@ def _replace_field(tree: Mapping[str, Any], names: Sequence[str], value: Any, so
 
 
 ALIASES = {"lr": ("learning_rate",), "learning_rate": ("lr",)}  # field -> its other names
+
+
+def _cut(fault: str) -> str:
+    return fault if len(fault) <= LONGEST_FAULT else f"{fault[:LONGEST_FAULT]}..."
 
 
 def _text(path: Path) -> str:

@@ -63,8 +63,27 @@ class CheckpointWriter:
     def begin(self, number: int) -> str:
         """Begin a checkpoint. Return its name, under which the servers write their parts."""
         self._parts = {}
+        has_failed = self._name not in ("", *self.committed)
         self._name = f"{number:06d}-{self._run.incarnation}"
+        if has_failed:
+            self.delete_unfinished(self._name)
         return self._name
+
+    def delete_unfinished(self, before: str = "") -> None:
+        """Delete checkpoints that were begun and not committed. A fault of the storage is recorded.
+
+        Args:
+            before: name of a checkpoint, which is kept, as are later ones. Default: the newest of all.
+
+        Raises:
+            OwnershipError: another driver has taken over the run, and may be writing one of them.
+        """
+        try:
+            self._run.check_owner()
+            if name := before or next(reversed(self._checkpoints.names()), ""):
+                self._checkpoints.delete_unfinished(name)
+        except StorageError as error:
+            self._run.event("not_deleted", fault=str(error))
 
     def add_part(self, number: int, part: Part) -> Saved:
         """Add a part that a server has written to checkpoint `number`."""

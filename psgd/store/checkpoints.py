@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
+from itertools import islice
 from os import PathLike
 from typing import Any, Literal
 
@@ -30,8 +31,9 @@ from psgd.core.server.partitions import Partition
 from psgd.core.server.repartition import disagreement, repartition
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, DamagedFileError, StorageError
-from psgd.jsontext import parse_json, to_json
+from psgd.jsontext import MOST_BYTES, RECOVERY, parse_json, to_json
 from psgd.spec import Settings
+from psgd.store.records import describe, parse_document
 from psgd.store.storage import Storage
 from psgd_workers.counting import counted
 from psgd_workers.gradients.layout import Layout
@@ -96,6 +98,67 @@ class Manifest(Spec):
     def layout(self) -> Layout:
         return Layout(self.names, self.shapes, self.num_trainable)
 
+    def to_bytes(self) -> bytes:
+        """Return the content of COMMITTED: these fields, and a checksum of them."""
+        fields = self.model_dump(mode="json")
+        return (to_json(fields | {"checksum": _checksum(fields)}, indent=2) + "\n").encode()
+
+    @classmethod
+    def of(cls, text: bytes, name: str, source: str) -> Manifest:
+        """Return the manifest in a COMMITTED.
+
+        Args:
+            text: content of the file.
+            name: name of the directory that the file lies in.
+            source: path or URL of the file, for errors.
+
+        Raises:
+            CheckpointError: the manifest has another format, belongs to another directory, or lacks files.
+            DamagedFileError: the file is not as psgd wrote it.
+        """
+        fields = parse_json(text, source)
+        if not isinstance(fields, dict):
+            raise _damaged(source, "it is not an object")
+        if fields.get("format") != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {name} has format {fields.get('format')!r:.80}, and this psgd reads format {FORMAT}: "
+                "use the psgd that wrote it"
+            )
+        if fields.pop("checksum", None) != _checksum(fields):
+            raise _damaged(source, "its content does not have the checksum that it names")
+        try:
+            manifest = cls.model_validate_json(to_json(fields))
+        except ValidationError as error:
+            raise _damaged(source, describe(error)) from error
+        if manifest.name != name:
+            raise CheckpointError(
+                f"checkpoint {name}: its COMMITTED is that of checkpoint {manifest.name:.80}. Restore the directory "
+                "from a copy, or delete it"
+            )
+        if missing := manifest.missing_files():
+            raise CheckpointError(
+                f"checkpoint {name}: its COMMITTED lacks {', '.join(missing)}. Restore the directory from a copy, or "
+                "delete it"
+            )
+        return manifest
+
+    def missing_files(self) -> list[str]:
+        """Return names of the first files that the manifest should name, but does not."""
+        names = (name for partition in range(self.partitions) for name in _part_files(partition))
+        return list(islice((name for name in names if name not in self.files), 4))
+
+
+def _part_files(partition: int) -> tuple[str, str]:
+    return f"server-{partition}.safetensors", f"server-{partition}.json"
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return sha256(to_json(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(source: str, reason: str) -> DamagedFileError:
+    return DamagedFileError(f"{source} is damaged ({reason}): {RECOVERY}")
+
 
 def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArray[np.void]) -> Part:
     """Write one server's part of a checkpoint, and its journal since the last checkpoint.
@@ -113,10 +176,8 @@ def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArr
         StorageError: a file could not be written.
     """
     partition = state.metadata["partition"][0]
-    files = {
-        f"server-{partition}.safetensors": save({name: np.ascontiguousarray(a) for name, a in state.arrays.items()}),
-        f"server-{partition}.json": to_json(state.metadata).encode(),
-    }
+    arrays = save({name: np.ascontiguousarray(array) for name, array in state.arrays.items()})
+    files = dict(zip(_part_files(partition), (arrays, to_json(state.metadata).encode()), strict=True))
     # A segment is written even if it is empty: a missing one would count as lost records.
     segments = {f"{checkpoint}-server-{partition}.npy": _npy(journal)}
     folders = {f"checkpoints/{checkpoint}": files, "journal": segments}
@@ -148,12 +209,19 @@ class Checkpoint:
             CheckpointError: the part does not hold what a server writes.
         """
         folder = self.run.folder(f"checkpoints/{self.manifest.name}")
-        path = f"server-{partition}.json"
+        tensors, values = _part_files(partition)
         try:
-            arrays = load(folder.read(f"server-{partition}.safetensors"))
-            metadata: dict[str, Any] = parse_json(folder.read(path), f"{folder.url}/{path}")
-        except (SafetensorError, DamagedFileError) as error:
+            arrays = load(folder.read(tensors))
+            metadata = parse_document("server.json", folder.read(values, MOST_BYTES), f"{folder.url}/{values}")
+        except (SafetensorError, ValueError, KeyError, OverflowError) as error:  # safetensors lets some of these pass
             raise CheckpointError(f"part {partition} of checkpoint {self.manifest.name}: {error}") from error
+        _, start, stop, _ = metadata["partition"]
+        weights = arrays.get("weights", np.empty(0))
+        if weights.shape != (stop - start,) or weights.dtype != np.float32:
+            raise CheckpointError(
+                f"part {partition} of checkpoint {self.manifest.name}: {tensors} has no weights of {stop - start} "
+                "values. Restore the directory from a copy, or delete it"
+            )
         return ServerState(arrays, metadata)
 
     def states(self) -> list[ServerState]:
@@ -196,7 +264,13 @@ class Checkpoint:
                         f"checkpoint {self.manifest.name} has no average: its job sets no optimizer.ema"
                     )
                 state.arrays["weights"][: len(state.arrays["average"])] = state.arrays["average"]
-        return np.concatenate([state.arrays["weights"] for state in states])
+        weights = np.concatenate([state.arrays["weights"] for state in states])
+        if weights.shape != (self.manifest.layout.num_parameters,):
+            raise CheckpointError(
+                f"checkpoint {self.manifest.name} has {weights.size} weights, but its tensors have "
+                f"{self.manifest.layout.num_parameters} values. Restore the directory from a copy, or delete it"
+            )
+        return weights
 
 
 class Checkpoints:
@@ -215,12 +289,18 @@ class Checkpoints:
 
     def committed(self) -> list[str]:
         """Return the names of the committed checkpoints, oldest first. A truncated COMMITTED does not count."""
-        return [name for name in self.names() if _is_complete(self._committed_text(name))]
+        return [name for name in self.names() if self._is_committed(name)]
 
-    def _committed_text(self, name: str) -> bytes:
-        """Return the content of COMMITTED, which is empty if there is no such file."""
+    def _is_committed(self, name: str) -> bool:
+        try:
+            return _is_complete(self._committed_text(name))
+        except DamagedFileError:  # too large: damaged, not truncated
+            return True
+
+    def _committed_text(self, name: str) -> bytes | None:
+        """Return the content of COMMITTED; None if there is no such file."""
         path = f"checkpoints/{name}/COMMITTED"
-        return self._run.read(path) if self._run.exists(path) else b""
+        return self._run.read(path, MOST_BYTES) if self._run.exists(path) else None
 
     def next_number(self) -> int:
         """Return the number after the highest of all checkpoints, whole or not."""
@@ -228,7 +308,7 @@ class Checkpoints:
 
     def commit(self, manifest: Manifest) -> None:
         """Commit a checkpoint, all parts of which are written."""
-        self._run.write(f"checkpoints/{manifest.name}/COMMITTED", manifest.model_dump_json(indent=2).encode())
+        self._run.write(f"checkpoints/{manifest.name}/COMMITTED", manifest.to_bytes())
 
     def newest(
         self, refused: Callable[[str], None], why_unfit: Callable[[Checkpoint], str | None] | None = None
@@ -243,15 +323,13 @@ class Checkpoints:
             The checkpoint; None if no whole checkpoint can be used.
 
         Raises:
-            CheckpointError: there are committed checkpoints, but all are damaged.
+            CheckpointError: there are directories with a COMMITTED, but all are damaged.
         """
         faults = []
         whole = False
         for name in reversed(self.names()):
             try:
-                if (text := self._committed_text(name)) and not _is_complete(text):
-                    refused(f"checkpoint {name} was not committed: its COMMITTED is cut short")
-                if not _is_complete(text):
+                if self._committed_text(name) is None:
                     continue
                 checkpoint = self.open(name)
             except (CheckpointError, StorageError) as error:
@@ -271,6 +349,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the checkpoint is not committed, has another format, or a checksum fails.
+            StorageError: a file cannot be read.
         """
         folder = self._run.folder(f"checkpoints/{name}")
         manifest = self.manifest(name)
@@ -283,57 +362,76 @@ class Checkpoints:
         """Return the manifest of a checkpoint. The files themselves are not checked.
 
         Raises:
-            CheckpointError: the checkpoint is not committed, or has another format.
+            CheckpointError: the checkpoint is not committed, has another format, or its COMMITTED is damaged.
         """
         text = self._committed_text(name)
-        if not _is_complete(text):
+        if text is None:
             raise CheckpointError(f"checkpoint {name} in {self._run.url} was never committed")
-        return _parse_manifest(name, text)
+        if not _is_complete(text):
+            raise CheckpointError(
+                f"checkpoint {name} in {self._run.url} was not committed: its COMMITTED is cut short. Restore the file "
+                "from a copy, or delete the directory"
+            )
+        try:
+            return Manifest.of(text, name, f"{self._run.url}/checkpoints/{name}/COMMITTED")
+        except DamagedFileError as error:
+            raise CheckpointError(f"checkpoint {name}: {error}") from error
+
+    def delete_unfinished(self, before: str) -> None:
+        """Delete the directories without COMMITTED, or with a truncated one, that are older than a checkpoint.
+
+        Args:
+            before: name of a checkpoint, committed or not. Directories of a later incarnation are left alone: the
+                driver of that incarnation may be writing them.
+        """
+        number, newest = _order(before)
+        for name in self.names():
+            _, incarnation = _order(name)
+            if _order(name) < (number, newest) and incarnation <= newest and not self._is_committed(name):
+                self._run.delete(f"checkpoints/{name}")
 
     def prune(self, keep: int) -> list[str]:
-        """Delete committed checkpoints except the newest `keep`, and older ones that a crash left unfinished.
+        """Delete old checkpoints, and older directories that a crash left unfinished.
+
+        The newest `keep` are kept, and all that are newer than these. A checkpoint with a damaged COMMITTED does not
+        count.
 
         Returns:
             The names of the committed checkpoints that were deleted.
         """
-        committed = self.committed()
-        deleted = committed[:-keep]
-        for name in deleted:
-            # COMMITTED first, so that a half-deleted directory does not count as whole.
-            self._run.delete(f"checkpoints/{name}/COMMITTED")
-        newest = _order(committed[-1]) if committed else ()
-        for name in self.names():
-            if name in deleted or (name not in committed and _order(name) < newest):
-                self._run.delete(f"checkpoints/{name}")
+        names = self.names()
+        whole = [name for name in names if self._has_manifest(name)]
+        kept = whole[-keep:]
+        deleted = []
+        for name in names:
+            is_committed = self._is_committed(name)
+            if is_committed and len(kept) == keep and _order(name) < _order(kept[0]):
+                # COMMITTED first, so that a half-deleted directory does not count as whole.
+                self._run.delete(f"checkpoints/{name}/COMMITTED")
+                deleted.append(name)
+            elif is_committed or not kept or _order(name) > _order(kept[-1]):
+                continue
+            self._run.delete(f"checkpoints/{name}")
         return deleted
+
+    def _has_manifest(self, name: str) -> bool:
+        """Return True if a directory has a COMMITTED that is not damaged."""
+        try:
+            self.manifest(name)
+        except (CheckpointError, DamagedFileError):
+            return False
+        return True
 
 
 def _order(name: str) -> tuple[int, ...]:
     return tuple(map(int, name.split("-")))
 
 
-def _is_complete(text: bytes) -> bool:
+def _is_complete(text: bytes | None) -> bool:
     """Return True if a COMMITTED was written to its end. On some storage a crash may leave half of the file."""
-    if not text.startswith(b"{"):
+    if not text or not text.startswith(b"{"):
         return bool(text)  # not the beginning of a manifest: a damaged file, not a truncated one
-    try:
-        parse_json(text, "COMMITTED")
-    except DamagedFileError:
-        return False
-    return True
-
-
-def _parse_manifest(name: str, text: bytes) -> Manifest:
-    try:
-        tree = parse_json(text, "COMMITTED")
-        if isinstance(tree, dict) and tree.get("format") != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {name} has format {tree.get('format')!r}, and this psgd reads format {FORMAT}: "
-                "use the psgd that wrote it"
-            )
-        return Manifest.model_validate_json(text)
-    except (ValidationError, DamagedFileError) as error:
-        raise CheckpointError(f"checkpoint {name}: its COMMITTED is not a manifest: {error}") from error
+    return text.rstrip().endswith(b"}")
 
 
 def load_weights(path: str | PathLike[str], averaged: bool = False) -> dict[str, FloatArray]:

@@ -24,13 +24,16 @@ class EventLog:
 
     Args:
         storage: the folder.
+        check_owner: called before lines are written. It may raise a `StorageError`, after which they are written later,
+            or any other error, after which they are not written.
 
     Attributes:
         storage: the folder, with a time limit of `ANSWER_S` once faults are tolerated.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, check_owner: Callable[[], None] = lambda: None) -> None:
         self.storage = storage
+        self._check_owner = check_owner
         self._report: Callable[[str], None] | None = None  # called with the first fault; None: faults are raised
         self._reported = False  # True once a fault was reported
         self._unwritten: dict[str, deque[bytes]] = {}  # file -> lines that were not written yet
@@ -84,6 +87,7 @@ class EventLog:
         self.attempt(self._write, last=True)
 
     def _write(self) -> None:
+        self._check_owner()
         for file, lines in list(self._unwritten.items()):
             whole = file not in self._torn
             self._torn.add(file)

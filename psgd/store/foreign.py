@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
-__all__ = ["MOST_SCANNED", "TakenFile", "size_fault", "take_files"]
+__all__ = ["MOST_SCANNED", "TakenFile", "read_regular", "size_fault", "take_files"]
 
 MOST_SCANNED = 1000  # entries of the folder that one call looks at
 
@@ -64,6 +64,18 @@ def take_files(folder: str, refused: str, number: int, most_bytes: int, taken: s
         return found
     finally:
         os.close(descriptor)
+
+
+def read_regular(path: str, most_bytes: int | None) -> bytes | None:
+    """Return the content of a file, or `most_bytes` + 1 bytes of a larger one; None if it is not a regular file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe does not wait for a writer
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        if most_bytes is None or status.st_size <= most_bytes:
+            return file.read()  # with a limit, as many bytes would be allocated, also for a short file
+        return file.read(most_bytes + 1)
 
 
 def _read(folder: int, name: str, most_bytes: int) -> TakenFile:

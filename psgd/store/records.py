@@ -1,7 +1,7 @@
 """Parsing and checking of a run's JSON files: `owner`, `result.json`, `events.jsonl`, `metrics.jsonl` and others.
 
-A file that is empty, truncated or has other content raises one typed error that names the file. In a JSON-lines file, a
-line that a crash truncated is skipped.
+A file that is empty, truncated, too large or has other content raises one typed error that names the file. In a
+JSON-lines file, a line that a crash truncated is skipped.
 """
 
 from __future__ import annotations
@@ -11,14 +11,40 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from psgd.errors import DamagedFileError
-from psgd.jsontext import parse_json
+from psgd.jsontext import RECOVERY, parse_json, to_json
 from psgd.result import Result
 from psgd.store.owner import Owner
 
-__all__ = ["parse_document", "parse_lines"]
+__all__ = ["describe", "parse_document", "parse_lines"]
 
-Time = Annotated[float, Field(ge=0, le=253_402_300_799)]  # Unix seconds, up to the year 9999
-CheckpointName = Annotated[str, Field(pattern=r"^\d+-\d+$", max_length=40)]
+Time = Annotated[float, Field(ge=0, le=253_402_128_000)]  # Unix seconds, in the year 9999 in every time zone
+Number = Annotated[int, Field(ge=0, lt=2**63)]
+CheckpointName = Annotated[str, Field(pattern=r"^[0-9]+-[0-9]+$", max_length=40)]
+CHECKPOINT_NAME = TypeAdapter[str | None](CheckpointName | None)
+KINDS = {  # event -> fields with the numbers, and field with the name of a checkpoint, that a replay needs
+    "started": (("incarnation",), "resumed"),
+    "server_started": (("incarnation", "partition"), "checkpoint"),
+    "checkpoint": ((), "name"),
+}
+
+
+class _Environment(BaseModel):
+    """The content of `env.json`."""
+
+    python: str
+    platform: str
+    packages: dict[str, str]
+
+
+class _PartMetadata(BaseModel):
+    """The content of `server-N.json` in a checkpoint. Its further fields are those of `ParameterServer.state`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    version: tuple[Number, Number]
+    partition: tuple[Number, Number, Number, Number]
+    epochs: Number
+    settings: dict[str, Any]
 
 
 class _Heartbeat(BaseModel):
@@ -34,21 +60,24 @@ class _Event(BaseModel):
 
     time: Time
     event: str
-    incarnation: int | None = None
-    partition: int | None = None
+    incarnation: Number | None = None
+    partition: Number | None = None
+    workers: Number | dict[str, Number] | None = None
+    servers: Number | None = None
     resumed: CheckpointName | None = None
     checkpoint: Any = None
     name: Any = None
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
-        required = {
-            "started": ("incarnation", "resumed"),
-            "server_started": ("incarnation", "partition", "checkpoint"),
-            "checkpoint": ("name",),
-        }.get(self.event, ())
-        if missing := [name for name in required if name not in self.model_fields_set]:
+        numbers, checkpoint = KINDS.get(self.event, ((), None))
+        missing = [name for name in numbers if getattr(self, name) is None]
+        if checkpoint is not None and checkpoint not in self.model_fields_set:
+            missing.append(checkpoint)
+        if missing:
             raise ValueError(f"event {self.event!r} lacks {', '.join(missing)}")
+        if checkpoint is not None:
+            CHECKPOINT_NAME.validate_python(getattr(self, checkpoint))
         return self
 
 
@@ -63,6 +92,8 @@ class _Metrics(BaseModel):
 DOCUMENTS: dict[str, TypeAdapter[Any]] = {
     "owner": TypeAdapter(Owner),
     "heartbeat": TypeAdapter(_Heartbeat),
+    "env.json": TypeAdapter(_Environment),
+    "server.json": TypeAdapter(_PartMetadata),
     "result.json": TypeAdapter(Result),
 }
 LINES: dict[str, TypeAdapter[Any]] = {"events.jsonl": TypeAdapter(_Event), "metrics.jsonl": TypeAdapter(_Metrics)}
@@ -73,7 +104,7 @@ def parse_document(name: str, text: bytes, source: str) -> dict[str, Any]:
     """Parse and check a JSON file of a run.
 
     Args:
-        name: name of the file in the run's directory.
+        name: name of the file in the run's directory; `server.json` for the metadata of a checkpoint's part.
         text: content of the file.
         source: path or URL of the file, for the error message.
 
@@ -108,11 +139,13 @@ def parse_lines(name: str, text: bytes, source: str) -> list[dict[str, Any]]:
 
 def _checked(model: TypeAdapter[Any], tree: Any, source: str) -> dict[str, Any]:
     try:
-        model.validate_python(tree)
+        model.validate_json(to_json(tree), strict=True)
         return OBJECT.validate_python(tree)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        reason = ": ".join([*(str(step) for step in fault["loc"]), fault["msg"].removeprefix("Value error, ")])
-        raise DamagedFileError(
-            f"{source} is damaged ({reason}): restore the file from a copy, or start a new run under another --name"
-        ) from error
+        raise DamagedFileError(f"{source} is damaged ({describe(error)}): {RECOVERY}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """Return the first fault, with the path to its field."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join([*(str(step) for step in fault["loc"]), fault["msg"].removeprefix("Value error, ")])[:500]

@@ -16,10 +16,13 @@ refused/         entries of commands/ that were not regular files
 
 from __future__ import annotations
 
+import os
 import platform
+import pwd
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from typing import Any
@@ -27,7 +30,16 @@ from uuid import uuid4
 
 import yaml
 
-from psgd.errors import OwnershipError, ResumeError, RunNotFoundError, RunNotRunningError, StorageError
+from psgd.errors import (
+    DamagedFileError,
+    OwnershipError,
+    ResumeError,
+    RunExistsError,
+    RunNotFoundError,
+    RunNotRunningError,
+    StorageError,
+)
+from psgd.jsontext import MOST_BYTES as MOST_JSON_BYTES
 from psgd.jsontext import to_json
 from psgd.result import Result
 from psgd.spec import JobSpec
@@ -38,10 +50,11 @@ from psgd.store.liveness import HEARTBEAT_S, Liveness, judge_liveness
 from psgd.store.owner import Owner
 from psgd.store.records import parse_document, parse_lines
 from psgd.store.storage import Storage
+from psgd_workers.redaction import redact
 
 __all__ = ["RunDirectory"]
 
-MOST_JSON_BYTES = 2**24  # largest size of a JSON file, bytes
+MOST_LOG_BYTES = 2**28  # largest size of a file of JSON lines that is read
 PACKAGES = ("psgd", "ray", "numpy", "pydantic", "safetensors", "fsspec")
 
 
@@ -60,7 +73,7 @@ class RunDirectory:
         self.storage = storage
         self._owner: Owner | None = None
         self.is_ours = True
-        self._log = EventLog(storage)
+        self._log = EventLog(storage, self._check_log_owner)
         self._first_incarnation = 0
         self._last_sign_at = float("-inf")  # monotonic time of the newest sign of life
         self._retry_commands_at = float("-inf")  # monotonic time; after a fault, commands/ is not read before it
@@ -78,7 +91,12 @@ class RunDirectory:
         return self.storage.exists("resolved.json")
 
     def begin(self, spec: JobSpec) -> None:
-        """Write the files that describe the run. A resumed run keeps them, except for the path to its data."""
+        """Write the files that describe the run. A resumed run keeps them, except for the path to its data.
+
+        Raises:
+            OwnershipError: another driver has taken over the run.
+        """
+        self._check_log_owner()
         if self.exists:
             self._update_data_path(spec)
             return
@@ -137,8 +155,30 @@ class RunDirectory:
         owner = self.read_owner()
         return None if owner is None else owner.driver
 
+    def take_over(self, former_driver: str | None) -> Owner:
+        """Take over the run, unless another driver has done so since it was checked, or does so now.
+
+        The driver that owned it before writes nothing more, and stops.
+
+        Args:
+            former_driver: id of the driver that owned the run when it was checked; None if it had no owner.
+
+        Raises:
+            RunExistsError: another driver took over the run. Nothing was written.
+        """
+        with self.storage.locked() as is_alone:
+            if is_alone and self.owned_by == former_driver:
+                owner = self.own()
+                if self.owned_by == owner.driver:  # there is no lock in an object store
+                    return owner
+                self._owner = None
+        raise RunExistsError(
+            f"another driver took over the run in {self.storage.url} while Ray was started here: --resume takes it "
+            "over again, another --name starts a new run"
+        )
+
     def own(self) -> Owner:
-        """Take over the run. A driver that owned it before stops at its next commit."""
+        """Take over the run, whatever other drivers do."""
         before = self.read_owner()
         self._owner = Owner.this_process(before.incarnation + 1 if before else 1)
         self._first_incarnation = self._owner.incarnation
@@ -150,19 +190,37 @@ class RunDirectory:
 
         Raises:
             OwnershipError: another driver took over the run.
+            DamagedFileError: it is not known which driver owns the run, because `owner` is damaged or gone.
             StorageError: `owner` cannot be read.
         """
-        found = self.read_owner()
+        found = self._find_owner(self.storage)
+        if self._owner is not None and found.incarnation < self._owner.incarnation:
+            self.storage.write("owner", _json(asdict(self._owner)))  # this failed when the server was started
+
+    def _find_owner(self, storage: Storage) -> Owner:
+        """Return the owner of the run, which is this driver; see `check_owner`."""
+        found = RunDirectory(storage).read_owner()
         if found is None:
-            raise StorageError(f"cannot read 'owner' in {self.storage.url}: it is not there")
+            raise DamagedFileError(
+                f"cannot read 'owner' in {storage.url}: it is not there. Restore the file from a copy, or stop this "
+                "driver"
+            )
         if self._owner is None or found.driver != self._owner.driver:
             self.is_ours = False
             raise OwnershipError(
-                f"the run in {self.storage.url} was taken over by process {found.pid} on {found.host}; "
-                "this driver stops and commits nothing more"
+                f"the run in {storage.url} was taken over by process {found.pid} on {found.host:.100}; "
+                "this driver stops and writes nothing more there"
             )
-        if found.incarnation < self._owner.incarnation:  # the write failed when the server was started
-            self.storage.write("owner", _json(asdict(self._owner)))
+        return found
+
+    def _check_log_owner(self) -> None:
+        """Raise an OwnershipError if another driver has taken over the run, which this one writes the log of.
+
+        The log is also written while `owner` is damaged, because it says why nothing is saved.
+        """
+        if self._owner is not None:
+            with suppress(DamagedFileError):
+                self._find_owner(self._log.storage)
 
     def next_incarnation(self) -> int:
         """Return a new incarnation, for a server that this driver restores. It is higher than any before.
@@ -186,16 +244,21 @@ class RunDirectory:
         self._log.tolerate_faults(report)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append a line to `events.jsonl`."""
+        """Append a line to `events.jsonl`, unless another driver is known to have taken over the run.
+
+        Raises:
+            OwnershipError: another driver has taken over the run.
+        """
         self._add("events.jsonl", {"event": kind, **fields})
 
     def metrics(self, values: dict[str, float | None]) -> None:
-        """Append a line to `metrics.jsonl`."""
+        """Append a line to `metrics.jsonl`; see `event`."""
         self._add("metrics.jsonl", values)
 
     def _add(self, file: str, values: dict[str, Any]) -> None:
-        self._last_sign_at = time.monotonic()
-        self._log.add(file, (to_json({"time": time.time(), **values}) + "\n").encode())
+        if self.is_ours:
+            self._last_sign_at = time.monotonic()
+            self._log.add(file, (redact(to_json({"time": time.time(), **values})) + "\n").encode())
 
     def beat(self, now: float) -> None:
         """Write `heartbeat` if there was no other sign of life for `HEARTBEAT_S`.
@@ -203,15 +266,23 @@ class RunDirectory:
         Args:
             now: monotonic time, seconds.
         """
-        if now - self._last_sign_at >= HEARTBEAT_S:
+        if self.is_ours and now - self._last_sign_at >= HEARTBEAT_S:
             self._last_sign_at = now
-            beat = _json({"time": time.time()})
-            self._log.attempt(lambda: self._log.storage.write("heartbeat", beat))
+            self._log.attempt(lambda: self._write_as_owner("heartbeat", _json({"time": time.time()})))
 
     def finish(self, result: Result) -> None:
-        """Write `result.json`, and all lines that could not be written before."""
+        """Write `result.json`, and all lines that could not be written before.
+
+        Raises:
+            OwnershipError: another driver has taken over the run.
+        """
+        text = redact(_json(result.to_dict()).decode()).encode()
         self._log.close()
-        self._log.attempt(lambda: self._log.storage.write("result.json", _json(result.to_dict())), last=True)
+        self._log.attempt(lambda: self._write_as_owner("result.json", text), last=True)
+
+    def _write_as_owner(self, name: str, data: bytes) -> None:
+        self._check_log_owner()
+        self._log.storage.write(name, data)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return the content of a JSON file of the run; None if there is no such file.
@@ -234,7 +305,7 @@ class RunDirectory:
             DamagedFileError: a line is not what psgd writes into this file.
         """
         self.check_exists()
-        text = self.storage.read(name) if self.storage.exists(name) else b""
+        text = self.storage.read(name, MOST_LOG_BYTES) if self.storage.exists(name) else b""
         return parse_lines(name, text, f"{self.storage.url}/{name}")
 
     def check_exists(self) -> None:
@@ -260,6 +331,17 @@ class RunDirectory:
         newest = [line for name in ("events.jsonl", "metrics.jsonl") for line in self.read_lines(name)[-1:]]
         signs = [line["time"] for line in [*newest, self.read_json("heartbeat")] if line]
         return judge_liveness(self.read_owner(), ended, signs, self.read_spec().failure.timeout_s, time.time())
+
+    @property
+    def foreign_user(self) -> str | None:
+        """Name of the other user that this directory belongs to; None if it belongs to the present user.
+
+        An object store does not say which user wrote a run, so that the run may be of any user.
+        """
+        users = self.storage.users("", "resolved.json")
+        if users is None:
+            return "an unknown user (an object store does not name one)"
+        return next((f"user {_user_name(user)}" for user in sorted(users) if user != os.geteuid()), None)
 
     @property
     def resume_command(self) -> str:
@@ -301,11 +383,16 @@ class RunDirectory:
 
         An entry that is no command for this driver is returned as a refusal. If the folder cannot be read, one refusal
         says so, and the next attempt is made after `RETRY_S`.
+
+        Raises:
+            OwnershipError: another driver has taken over the run.
         """
         now = time.monotonic()
         if now < self._retry_commands_at or self._log.is_paused:
             return []
         try:
+            if self._owner is not None:
+                self._find_owner(self._log.storage)  # else the commands may be for the new owner
             files = self._log.storage.take_out("commands", MOST_TAKEN, MOST_BYTES, self._taken)
         except StorageError as error:
             self._retry_commands_at = now + RETRY_S
@@ -314,6 +401,13 @@ class RunDirectory:
             return [] if is_known else [Refusal("commands", f"the folder cannot be read: {error}")]
         self._commands_fault = ""
         return [read_command(file, self._first_incarnation) for file in files]
+
+
+def _user_name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
 
 
 def _json(value: Any) -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from posixpath import join
@@ -16,14 +18,16 @@ from uuid import uuid4
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from psgd.errors import StorageError
-from psgd.store.foreign import MOST_SCANNED, TakenFile, size_fault, take_files
+from psgd.errors import DamagedFileError, StorageError
+from psgd.jsontext import RECOVERY
+from psgd.store.foreign import MOST_SCANNED, TakenFile, read_regular, size_fault, take_files
 
 __all__ = ["PATIENCE_S", "Storage", "location"]
 
 PATIENCE_S = 60.0
 SLOWEST = 1e6  # bytes per second; the time limit of a call grows with the size of the file at this rate
 
+HELD = -1  # in place of a descriptor, if another process holds a lock
 SCHEME = re.compile(r"\w{2,}:/(?!/)")  # two letters or more: one letter is a drive of Windows
 
 T = TypeVar("T")
@@ -71,18 +75,24 @@ class Storage:
         self.delete(name)
 
     def read(self, name: str, most_bytes: int | None = None) -> bytes:
-        """Return the content of a file.
+        """Return the content of a file. Pipes and devices are not opened, because reading them might never end.
 
         Raises:
-            StorageError: there is no such file, it cannot be read, or it has more than `most_bytes` bytes.
+            DamagedFileError: it is not a regular file, or it has more than `most_bytes` bytes.
+            StorageError: there is no such file, or it cannot be read.
         """
+        doing = f"read {name!r}"
         path = join(self._root, name)
-        size = self._call_filesystem(f"read {name!r}", lambda: self._fs.size(path))
-        if most_bytes is not None and (size or 0) > most_bytes:
-            raise StorageError(
-                f"cannot read {name!r} in {self.url}: it has {size} bytes, expected {most_bytes} at most"
-            )
-        data: bytes = self._call_filesystem(f"read {name!r}", lambda: self._fs.cat_file(path), size or 0)
+        size = self._call_filesystem(doing, lambda: self._size(path))
+        limit = size if most_bytes is None else most_bytes
+        data = b""
+        if size <= limit:
+            content = self._call_filesystem(doing, lambda: self._content(path, most_bytes), size)
+            if content is None:
+                raise DamagedFileError(f"{self.url}/{name} is damaged (it is not a regular file): {RECOVERY}")
+            data = content
+        if most_bytes is not None and max(size, len(data)) > most_bytes:
+            raise DamagedFileError(f"{self.url}/{name} is damaged (it has more than {most_bytes:,} bytes): {RECOVERY}")
         return data
 
     def write(self, name: str, data: bytes) -> None:
@@ -142,6 +152,15 @@ class Storage:
         """Return True if there is a file or folder of that name."""
         return bool(self._call_filesystem(f"look for {name!r}", lambda: self._fs.exists(join(self._root, name))))
 
+    def users(self, *names: str) -> set[int] | None:
+        """Return the ids of the users that own files or folders, and links to them; None in an object store."""
+        if not isinstance(self._fs, LocalFileSystem):
+            return None
+        paths = [Path(self._root, name) for name in names]
+        return self._call_filesystem(
+            "look for the owner", lambda: {status.st_uid for path in paths for status in (path.stat(), path.lstat())}
+        )
+
     def names(self, folder: str) -> list[str]:
         """Return the sorted names of the entries directly in a folder. A folder that does not exist has none."""
         paths = self._call_filesystem(f"list {folder!r}", lambda: self._list(join(self._root, folder)))
@@ -151,7 +170,36 @@ class Storage:
         """Delete a file, or a folder with its content."""
         self._call_filesystem(f"delete {name!r}", lambda: self._fs.rm(join(self._root, name), recursive=True))
 
+    @contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Lock this folder on a disk, which is created if it does not exist, for as long as the block lasts.
+
+        The lock ends with its process. There is none in an object store, and on a disk that cannot lock.
+
+        Yields:
+            False if another process, or another call in this one, holds the lock.
+        """
+        lock = None
+        if isinstance(self._fs, LocalFileSystem):
+            lock = self._call_filesystem("lock the folder", partial(_lock, self._root))
+        try:
+            yield lock != HELD
+        finally:
+            if lock not in (None, HELD):
+                os.close(lock)
+
     # Calls of the filesystem
+
+    def _size(self, path: str) -> int:
+        """Return the size of a file. A size that is not known counts as 0."""
+        return int(self._fs.size(path) or 0)
+
+    def _content(self, path: str, most_bytes: int | None) -> bytes | None:
+        """Return the content of a file, or more than `most_bytes` bytes of it; None if it is not a regular file."""
+        if isinstance(self._fs, LocalFileSystem):
+            return read_regular(path, most_bytes)
+        content: bytes = self._fs.cat_file(path, end=None if most_bytes is None else most_bytes + 1)
+        return content
 
     def _list(self, path: str) -> list[str]:
         self._fs.invalidate_cache()
@@ -256,6 +304,18 @@ def location(url: str | os.PathLike[str]) -> str:
 def _check_size(size: int | None, data: bytes) -> None:
     if size is not None and size != len(data):
         raise OSError(f"{len(data)} bytes were written, but the file has {size}")
+
+
+def _lock(folder: str) -> int | None:
+    """Return a descriptor that holds the lock of a folder until it is closed; `HELD`; None if it cannot be locked."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        return HELD if isinstance(error, BlockingIOError) else None
+    return descriptor
 
 
 def _rename(before: str, after: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import time
 from math import inf, nan
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_what_is_no_plain_value_is_an_error_of_the_program() -> None:
         (b" \n", "it is empty"),
         (b'{"a": 1', "Expecting"),
         (b"\xff\xfe\x00", "codec"),
-        (b"[" * 100_000, "recursion"),
+        (b"[" * 100_000, "nested more than 64 levels"),
         (b'{"a": Infinity}', "Infinity is not a JSON number"),
         (b"[NaN]", "NaN is not a JSON number"),
         (b"9" * 5_000, "digits"),
@@ -71,3 +72,35 @@ def test_no_other_module_writes_or_reads_json_in_its_own_way() -> None:
     assert len(modules) > 50
     assert [use for path in modules for use in uses_of_json(path)] == []
     assert uses_of_json(folder / "jsontext.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[" * 65 + b"]" * 65, "nested more than 64 levels deep"),
+        (b'{"a":' * 65 + b"1" + b"}" * 65, "nested more than 64 levels deep"),
+        (b'["\\"",' * 65 + b"1" + b"]" * 65, "nested more than 64 levels deep"),
+        (b"[" + b"1," * 500_000 + b"1]", "more than 500,000 values"),
+        (b" " * 2**24 + b"1", "has 16,777,217 bytes, more than 16,777,216"),
+    ],
+    ids=["lists", "objects", "strings", "values", "bytes"],
+)
+def test_a_document_beyond_a_limit_is_refused(text: bytes, reason: str) -> None:
+    with pytest.raises(DamagedFileError, match=reason):
+        parse_json(text, "runs/x/result.json")
+
+
+def test_brackets_in_texts_are_no_levels() -> None:
+    deep = "[" * 64 + "]" * 64
+    assert parse_json(deep.encode(), "x") is not None
+    value = {"a": deep * 2, 'b\\"[[': ["[{" * 100, '"'] * 100}
+    assert parse_json(to_json(value).encode(), "x") == value
+
+
+@pytest.mark.parametrize("unit", [b"[", b'"', b'"\\', b"{}"])
+def test_the_limits_are_checked_in_linear_time(unit: bytes) -> None:
+    text = unit * (2**24 // len(unit))
+    began = time.process_time()
+    with pytest.raises(DamagedFileError):
+        parse_json(text, "x")
+    assert time.process_time() - began < 10

@@ -1,4 +1,4 @@
-"""Redaction: hides the passwords and keys in URLs, before a text is shown or recorded.
+"""Redaction of a text before it is shown or recorded: hides the passwords in URLs, and escapes control characters.
 
 Errors of psgd are redacted when they are made (see `psgd_workers.errors`), because most URLs appear in errors.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["redact"]
+__all__ = ["printable", "redact"]
 
 HIDDEN = "***"
 LONGEST_USER = 2000  # characters of a user with its password
@@ -32,3 +32,8 @@ def redact(text: str) -> str:
     if "://" not in text:
         return text
     return PARAMETER.sub(rf"\1{HIDDEN}", USER.sub(f"{HIDDEN}@", text))
+
+
+def printable(text: str) -> str:
+    """Escape the control characters of a text, so that it stays on one line and cannot control the terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

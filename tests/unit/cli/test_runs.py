@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -182,3 +183,55 @@ def test_a_run_that_is_not_there_is_refused_with_exit_2(psgd: Any, command: list
     code, out, err = psgd(*command, "nowhere", *settings)
     assert (code, out) == (2, "")
     assert err.startswith("psgd: there is no run in ")
+
+
+# Texts of foreign origin
+
+
+def test_logs_print_no_control_characters(psgd: Any, run: RunDirectory) -> None:
+    run.event("\x1b[2J", fault="\x1b]0;owned\x07\r\n\x9b31m\u202e", **{"\x1bkey": 1})
+    code, out, _ = psgd("logs", "iris")
+    assert code == 0
+    assert "\\x1b[2J" in out
+    assert all(character.isprintable() or character == "\n" for character in out)
+    assert out.count("\n") == len(run.read_lines("events.jsonl"))
+
+
+def test_an_error_prints_no_control_characters(psgd: Any, run: RunDirectory) -> None:
+    run.storage.append("events.jsonl", b'{"time": 1, "event": "\\u001b[2J", "partition": "\\u001b"}\n')
+    run.storage.append("events.jsonl", b'{"time": 1, "event": "started\\u001b[2J", "resumed": "\\u001b[2J"}\n')
+    code, _, err = psgd("logs", "iris")
+    assert code == 2
+    assert "\x1b" not in err
+
+
+def test_passwords_of_urls_are_shown_and_recorded_nowhere(psgd: Any, run: RunDirectory) -> None:
+    url = "s3://me:secret@bucket/x?token=secret"
+    run.event("save_failed", cause=f"cannot write {url}")
+    run.metrics({f"{url}": 1.0})
+    assert "secret" not in psgd("status", "iris")[1]
+    run.event("finished", status="failed", error=url)
+    run.finish(replace(result_of(run, "failed"), path=url, error=url))
+    for command in ("status", "logs"):
+        assert "secret" not in "".join(map(str, psgd(command, "iris")))
+    for name in ("events.jsonl", "metrics.jsonl", "result.json", "owner"):
+        assert b"secret" not in run.storage.read(name)
+    code, _, err = psgd("status", "iris", "--storage", "nosuch://me:secret@host/runs?key=secret")
+    assert (code, "secret" in err, "nosuch://***@host/runs" in err) == (2, False, True)
+
+
+DAMAGES = {"empty": b"", "deep": b"[" * 100_000, "list": b"[]", "binary": b"\xff\x00", "number": b"9" * 5_000}
+
+
+@pytest.mark.parametrize("text", DAMAGES.values(), ids=DAMAGES.keys())
+@pytest.mark.parametrize(
+    "name", ["resolved.json", "owner", "result.json", "heartbeat", "events.jsonl", "metrics.jsonl"]
+)
+def test_a_damaged_file_is_one_sentence_and_no_traceback(psgd: Any, run: RunDirectory, name: str, text: bytes) -> None:
+    finish(run)
+    run.storage.write(name, text)
+    for command in (["status"], ["logs"], ["stop"], ["set", "optimizer.lr=1"], ["scale", "2"], ["replay"]):
+        code, _, err = psgd(command[0], "iris", *command[1:])
+        assert code in (0, 2), (command, err)
+        assert err.count("\n") <= 1 or "is not a valid job" in err, (command, err)
+        assert "Traceback" not in err

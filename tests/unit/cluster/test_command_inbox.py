@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 
 from psgd.cluster import command_inbox
+from psgd.cluster.command_inbox import CommandInbox
 from psgd.cluster.supervisor import Supervisor
 from psgd.core.driver.events import Action, Change, Event, Finish, Scale, Started, Stop, Tick
 from psgd.jsontext import to_json
 from psgd.spec import JobSpec
+from psgd.store.commands import MOST_TAKEN
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from tests.support.jobs import job
@@ -113,6 +117,64 @@ def test_a_setting_that_makes_no_sense_is_refused_and_the_run_goes_on(
     assert 0 < len(refused["reason"]) <= 500
 
 
+def foreign(run: RunDirectory, name: str, kind: str, settings: list[str]) -> None:
+    """Write a command that `psgd` itself would not write, because a setting is too long."""
+    command = {"id": name, "incarnation": run.incarnation, "command": kind, "settings": settings}
+    run.storage.write(f"commands/{name}.json", to_json(command).encode())
+
+
+NESTED = ", ".join(f"&{name} [{', '.join([f'*{below}'] * 9)}]" for below, name in pairwise("abcdefg"))  # 9**6 values
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("set", "optimizer.lr=" + "[" * 5_000),
+        ("set", "optimizer.lr=" + "1" * 40_000 + "x"),
+        ("set", "optimizer.lr=" + "1" * 4_000 + "x"),
+        ("set", "optimizer.lr=1" + "_" * 4_000 + "x"),
+        ("set", "optimizer.lr=" + "1:" * 2_000),
+        ("set", f"optimizer.lr=[&a x, {NESTED}]"),
+        ("set", "optimizer.lr={<<: [" + "{a: 1}, " * 500 + "]}"),
+        ("set", "." * 4_000 + "=1"),
+        ("scale", "9" * 5_000),
+        ("scale", "１２"),
+    ],
+    ids=lambda text: text[:24],
+)
+def test_a_command_that_would_take_long_is_refused_at_once(
+    run: RunDirectory, spec: JobSpec, kind: str, setting: str
+) -> None:
+    foreign(run, "1", kind, [setting])
+    foreign(run, "2", "stop", [])
+    began = time.process_time()
+    inbox = CommandInbox(run, spec)
+    assert inbox.poll(0.0) == [Stop("stopped")]
+    assert time.process_time() - began < 1  # it takes a few milliseconds; backtracking would take minutes
+    refused, _ = answers(run)
+    assert not refused["accepted"]
+    assert 0 < len(refused["reason"]) <= 500
+
+
+def test_each_look_at_a_flood_of_files_is_bounded(run: RunDirectory, spec: JobSpec, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "commands"
+    for number in range(1_500):
+        (folder / f"{number:05d}").touch()
+    inbox = CommandInbox(run, spec)
+    for looks in range(1, 4):
+        assert inbox.poll(float(looks)) == []
+        assert len(answers(run)) == looks * MOST_TAKEN
+        assert len(list(folder.iterdir())) == 1_500 - looks * MOST_TAKEN
+
+
+def test_a_command_with_a_password_is_recorded_without_it(run: RunDirectory, spec: JobSpec) -> None:
+    run.command("set", ["data.path=s3://user:secret@bucket/x?token=secret"])
+    run.command("stop")
+    drive(run, spec)
+    assert answers(run)[0]["settings"] == ["data.path=s3://***@bucket/x?token=***"]
+    assert b"secret" not in run.storage.read("events.jsonl")
+
+
 @pytest.mark.parametrize("workers", [[], ["²"], ["9" * 4000], ["-1"], ["none"], ["1", "2"]])
 def test_a_number_of_workers_that_makes_no_sense_is_refused_and_the_run_goes_on(
     run: RunDirectory, spec: JobSpec, workers: list[str]
@@ -133,6 +195,7 @@ def test_whatever_lies_in_the_folder_is_refused_with_a_reason_and_the_run_goes_o
     (folder / "dangling.json").symlink_to("nowhere")
     os.mkfifo(folder / "pipe.json")
     (folder / "deep.json").write_bytes(b"[" * 60_000)
+    (folder / "deeper.json").write_bytes(b"[" * 200_000)
     (folder / "empty.json").touch()
     (folder / "notes.txt").write_text("buy milk")
     (folder / "odd.json").write_text(to_json({"id": "odd", "incarnation": 1, "command": "set", "settings": {"a": 1}}))
@@ -141,7 +204,18 @@ def test_whatever_lies_in_the_folder_is_refused_with_a_reason_and_the_run_goes_o
     run.command("stop")
     assert drive(run, spec) == [Stop("stopped")]
     told = {answer["id"]: answer.get("reason") for answer in answers(run) if not answer["accepted"]}
-    assert told.keys() == {"directory", "device", "dangling", "pipe", "deep", "empty", "notes.txt", "odd", "huge"}
+    assert told.keys() == {
+        "directory",
+        "device",
+        "dangling",
+        "pipe",
+        "deep",
+        "deeper",
+        "empty",
+        "notes.txt",
+        "odd",
+        "huge",
+    }
     assert all(told.values())
     assert list(folder.iterdir()) == []
 

@@ -86,7 +86,9 @@ def spec(**sections: Any) -> JobSpec:
     return job(**{"run": {"epochs": 1, "storage": "/kept"}} | sections)
 
 
-def test_a_job_travels_with_its_source(server: JobServer) -> None:
+def test_a_job_travels_with_its_source(server: JobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ours").mkdir()
     assert Jobs(ADDRESS).submit(spec(), "my run", [Path("ours")]) == "raysubmit_1"
     (sent,) = server.submitted
     assert sent["entrypoint"] == "exec sh driver.sh 'my run'"
@@ -213,3 +215,25 @@ def test_only_a_run_that_has_not_ended_is_asked_to_stop(server: JobServer) -> No
 def test_an_address_that_is_no_url_of_a_dashboard_is_refused(address: str) -> None:
     with pytest.raises(ClusterError, match=r"expected the URL of Ray's dashboard, such as http://HEAD:8265"):
         Jobs(address)
+
+
+def test_a_source_directory_with_a_secret_is_submitted_only_if_that_is_wanted(
+    server: JobServer, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").touch()
+    with pytest.raises(InputError, match=r"look like passwords or private keys: \.env\."):
+        Jobs(ADDRESS).submit(spec(), "run", [tmp_path])
+    assert server.submitted == []
+    Jobs(ADDRESS).submit(spec(), "run", [tmp_path], with_secrets=True)
+    assert ".env" not in server.submitted[0]["runtime_env"]["excludes"]
+
+
+def test_the_password_of_a_dashboard_is_shown_nowhere(server: JobServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        Jobs("http://me:secret@head:8265").wait("raysubmit_1", "run")
+    server.details = {"status": JobStatus.RUNNING, "message": ""}
+    server.interrupts = False
+    with pytest.raises(RunError, match=r"http://\*\*\*@head:8265 was lost"):
+        Jobs("http://me:secret@head:8265").wait("raysubmit_1", "run")
+    assert "secret" not in capsys.readouterr().err

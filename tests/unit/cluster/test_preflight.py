@@ -10,7 +10,7 @@ import pytest
 
 from psgd.cluster import preflight as module
 from psgd.cluster.preflight import RunPlan, preflight
-from psgd.errors import ClusterError, RunExistsError
+from psgd.errors import ClusterError, DamagedFileError, PsgdError, RunError, RunExistsError
 from psgd.interruption import Interruption
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
@@ -154,3 +154,48 @@ def test_an_address_is_refused_where_ray_is_connected_already(tmp_path: Path, mo
         plan(tmp_path, address="10.0.0.1:6379")
     monkeypatch.setenv("RAY_ADDRESS", "nonsense")  # not read, because Ray is connected
     assert plan(tmp_path).checkpoint is None
+
+
+def test_a_driver_that_is_refused_records_nothing_in_the_run(
+    tmp_path: Path, meanwhile: list[Callable[[], object]]
+) -> None:
+    record(run_directory(tmp_path), digits())
+    checkpoints = Checkpoints(run_directory(tmp_path).storage)
+    (*_, newest) = checkpoints.committed()
+    checkpoints._run.write(f"checkpoints/{newest}/COMMITTED", b"{}")  # it is refused, which is an event
+    events = (tmp_path / "run" / "events.jsonl").read_bytes()
+    meanwhile.append(run_directory(tmp_path).own)
+    with pytest.raises(RunExistsError):
+        plan(tmp_path, resume=True)
+    assert (tmp_path / "run" / "events.jsonl").read_bytes() == events
+    meanwhile.clear()
+    plan(tmp_path, resume=True)
+    assert run_directory(tmp_path).read_lines("events.jsonl")[-1]["event"] == "checkpoint_refused"
+
+
+TEXTS = {"empty": b"", "deep": b"[" * 100_000, "list": b"[]", "binary": b"\xff", "object": b"{}"}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+@pytest.mark.parametrize("name", ["owner", "resolved.json", "checkpoints/{}/COMMITTED"])
+def test_a_run_with_a_damaged_file_is_not_begun_anew(tmp_path: Path, name: str, text: bytes) -> None:
+    spec = digits(run={"epochs": 1}, checkpoint={"every_s": None, "every_updates": 1000, "keep": 1})
+    run = run_directory(tmp_path)
+    record(run, spec)
+    owner = run.storage.read("owner")
+    (checkpoint,) = Checkpoints(run.storage).names()
+    run.storage.write(name.format(checkpoint), text)
+    with pytest.raises(PsgdError) as refused:
+        plan(tmp_path, spec, resume=True)
+    assert not isinstance(refused.value, RunError)
+    assert run.storage.read("owner") == (text if name == "owner" else owner)
+
+
+@pytest.mark.parametrize("line", [b"[]", b'{"time": 1}', b'{"time": "1", "event": "checkpoint"}'])
+def test_a_run_whose_checkpoints_and_events_are_damaged_is_not_begun_anew(tmp_path: Path, line: bytes) -> None:
+    run = run_directory(tmp_path)
+    record(run, digits(run={"epochs": 1}))
+    run.storage.delete("checkpoints")
+    run.storage.append("events.jsonl", line + b"\n")
+    with pytest.raises(DamagedFileError, match=r"events\.jsonl, line \d+, is damaged"):
+        plan(tmp_path, digits(run={"epochs": 1}), resume=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from psgd.cluster.run import train
-from psgd.core.driver.events import Change
+from psgd.cluster.run import _unless_taken_over, train
+from psgd.core.driver.events import Change, Finish
 from psgd.errors import RunExistsError, SpecError
 from psgd.spec import JobSpec
 from psgd.spec.changes import change_settings
@@ -70,3 +70,28 @@ os._exit(0)
     assert told.stdout == "interrupted: nothing was started True\n"
     assert told.stderr == "psgd: interrupted: nothing was started\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_another_driver_took_over_ended_for_that_reason(tmp_path: Path) -> None:
+    """A server that is started then sees another owner, as if it did not share the driver's storage."""
+    run = run_directory(tmp_path)
+    run.take_over(None)
+    blamed = Finish("failed", "the server's machine does not see the driver's files")
+    assert _unless_taken_over(run, blamed) == blamed
+    later = run_directory(tmp_path)
+    later.take_over(run.owned_by)
+    ended = _unless_taken_over(run, blamed)
+    assert ended.status == "failed"
+    assert "was taken over by process" in str(ended.error)
+    assert "machine" not in str(ended.error)
+    assert not run.is_ours
+    told = Finish("failed", f"{ended.error}; nothing is saved")
+    assert _unless_taken_over(run, told) == told
+
+
+def test_while_the_owner_cannot_be_read_the_run_ends_as_it_would(tmp_path: Path) -> None:
+    run = run_directory(tmp_path)
+    run.take_over(None)
+    run.storage.write("owner", b"{")
+    assert _unless_taken_over(run, Finish("finished", None)) == Finish("finished", None)
+    assert run.is_ours

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import sys
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -20,13 +23,14 @@ from psgd.core.driver.events import Change
 from psgd.core.server.journal import RecordKind
 from psgd.core.server.observer import ServerObserver
 from psgd.core.server.parameter_server import ParameterServer
-from psgd.errors import CheckpointError, DataError, JournalError, ReplayError, RunNotFoundError
+from psgd.errors import CheckpointError, DataError, JournalError, ReplayError, RunNotFoundError, UntrustedRunError
 from psgd.job import OpenJob
 from psgd.replay.lineage import Record, read_lineage
 from psgd.replay.replay import replay
 from psgd.spec.changes import change_settings
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
+from psgd.store.storage import Storage
 from psgd_workers.messages import BatchId, FloatArray, Outcome
 from tests.support.in_process import START_S, Fault
 from tests.support.recorded_run import RecordedRun, digits, record, run_directory
@@ -639,3 +643,58 @@ def test_the_command_refuses_bad_input_with_exit_2(recorded: RunDirectory, comma
     code, out, err = command("--json")
     assert (code, out) == (2, "")
     assert "/journal lacks 000000-1-server-0.npy: " in err
+
+
+# Code that a run names
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """Return the directory of a run of another user, whose model is a command of the system."""
+    run = run_directory(tmp_path)
+    spec = digits(model={"kind": "python", "path": "os:system", "kwargs": {"command": f"touch {tmp_path}/executed"}})
+    run.begin(spec)
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    return run
+
+
+def test_code_that_the_run_of_another_user_names_is_not_executed(foreign: RunDirectory, tmp_path: Path) -> None:
+    user = pwd.getpwuid(os.getuid()).pw_name
+    with pytest.raises(UntrustedRunError, match=rf"belongs to user {user}, .* the factory 'os:system', .*give --trust"):
+        replay(foreign)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("owned", ["", "resolved.json"])
+def test_one_foreign_file_or_folder_is_enough(
+    foreign: RunDirectory, monkeypatch: pytest.MonkeyPatch, owned: str
+) -> None:
+    monkeypatch.setattr("os.geteuid", os.getuid)
+    assert foreign.foreign_user is None
+    users = {os.getuid(), 4_000_000_000}
+    monkeypatch.setattr(Storage, "users", lambda storage, *names: users if owned in names else set())
+    with pytest.raises(UntrustedRunError, match="belongs to user 4000000000"):
+        replay(foreign)
+
+
+def test_with_trust_or_as_the_present_users_run_it_is_replayed(
+    foreign: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for trust in (True, False):
+        with pytest.raises(CheckpointError, match="no committed checkpoint"):  # it has not been trained
+            replay(foreign, trust=trust)
+        monkeypatch.setattr("os.geteuid", os.getuid)
+
+
+def test_an_object_store_names_no_user_so_that_its_code_needs_trust() -> None:
+    run = RunDirectory(Storage(f"memory://{uuid4().hex}/run"))
+    run.begin(digits(model={"kind": "torch", "path": "os:system"}))
+    with pytest.raises(UntrustedRunError, match="belongs to an unknown user"):
+        replay(run)
+
+
+def test_psgds_own_models_need_no_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_directory(tmp_path)
+    record(run, digits(run={"epochs": 1}))
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    assert replay(run).agrees

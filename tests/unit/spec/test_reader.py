@@ -416,3 +416,11 @@ def test_what_is_no_job_is_refused_and_told_how_a_file_is_read(job: Any) -> None
         SpecError, match=r"a job is a JobSpec, or a mapping .* psgd\.spec\.reader\.load_spec reads a job file"
     ):
         as_spec(job)
+
+
+def test_an_error_is_of_bounded_length_whatever_the_names() -> None:
+    long = "x" * 100_000
+    tree = {long: 1, "compression": {f"{long}name": "none"}, "run": {long: long}, "name": long}
+    with pytest.raises(SpecError, match="not a valid job") as refused:
+        parse_spec(tree, "resolved.json")
+    assert len(str(refused.value)) < 30_000

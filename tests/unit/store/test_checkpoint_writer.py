@@ -10,7 +10,8 @@ from psgd.core.driver.events import Commit, Committed, Saved, SaveFailed
 from psgd.core.server.journal import RECORD
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import partition_weights
-from psgd.errors import OwnershipError, StorageError
+from psgd.errors import CheckpointError, OwnershipError, StorageError
+from psgd.jsontext import MOST_BYTES
 from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.checkpoints import Checkpoints, Manifest, Part, write_part
 from psgd.store.run_directory import RunDirectory
@@ -153,3 +154,104 @@ def test_a_newer_one_of_a_branch_that_was_given_up_is_passed_over(run: RunDirect
     assert recorded(run, "checkpoint_refused") == [
         "checkpoint 000001-1 is not part of this run's history; psgd tries the previous checkpoint"
     ]
+
+
+def refuse_commits(patch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    patch.setattr(Checkpoints, "commit", full)
+
+
+def test_commits_that_fail_leave_one_directory_behind(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = checkpoint_writer(run)
+    assert save(run, writer, 1, updates=10) == Committed(1)
+    with monkeypatch.context() as patch:
+        refuse_commits(patch)
+        for number in range(2, 13):
+            assert save(run, writer, number, updates=10 * number) == SaveFailed(number, "the disk is full")
+            assert Checkpoints(run.storage).names() == ["000001-1", f"{number:06d}-1"]
+    assert save(run, writer, 13, updates=130) == Committed(13)
+    assert Checkpoints(run.storage).names() == ["000001-1", "000013-1"]
+
+
+def test_saves_that_fail_leave_one_directory_behind(run: RunDirectory) -> None:
+    writer = checkpoint_writer(run)
+    for number in range(1, 6):  # one server dies each time before it has written its part
+        write(run, writer.begin(number), updates=10)
+        assert Checkpoints(run.storage).names() == [f"{number:06d}-1"]
+
+
+def test_a_driver_that_starts_deletes_what_earlier_ones_did_not_commit(run: RunDirectory) -> None:
+    for name in ("000001-1", "000002-1", "000003-1"):
+        write(run, name, updates=10)
+    later = RunDirectory(run.storage)
+    later.own()
+    writer = checkpoint_writer(later)
+    writer.delete_unfinished()
+    assert Checkpoints(run.storage).names() == ["000003-1"]  # the former driver may be committing it
+    assert len(list((Path(run.storage.url) / "journal").iterdir())) == 3 * SERVERS  # a replay needs them
+    save(later, writer, 4, updates=20)
+    assert Checkpoints(run.storage).names() == ["000004-2"]
+
+
+def test_nothing_is_deleted_that_a_newer_owner_may_be_writing(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = checkpoint_writer(run)
+    write(run, writer.begin(1), updates=10)
+    later = RunDirectory(Storage(run.storage.url))
+    later.own()
+    write(run, "000002-2", updates=10)
+    for delete in (writer.delete_unfinished, lambda: writer.begin(3)):
+        with pytest.raises(OwnershipError):
+            delete()
+    monkeypatch.setattr(RunDirectory, "check_owner", lambda run: None)  # as if it was taken over after the check
+    writer.begin(4)
+    assert Checkpoints(run.storage).names() == ["000002-2"]
+
+
+def test_a_directory_that_cannot_be_deleted_is_recorded(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageError("read-only")
+
+    writer = checkpoint_writer(run)
+    write(run, writer.begin(1), updates=10)
+    monkeypatch.setattr(Checkpoints, "delete_unfinished", refuse)
+    assert writer.begin(2) == "000002-1"
+    assert recorded(run, "not_deleted") == ["read-only"]
+
+
+OWNERS = {
+    "deep": b"[" * 100_000,
+    "other types": b'{"driver": 1, "incarnation": "x"}',
+    "huge": b" " * (MOST_BYTES + 1),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("text", OWNERS.values(), ids=OWNERS.keys())
+def test_a_damaged_owner_lets_a_commit_fail_and_the_next_one_succeed(run: RunDirectory, text: bytes) -> None:
+    writer = checkpoint_writer(run)
+    owner = run.storage.read("owner")
+    run.storage.write("owner", text)
+    failed = save(run, writer, 1, updates=10)
+    assert isinstance(failed, SaveFailed)
+    assert "/owner is damaged" in failed.cause
+    assert Checkpoints(run.storage).committed() == []
+    run.storage.write("owner", owner)
+    assert save(run, writer, 2, updates=20) == Committed(2)
+
+
+def test_damaged_manifests_do_not_keep_a_driver_from_committing_and_deleting(run: RunDirectory) -> None:
+    writer = checkpoint_writer(run)
+    texts = [b"[" * 100_000, b"{}", b" " * (MOST_BYTES + 1), b'{"format": 1', b"\xff"]
+    for number, text in enumerate(texts):
+        assert save(run, writer, number, updates=10 * number) == Committed(number)
+        run.storage.write(f"checkpoints/{number:06d}-1/COMMITTED", text)
+        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+            writer.refresh_origin()
+    assert save(run, writer, 9, updates=90) == Committed(9)
+    assert origin(writer) == "000009-1"
+    assert save(run, writer, 10, updates=100) == Committed(10)
+    assert Checkpoints(run.storage).names() == ["000009-1", "000010-1"]

@@ -13,6 +13,7 @@ import pytest
 from psgd.core.server.journal import RECORD
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, StorageError
+from psgd.jsontext import MOST_BYTES
 from psgd.store.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
 from psgd.store.storage import Storage
 from psgd_workers.gradients.layout import Layout
@@ -178,7 +179,7 @@ def test_when_all_are_damaged_every_fault_is_told(run: Storage) -> None:
     save(run, "000002-1")
     run.write("checkpoints/000001-1/COMMITTED", b"\xff")
     run.delete("checkpoints/000002-1/server-0.json")
-    with pytest.raises(CheckpointError, match=r"every checkpoint .* server-0\.json is missing.* not a manifest"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* server-0\.json is missing.*/COMMITTED is damaged"):
         Checkpoints(run).newest(refused=lambda _: None)
 
 
@@ -232,25 +233,100 @@ def test_a_checkpoint_whose_commit_was_cut_short_was_never_committed(run: Storag
     save(run, "000002-1")
     text = run.read("checkpoints/000002-1/COMMITTED")
     checkpoints = Checkpoints(run)
-    for length in (*range(0, len(text), len(text) // 6), len(text) - 2, len(text) - 1):
+    for length in (*range(0, len(text), len(text) // 6), len(text) - 3, len(text) - 2):
         run.write("checkpoints/000002-1/COMMITTED", text[:length])
         told: list[str] = []
         newest = checkpoints.newest(refused=told.append)
         assert newest is not None
         assert newest.manifest.name == "000001-1"
-        assert told == (["checkpoint 000002-1 was not committed: its COMMITTED is cut short"] if length else [])
+        assert len(told) == 1
+        assert "was not committed: its COMMITTED is cut short" in told[0]
         assert checkpoints.committed() == ["000001-1"]
-        with pytest.raises(CheckpointError, match=r"000002-1 .* was never committed"):
+        with pytest.raises(CheckpointError, match=r"000002-1 .* was not committed: its COMMITTED is cut short"):
             checkpoints.open("000002-1")
 
 
-def test_a_run_whose_only_commit_was_cut_short_begins_anew(run: Storage) -> None:
+DAMAGES = {
+    "empty": b"",
+    "cut short": b'{"format": 1, "na',
+    "not JSON": b"}",
+    "deep": b"[" * 100_000,
+    "deep and closed": b"[" * 900 + b"]" * 900,
+    "another type": b"[]",
+    "binary": bytes(range(256)),
+    "no format": b"{}",
+    "too large": b" " * (MOST_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("text", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_run_whose_only_commit_is_damaged_does_not_begin_anew(run: Storage, text: bytes) -> None:
     save(run, "000001-1")
-    run.write("checkpoints/000001-1/COMMITTED", b'{"format": 1, "na')
+    run.write("checkpoints/000001-1/COMMITTED", text)
     told: list[str] = []
-    assert Checkpoints(run).newest(refused=told.append) is None
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged: .*000001-1"):
+        Checkpoints(run).newest(refused=told.append)
     assert len(told) == 1
     assert Checkpoints(run).next_number() == 2
+    Checkpoints(run).prune(keep=1)
+    assert Checkpoints(run).names() == ["000001-1"]
+
+
+def recommit(run: Storage, name: str, **changes: Any) -> None:
+    """Write a manifest with other fields, and with the checksum of these."""
+    changed = Checkpoints(run).manifest(name).model_copy(update=changes)
+    run.write(f"checkpoints/{name}/COMMITTED", changed.to_bytes())
+
+
+def test_the_manifest_of_another_checkpoint_is_refused(run: Storage) -> None:
+    """Checksums would be checked in one directory, and weights read from the other one."""
+    for name in ("000001-1", "000002-1"):
+        save(run, name)
+    run.write("checkpoints/000002-1/COMMITTED", run.read("checkpoints/000001-1/COMMITTED"))
+    with pytest.raises(CheckpointError, match=r"000002-1: its COMMITTED is that of checkpoint 000001-1"):
+        Checkpoints(run).open("000002-1")
+    with pytest.raises(CheckpointError, match=r"its COMMITTED is that of checkpoint 000001-1"):
+        load_weights(f"{run.url}/checkpoints/000002-1")
+
+
+@pytest.mark.parametrize("files", [{}, {"server-0.safetensors": "x"}, {"../1-1/server-0.json": "x"}])
+def test_a_manifest_that_lacks_files_is_refused(run: Storage, files: dict[str, str]) -> None:
+    save(run, "000001-1")
+    recommit(run, "000001-1", files=files)
+    with pytest.raises(CheckpointError, match=r"000001-1: its COMMITTED lacks server-.*server-1\.json"):
+        Checkpoints(run).open("000001-1")
+
+
+def test_a_manifest_with_a_huge_number_of_partitions_is_refused_at_once(run: Storage) -> None:
+    save(run, "000001-1")
+    recommit(run, "000001-1", partitions=10**18)
+    with pytest.raises(CheckpointError, match=r"lacks server-2\.safetensors"):
+        Checkpoints(run).open("000001-1")
+
+
+@pytest.mark.parametrize(("before", "after"), [(b'"updates": 40', b'"updates": 41'), (b'"bias"', b'"bia5"')])
+def test_a_manifest_that_was_changed_is_damaged(run: Storage, before: bytes, after: bytes) -> None:
+    save(run, "000001-1")
+    text = run.read("checkpoints/000001-1/COMMITTED")
+    assert before in text
+    run.write("checkpoints/000001-1/COMMITTED", text.replace(before, after))
+    with pytest.raises(CheckpointError, match=r"COMMITTED is damaged .*does not have the checksum that it names"):
+        Checkpoints(run).open("000001-1")
+
+
+def test_a_part_without_the_weights_of_its_slice_is_refused(run: Storage) -> None:
+    metadata = dict(state(0).metadata) | {"partition": [0, 0, 3, 3]}
+    part = write_part(run, "000001-1", ServerState({"weights": FLAT[:2]}, metadata), NO_RECORDS)
+    Checkpoints(run).commit(manifest("000001-1", [part]))
+    with pytest.raises(CheckpointError, match="has no weights of 3 values"):
+        Checkpoints(run).open("000001-1").weights()
+
+
+def test_weights_that_do_not_fill_the_tensors_are_refused(run: Storage) -> None:
+    save(run, "000001-1")
+    recommit(run, "000001-1", shapes=((2, 3), (3,)))
+    with pytest.raises(CheckpointError, match="has 8 weights, but its tensors have 9 values"):
+        load_weights(run.url)
 
 
 @pytest.mark.parametrize("file", ["server-0.safetensors", "server-0.json", "server-1.safetensors", "server-1.json"])
@@ -294,3 +370,14 @@ def test_checkpoints_are_ordered_by_number_not_by_letters(run: Storage) -> None:
     for name in ("999999-2", "1000000-2", "000001-10", "000001-9"):
         save(run, name)
     assert Checkpoints(run).committed() == ["000001-9", "000001-10", "999999-2", "1000000-2"]
+
+
+def test_a_damaged_manifest_does_not_count_among_those_that_are_kept(run: Storage) -> None:
+    for number in range(1, 6):
+        save(run, f"{number:06d}-1")
+    for number in (2, 4):
+        run.write(f"checkpoints/{number:06d}-1/COMMITTED", b"{}")
+    assert Checkpoints(run).prune(keep=2) == ["000001-1", "000002-1"]
+    assert Checkpoints(run).names() == ["000003-1", "000004-1", "000005-1"]
+    save(run, "000006-1")
+    assert Checkpoints(run).prune(keep=2) == ["000003-1", "000004-1"]

@@ -9,7 +9,7 @@ import pytest
 
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import partition_weights
-from psgd.errors import JournalError, ResumeError
+from psgd.errors import CheckpointError, JournalError, ResumeError
 from psgd.job import OpenJob
 from psgd.replay.replay import replay
 from psgd.spec import JobSpec
@@ -78,7 +78,7 @@ def test_a_run_whose_only_checkpoint_lost_its_end_is_not_begun_anew(run: RunDire
     run.event("checkpoint", name="000001-1", updates=3, epochs=0, deleted=[])
     run.storage.write("checkpoints/000001-1/COMMITTED", b"{")
     told: list[str] = []
-    with pytest.raises(ResumeError, match="no checkpoint is left whole"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* is damaged"):
         find_checkpoint(run, job.spec, told.append)
     assert "its COMMITTED is cut short" in told[0]
 

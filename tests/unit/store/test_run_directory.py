@@ -317,7 +317,7 @@ def test_a_line_of_another_content_is_damaged(run: RunDirectory, name: str, line
 def test_a_file_that_is_too_large_is_refused(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psgd.store.run_directory.MOST_JSON_BYTES", 100)
     run.storage.write("owner", b" " * 101)
-    with pytest.raises(StorageError, match=r"'owner' .* it has 101 bytes, expected 100 at most"):
+    with pytest.raises(StorageError, match=r"/owner is damaged \(it has more than 100 bytes\): restore"):
         run.read_json("owner")
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from threading import Thread
 from typing import NoReturn
@@ -7,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from psgd.errors import StorageError
+from psgd.errors import DamagedFileError, StorageError
 from psgd.store.storage import Storage
 
 
@@ -102,7 +104,7 @@ def test_a_machine_that_has_no_thread_left_is_a_fault_of_the_storage(
 def test_a_file_of_more_bytes_than_are_wanted_is_not_read(storage: Storage) -> None:
     storage.write("a", b"four")
     assert storage.read("a", 4) == b"four"
-    with pytest.raises(StorageError, match=r"cannot read 'a' .*: it has 4 bytes, expected 3 at most"):
+    with pytest.raises(StorageError, match=r"/a is damaged \(it has more than 3 bytes\): restore"):
         storage.read("a", 3)
 
 
@@ -125,3 +127,30 @@ def test_a_path_is_as_good_as_its_text(tmp_path: Path) -> None:
 def test_a_url_that_a_path_has_changed_is_refused() -> None:
     with pytest.raises(StorageError, match=r"'s3:/bucket/runs' is a URL without one of its slashes: .* as a string"):
         Storage(Path("s3://bucket/runs"))
+
+
+def test_a_pipe_or_a_device_in_place_of_a_file_is_damaged_and_not_opened(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        for most_bytes in (None, 10):
+            with pytest.raises(DamagedFileError, match=rf"/{name} is damaged \(it is not a regular file\): restore"):
+                storage.read(name, most_bytes)
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o027, 0o002])
+def test_files_and_folders_have_the_modes_that_the_umask_leaves(tmp_path: Path, mask: int) -> None:
+    storage = Storage(tmp_path / "run")
+    before = os.umask(mask)
+    try:
+        storage.write("checkpoints/1/COMMITTED", b"x")
+        storage.append("journal/events.jsonl", b"x")
+        storage.write("commands/1.json", b"x")
+        (tmp_path / "run" / "commands" / "folder").mkdir()
+        storage.take_out("commands", 10, 10, set())
+    finally:
+        os.umask(before)
+    entries = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    assert {"refused", "COMMITTED", "events.jsonl"} <= {entry.name for entry in entries}
+    assert [entry.name for entry in entries if stat.S_IMODE(entry.stat().st_mode) & mask] == []
