@@ -37,7 +37,7 @@ unit: .venv/dev.stamp ## run the fast tests: unit tests, fault injection, arithm
 integration: .venv/dev.stamp ## run the tests on a real, local Ray; as root on Linux, also on three hosts in network namespaces
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not chaos' tests/integration tests/hosts
 
-chaos: .venv/dev.stamp ## run 20,000 simulated runs with faults, read 70,000 damaged files, kill processes and hosts on real Ray; 50 minutes
+chaos: .venv/dev.stamp ## run 20,000 simulated runs with faults, read damaged files and frames, kill processes and hosts on real Ray; an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulation
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --hypothesis-profile anew tests/unit/core
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m chaos tests/unit
