@@ -147,7 +147,9 @@ if "psgd.cli" in sys.orig_argv:
 """
 
 
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    "number", ["SIGINT", *(pytest.param(name, marks=pytest.mark.chaos) for name in ("SIGTERM", "SIGHUP"))]
+)
 def test_a_signal_while_ray_forks_its_processes_ends_the_command_and_leaves_nothing(
     psgd: CommandLine, number: str
 ) -> None:

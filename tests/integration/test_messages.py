@@ -22,8 +22,9 @@ def test_calls_and_answers_that_are_lost_change_no_epoch(
     tmp_path: Path, ray_home: Path, environment: dict[str, str]
 ) -> None:
     environment |= {"RAY_TMPDIR": mkdtemp(dir=ray_home), "RAY_AUTH_MODE": "disabled"}
-    psgd = CommandLine(environment, tmp_path, limit_s=200.0)  # a lost call to start a server costs a time-out
+    psgd = CommandLine(environment, tmp_path, limit_s=200.0)
     settings = [f"run.epochs={EPOCHS}", "scaling.lane=ray", "failure.max_failures=-1", "checkpoint.every_s=0.5"]
+    settings.append("failure.timeout_s=10")  # a call to start a server that is lost costs this time
     arguments = [word for setting in settings for word in ("--set", setting)]
     done = psgd.run("train", DIGITS, "--json", "--name", "run", *arguments, RAY_testing_rpc_failure=json.dumps(LOST))
     assert done.returncode == 0, done.stderr
