@@ -124,13 +124,15 @@ def interrupt(psgd: CommandLine, mode: str, send: Callable[[int, int], None], nu
 
 
 @pytest.mark.timeout(300)
-def test_every_signal_that_ends_a_run_saves_it_and_resuming_ends_it_exactly(psgd: CommandLine) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.chaos)])
+def test_every_signal_that_ends_a_run_saves_it_and_resuming_ends_it_exactly(
+    psgd: CommandLine, number: signal.Signals
+) -> None:
     interrupt(psgd, "token", os.killpg, signal.SIGINT)  # to the whole process group, as a terminal does
-    interrupt(psgd, "disabled", os.kill, signal.SIGTERM)
-    interrupt(psgd, "disabled", os.kill, signal.SIGHUP)
+    interrupt(psgd, "disabled", os.kill, number)
     end_exactly(psgd)
     started = recorded(psgd.folder / "runs" / "digits", "started")
-    assert [event["resumed"] is None for event in started] == [True, False, False, False]
+    assert [event["resumed"] is None for event in started] == [True, False, False]
 
 
 AT_FORK = """
