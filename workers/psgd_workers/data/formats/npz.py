@@ -29,6 +29,8 @@ __all__ = ["read_npz"]
 
 KERAS_VALIDATION = ("x_test", "y_test")
 MAX_LISTED = 10  # names of arrays in a message
+ENTRY = b"PK\1\2"  # begins the entry of a member in the list at the end of a zip file
+MAX_MEMBERS = 10_000
 END = b"PK\5\6"  # begins the record at the end of a zip file, in which bytes 10 and 11 are the number of members
 MAX_END = 22 + 0xFFFF  # largest size of that record
 MANY = 0xFFFF  # number of members in that record if it does not fit there
@@ -71,6 +73,8 @@ def _archive(content: io.BytesIO, path: str) -> zipfile.ZipFile:
         raise DataError(
             f"{path} is not an .npz file but one array (.npy); write an archive with numpy.savez_compressed"
         )
+    if content.getvalue().count(ENTRY) > MAX_MEMBERS:  # zipfile would take a kilobyte for each
+        raise DataError(f"{path} lists more than {MAX_MEMBERS:,} arrays: write only those that the job names")
     try:
         archive = zipfile.ZipFile(content)
     except Exception as error:  # zipfile checks little of a damaged archive, and raises errors of many types

@@ -293,3 +293,12 @@ def test_a_flipped_bit_anywhere_is_refused_or_changes_no_value(path: Path, step:
         assert names(raw) == [("x_train", "y_train"), ("x_test", "y_test")]
         for array in (array for part in raw.parts for array in (part.features, part.labels)):
             np.testing.assert_array_equal(array.values, KERAS[array.name.rpartition(": ")[2]], strict=True)
+
+
+def test_an_archive_of_very_many_members_is_refused_before_they_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "many.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(10_001):
+            archive.writestr(f"{number}.npy", b"")
+    with pytest.raises(DataError, match="lists more than 10,000 arrays: write only those that the job names"):
+        read(path)
