@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from concurrent.futures import Future
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,8 @@ class ServerActor:
             part = origin[partition.start : partition.stop]
             server = ParameterServer(context.spec, partition, part, context.grid, Version(incarnation, 0), published)
         self._host = ServerHost(server)
+        # In the background: until the code is there, the server works without it.
+        Thread(target=self._host.compile, name="psgd-compile", daemon=True).start()
         # Records that were taken from the journal for a checkpoint which could not be written.
         self._unwritten = np.zeros(0, server.journal.type)
         self._writing: asyncio.Task[Part] | None = None  # writes this server's part of a checkpoint

@@ -1,20 +1,21 @@
 """The server's end of one worker's connection: it receives the worker's frames and sends the answers.
 
-Each worker has a thread in the server, except the workers that a `SharedPoller` serves. The thread of a worker on the
-same machine follows the worker to its processor, which is idle while the worker waits for its receipt. Left to itself,
-the kernel often runs a thread where it ran last, beside another worker that computes. `ServerHost` lets only one thread
-at a time call the server.
+Each worker has a thread in the server. As long as pushes are of the usual case, the thread stays in compiled code, if
+the server has a compiled push path. Other frames are served in Python, where `ServerHost` lets only one thread at a
+time call the server.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Callable
+from errno import EINTR
 from functools import partial
 from queue import SimpleQueue
-from threading import Lock, Thread
-from typing import Protocol
+from threading import Condition, Lock, Thread
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,19 +24,21 @@ from psgd.serving.host import ServerHost
 from psgd.serving.limited_log import LimitedLog
 from psgd_workers.errors import FrameError
 from psgd_workers.messages import FloatArray, Receipt, Version
-from psgd_workers.transport.affinity import NOWHERE, allowed_processors, run_on
-from psgd_workers.transport.frame_stream import Accept, FrameStream
+from psgd_workers.transport.frame_stream import FrameStream
 from psgd_workers.transport.frames import Frame, FrameKind, PushFormat, pack_receipt
 from psgd_workers.transport.handshake import Hello
 from psgd_workers.transport.memory import Segment, Slot
 from psgd_workers.transport.streams import shut
+
+if TYPE_CHECKING:
+    from psgd.serving.compiled.path import CompiledConnection
 
 __all__ = ["WorkerConnection"]
 
 log = logging.getLogger("psgd.lanes")
 
 PUSH = FrameKind.PUSH  # bound once: in Python 3.11, access through the enum takes 80 ns
-SETTLED = 8  # pushes in a row from one processor, after which the worker is assumed to stay there
+ALIGNMENT = 64  # bytes; the payload of each slot begins at a multiple of it
 UNREAD = "the worker sends requests but does not read the answers"
 
 
@@ -70,77 +73,83 @@ class WorkerConnection:
         self._warnings = warnings
         self._worker = hello.worker
         self._incarnation = host.server.version.incarnation
+        self._segment = segment
         self._shared = [Slot(slot.weights[part], slot.gradient[part]) for slot in segment.slots] if segment else None
+        self._part = part
         # One buffer for each slot: it holds the payload of the slot's push, and later the weights of the answer.
         self._sizes = push_format.sizes(segment is not None)
-        limit = max(self._sizes[-1], 0 if segment else 4 * push_format.size)
-        self._inline = [np.empty(limit, np.uint8).data for _ in range(hello.slots)]
+        size = max(self._sizes[-1], 0 if segment else 4 * push_format.size)
+        self._payloads = np.empty((hello.slots, -(-size // ALIGNMENT) * ALIGNMENT), np.uint8)
+        self._inline = [payload.data for payload in self._payloads]
         self._busy = [False] * hello.slots  # True for a slot whose push has no receipt yet
-        # With one server and one batch in hand, the worker waits after each push, and its processor is free.
-        self._worker_waits = hello.slots == 1 and push_format.size == hello.num_parameters
-        self._processor = NOWHERE  # from which the last push came
-        self._num_pushes_there = 0  # pushes in a row from that processor
         self._frames = frames
         self._answers: _Answers = _DirectAnswers(stream) if segment else _QueuedAnswers(frames, stream)
+        self._compiled: CompiledConnection | None = None
 
-    def run(self, is_machine_full: Callable[[], bool]) -> None:
-        """Serve frames until the connection is closed. The calling thread must serve only this connection.
-
-        The thread moves to the worker's processor if the worker waits for its receipts there, or if no other processor
-        is free.
-
-        Args:
-            is_machine_full: returns True if every processor of this machine has a worker.
-        """
-        everywhere = allowed_processors()
-        here = NOWHERE
+    def run(self) -> None:
+        """Serve frames until the connection is closed. The calling thread must serve only this connection."""
         while self.serve_frame():
-            # A worker that often changes its processor is not followed: each move costs more than a few pushes gain.
-            is_settled = self._num_pushes_there >= SETTLED and self._processor in everywhere
-            follows = is_settled and (self._worker_waits or is_machine_full())
-            if (there := self._processor if follows else NOWHERE) != here:
-                run_on({there} if follows else everywhere)
-                here = there
+            pass
 
     def serve_frame(self) -> bool:
-        """Wait for one frame and serve it.
+        """Wait for a frame and serve it. Pushes that compiled code applies before are served as well.
 
         Returns:
             False if the connection is closed now. If something was wrong, the log says what. A push without a receipt
             stays in the server's state.
         """
-        return self._serve_received(self._frames.receive)
-
-    def serve_part(self) -> bool:
-        """Receive what has arrived of a frame without waiting. Serve the frame if it is whole; see `serve_frame`."""
-        return self._serve_received(self._frames.receive_part)
-
-    def drop(self, why: str) -> None:
-        """Close the connection, and log the reason."""
-        self._log_closed(why)
-        self._close()
-
-    @property
-    def part_since(self) -> float:
-        """Monotonic time since which the rest of a frame is awaited; infinity if none is."""
-        return self._frames.part_since
-
-    def _serve_received(self, receive: Callable[[Accept], tuple[Frame, memoryview] | None]) -> bool:
         try:
-            received = receive(self._accept)
+            received = self._receive()
             if received is not None:
                 self._serve(*received)
                 return True
-            if not self._frames.is_closed:
-                return True
             if self._answers.fault:
                 self._log_closed(self._answers.fault)
+        except BlockingIOError:
+            self._log_closed(UNREAD)
         except (FrameError, PushRefusedError, OSError) as error:
             self._log_closed(str(error))
         except Exception:  # a fault of the server: close the connection, so that the worker does not wait in vain
             log.exception("the connection of %s was closed because of a fault in the server", self._worker)
         self._close()
         return False
+
+    def _receive(self) -> tuple[Frame, memoryview] | None:
+        """Serve pushes in compiled code, if possible, and return the first frame that it leaves to Python.
+
+        Returns:
+            Header and payload; None if the connection is closed.
+        """
+        compiled = None if self._frames.has_tags else self._enter_compiled()
+        if compiled is None:
+            return self._frames.receive(self._accept)
+        while True:
+            stop = compiled.serve()
+            if stop.error not in (0, EINTR):
+                raise OSError(stop.error, os.strerror(stop.error))
+            if not stop.is_unsent:
+                return self._frames.receive(self._accept, stop.header_got, stop.payload_got)
+            self._stream.sendall(stop.unsent)
+
+    def _enter_compiled(self) -> CompiledConnection | None:
+        """Return this connection's end of the compiled push path; None if Python has to serve the next push.
+
+        Compiled code sends its answers itself. So no other answer may be under way, or become due meanwhile.
+        """
+        path = self._host.compiled
+        if path is None or not path.applies or any(self._busy):
+            return None
+        self._answers.wait_until_sent()
+        if self._compiled is None:
+            segment = self._segment
+            self._compiled = path.connection(
+                self._worker,
+                self._stream.fileno(),
+                np.frombuffer(self._frames.header, np.uint8),
+                self._payloads,
+                None if segment is None else (segment.values, [start + self._part.start for start in segment.starts]),
+            )
+        return self._compiled
 
     def _close(self) -> None:
         shut(self._stream)
@@ -173,19 +182,23 @@ class WorkerConnection:
         host = self._host
         if frame.kind is PUSH:
             shared = self._shared[slot] if self._shared else None
+            if self._frames.has_tags and (compiled := self._enter_compiled()) and compiled.take():
+                self._frames.send(*compiled.answer())
+                return
             gradient = self._push_format.gradient(frame, payload, self._worker, shared)
             self._busy[slot] = True
-            self._num_pushes_there = self._num_pushes_there + 1 if frame.processor == self._processor else 1
-            self._processor = frame.processor
             host.push(gradient, partial(self._answer_push, slot, frame.wants))
         elif frame.kind is FrameKind.PULL:
             into, weights = self._weights_buffer(slot)
+            self._answers.expect()
             self._answers.put(_header(FrameKind.WEIGHTS, slot, host.pull(into), _length(weights)), weights)
         else:
+            self._answers.expect()
             self._answers.put(_header(FrameKind.VERSION, slot, host.server.version, 0), None)
 
     def _answer_push(self, slot: int, wants: bool, receipt: Receipt) -> Callable[[], None]:
         """Prepare the answer to a push, with the current weights if wanted, and return the function that sends it."""
+        self._answers.expect()
         self._busy[slot] = False
         weights = None
         if wants:
@@ -208,10 +221,16 @@ class _Answers(Protocol):
 
     @property
     def backlog(self) -> int:
-        """Return the number of answers that wait to be sent."""
+        """Return the number of answers that are not sent yet."""
+
+    def expect(self) -> None:
+        """Announce an answer, which `put` will send."""
 
     def put(self, header: bytes, weights: memoryview | None) -> None:
-        """Send an answer, now or later, without waiting for the worker."""
+        """Send an announced answer, now or later, without waiting for the worker."""
+
+    def wait_until_sent(self) -> None:
+        """Wait until all announced answers are sent, or sending has failed."""
 
     def close(self) -> None:
         """Send no more. The caller may close the socket afterwards."""
@@ -231,6 +250,9 @@ class _DirectAnswers:
         self._lock = Lock()  # so that nothing is sent after `close`, when the kernel may reuse the socket's number
         self._open = True
 
+    def expect(self) -> None:
+        """No-op: the kernel sends a header as a whole, so other threads may send meanwhile."""
+
     def put(self, header: bytes, weights: memoryview | None) -> None:
         assert weights is None, "weights are written to the worker's memory"
         with self._lock:
@@ -245,6 +267,9 @@ class _DirectAnswers:
             if self.fault:
                 shut(self._stream)
 
+    def wait_until_sent(self) -> None:
+        """No-op: see `expect`."""
+
     def close(self) -> None:
         with self._lock:
             self._open = False
@@ -258,24 +283,44 @@ class _QueuedAnswers:
         self._frames = frames
         self._stream = stream
         self._queue = SimpleQueue[tuple[bytes, memoryview | None] | None]()
+        self._all_sent = Condition()  # guards `_unsent`
+        self._unsent = 0
         self._thread = Thread(target=self._send, name="psgd-answers", daemon=True)
         self._thread.start()
 
     @property
     def backlog(self) -> int:
-        return self._queue.qsize()
+        return self._unsent
+
+    def expect(self) -> None:
+        with self._all_sent:
+            self._unsent += 1
 
     def put(self, header: bytes, weights: memoryview | None) -> None:
         self._queue.put((header, weights))
+
+    def wait_until_sent(self) -> None:
+        with self._all_sent:
+            self._all_sent.wait_for(lambda: not self._unsent or self.fault)
 
     def _send(self) -> None:
         try:
             while answer := self._queue.get():
                 header, weights = answer
                 self._frames.send(header, *(() if weights is None else (weights,)))
+                with self._all_sent:
+                    self._unsent -= 1
+                    self._all_sent.notify_all()
+        except BlockingIOError:
+            self._fail(UNREAD)
         except (OSError, MemoryError) as error:
-            self.fault = f"{type(error).__name__}: {error}"
-            shut(self._stream)
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _fail(self, fault: str) -> None:
+        with self._all_sent:
+            self.fault = fault
+            self._all_sent.notify_all()
+        shut(self._stream)
 
     def close(self) -> None:
         self._queue.put(None)

@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from threading import Event, Lock
-from types import TracebackType
+from threading import Event
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,14 @@ from numpy.typing import NDArray
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.report import Report
 from psgd.core.server.state import ServerState
-from psgd.errors import RunError, StateUnchangedError, StorageError
+from psgd.errors import StorageError
+from psgd.serving.compiled.loading import load_path
+from psgd.serving.server_lock import ServerLock
 from psgd.spec import Settings
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Receipt, Version
+
+if TYPE_CHECKING:
+    from psgd.serving.compiled.path import CompiledPath
 
 __all__ = ["Reply", "ServerHost"]
 
@@ -37,17 +42,30 @@ class ServerHost:
     Args:
         server: the server. From now on only this host may call it.
 
+    Attributes:
+        server: the server.
+        compiled: compiled push path of the server; None: it is not loaded.
+
     Raises:
         RunError: in every method, after the server has failed.
     """
 
     def __init__(self, server: ParameterServer) -> None:
         self.server = server
+        self.compiled: CompiledPath | None = None
         self._server_lock = ServerLock()
         self._replies: dict[tuple[str, BatchId], list[Reply]] = {}  # of pushes without a receipt, oldest first
         self._epochs = server.epochs  # complete epochs at the last `_notify`
         self._epoch_ended = Event()  # an epoch has ended since the last report
         self._snapshot: Future[tuple[ServerState, NDArray[np.void]]] | None = None  # to be filled between two rounds
+
+    def compile(self) -> None:
+        """Load the compiled push path. Connections use it from their next frame on; see `load_path`."""
+        path = load_path(self.server, self._server_lock)
+        with self._server_lock:  # the settings may have changed meanwhile
+            if path is not None:
+                path.refresh()
+            self.compiled = path
 
     def pull(self, into: FloatArray) -> Version:
         """Copy the published weights.
@@ -111,6 +129,8 @@ class ServerHost:
         with self._server_lock:
             due = self._prepare_answers(self.server.change(settings, time.monotonic()))
             version = self.server.version
+            if self.compiled is not None:
+                self.compiled.refresh()
         _send(due)
         return version
 
@@ -175,31 +195,6 @@ class ServerHost:
                 "failure.timeout_s, or find the worker that keeps the round open"
             )
         return wanted.result()
-
-
-class ServerLock:
-    """A lock around each call of a server. It cannot be taken any more after a call has failed.
-
-    A call that raises `StateUnchangedError` has not failed in this sense.
-
-    Raises:
-        RunError: on entering, after a call has failed.
-    """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._fault = ""
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if self._fault:
-            self._lock.release()
-            raise RunError(f"this server failed in the middle of a call: {self._fault}; its log has the details")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, StateUnchangedError):
-            self._fault = f"{type(error).__name__}: {error}"
-        self._lock.release()
 
 
 def _send(due: list[Callable[[], None] | None]) -> None:

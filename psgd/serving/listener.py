@@ -21,9 +21,7 @@ from psgd.serving.connection import WorkerConnection
 from psgd.serving.handshakes import Handshakes
 from psgd.serving.host import ServerHost
 from psgd.serving.limited_log import LimitedLog
-from psgd.serving.poller import SharedPoller
 from psgd_workers.errors import FrameError, LaneError, ListenError
-from psgd_workers.transport.affinity import allowed_processors
 from psgd_workers.transport.authentication import FrameAuthenticator
 from psgd_workers.transport.frame_stream import FrameStream
 from psgd_workers.transport.frames import PushFormat
@@ -77,14 +75,11 @@ class Listener:
         self.key = secrets.token_bytes(KEY_SIZE)
         self.path: str | None = None
         self.port: int | None = None
-        self._processors = len(allowed_processors())
         self._closing = Event()
-        self._lock = Lock()  # guards `_streams`, `_num_local` and `_poller`
+        self._lock = Lock()  # guards `_streams`
         self._sockets: list[socket.socket] = []  # listening
         self._streams: set[socket.socket] = set()  # of the open connections
-        self._num_local = 0  # workers on this machine that are served by a thread of their own
         self._threads: set[Thread] = set()
-        self._poller: SharedPoller | None = None
         self._log = LimitedLog()
 
     def listen_unix(self) -> None:
@@ -154,9 +149,6 @@ class Listener:
             self._closing.set()
             for stream in (*self._sockets, *self._streams):
                 shut(stream)  # this ends the stream's thread
-            if self._poller is not None:
-                self._poller.close()
-                self._poller = None
             threads = list(self._threads)
         for thread in threads:
             thread.join(JOIN_S)
@@ -216,64 +208,17 @@ class Listener:
                 raise
 
     def _serve(self, stream: socket.socket, shared: bool, handshakes: Handshakes) -> None:
-        """Serve one connection from the handshake until it is closed, unless the shared poller takes it over."""
-        is_polled = False
+        """Serve one connection from the handshake until it is closed."""
         try:
-            is_polled = self._serve_or_hand_over(stream, shared, handshakes)
+            self._serve_until_closed(stream, shared, handshakes)
         finally:
-            if not is_polled:
-                self._forget(stream)
+            self._forget(stream)
 
-    def _serve_or_hand_over(self, stream: socket.socket, shared: bool, handshakes: Handshakes) -> bool:
-        """Return True if the shared poller took the connection over, False once it is closed.
-
-        When this returns, nothing refers to the connection and to the worker's memory any more.
-        """
+    def _serve_until_closed(self, stream: socket.socket, shared: bool, handshakes: Handshakes) -> None:
+        """When this returns, nothing refers to the connection and to the worker's memory any more."""
         connection = self._admit(stream, shared, handshakes)
-        if connection is None:
-            return False
-        if shared and self._push_format.is_small and self._hand_over(connection, stream):
-            return True
-        self._serve_here(connection, shared)
-        return False
-
-    def _hand_over(self, connection: WorkerConnection, stream: socket.socket) -> bool:
-        """Let the shared poller serve a connection. Return False if it cannot."""
-        try:
-            with self._lock:
-                if self._closing.is_set():
-                    return False
-                self._add_to_poller(connection, stream)
-                return True
-        except (OSError, RuntimeError) as error:  # for example, too many open files or threads
-            self._log.warning("a worker is served by a thread of its own: %s", error)
-            return False
-
-    def _serve_here(self, connection: WorkerConnection, shared: bool) -> None:
-        """Serve a connection in this thread until it is closed."""
-        with self._lock:
-            self._num_local += shared
-        try:
-            connection.run(self._is_machine_full)
-        finally:
-            with self._lock:
-                self._num_local -= shared
-
-    def _is_machine_full(self) -> bool:
-        """Return True if every processor of this machine has a worker."""
-        return self._num_local >= self._processors
-
-    def _add_to_poller(self, connection: WorkerConnection, stream: socket.socket) -> None:
-        if self._poller is None:
-            assert self._published is not None, "a worker shares memory, so the server must"
-            poller = SharedPoller(self._published, self._forget)
-            try:
-                self._start("psgd-poller", poller.run)
-            except RuntimeError:
-                poller.release()
-                raise
-            self._poller = poller
-        self._poller.add(connection, stream)
+        if connection is not None:
+            connection.run()
 
     def _forget(self, stream: socket.socket) -> None:
         with self._lock:

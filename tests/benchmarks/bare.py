@@ -118,6 +118,9 @@ def _serve(pipe: Connection, size: int, workers: int, authenticates: bool) -> No
     zeros = np.zeros(size, np.float32)
     server = ParameterServer(job(), Partition(0, 0, size, size), zeros, grid, Version(1, 0), published)
     host = ServerHost(server)
+    host.compile()
+    for rank in range(workers):
+        host.join(f"worker-{rank}")
     push_format = PushFormat(size, size, authenticates=authenticates)
     listener = Listener(host, push_format, size, slice(0, size), published)
     listener.listen_unix()

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from psgd.core.driver.events import Action, Note
 from psgd.core.driver.ledger import Ledger
 from psgd.core.server.applied import AppliedSet
+from psgd.core.server.live_worker import LiveWorker
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.errors import RunError
 from psgd.simulation.cluster import VirtualCluster
@@ -79,11 +80,11 @@ class AppliesTwice(ParameterServer):
         outcome = super()._admit(gradient)
         return Outcome.BUFFERED if outcome is Outcome.DUPLICATE else outcome
 
-    def _collect(self, gradient: Gradient, values: FloatArray) -> None:
+    def _collect(self, gradient: Gradient, values: FloatArray, worker: LiveWorker | None) -> None:
         settled = self._settled
         if gradient.batch in settled:
-            self._settled = AppliedSet(self._grid)
-        super()._collect(gradient, values)
+            self._settled = AppliedSet(self.grid, gradient.batch.epoch)
+        super()._collect(gradient, values, worker)
         self._settled = settled
 
 
@@ -93,7 +94,7 @@ class LosesAppliedSet(ParameterServer):
     @classmethod
     def restore(cls, *arguments: Any, **options: Any) -> Self:
         server = super().restore(*arguments, **options)
-        server._settled = AppliedSet(server._grid, server.epochs)
+        server._settled = AppliedSet(server.grid, server.epochs)
         return server
 
 

@@ -24,7 +24,6 @@ from psgd.serving.listener import Listener
 from psgd.spec import JobSpec
 from psgd_workers.gradients.sender import Sender, gradient_norm
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
-from psgd_workers.transport import frames
 from psgd_workers.transport.frames import Frame, FrameKind, PushFormat
 from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
 from psgd_workers.transport.memory import PublishedVector, Segment
@@ -56,8 +55,9 @@ __all__ = [
     "works",
 ]
 
-LaneCase = Literal["shm", "polled", "tcp"]  # a lane's kind; polled: shm, with the server's shared poller
-LANE_CASES: list[LaneCase] = ["shm", "polled", "tcp"]
+# A lane's kind. "compiled": the server has its compiled push path.
+LaneCase = Literal["shm", "tcp", "compiled shm", "compiled tcp"]
+LANE_CASES: list[LaneCase] = ["shm", "tcp", "compiled shm", "compiled tcp"]
 LIMIT_S = 10.0  # seconds to wait for events that take almost no time
 NUM_PARAMETERS = 90
 PART = Partition(0, 8, 75, 60)  # odd sizes, with 7 buffers at the end
@@ -175,10 +175,8 @@ class ServerHarness:
         self._lanes: list[Lane] = []
         self._sockets: list[socket.socket] = []
         self._segment = Segment(num_parameters, 2)  # memory for sockets that a test uses by hand
-        self._small = frames.SMALL
         self._max_lines = limited_log.MAX_LINES
         limited_log.MAX_LINES = sys.maxsize  # tests wait for lines, also for the last of many
-        self._policy = os.sched_getscheduler(0)
         self._excepthook = threading.excepthook
         threading.excepthook = self.errors.append
         logging.getLogger("psgd.lanes").addHandler(self.log)
@@ -250,8 +248,8 @@ class ServerHarness:
     ) -> WorkerHarness:
         """Connect a worker."""
         segment = Segment(self.num_parameters, slots)
-        lane_class: type[Lane] = TcpLane if kind == "tcp" else ShmLane
-        self._set_polled(kind)
+        lane_class: type[Lane] = TcpLane if "tcp" in kind else ShmLane
+        self._compile(kind)
         try:
             lane = lane_class(worker, segment, self.part, self.push_format, address or self.address, timeout_s)
         finally:
@@ -259,9 +257,11 @@ class ServerHarness:
         self._lanes.append(lane)
         return WorkerHarness(self, worker, segment, lane)
 
-    def _set_polled(self, kind: LaneCase) -> None:
-        """Let the server serve the next connections with its shared poller, or each with a thread of its own."""
-        frames.SMALL = self._small if kind == "polled" else 0
+    def _compile(self, kind: LaneCase) -> None:
+        """Give the server its compiled push path, if the kind of lane says so."""
+        if kind.startswith("compiled") and self.host.compiled is None:
+            self.host.compile()
+            assert self.host.compiled is not None
 
     def forget(self, client: WorkerHarness) -> None:
         """Do not close a worker's lane again at the end."""
@@ -269,8 +269,8 @@ class ServerHarness:
 
     def unconnected(self, kind: LaneCase) -> socket.socket:
         """Return a socket that is not connected yet."""
-        stream = socket.socket(socket.AF_INET if kind == "tcp" else socket.AF_UNIX, socket.SOCK_STREAM)
-        self._set_polled(kind)
+        stream = socket.socket(socket.AF_INET if "tcp" in kind else socket.AF_UNIX, socket.SOCK_STREAM)
+        self._compile(kind)
         self._sockets.append(stream)
         stream.settimeout(LIMIT_S)
         return stream
@@ -286,7 +286,7 @@ class ServerHarness:
         return stream
 
     def hello(self, kind: LaneCase, **changes: Any) -> Hello:
-        hello = Hello.new(1, self.num_parameters, 2, kind != "tcp", "by-hand")
+        hello = Hello.new(1, self.num_parameters, 2, "tcp" not in kind, "by-hand")
         return hello._replace(**changes)
 
     def greeted(self, kind: LaneCase, **changes: Any) -> socket.socket:
@@ -311,13 +311,13 @@ class ServerHarness:
             self.greet(stream, kind)
         for stream in streams:
             self.finish(stream, kind)
-        if kind != "tcp":
+        if "tcp" not in kind:
             assert [stream.recv(1) for stream in streams] == [b"\0"] * count
         return streams
 
     def finish(self, stream: socket.socket, kind: LaneCase) -> None:
         """Finish a handshake after the hello."""
-        if kind == "tcp":
+        if "tcp" in kind:
             exactly(stream, WELCOME_SIZE)
             return
         assert self._segment.file is not None
@@ -327,14 +327,12 @@ class ServerHarness:
 
     def close(self) -> None:
         """Close everything, and check that the server forgets all connections in time."""
-        os.sched_setscheduler(0, self._policy, os.sched_param(0))  # a lane may have changed it
         for lane in self._lanes:
             lane.close()
         for stream in self._sockets:
             stream.close()
         self.listener.close()
         self.listener.wait_until_all_left()
-        frames.SMALL = self._small
         limited_log.MAX_LINES = self._max_lines
         threading.excepthook = self._excepthook
         self.published.close()

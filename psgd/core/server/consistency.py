@@ -13,6 +13,7 @@ from math import sqrt
 from typing import Any, Protocol
 
 from psgd.core.server.aggregators import Aggregator, OneGradient, RingleaderTables, RoundMean, RunningMean, TableMean
+from psgd.core.server.live_worker import LiveWorker
 from psgd.spec import (
     AsyncConsistency,
     BackupConsistency,
@@ -39,12 +40,25 @@ class Round:
 
     collected: int = 0  # gradients that are in no step yet
     pushed: set[str] = field(default_factory=set)  # workers with a push that belongs to the round, of any outcome
-    live: dict[str, int] = field(default_factory=dict)  # workers that hold a lease -> clock: number of their pushes
+    live: dict[str, LiveWorker] = field(default_factory=dict)  # workers that hold a lease
     outstanding: bool = False  # True while an epoch has begun and some of its batches are not settled
+
+    @property
+    def slowest_clock(self) -> int:
+        """Return the lowest clock of the live workers; 0 if there are none."""
+        return min((worker.clock for worker in self.live.values()), default=0)
+
+    def level_clocks(self) -> None:
+        """Give all live workers the highest clock of them."""
+        highest = max((worker.clock for worker in self.live.values()), default=0)
+        for worker in self.live.values():
+            worker.clock = highest
 
 
 class Consistency(Protocol):
     """Interface of the consistency modes of a server. Except `aggregator`, no method changes anything."""
+
+    steps_alone: bool  # True if every admitted gradient is a step of its own, and no receipt is ever held back
 
     def aggregator(self, size: int, trainable: int) -> Aggregator:
         """Build the aggregator that collects the rounds of this mode.
@@ -82,6 +96,8 @@ def _no_worker(worker: str) -> bool:
 
 class Async:
     """w ← w - η·g on every push (Downpour SGD; Dean et al., 2012)."""
+
+    steps_alone = True
 
     def aggregator(self, size: int, trainable: int) -> Aggregator:
         """Build an aggregator for rounds of one gradient."""
@@ -125,6 +141,8 @@ class Ssp(Async):
         s: number of batches that a worker may be ahead of the slowest one. Higher → less waiting, more staleness.
     """
 
+    steps_alone = False
+
     def __init__(self, s: int) -> None:
         self._s = s
 
@@ -132,8 +150,9 @@ class Ssp(Async):
         """Hold back workers that are more than `s` batches ahead of the slowest one, unless the epoch is complete."""
         if not round_.outstanding or not round_.live:
             return _no_worker
-        limit = min(round_.live.values()) + self._s
-        return lambda worker: round_.live.get(worker, 0) > limit
+        limit = round_.slowest_clock + self._s
+        live = round_.live
+        return lambda worker: worker in live and live[worker].clock > limit
 
 
 class Ringmaster(Async):
@@ -161,6 +180,8 @@ class Collecting(Async):
         weight: function from a gradient's staleness to its weight in the mean.
         fresh: True to admit only gradients that were computed from the present version.
     """
+
+    steps_alone = False
 
     def __init__(
         self, size: Callable[[int], int], weight: Callable[[int], float] = lambda _: 1.0, fresh: bool = False
@@ -201,6 +222,8 @@ class LockStep(Async):
         size: function from the number of live workers to the number of gradients in a step. None: one of each worker
             (bulk synchronous).
     """
+
+    steps_alone = False
 
     def __init__(self, size: Callable[[int], int] | None = None) -> None:
         self._size = size
@@ -270,6 +293,8 @@ class Malenia(Collecting):
 
 class Ringleader(Async):
     """Ringleader ASGD (Maranjyan and Richtárik, 2026): n steps on each table of the n workers' mean gradients."""
+
+    steps_alone = False
 
     def __init__(self) -> None:
         self._tables: RingleaderTables | None = None

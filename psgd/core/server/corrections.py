@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd.core.server.live_worker import LiveWorker
 from psgd.core.server.optimizers import Watch
 from psgd.core.server.state import VectorCounts
 from psgd.spec import (
@@ -37,8 +38,14 @@ class Correction(Protocol):
     elementwise: bool  # True if `correct` changes values
     shifts: bool  # True if workers pull other weights than the optimizer updates
 
-    def factor(self, gradient: Gradient, staleness: int) -> float:
-        """Return the factor of the gradient's rate. Called once for each gradient that enters a round."""
+    def factor(self, gradient: Gradient, staleness: int, worker: LiveWorker | None) -> float:
+        """Return the factor of the gradient's rate. Called once for each gradient that enters a round.
+
+        Args:
+            gradient: the gradient.
+            staleness: its staleness.
+            worker: the worker that computed it; None: it has no lease any more.
+        """
 
     def correct(
         self, worker: str, values: FloatArray, weights: FloatArray, weights_read: FloatArray | None
@@ -95,7 +102,7 @@ class Plain:
     elementwise = False
     shifts = False
 
-    def factor(self, gradient: Gradient, staleness: int) -> float:
+    def factor(self, gradient: Gradient, staleness: int, worker: LiveWorker | None) -> float:
         """Return 1."""
         return 1.0
 
@@ -131,7 +138,7 @@ class Plain:
 class StalenessLr(Plain):
     """Rate η / max(1, τ) (Zhang et al., 2016)."""
 
-    def factor(self, gradient: Gradient, staleness: int) -> float:
+    def factor(self, gradient: Gradient, staleness: int, worker: LiveWorker | None) -> float:
         """Return 1 / max(1, τ)."""
         return 1 / max(1, staleness)
 
@@ -146,7 +153,7 @@ class DelayAdaptive(Plain):
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
-    def factor(self, gradient: Gradient, staleness: int) -> float:
+    def factor(self, gradient: Gradient, staleness: int, worker: LiveWorker | None) -> float:
         """Return n / max(n, τ)."""
         return self._workers / max(self._workers, staleness)
 
@@ -335,24 +342,36 @@ class Dana(Plain):
 class Rescaled(Plain):
     """Rate η · tᵢ / mean t, where tᵢ is the mean computing time of worker i (Mahran et al., 2026).
 
-    A worker that computes twice as fast pushes twice as often, and each of its gradients gets half the rate.
+    A worker that computes twice as fast pushes twice as often, and each of its gradients gets half the rate. A gradient
+    of a worker without a lease gets the full rate.
+
+    Attributes:
+        means: `[2]`, float64: sum of the workers' mean computing times, seconds; and number of these workers.
     """
 
     def __init__(self) -> None:
-        self._totals: dict[str, tuple[float, int]] = {}  # worker -> sum of its computing times, seconds; their number
+        self.means = np.zeros(2)
+        self._live: dict[str, LiveWorker] = {}  # workers whose mean is in the sum
 
-    def factor(self, gradient: Gradient, staleness: int) -> float:
+    def factor(self, gradient: Gradient, staleness: int, worker: LiveWorker | None) -> float:
         """Return tᵢ / mean t, with this gradient's time included."""
-        seconds, number = self._totals.get(gradient.worker, (0.0, 0))
+        if worker is None:
+            return 1.0
         # The journal has this time as float32. A replay has to compute the same factor.
-        self._totals[gradient.worker] = seconds + float(np.float32(gradient.compute_s)), number + 1
-        means = {worker: total / count for worker, (total, count) in self._totals.items()}
-        mean = sum(means.values()) / len(means)
-        return means[gradient.worker] / mean if mean > 0 else 1.0
+        before, after = worker.computed(float(np.float32(gradient.compute_s)))
+        total, number = self.means.tolist()
+        total += after - before
+        if gradient.worker not in self._live:
+            self._live[gradient.worker] = worker
+            number += 1
+        self.means[:] = total, number
+        mean = total / number
+        return after / mean if mean > 0 else 1.0
 
     def leave(self, worker: str) -> None:
-        """Forget the times of a worker."""
-        self._totals.pop(worker, None)
+        """Remove the mean of a worker. Compute the sum anew: a subtraction would leave rounding errors in it."""
+        if self._live.pop(worker, None) is not None:
+            self.means[:] = sum(worker.mean_s for worker in self._live.values()), len(self._live)
 
 
 def build_correction(spec: JobSpec, size: int) -> Correction:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from psgd.spec import Settings
 from psgd_workers.messages import BatchId, Gradient, Outcome, Version
 
-__all__ = ["RECORD", "Journal", "RecordKind", "plain", "record_type"]
+__all__ = ["CAPACITY", "RECORD", "Journal", "RecordKind", "plain", "record_type"]
 
 RECORD = np.dtype(  # one record of a run with a single partition
     [
@@ -90,16 +90,21 @@ class RecordKind(IntEnum):
 
 
 PUSH = RecordKind.PUSH  # bound once: in Python 3.11, access through the enum takes 80 ns
+CAPACITY = 4096  # records in a block, about 400 kB
 
 
 class Journal:
     """Records since the last `take()`.
+
+    Records are written into a block of fixed size. A full block is copied, and filled from its start again.
 
     Args:
         partitions: number of partitions of the run.
 
     Attributes:
         type: dtype of the records.
+        block: `[records, bytes of a record]`, uint8: the newest records.
+        filled: `[1]`, int64: number of records in the block.
         settings: the settings of every change since the run began, in order; a restored server has the earlier ones.
     """
 
@@ -109,11 +114,14 @@ class Journal:
         self._struct = Struct(STRUCT_FORMAT + "IQ" * (partitions - 1))
         assert self._struct.size == self.type.itemsize
         self._no_versions = (0, 0) * (partitions - 1)
-        self._records = bytearray(256 * self.type.itemsize)  # doubled whenever it is full
-        self._length = 0
+        self.block = np.zeros((CAPACITY, self.type.itemsize), np.uint8)
+        self.filled = np.zeros(1, np.int64)
+        self._bytes = self.block.reshape(-1).data
+        self._filled = self.filled.data
+        self._full: list[NDArray[np.void]] = []  # copies of full blocks, oldest first
 
     def __len__(self) -> int:
-        return self._length
+        return self._filled[0] + CAPACITY * len(self._full)
 
     def fork(self, now: float, origin: Version, version: Version) -> None:
         """Record that the server was restored from version `origin` as `version`."""
@@ -157,18 +165,23 @@ class Journal:
 
     def take(self) -> NDArray[np.void]:
         """Return the records since the last call, and drop them here."""
-        records = np.frombuffer(self._records, self.type, self._length).copy()
-        self._length = 0
+        records = np.concatenate([*self._full, self._copy()])
+        self._full = []
+        self._filled[0] = 0
         return records
 
+    def _copy(self) -> NDArray[np.void]:
+        return np.frombuffer(self._bytes, self.type, self._filled[0]).copy()
+
     def _append(self, record: tuple[Any, ...]) -> None:
-        offset = self._length * self._struct.size
-        if offset == len(self._records):
-            self._records = self._records + bytes(len(self._records))
+        if self._filled[0] == CAPACITY:
+            self._full.append(self._copy())
+            self._filled[0] = 0
+        offset = self._filled[0] * self._struct.size
         try:
-            self._struct.pack_into(self._records, offset, *record)
+            self._struct.pack_into(self._bytes, offset, *record)
         except OverflowError:  # the loss of a diverging run is too large for float32: it is recorded as infinite
             infinite = copysign(inf, record[LOSS_INDEX])
             record = (*record[:LOSS_INDEX], infinite, *record[LOSS_INDEX + 1 :])
-            self._struct.pack_into(self._records, offset, *record)
-        self._length += 1
+            self._struct.pack_into(self._bytes, offset, *record)
+        self._filled[0] += 1

@@ -53,6 +53,8 @@ class Block(NamedTuple):
     spare: FloatArray
 
 
+NO_SLOT: FloatArray = np.empty(0, np.float32)
+
 # Computes a block's direction from its gradient. It returns the gradient itself, a part of the state, or the scratch.
 Rule = Callable[[Block, FloatArray], FloatArray]
 
@@ -71,9 +73,17 @@ class Optimizer(ABC):
         size: number of trained values.
         weight_decay: λ of g ← g + λ·w, which is computed before the rule. Higher → smaller weights.
         decoupled: True to decay by u ← u + λ·w after the rule instead.
+
+    Attributes:
+        slots: the two vectors of the state, `[size]`, float32; `[0]` for a vector that the rule does not have.
+        steps: `[1]`, int64: number of steps that the rule counts.
     """
 
+    slots: tuple[FloatArray, FloatArray]
+
     def __init__(self, size: int, weight_decay: float = 0.0, decoupled: bool = False) -> None:
+        self.slots = (NO_SLOT, NO_SLOT)
+        self.steps = np.zeros(1, np.int64)
         self._blocks = in_blocks(size)
         self._rate = _scalar(0)
         self._decay = _scalar(weight_decay)
@@ -138,15 +148,14 @@ class Sgd(Optimizer):
         self._spec = spec
         self._momentum = _scalar(spec.momentum)
         self._gradient_factor = _scalar(1 - spec.dampening)
-        self._velocity = np.empty(size if spec.momentum else 0, np.float32)
-        self._has_velocity = False  # True after the first step with momentum
+        self._velocity = np.zeros(size if spec.momentum else 0, np.float32)
+        self.slots = (self._velocity, NO_SLOT)
 
     def _begin(self) -> Rule:
         if not self._spec.momentum:
             return _gradient_itself
-        rule = self._update_velocity if self._has_velocity else self._start_velocity
-        self._has_velocity = True
-        return rule
+        self.steps += 1
+        return self._start_velocity if self.steps[0] == 1 else self._update_velocity
 
     def _start_velocity(self, block: Block, gradient: FloatArray) -> FloatArray:
         velocity = self._velocity[block.part]
@@ -173,11 +182,11 @@ class Sgd(Optimizer):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return `velocity` `[size]`: v, after the first step with momentum."""
-        return {"velocity": self._velocity} if self._has_velocity else {}
+        return {"velocity": self._velocity} if self.steps[0] else {}
 
     def load(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Restore the velocity, if the state has one. It has none before the first step with momentum."""
-        self._has_velocity = self._spec.momentum > 0 and "velocity" in state
+        self.steps[0] = self._spec.momentum > 0 and "velocity" in state
         super().load(state)
 
 
@@ -197,6 +206,7 @@ class Adagrad(Optimizer):
         super().__init__(size, spec.weight_decay)
         self._eps = _scalar(spec.eps)
         self._accumulator = np.full(size, spec.initial_accumulator_value, np.float32)
+        self.slots = (self._accumulator, NO_SLOT)
 
     def _begin(self) -> Rule:
         return self._normalize
@@ -239,15 +249,15 @@ class Adam(Optimizer):
         self._eps = _scalar(spec.eps)
         self._mean_kept, self._square_kept = (_scalar(beta) for beta in spec.betas)
         self._mean_added, self._square_added = (_scalar(1 - beta) for beta in spec.betas)
-        self._steps = np.zeros(1, np.int64)
         self._mean = np.zeros(size, np.float32)
         self._square = np.zeros(size, np.float32)
+        self.slots = (self._mean, self._square)
         self._mean_scale = _scalar(1)  # 1 - β₁ᵗ
         self._root_scale = _scalar(1)  # √(1 - β₂ᵗ)
 
     def _begin(self) -> Rule:
-        self._steps += 1
-        steps = int(self._steps[0])
+        self.steps += 1
+        steps = int(self.steps[0])
         mean_scale, square_scale = (1 - beta**steps for beta in self._betas)
         self._mean_scale[()] = mean_scale
         self._root_scale[()] = sqrt(square_scale)
@@ -282,7 +292,7 @@ class Adam(Optimizer):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return `mean` and `square` `[size]`: m and v; and `steps` `[1]`, int64: t."""
-        return {"mean": self._mean, "square": self._square, "steps": self._steps}
+        return {"mean": self._mean, "square": self._square, "steps": self.steps}
 
 
 class DelayedNesterov(Optimizer):
@@ -305,15 +315,15 @@ class DelayedNesterov(Optimizer):
         self._spec = spec
         self._momentum = _scalar(spec.momentum)
         self._every = _scalar(spec.every)
-        self._pushes = np.zeros(1, np.int64)  # steps since the momentum was updated
         self._sum = np.zeros(size, np.float32)
         self._velocity = np.zeros(size, np.float32)
+        self.slots = (self._sum, self._velocity)
 
     def _begin(self) -> Rule:
-        self._pushes += 1
-        if self._pushes[0] < self._spec.every:
+        self.steps += 1  # since the momentum was updated
+        if self.steps[0] < self._spec.every:
             return self._step_by_share
-        self._pushes[:] = 0
+        self.steps[0] = 0
         return self._step_with_momentum
 
     def _step_by_share(self, block: Block, gradient: FloatArray) -> FloatArray:
@@ -341,7 +351,7 @@ class DelayedNesterov(Optimizer):
 
         `velocity` is m. `sum` and `pushes` are the sum and the number of the gradients since m was updated.
         """
-        return {"velocity": self._velocity, "sum": self._sum, "pushes": self._pushes}
+        return {"velocity": self._velocity, "sum": self._sum, "pushes": self.steps}
 
 
 def _gradient_itself(_: Block, gradient: FloatArray) -> FloatArray:

@@ -26,14 +26,16 @@ from psgd.core.server.aggregators import Contribution, Step, StepMember
 from psgd.core.server.applied import AppliedSet
 from psgd.core.server.average import Average
 from psgd.core.server.consistency import Round, build_consistency
-from psgd.core.server.corrections import build_correction
+from psgd.core.server.corrections import Rescaled, build_correction
 from psgd.core.server.journal import Journal, RecordKind
+from psgd.core.server.live_worker import LiveWorker
 from psgd.core.server.observer import ServerObserver
 from psgd.core.server.optimizers import build_optimizer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.published import PrivateVector, Published
+from psgd.core.server.push_arrays import INCARNATION, UPDATES, PushArrays
 from psgd.core.server.push_check import PushCheck
-from psgd.core.server.report import Mark, Report
+from psgd.core.server.report import Report
 from psgd.core.server.schedules import build_schedule
 from psgd.core.server.state import ServerState
 from psgd.core.server.tally import Tally
@@ -73,8 +75,9 @@ class ParameterServer:
         observer: object that is notified of every change of the state; None: no notifications.
 
     Attributes:
+        spec: the job.
         partition: slice of the weights that this server holds.
-        version: version of the weights now.
+        grid: batches by shard, and number of examples in an epoch.
         settings: the settings in force; `change` replaces them.
         journal: records of what happened since they were last taken.
     """
@@ -92,8 +95,12 @@ class ParameterServer:
         size = partition.stop - partition.start
         trainable = partition.num_trainable
         assert weights.shape == (size,), (weights.shape, partition)
+        self.spec = spec
         self.partition = partition
-        self.version = version
+        # Incarnation, updates, and number of updates at which the incarnation began.
+        self._version: NDArray[np.int64] = np.array([version.incarnation, version.updates, version.updates])
+        self._numbers = self._version.data  # Python reads and writes it in a third of the time
+        self._is_observed = observer is not None
         self._observer = observer or ServerObserver()
         self._size = size
         self._correction = build_correction(spec, trainable)
@@ -111,7 +118,7 @@ class ParameterServer:
         self._optimizer = build_optimizer(spec.optimizer, trainable)
         decay = spec.optimizer.ema
         self._average = None if decay is None else Average(decay, self._trained)
-        self._grid = grid
+        self.grid = grid
         self._settled = AppliedSet(grid)
         # (incarnation, number of updates at which it began), oldest first
         self._history = [(version.incarnation, version.updates)]
@@ -121,7 +128,6 @@ class ParameterServer:
         self._tally = Tally()
         self._epoch_weights: dict[int, FloatArray] = {}  # number of complete epochs -> weights at that moment
         self._kept_epoch = 0  # number of complete epochs up to which weights were kept, or cannot be kept any more
-        self._counted_examples = 0  # applied or skipped; the schedule's rate depends on it
         self.journal = Journal(spec.scaling.servers)
         self._use_settings(spec.settings)
         self._observer.started(self)
@@ -136,7 +142,12 @@ class ParameterServer:
         self._clip_value = optimizer.clip_value
         self._correction.rate = optimizer.lr
         self._corrects = self._max_norm is not None or self._clip_value is not None or self._correction.elementwise
-        self._schedule = build_schedule(optimizer.schedule, optimizer.lr, self._grid.num_examples)
+        self._schedule = build_schedule(optimizer.schedule, optimizer.lr, self.grid.num_examples)
+
+    @property
+    def version(self) -> Version:
+        """Version of the weights now."""
+        return Version(self._numbers[INCARNATION], self._numbers[UPDATES])
 
     @property
     def published(self) -> FloatArray:
@@ -154,9 +165,46 @@ class ParameterServer:
         return self._tally.samples
 
     @property
+    def steps_alone(self) -> bool:
+        """Return True if, under the present settings, a push needs nothing but `arrays` and its worker's numbers.
+
+        Then every admitted gradient is a step of its own, its correction is a factor, and no receipt is held back.
+        """
+        correction = self._correction
+        changes_values = correction.elementwise or correction.shifts
+        return self._mode.steps_alone and not (changes_values or self._is_observed or self._parked)
+
+    def arrays(self) -> PushArrays:
+        """Return the arrays that a push changes if `steps_alone` is True. They stay the same for the server's life."""
+        tally = self._tally
+        return PushArrays(
+            self._version,
+            self._published.counts,
+            self._weights,
+            np.empty(0, np.float32) if self._average is None else self._average.values,
+            *self._optimizer.slots,
+            self._optimizer.steps,
+            self._settled.bitmaps,
+            self._settled.progress,
+            tally.outcomes,
+            tally.counts,
+            tally.times,
+            tally.staleness,
+            tally.losses,
+            tally.loss_epochs,
+            self._correction.means if isinstance(self._correction, Rescaled) else np.zeros(2),
+            self.journal.block,
+            self.journal.filled,
+        )
+
+    def live_worker(self, worker: str) -> LiveWorker | None:
+        """Return the numbers of a worker that has a lease; None if it has none."""
+        return self._round.live.get(worker)
+
+    @property
     def clocks(self) -> dict[str, int]:
         """Clock of each live worker: its number of pushes, made equal for all workers at an epoch's end."""
-        return dict(self._round.live)
+        return {name: worker.clock for name, worker in self._round.live.items()}
 
     @property
     def can_save(self) -> bool:
@@ -169,9 +217,8 @@ class ParameterServer:
         Returns:
             No receipts: a worker that joins cannot close a round.
         """
-        live = self._round.live
-        live.setdefault(worker, min(live.values(), default=0))
-        self._tally.joined(worker, now)
+        if worker not in self._round.live:
+            self._round.live[worker] = LiveWorker(self._round.slowest_clock, now)
         self.journal.member(RecordKind.JOIN, now, worker, self.version)
         return ()
 
@@ -181,9 +228,10 @@ class ParameterServer:
         Returns:
             The receipts that are due now, as the open round may have waited for this worker only.
         """
-        self._round.live.pop(worker, None)
+        left = self._round.live.pop(worker, None)
+        if left is not None:
+            left.leave()
         self._correction.leave(worker)
-        self._tally.left(worker)
         self._close_if_due(now)
         self.journal.member(RecordKind.LEAVE, now, worker, self.version)
         return self._release_receipts()
@@ -211,15 +259,16 @@ class ParameterServer:
         Returns:
             Every receipt that is due now: the one of this push, those of workers that waited for it, or none.
         """
-        updates = self.version.updates
+        updates = self._numbers[UPDATES]
         round_ = self._round
-        gradient = self._tally.arrived(gradient, now)
+        worker = round_.live.get(gradient.worker)
+        gradient = self._tally.arrived(gradient, worker, now)
         self._observer.pushed(gradient)
         outcome = self._admit(gradient)
         if outcome is BUFFERED:
             values = self._decode(gradient)
             if _is_finite(values) and (gradient.weights_read is None or _is_finite(gradient.weights_read)):
-                self._collect(gradient, values)
+                self._collect(gradient, values, worker)
             else:
                 outcome = Outcome.REJECTED
         if outcome is not BUFFERED:
@@ -227,17 +276,18 @@ class ParameterServer:
             self._refused_epoch = max(self._refused_epoch, gradient.batch.epoch)
             if outcome is Outcome.DISCARDED:
                 self._skip(gradient.batch)
-        if gradient.worker in round_.live:
-            round_.live[gradient.worker] += 1
+        if worker is not None:
+            worker.clock += 1
         if self._mode.belongs(outcome):
             round_.pushed.add(gradient.worker)
         outcome_on_arrival = outcome
         self._close_if_due(now)
-        if outcome is BUFFERED and self.version.updates > updates:
+        version = self.version
+        if outcome is BUFFERED and version.updates > updates:
             outcome = APPLIED
-        self.journal.push(now, gradient, outcome, self.version)
+        self.journal.push(now, gradient, outcome, version)
         if not self._parked and not self._mode.waiting(round_)(gradient.worker):  # the usual case
-            return (Receipt(gradient.worker, gradient.batch, outcome, self.version),)
+            return (Receipt(gradient.worker, gradient.batch, outcome, version),)
         self._parked.append(_Parked(gradient.worker, gradient.batch, outcome_on_arrival, updates))
         return self._release_receipts()
 
@@ -253,13 +303,13 @@ class ParameterServer:
         """
         if batch not in self._settled:
             self._skip(batch)
-            self.journal.skip(now, batch, self._grid.examples(batch), self.version)
+            self.journal.skip(now, batch, self.grid.examples(batch), self.version)
             self._close_if_due(now)
         return self._release_receipts()
 
     def _skip(self, batch: BatchId) -> None:
         self._settled.add(batch, skip=True)
-        self._counted_examples += self._grid.examples(batch)
+        self._tally.skipped(self.grid.examples(batch))
         self._observer.skipped(batch)
 
     # ADMIT
@@ -271,13 +321,13 @@ class ParameterServer:
             return Outcome.REJECTED
         if not self._in_history(gradient.read):
             return Outcome.REQUEUED
-        if not self._mode.admits(self.version.updates - gradient.read.updates):
+        if not self._mode.admits(self._numbers[UPDATES] - gradient.read.updates):
             return self._late_outcome
         return BUFFERED
 
     def _in_history(self, read: Version) -> bool:
         """Return True if the present weights come from those of version `read`; False if those were rolled back."""
-        end = self.version.updates
+        end = self._numbers[UPDATES]
         for incarnation, fork in reversed(self._history):
             if read.incarnation == incarnation:
                 return fork <= read.updates <= end
@@ -294,10 +344,10 @@ class ParameterServer:
 
     # DECODE, CORRECT, AGGREGATE
 
-    def _collect(self, gradient: Gradient, values: FloatArray) -> None:
+    def _collect(self, gradient: Gradient, values: FloatArray, worker: LiveWorker | None) -> None:
         self._observer.collected(gradient)
-        staleness = self.version.updates - gradient.read.updates
-        weight = self._mode.weight(staleness) * self._correction.factor(gradient, staleness)
+        staleness = self._numbers[UPDATES] - gradient.read.updates
+        weight = self._mode.weight(staleness) * self._correction.factor(gradient, staleness, worker)
         scale = 1.0
         if self._corrects:
             values, scale = self._correct(gradient, values, self._clip_factor(gradient))
@@ -358,10 +408,8 @@ class ParameterServer:
             self._aggregator.set_live(self._round.live.keys())
         if self._kept_epoch < self._settled.epochs:
             self._keep_epoch_weights()
-        if self._round.outstanding:
-            return
-        live = self._round.live  # at an epoch's end all receipts are released, so all workers get the same clock
-        self._round.live = dict.fromkeys(live, max(live.values(), default=0))
+        if not self._round.outstanding:  # at an epoch's end all receipts are released
+            self._round.level_clocks()
 
     def _close(self, now: float) -> None:
         """Close the open round: make a step of its gradients, if there are any."""
@@ -369,23 +417,23 @@ class ParameterServer:
         if not self._round.collected:
             return
         step = self._aggregator.close()
-        version = Version(self.version.incarnation, self.version.updates + 1)
+        updates = self._numbers[UPDATES] + 1
         self._published.begin()
-        self._step(step)
-        self._published.end(version)
-        self._counted_examples += self._tally.stepped(step.members, version.updates, now)
+        self._step(step, updates)
+        self._numbers[UPDATES] = updates
+        self._published.end(self.version)
+        self._tally.stepped(step.members, updates, now)
         self._round.collected = len(self._aggregator)
-        self.version = version
         self._observer.stepped(self)
 
-    def _step(self, step: Step) -> None:
+    def _step(self, step: Step, updates: int) -> None:
         trainable = self.partition.num_trainable
         gradient = step.gradient
-        rate = self._schedule.rate(self._counted_examples)
+        rate = self._schedule.rate(self._tally.counted)
         trained = gradient[:trainable] if self._has_buffers else gradient
         self._optimizer.step(self._trained, trained, rate * step.weight, self._correction.watch())
         if self._average is not None:
-            self._average.update(self._trained, self.version.updates + 1)
+            self._average.update(self._trained, updates)
         if self._has_buffers:
             self._weights[trainable:] -= gradient[trainable:]
         if self._correction.shifts:
@@ -451,23 +499,23 @@ class ParameterServer:
     def report(self) -> Report:
         """Return the version, the applied set and the counters, as the driver needs them."""
         tally = self._tally
-        updates = self.version.updates
-        pushes = {outcome.value: tally.pushes[outcome] for outcome in Outcome}
+        version = self.version
+        pushes = {outcome.value: count for outcome, count in tally.pushes().items()}
         pushes[Outcome.BUFFERED.value] = self._round.collected
         return Report(
             self.partition.number,
-            self.version,
+            version,
             self._settled.epochs,
             self._settled.settled(),
             pushes,
-            dict(tally.staleness),
-            tally.losses(),
+            tally.staleness_counts(),
+            tally.epoch_losses(),
             tally.samples,
-            dict(tally.worker_pushes),
+            {name: worker.pushes for name, worker in self._round.live.items()},
             frozenset(push.worker for push in self._parked),
             tally.bytes,
             tally.first,
-            None if tally.stepped_at is None else Mark(tally.stepped_at, updates, tally.samples),
+            tally.last(version.updates),
             tally.longest_s,
             tally.rejected(),
         )
@@ -490,7 +538,6 @@ class ParameterServer:
             "history": [list(fork) for fork in self._history],
             "partition": list(self.partition),
             "epochs": self._settled.epochs,
-            "counted": self._counted_examples,
             "aggregator": aggregator_metadata,
             "correction": correction_metadata,
             "settings": self.settings.model_dump(mode="json"),
@@ -542,7 +589,6 @@ class ParameterServer:
         server._aggregator.load(state.part("aggregator"), metadata["aggregator"])
         server._correction.load(state.part("correction"), metadata["correction"])
         server._round.collected = len(server._aggregator)
-        server._counted_examples = metadata["counted"]
         server._tally.load(metadata)
         server._kept_epoch = server.epochs
         if server._settled.between_epochs:

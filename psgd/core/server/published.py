@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from psgd_workers.messages import FloatArray, Version
 
@@ -15,6 +16,7 @@ class Published(Protocol):
     """Interface of a vector that tells its readers when it changes."""
 
     values: FloatArray  # [partition size]
+    counts: NDArray[np.int64]  # [3]: sequence number, incarnation and updates; see `psgd_workers.transport.memory`
 
     def begin(self) -> None:
         """Announce that the values are about to change."""
@@ -32,6 +34,7 @@ class PrivateVector:
 
     def __init__(self, size: int) -> None:
         self.values: FloatArray = np.empty(size, np.float32)
+        self.counts = np.zeros(3, np.int64)
 
     def begin(self) -> None:
         """No-op: this vector has no concurrent readers."""

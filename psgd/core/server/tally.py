@@ -4,17 +4,40 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import nan
+from math import isnan, nan
 from typing import Any
 
+import numpy as np
+
 from psgd.core.server.aggregators import StepMember
+from psgd.core.server.live_worker import LiveWorker
 from psgd.core.server.report import EpochLoss, Mark
 from psgd_workers.messages import BatchId, Gradient, Outcome
 
-__all__ = ["Tally"]
+__all__ = [
+    "BYTES",
+    "COUNTED",
+    "FIRST_AT",
+    "FIRST_SAMPLES",
+    "FIRST_UPDATES",
+    "JITTER_S",
+    "LONGEST_S",
+    "LOSS_EPOCHS",
+    "MAX_STALENESS",
+    "NO_EPOCH",
+    "SAMPLES",
+    "STEPPED_AT",
+    "Tally",
+]
 
-APPLIED = Outcome.APPLIED  # bound once: in Python 3.11, access through the enum takes 80 ns
+OUTCOMES = tuple(Outcome)
+CODES = {outcome: code for code, outcome in enumerate(OUTCOMES)}
+APPLIED = CODES[Outcome.APPLIED]
+SAMPLES, BYTES, COUNTED, FIRST_UPDATES, FIRST_SAMPLES = range(5)  # indices of `Tally.counts`
+LONGEST_S, STEPPED_AT, FIRST_AT = range(3)  # indices of `Tally.times`
 LOSS_EPOCHS = 2  # epochs whose loss is kept: the open one and the newest complete one
+NO_EPOCH = -1
+MAX_STALENESS = 4096  # length of the histogram of staleness; higher values are rare and counted one by one
 JITTER_S = 0.01  # seconds by which a push may be slower to arrive than the worker's push before it
 
 
@@ -22,104 +45,147 @@ class Tally:
     """Counters of one partition. Most are saved with its state; the times are those of this process only.
 
     Attributes:
-        pushes: outcome -> number of pushes: refused ones at once, applied ones once they are in a step.
-        staleness: staleness -> number of applied gradients.
-        samples: number of examples applied.
-        bytes: bytes of the vectors of all pushes.
-        longest_s: longest computing time of a batch in this process, seconds.
-        first: progress at the first step of this process.
-        stepped_at: time of the newest step of this process, seconds.
-        worker_pushes: worker with a lease -> number of its pushes since it joined, of any outcome.
+        outcomes: `[outcomes]`, int64: number of pushes by the code of their outcome, in the order of `Outcome`: refused
+            ones at once, applied ones once they are in a step.
+        counts: `[5]`, int64: examples applied; bytes of the vectors of all pushes; examples applied or skipped; and
+            updates and examples after the first step of this process.
+        times: `[3]`, float64, seconds: longest computing time of a batch in this process; times of the newest and of
+            the first step of this process, nan before.
+        staleness: `[MAX_STALENESS]`, int64: number of applied gradients of each staleness.
+        losses: `[2]`, float64: loss of the applied examples, summed, of the epochs in `loss_epochs`.
+        loss_epochs: `[2, 2]`, int64: epoch e and its number of applied examples, in row e mod 2; epoch -1: none.
     """
 
     def __init__(self) -> None:
-        self.pushes = Counter[Outcome]()
-        self.staleness = Counter[int]()
-        self.samples = 0
-        self.bytes = 0
-        self.longest_s = 0.0
-        self.first: Mark | None = None
-        self.stepped_at: float | None = None
-        self._losses: dict[int, list[Any]] = {}  # epoch -> [total, examples] of its EpochLoss
+        self.outcomes = np.zeros(len(OUTCOMES), np.int64)
+        self.counts = np.zeros(5, np.int64)
+        self.times = np.array([0.0, nan, nan])
+        self.staleness = np.zeros(MAX_STALENESS, np.int64)
+        self.losses = np.zeros(LOSS_EPOCHS)
+        self.loss_epochs = np.array([[NO_EPOCH, 0]] * LOSS_EPOCHS)
+        # Python reads and writes these in a third of the time.
+        self._outcomes = self.outcomes.data
+        self._counts = self.counts.data
+        self._times: memoryview[Any] = self.times.data
+        self._staleness = self.staleness.data
+        self._losses: memoryview[Any] = self.losses.data
+        self._loss_epochs = self.loss_epochs.data
+        self._rare_staleness = Counter[int]()  # staleness of MAX_STALENESS and more -> number of applied gradients
         self._rejected = Counter[BatchId]()
-        self.worker_pushes: dict[str, int] = {}
-        self._last_push_at: dict[str, float] = {}  # worker with a lease -> time of its last push, or of its join
 
-    def joined(self, worker: str, now: float) -> None:
-        """Start to count the pushes of a worker that got a lease, and to measure the time between them."""
-        self._last_push_at.setdefault(worker, now)
-        self.worker_pushes.setdefault(worker, 0)
+    @property
+    def samples(self) -> int:
+        """Number of examples applied."""
+        return self._counts[SAMPLES]
 
-    def left(self, worker: str) -> None:
-        """Forget a worker that has no lease any more."""
-        self._last_push_at.pop(worker, None)
-        self.worker_pushes.pop(worker, None)
+    @property
+    def counted(self) -> int:
+        """Number of examples applied or skipped; the schedule's rate depends on it."""
+        return self._counts[COUNTED]
 
-    def arrived(self, gradient: Gradient, now: float) -> Gradient:
+    def arrived(self, gradient: Gradient, worker: LiveWorker | None, now: float) -> Gradient:
         """Count a push and its bytes, and limit the computing time that its worker reported.
 
         A worker computes one batch at a time, so a batch took at most the time since the last push of its worker. For
         a worker that has no lease, that time is unknown, and the limit is next to 0.
 
+        Args:
+            gradient: the push.
+            worker: the worker that sent it; None: it has no lease.
+            now: time of the server's clock, seconds.
+
         Returns:
             The gradient, with `compute_s` limited to what the server's own clock allows.
         """
-        self.bytes += gradient.nbytes
-        worker = gradient.worker
-        last_push_at = self._last_push_at.get(worker)
-        if last_push_at is None:
-            allowed_s = JITTER_S
-        else:
-            allowed_s = now - last_push_at + JITTER_S
-            self._last_push_at[worker] = now
-            self.worker_pushes[worker] += 1
+        self._counts[BYTES] += gradient.nbytes
+        allowed_s = JITTER_S if worker is None else worker.pushed(now) + JITTER_S
         return gradient if gradient.compute_s <= allowed_s else gradient._replace(compute_s=allowed_s)
 
     def refused(self, gradient: Gradient, outcome: Outcome) -> None:
         """Count a push that did not enter a round."""
-        self.pushes[outcome] += 1
+        self._outcomes[CODES[outcome]] += 1
         if outcome is Outcome.REJECTED:
             self._rejected[gradient.batch] += 1
 
+    def skipped(self, examples: int) -> None:
+        """Count the examples of a batch that was skipped."""
+        self._counts[COUNTED] += examples
+
     def collected(self, gradient: Gradient) -> None:
         """Count the loss and the computing time of a gradient that entered a round."""
-        if gradient.compute_s > self.longest_s:
-            self.longest_s = gradient.compute_s
+        if gradient.compute_s > self._times[LONGEST_S]:
+            self._times[LONGEST_S] = gradient.compute_s
         epoch = gradient.batch.epoch
-        loss = self._losses.get(epoch)
-        if loss is None:
-            loss = self._losses[epoch] = [0.0, 0]
-            for old in sorted(self._losses)[:-LOSS_EPOCHS]:
-                del self._losses[old]
+        row = epoch % LOSS_EPOCHS
+        if self._loss_epochs[row, 0] != epoch:
+            self._loss_epochs[row, 0] = epoch
+            self._loss_epochs[row, 1] = 0
+            self._losses[row] = 0.0
         examples = gradient.examples
-        loss[0] += gradient.loss * examples
-        loss[1] += examples
+        self._losses[row] += gradient.loss * examples
+        self._loss_epochs[row, 1] += examples
 
-    def stepped(self, members: Sequence[StepMember], updates: int, now: float) -> int:
+    def stepped(self, members: Sequence[StepMember], updates: int, now: float) -> None:
         """Count the gradients of a step.
 
         Args:
             members: gradients that are in a step for the first time.
             updates: number of updates after the step.
             now: time of the server's clock, seconds.
-
-        Returns:
-            Number of examples in these gradients.
         """
-        examples = 0
-        for updates_read, count in members:
-            self.staleness[updates - 1 - updates_read] += 1
-            examples += count
-        self.samples += examples
-        self.pushes[APPLIED] += len(members)
-        self.stepped_at = now
+        counts = self._counts
+        for updates_read, examples in members:
+            staleness = updates - 1 - updates_read
+            if staleness < MAX_STALENESS:
+                self._staleness[staleness] += 1
+            else:
+                self._rare_staleness[staleness] += 1
+            counts[SAMPLES] += examples
+            counts[COUNTED] += examples
+        self._outcomes[APPLIED] += len(members)
+        self._times[STEPPED_AT] = now
         if self.first is None:
-            self.first = Mark(now, updates, self.samples)
-        return examples
+            self._times[FIRST_AT] = now
+            counts[FIRST_UPDATES] = updates
+            counts[FIRST_SAMPLES] = counts[SAMPLES]
 
-    def losses(self) -> dict[int, EpochLoss]:
-        """Return epoch -> loss, for the newest epochs."""
-        return {epoch: EpochLoss(*loss) for epoch, loss in self._losses.items()}
+    def pushes(self) -> dict[Outcome, int]:
+        """Return outcome -> number of pushes."""
+        return dict(zip(OUTCOMES, self.outcomes.tolist(), strict=True))
+
+    def staleness_counts(self) -> dict[int, int]:
+        """Return staleness -> number of applied gradients, for each staleness that occurred."""
+        occurred = np.flatnonzero(self.staleness)
+        counts = dict(zip(occurred.tolist(), self.staleness[occurred].tolist(), strict=True))
+        return counts | dict(self._rare_staleness)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the vectors of all pushes."""
+        return self._counts[BYTES]
+
+    @property
+    def longest_s(self) -> float:
+        """Longest computing time of a batch in this process, seconds."""
+        return float(self._times[LONGEST_S])
+
+    @property
+    def first(self) -> Mark | None:
+        """Progress at the first step of this process; None before."""
+        return self._mark(FIRST_AT, self._counts[FIRST_UPDATES], self._counts[FIRST_SAMPLES])
+
+    def last(self, updates: int) -> Mark | None:
+        """Return the progress at the newest step of this process, after which there were `updates`; None before."""
+        return self._mark(STEPPED_AT, updates, self._counts[SAMPLES])
+
+    def _mark(self, time: int, updates: int, samples: int) -> Mark | None:
+        now = self._times[time]
+        return None if isnan(now) else Mark(now, updates, samples)
+
+    def epoch_losses(self) -> dict[int, EpochLoss]:
+        """Return epoch -> loss, for the newest epochs, in order."""
+        rows = zip(self.loss_epochs.tolist(), self.losses.tolist(), strict=True)
+        return dict(sorted((epoch, EpochLoss(loss, examples)) for (epoch, examples), loss in rows if epoch != NO_EPOCH))
 
     def rejected(self) -> dict[BatchId, int]:
         """Return batch -> number of its gradients that were not finite."""
@@ -133,18 +199,27 @@ class Tally:
         """Return the saved counters as JSON values by name."""
         return {
             "samples": self.samples,
+            "counted": self.counted,
             "bytes": self.bytes,
-            "pushes": {outcome.value: count for outcome, count in self.pushes.items()},
-            "staleness": sorted(self.staleness.items()),
-            "losses": [[epoch, *loss] for epoch, loss in sorted(self._losses.items())],
+            "pushes": {outcome.value: count for outcome, count in self.pushes().items()},
+            "staleness": sorted(self.staleness_counts().items()),
+            "losses": [[epoch, *loss] for epoch, loss in self.epoch_losses().items()],
         }
 
     def load(self, metadata: Mapping[str, Any]) -> None:
         """Restore the counters from what `state()` returned; other names in `metadata` are ignored."""
-        self.samples = metadata["samples"]
-        self.bytes = metadata["bytes"]
-        self.pushes.update({Outcome(name): count for name, count in metadata["pushes"].items()})
-        self.staleness.update({int(value): count for value, count in metadata["staleness"]})
-        self._losses = {
-            epoch: [nan if total is None else total, examples] for epoch, total, examples in metadata["losses"]
-        }
+        self._counts[SAMPLES] = metadata["samples"]
+        self._counts[COUNTED] = metadata["counted"]
+        self._counts[BYTES] = metadata["bytes"]
+        for name, count in metadata["pushes"].items():
+            self._outcomes[CODES[Outcome(name)]] = count
+        for value, count in metadata["staleness"]:
+            if value < MAX_STALENESS:
+                self._staleness[value] = count
+            else:
+                self._rare_staleness[value] = count
+        for epoch, total, examples in metadata["losses"]:
+            row = epoch % LOSS_EPOCHS
+            self._losses[row] = nan if total is None else total
+            self._loss_epochs[row, 0] = epoch
+            self._loss_epochs[row, 1] = examples

@@ -19,7 +19,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from psgd.serving import handshakes, limited_log, poller
+from psgd.serving import handshakes, limited_log
 from psgd.serving import listener as listener_module
 from psgd_workers.errors import ServerGoneError, SharedMemoryError
 from psgd_workers.messages import Outcome, Version
@@ -66,7 +66,7 @@ def mutated(rng: np.random.Generator, frame: Frame, number: int) -> bytes:
 def test_damaged_frames_change_nothing_and_stop_nobody(harnesses: Harnesses, kind: LaneCase) -> None:
     """The undamaged push is refused: it is not finite and of another version. So no damage can get it applied."""
     harness = harnesses()
-    push = header(harness, payload=harness.push_format.sizes(kind != "tcp")[-1], norm=nan, version=Version(99, 9))
+    push = header(harness, payload=harness.push_format.sizes("tcp" not in kind)[-1], norm=nan, version=Version(99, 9))
     rng = np.random.default_rng(0)
     streams = harness.all_shaken(kind, NUM_STREAMS)
     dropped = 0
@@ -110,13 +110,13 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize(("kind", "sections"), [("tcp", {}), ("tcp", INT8), ("shm", INT8), ("polled", INT8)])
+@pytest.mark.parametrize(("kind", "sections"), [("tcp", {}), ("tcp", INT8), ("shm", INT8), ("compiled shm", INT8)])
 def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
     harnesses: Harnesses, kind: LaneCase, sections: Any
 ) -> None:
     harness = harnesses(sections=sections)
     stream = harness.shaken(kind)
-    push = header(harness, code=4 if sections else 0, payload=harness.push_format.sizes(kind != "tcp")[-1])
+    push = header(harness, code=4 if sections else 0, payload=harness.push_format.sizes("tcp" not in kind)[-1])
     half = push.pack() + bytes(push.payload // 2)
     command = [sys.executable, "-c", KILLED, str(stream.fileno()), half.hex()]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -134,44 +134,31 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
     works(harness, kind=kind)
 
 
-def test_a_worker_that_sends_half_a_frame_keeps_no_other_polled_worker_waiting(
-    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
-) -> None:
-    monkeypatch.setattr(poller, "FRAME_S", 0.05)
+@pytest.mark.parametrize("kind", LANE_CASES)
+def test_workers_that_stop_in_the_middle_of_a_frame_slow_down_no_other(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
-    stream = harness.shaken("polled")
-    stream.sendall(header(harness, payload=0).pack()[:-1])
-    assert closed(stream)
-    harness.log.wait("the connection of by-hand was closed: the rest of a frame did not arrive within 0.05 s")
-    works(harness, kind="polled")
-
-
-def test_polled_workers_that_stop_in_the_middle_of_a_frame_slow_down_no_other(harnesses: Harnesses) -> None:
-    """None of them is waited for: the other pushes go on, and the eight are dropped after the limit."""
-    harness = harnesses()
-    streams = harness.all_shaken("polled", 8)
-    push = header(harness, payload=0).pack()
+    streams = harness.all_shaken(kind, 8)
+    push = header(harness, payload=harness.push_format.sizes("tcp" not in kind)[0]).pack()
     for number, stream in enumerate(streams):
         stream.sendall(push[: 1 + 10 * number])
-    worker = harness.lane("polled")
+    worker = harness.lane(kind)
+    harness.join("worker-0")
     for position in range(50):
         receipt = worker.lane.push(worker.gradient(0, batch(position), V1), 0, wants=True).receipt(LIMIT_S)
         assert receipt.outcome is Outcome.APPLIED
-    assert harness.log.count("was closed") == 0, "50 pushes took less than the limit for the rest of a frame"
-    assert all(map(closed, streams))
-    assert harness.log.count("the rest of a frame did not arrive within 1.0 s") == 8
+    assert harness.log.count("was closed") == 0
 
 
+@pytest.mark.parametrize("kind", LANE_CASES)
 @pytest.mark.parametrize("sections", [{}, INT8])
-def test_a_polled_frame_may_arrive_in_pieces(harnesses: Harnesses, sections: Any) -> None:
+def test_a_frame_may_arrive_in_pieces(harnesses: Harnesses, sections: Any, kind: LaneCase) -> None:
     harness = harnesses(sections=sections)
-    stream = harness.shaken("polled")
-    worker = harness.lane("polled")
+    stream = harness.shaken(kind)
+    worker = harness.lane(kind)
     gradient = worker.gradient(0, FIRST, V1)
-    payload = b"".join(harness.push_format.payload(gradient, shared=True))
+    payload = b"".join(harness.push_format.payload(gradient, shared="tcp" not in kind))
     for byte in Frame.of_push(gradient, 0, False, 1, len(payload)).pack() + payload:
         stream.sendall(bytes([byte]))
-        harness.report()  # takes the server's lock, so that the poller gets its turns
     answer = Frame.unpack(exactly(stream, HEADER_SIZE))
     assert (answer.kind, answer.version) == (FrameKind.RECEIPT, Version(1, 1))
 
@@ -191,74 +178,6 @@ def test_who_pushes_to_a_server_that_fails_does_not_wait(
         with pytest.raises(ServerGoneError, match="the server is gone"):
             client.lane.push(client.gradient(0, batch(position), V1), 0, wants=False).receipt(LIMIT_S)
         harness.log.wait(f"the connection of {client.worker} was closed because of a fault in the server")
-
-
-def test_a_worker_that_cannot_be_polled_has_a_thread_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
-) -> None:
-    class Full:
-        def register(self, *arguments: Any) -> None:
-            raise OSError("no room")
-
-    harness = harnesses()
-    made = poller.SharedPoller.__init__
-
-    def make(self: poller.SharedPoller, *arguments: Any) -> None:
-        made(self, *arguments)
-        self._watched, self._poll = self._poll, Full()  # type: ignore[attr-defined, assignment]
-
-    def run(self: poller.SharedPoller) -> None:
-        """Serve no connection."""
-
-    monkeypatch.setattr(poller.SharedPoller, "__init__", make)
-    monkeypatch.setattr(poller.SharedPoller, "run", run)
-    worker = harness.lane("polled")
-    harness.log.wait("a worker is served by a thread of its own: no room")
-    (served,) = harness.streams()
-    assert served.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO) == 0, "a worker may be silent while it computes"
-    assert worker.lane.pull(0, LIMIT_S) == V1
-    receipt = worker.lane.push(worker.gradient(0, FIRST, V1), 0, wants=True).receipt(LIMIT_S)
-    assert receipt.outcome is Outcome.APPLIED
-
-
-def test_a_poller_that_fails_keeps_nobody_waiting_and_later_workers_have_threads_of_their_own(
-    harnesses: Harnesses, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Breaking:
-        """A poll that fails once it has returned a frame since it was armed."""
-
-        def __init__(self) -> None:
-            self._poll = epoll()
-            self.armed = False
-            self._returned = False
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._poll, name)
-
-        def poll(self, timeout: float | None) -> Any:
-            if self._returned:
-                raise MemoryError("no room")
-            events = self._poll.poll(timeout)
-            self._returned = self.armed
-            return events
-
-    epoll = select.epoll
-    monkeypatch.setattr("psgd.serving.poller.select.epoll", Breaking)
-    harness = harnesses()
-    clients = [harness.lane("polled", worker) for worker in ("worker-0", "worker-1")]
-    for number, client in enumerate(clients):  # from here on both are polled
-        client.lane.push(client.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
-    served = harness.listener._poller
-    assert served is not None
-    served._poll.armed = True  # type: ignore[attr-defined]
-    receipt = clients[0].lane.push(clients[0].gradient(0, batch(2), V1), 0, wants=False).receipt(LIMIT_S)
-    assert receipt.outcome is Outcome.APPLIED, "a push that was taken is answered"
-    harness.log.wait("all connections with small pushes were closed: the server's polling thread failed")
-    for client in clients:
-        with pytest.raises(ServerGoneError, match="the server is gone"):
-            client.lane.push(client.gradient(0, batch(3), V1), 0, wants=False).receipt(LIMIT_S)
-    works(harness, 5, kind="polled")
-    harness.log.wait("a worker is served by a thread of its own: the polling thread has ended")
 
 
 def test_a_worker_that_does_not_read_its_weights_keeps_nobody_waiting(harnesses: Harnesses) -> None:

@@ -77,7 +77,7 @@ def test_a_worker_of_another_job_or_server_is_dropped(
 @pytest.mark.parametrize("kind", LANE_CASES)
 def test_who_shares_memory_comes_by_the_unix_socket_and_nobody_else(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
-    assert closed(harness.greeted(kind, shared=kind == "tcp"))
+    assert closed(harness.greeted(kind, shared="tcp" in kind))
     harness.log.wait("closed in its handshake: by-hand has .incarnation")
 
 
@@ -237,7 +237,7 @@ def test_what_no_worker_sends_ends_its_connection_and_changes_nothing(
     other = harness.lane(kind)
     stream = harness.shaken(kind)
     (make, reason) = BAD_FRAMES[name]
-    push = header(harness, payload=harness.push_format.sizes(kind != "tcp")[-1])
+    push = header(harness, payload=harness.push_format.sizes("tcp" not in kind)[-1])
     stream.sendall(make(harness, push))
     with suppress(ConnectionResetError, BrokenPipeError):  # the server may have closed it after the header
         stream.sendall(bytes(push.payload))
@@ -257,7 +257,7 @@ def test_a_slot_whose_receipt_is_not_given_takes_nothing(
     harness = harnesses("bsp", 2)
     harness.join("by-hand", "worker-0")
     stream = harness.shaken(kind)
-    push = header(harness, payload=harness.push_format.sizes(kind != "tcp")[-1])
+    push = header(harness, payload=harness.push_format.sizes("tcp" not in kind)[-1])
     stream.sendall(push.pack() + np.ones(harness.size, np.float32).tobytes()[: push.payload])
     harness.arrived()
     size = push.payload if again is FrameKind.PUSH else 0

@@ -20,16 +20,15 @@ from numpy.typing import NDArray
 from psgd_workers.errors import FrameError
 from psgd_workers.gradients.compression import ARRAYS
 from psgd_workers.messages import BatchId, Encoded, FloatArray, Gradient, Outcome, Receipt, Version
-from psgd_workers.transport.affinity import NOWHERE
 from psgd_workers.transport.memory import Slot
 
 __all__ = ["HEADER_SIZE", "Frame", "FrameKind", "PushFormat", "pack_receipt"]
 
 MAGIC = b"psgd"
 FORMAT = 1
-# Magic, format, kind, slot, code, wants, incarnation, payload, epoch, shard, index, examples, the version's incarnation
-# and updates, loss, norm, compute_s, number, carries, processor.
-FIELDS = Struct("<4sBBBBIIQIIIIIQdddQQH")
+# Magic, format, kind, slot, code, incarnation, examples, payload, epoch, shard, index, the version's incarnation and
+# updates, loss, norm, compute_s, number, carries, wants. Each field lies at a multiple of its size.
+FIELDS = Struct("<4sBBBBIIQIIIIQdddQQI")
 HEADER = Struct(f"{FIELDS.format}I")  # the fields, then their CRC-32
 HEADER_SIZE = HEADER.size
 ENCODINGS = ("", *ARRAYS)  # compression by the code of a push; "": values are not compressed
@@ -38,7 +37,6 @@ CODES = {outcome: code for code, outcome in enumerate(OUTCOMES)}
 CHECKSUM = Struct("<I")
 LENGTHS = Struct("<QQ")  # lengths of the two arrays of an encoded gradient
 VERSION = Struct("<IQ")  # incarnation, updates
-SMALL = 16_384  # largest number of values for which every push fits into a socket's buffer
 ALIGNMENT = 8  # bytes; each array in a payload begins at a multiple of it
 
 
@@ -55,7 +53,7 @@ class FrameKind(IntEnum):
 
 KINDS = {kind.value: kind for kind in FrameKind}
 RECEIPT = FrameKind.RECEIPT  # bound once: in Python 3.11, access through the enum takes 80 ns
-UNUSED = (0.0, 0.0, 0.0, 0, 0, NOWHERE)  # fields of a push that follow the version
+UNUSED = (0.0, 0.0, 0.0, 0, 0)  # fields of a push that a receipt does not have
 
 
 class Frame(NamedTuple):
@@ -75,14 +73,12 @@ class Frame(NamedTuple):
     compute_s: float = 0.0
     number: int = 0  # number of a push; see `Gradient`
     carries: int = 0  # field `carries` of a push; see `Gradient`
-    processor: int = NOWHERE  # processor on which the worker runs, in a push on the shm lane
 
     def pack(self) -> bytes:
         """Return the header as `HEADER_SIZE` bytes."""
         kind, slot, code, wants, incarnation, payload, batch, examples, version, *rest = self
-        return _with_checksum(
-            FIELDS.pack(MAGIC, FORMAT, kind, slot, code, wants, incarnation, payload, *batch, examples, *version, *rest)
-        )
+        fields = (MAGIC, FORMAT, kind, slot, code, incarnation, examples, payload, *batch, *version, *rest, wants)
+        return _with_checksum(FIELDS.pack(*fields))
 
     @classmethod
     def unpack(cls, header: bytes | bytearray | memoryview) -> Frame:
@@ -99,13 +95,12 @@ class Frame(NamedTuple):
             kind,
             slot,
             code,
-            wants,
             incarnation,
+            examples,
             payload,
             epoch,
             shard,
             index,
-            examples,
             version_incarnation,
             version_updates,
             loss,
@@ -113,7 +108,7 @@ class Frame(NamedTuple):
             compute_s,
             number,
             carries,
-            processor,
+            wants,
             checksum,
         ) = HEADER.unpack(header)
         if magic != MAGIC or format_number != FORMAT:
@@ -142,13 +137,10 @@ class Frame(NamedTuple):
             compute_s,
             number,
             carries,
-            processor,
         )
 
     @classmethod
-    def of_push(
-        cls, gradient: Gradient, slot: int, wants: bool, incarnation: int, payload: int, processor: int = NOWHERE
-    ) -> Frame:
+    def of_push(cls, gradient: Gradient, slot: int, wants: bool, incarnation: int, payload: int) -> Frame:
         """Return the header of a push.
 
         Args:
@@ -157,12 +149,11 @@ class Frame(NamedTuple):
             wants: True if the new weights are to come with the receipt.
             incarnation: incarnation of the server.
             payload: length of the payload, in bytes.
-            processor: processor on which the worker runs.
         """
         _, _, number, batch, examples, read, values, loss, norm, compute_s, _, _, _, carries = gradient
         code = ENCODINGS.index(values.kind) if isinstance(values, Encoded) else 0
         fields = (batch, examples, read, loss, norm, compute_s, number, carries)
-        return cls(FrameKind.PUSH, slot, code, wants, incarnation, payload, *fields, processor)
+        return cls(FrameKind.PUSH, slot, code, wants, incarnation, payload, *fields)
 
     def receipt(self, worker: str) -> Receipt:
         """Return the receipt that this header carries.
@@ -188,8 +179,8 @@ def pack_receipt(receipt: Receipt, slot: int, wants: bool, payload: int) -> byte
         payload: length of the weights that follow, in bytes; 0 if they are in shared memory.
     """
     _, batch, outcome, version = receipt
-    fields = (MAGIC, FORMAT, RECEIPT, slot, CODES[outcome], wants, version.incarnation, payload, *batch, 0, *version)
-    return _with_checksum(FIELDS.pack(*fields, *UNUSED))
+    fields = (MAGIC, FORMAT, RECEIPT, slot, CODES[outcome], version.incarnation, 0, payload, *batch, *version)
+    return _with_checksum(FIELDS.pack(*fields, *UNUSED, wants))
 
 
 def _with_checksum(fields: bytes) -> bytes:
@@ -205,15 +196,6 @@ class PushFormat(NamedTuple):
     sends_weights: bool = False  # a push also carries the weights that it was computed from
     partitions: int = 1  # partitions of the job: a push ends with the versions of the others
     authenticates: bool = False  # frames on the network have tags; see `psgd_workers.transport.authentication`
-
-    @property
-    def is_small(self) -> bool:
-        """Return True if one thread is to serve all workers on the server's machine.
-
-        A small push costs mostly the interpreter's time, which threads can only take turns to use; a large push costs
-        mostly copying, which threads do in parallel.
-        """
-        return self.size <= SMALL
 
     def payload(self, gradient: Gradient, shared: bool) -> list[memoryview]:
         """Return the parts of a push's payload: all its vectors that are not in shared memory, then the versions.

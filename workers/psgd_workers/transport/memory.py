@@ -15,6 +15,7 @@ import platform
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from psgd_workers.errors import SharedMemoryError
 from psgd_workers.free_memory import free_memory
@@ -25,7 +26,7 @@ __all__ = ["PublishedVector", "Segment", "Slot", "has_shared_memory", "stores_ar
 PAGE = mmap.PAGESIZE
 HEADER = 64  # bytes before the values of a published vector: one cache line
 SNAPSHOTS = 3  # attempts of a reader, after which it asks the server for a copy
-SEQUENCE, INCARNATION, UPDATES, NUM_POLLED = range(4)  # indices of the header's fields, 8 bytes each
+SEQUENCE, INCARNATION, UPDATES = range(3)  # indices of the header's fields, 8 bytes each
 F_SEAL_FUTURE_WRITE = 0x0010  # since Linux 5.1; the module fcntl has it since Python 3.13
 
 
@@ -69,6 +70,8 @@ class Segment:
 
     Attributes:
         slots: the slots, as views of the memory.
+        values: the whole memory, float32.
+        starts: for each slot, index in `values` at which its gradient begins.
         file: descriptor to pass to another process; None: this memory is private, or the descriptor is closed.
         fault: reason why this memory is private; "" if it is shared.
 
@@ -93,6 +96,8 @@ class Segment:
             memory = bytearray(size)
         vectors = [np.frombuffer(memory, np.float32, num_parameters, offset) for offset in range(0, size, stride)]
         self.slots = tuple(Slot(*pair) for pair in zip(vectors[::2], vectors[1::2], strict=True))
+        self.values: FloatArray = np.frombuffer(memory, np.float32)
+        self.starts = [(2 * slot + 1) * stride // 4 for slot in range(slots)]
         if file is not None:
             self.close()  # the mapping stays
 
@@ -116,6 +121,7 @@ class PublishedVector:
 
     Attributes:
         values: the weights, `[size]`, float32.
+        counts: `[8]`, int64: sequence number, incarnation and updates; the other fields are not used.
         file: the owner's descriptor, to pass to workers.
 
     Raises:
@@ -131,7 +137,8 @@ class PublishedVector:
             fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)  # no other process can write to it
         else:
             os.close(self.file)
-        self._counts = memoryview(memory)[:HEADER].cast("q")
+        self.counts: NDArray[np.int64] = np.frombuffer(memory, np.int64, HEADER // 8)
+        self._counts = self.counts.data  # Python reads and writes these in a third of the time
         self.values: FloatArray = np.frombuffer(memory, np.float32, size, HEADER)
 
     def close(self) -> None:
@@ -152,15 +159,6 @@ class PublishedVector:
         """Return the newest published version."""
         # One vector has one incarnation, so the two reads cannot be of different versions.
         return Version(self._counts[INCARNATION], self._counts[UPDATES])
-
-    @property
-    def num_polled(self) -> int:
-        """Number of workers that the owner's `SharedPoller` serves. Only the owner may set it."""
-        return self._counts[NUM_POLLED]
-
-    @num_polled.setter
-    def num_polled(self, workers: int) -> None:
-        self._counts[NUM_POLLED] = workers
 
     def snapshot(self, into: FloatArray) -> Version | None:
         """Copy the values of one version.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from psgd_workers.errors import FrameError, SharedMemoryError
 from psgd_workers.messages import Gradient, Receipt, Version
-from psgd_workers.transport.affinity import allowed_processors, current_processor, set_patient
 from psgd_workers.transport.frames import Frame, FrameKind, PushFormat
 from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.lane import LaneKind, Pending
@@ -58,8 +57,6 @@ class ShmLane:
             self._connection.close()
             raise
         self._copies_itself = stores_are_ordered()  # without asking the server
-        self._processors = len(allowed_processors())
-        self._patient = False  # the scheduling of the lane's thread; see `set_patient`
         self._arrived: dict[int, Frame] = {}  # answers by slot that arrived while another slot's was awaited
 
     def pull(self, slot: int, timeout_s: float) -> Version:
@@ -79,9 +76,7 @@ class ShmLane:
         """Send one frame with everything that is not in shared memory."""
         payload = self._push_format.payload(gradient, shared=True)
         size = sum(map(len, payload))
-        frame = Frame.of_push(
-            gradient, slot, wants and not self._copies_itself, self._incarnation, size, current_processor()
-        )
+        frame = Frame.of_push(gradient, slot, wants and not self._copies_itself, self._incarnation, size)
         self._connection.send(frame.pack(), *payload)
         return _ShmPending(self, slot, wants)
 
@@ -89,17 +84,9 @@ class ShmLane:
         """Wait for the receipt of the push from a slot; see `Pending.receipt`."""
         self._connection.limit(timeout_s)
         receipt = self._answer(FrameKind.RECEIPT, slot).receipt(self._worker)
-        # If there are more workers than processors, a worker that wakes should not preempt the server's polling thread,
-        # which still has to answer the others.
-        self._set_patient(self._published.num_polled > self._processors)
         if wants and self._copies_itself:
             return Receipt(receipt.worker, receipt.batch, receipt.outcome, self.pull(slot, timeout_s))
         return receipt
-
-    def _set_patient(self, patient: bool) -> None:
-        if patient != self._patient:
-            set_patient(patient)
-            self._patient = patient
 
     def _answer(self, kind: FrameKind, slot: int) -> Frame:
         """Wait for the next frame of a slot.
@@ -129,7 +116,6 @@ class ShmLane:
 
     def close(self) -> None:
         """Implement `Lane.close`."""
-        self._set_patient(False)
         self._connection.close()
 
 

@@ -53,9 +53,9 @@ def receive(stream: socket.socket, into: memoryview) -> int:
     Raises:
         OSError: receiving failed, or a time limit is over.
     """
+    if not into:
+        return 0
     got = count = stream.recv_into(into)
-    if got == len(into):  # the common case
-        return got
     while count and got < len(into):
         got += (count := stream.recv_into(into[got:]))
     return got

@@ -11,9 +11,10 @@ from psgd_workers.messages import BatchId, EpochGrid
 GRID = EpochGrid((3, 2), 5)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), unique=True))
-def test_it_contains_what_was_added_and_counts_complete_epochs(added: list[tuple[int, int]]) -> None:
+@given(st.integers(0, 1), st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4)), unique=True))
+def test_it_contains_what_was_added_and_counts_complete_epochs(complete: int, added: list[tuple[int, int]]) -> None:
     applied = AppliedSet(GRID)
+    added = [(0, position) for position in range(5 * complete)] + [(epoch + complete, n) for epoch, n in added]
     for epoch, position in added:
         applied.add(GRID.batch(epoch, position))
     everything = [(epoch, position) for epoch in range(4) for position in range(5)]
@@ -53,6 +54,14 @@ def test_its_arrays_are_its_own() -> None:
     applied.settled()[0][:] = True
     assert len(applied) == 1
     assert BatchId(0, 0, 1) not in applied
+
+
+def test_only_two_epochs_can_be_open() -> None:
+    applied = AppliedSet(GRID)
+    applied.add(BatchId(1, 0, 0))
+    assert BatchId(2, 0, 0) not in applied
+    with pytest.raises(AssertionError, match="epoch 2 cannot be open after 0 complete epochs"):
+        applied.add(BatchId(2, 0, 0))
 
 
 def test_adding_twice_is_a_bug_of_the_caller() -> None:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from psgd.core.server.aggregators import Contribution, StepMember
 from psgd.core.server.consistency import Consistency, Round, build_consistency
+from psgd.core.server.live_worker import LiveWorker
 from psgd.spec import ConsistencySpec
 from psgd_workers.messages import BatchId, Outcome
 
@@ -25,7 +26,7 @@ def mode(name: str, **fields: Any) -> Consistency:
 
 def state(collected: int = 0, pushed: Any = "", live: Any = "", outstanding: bool = True) -> Round:
     clocks = live if isinstance(live, dict) else dict.fromkeys(live, 0)
-    return Round(collected, set(pushed), clocks, outstanding)
+    return Round(collected, set(pushed), {name: LiveWorker(clock) for name, clock in clocks.items()}, outstanding)
 
 
 @pytest.mark.parametrize(

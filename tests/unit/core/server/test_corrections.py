@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from psgd.core.server import optimizers
 from psgd.core.server.corrections import Correction, build_correction
+from psgd.core.server.live_worker import LiveWorker
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.spec import JobSpec
@@ -80,53 +82,68 @@ def timed(worker: str, seconds: float) -> Gradient:
 
 @given(st.integers(0, 1000))
 def test_staleness_lr_divides_the_rate_by_the_staleness(staleness: int) -> None:
-    factor = build({"name": "staleness_lr"}).factor(timed("a", 1), staleness)
+    factor = build({"name": "staleness_lr"}).factor(timed("a", 1), staleness, LiveWorker())
     assert factor * max(1, staleness) == pytest.approx(1, rel=1e-15)
 
 
 @given(st.integers(1, 64), st.integers(0, 1000))
 def test_delay_adaptive_leaves_alone_what_is_no_staler_than_there_are_workers(workers: int, staleness: int) -> None:
-    factor = build({"name": "delay_adaptive"}, workers).factor(timed("a", 1), staleness)
+    factor = build({"name": "delay_adaptive"}, workers).factor(timed("a", 1), staleness, LiveWorker())
     assert factor * max(workers, staleness) == pytest.approx(workers, rel=1e-15)
     assert (factor == 1) == (staleness <= workers)
 
 
+def rescaled_factors(correction: Correction | None = None) -> Callable[[str, float], float]:
+    """Return a function (worker, computing time in seconds) -> factor. Every worker has a lease."""
+    rescaled = build({"name": "rescaled"}) if correction is None else correction
+    live = defaultdict[str, LiveWorker](LiveWorker)
+    return lambda worker, seconds: rescaled.factor(timed(worker, seconds), 0, live[worker])
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 1000)), min_size=1, max_size=30))
 def test_rescaled_rates_are_in_proportion_to_the_mean_compute_times(pushes: list[tuple[str, int]]) -> None:
-    rescaled = build({"name": "rescaled"})
+    rescaled = rescaled_factors()
     times: dict[str, list[float]] = {}
     for worker, seconds in pushes:
-        factor = rescaled.factor(timed(worker, seconds), 0)
+        factor = rescaled(worker, seconds)
         times.setdefault(worker, []).append(seconds)
         means = {name: float(np.mean(measured)) for name, measured in times.items()}
         assert factor == pytest.approx(means[worker] / np.mean(list(means.values())), rel=1e-9)
 
 
 def test_rescaled_gives_workers_equal_weight_whatever_their_pace() -> None:
-    rescaled = build({"name": "rescaled"})
+    rescaled = rescaled_factors()
     moved = {"fast": 0.0, "slow": 0.0}
     for worker in ("fast", "slow"):  # from now on the mean is over both workers
-        rescaled.factor(timed(worker, {"fast": 1, "slow": 4}[worker]), 0)
+        rescaled(worker, {"fast": 1, "slow": 4}[worker])
     for worker in ["fast", "fast", "fast", "fast", "slow"] * 3:
-        moved[worker] += rescaled.factor(timed(worker, {"fast": 1, "slow": 4}[worker]), 0)
+        moved[worker] += rescaled(worker, {"fast": 1, "slow": 4}[worker])
     assert moved["fast"] == pytest.approx(moved["slow"])
 
 
 def test_rescaled_forgets_who_leaves() -> None:
-    rescaled = build({"name": "rescaled"})
-    rescaled.factor(timed("slow", 9), 0)
-    assert rescaled.factor(timed("fast", 1), 0) == pytest.approx(1 / 5)
-    rescaled.leave("slow")
-    assert rescaled.factor(timed("fast", 1), 0) == 1
+    correction = build({"name": "rescaled"})
+    rescaled = rescaled_factors(correction)
+    rescaled("slow", 9)
+    assert rescaled("fast", 1) == pytest.approx(1 / 5)
+    correction.leave("slow")
+    assert rescaled("fast", 1) == 1
+
+
+def test_rescaled_leaves_a_worker_without_a_lease_alone() -> None:
+    correction = build({"name": "rescaled"})
+    rescaled_factors(correction)("slow", 9)
+    assert correction.factor(timed("gone", 1), 0, None) == 1
+    assert rescaled_factors(correction)("fast", 1) == pytest.approx(1 / 5)
 
 
 def test_rescaled_bears_times_of_0() -> None:
-    assert build({"name": "rescaled"}).factor(timed("a", 0), 0) == 1
+    assert rescaled_factors()("a", 0) == 1
 
 
 @pytest.mark.parametrize("correction", [{"name": "none"}, *READING, DANA], ids=str)
 def test_the_others_leave_the_rate_alone(correction: dict[str, Any]) -> None:
-    assert {build(correction).factor(timed("a", 1), staleness) for staleness in (0, 1, 100)} == {1.0}
+    assert {build(correction).factor(timed("a", 1), staleness, LiveWorker()) for staleness in (0, 1, 100)} == {1.0}
 
 
 # Values

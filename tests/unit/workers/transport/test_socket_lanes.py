@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from psgd.serving.limited_log import LimitedLog
 from psgd_workers.errors import FrameError, LaneError, LaneTimeoutError, ServerGoneError, SharedMemoryError
 from psgd_workers.messages import Outcome, Receipt, Version
 from psgd_workers.transport import frame_stream, memory, shm
-from psgd_workers.transport.affinity import NOWHERE
 from psgd_workers.transport.frame_stream import FrameStream
 from psgd_workers.transport.frames import HEADER_SIZE
 from psgd_workers.transport.handshake import HELLO_SIZE, WELCOME_SIZE, Greeting, Hello
@@ -39,7 +37,6 @@ from tests.support.server_harness import (
     V1,
     Harnesses,
     LaneCase,
-    WorkerHarness,
     batch,
     exactly,
     randoms,
@@ -111,114 +108,6 @@ def test_pushes_of_several_slots_are_answered_whatever_is_asked_for_first(harnes
 WHOLE = {"partition": Partition(0, 0, NUM_PARAMETERS, NUM_PARAMETERS)}
 
 
-@pytest.mark.parametrize(
-    ("kind", "given", "slots", "follows"),
-    [
-        ("shm", WHOLE, 1, True),
-        ("shm", WHOLE, 2, False),
-        ("shm", {}, 1, False),
-        ("polled", WHOLE, 1, False),
-        ("tcp", WHOLE, 1, False),
-    ],
-    ids=["waits", "computes-ahead", "has-other-servers", "polled", "tcp"],
-)
-def test_a_servers_thread_follows_a_worker_that_waits_for_it_alone(
-    processors: set[int], harnesses: Harnesses, kind: LaneCase, given: dict[str, Any], slots: int, follows: bool
-) -> None:
-    name = "psgd-poller" if kind == "polled" else "psgd-connection"
-    harness = harnesses(**given)
-    client = harness.lane(kind, slots=slots)
-    positions = count()
-    for processor in sorted(processors)[:3]:
-        os.sched_setaffinity(0, {processor})
-        for _ in range(connection.SETTLED + 1):  # the thread moves after a push, before it answers the next
-            gradient = client.gradient(0, batch(next(positions)), harness.server.version, seed=0)
-            client.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
-        (thread,) = (one for one in threading.enumerate() if one.name == name)
-        assert os.sched_getaffinity(thread.native_id or 0) == ({processor} if follows else processors)
-
-
-@pytest.mark.parametrize(("kind", "patient"), [("shm", False), ("polled", True), ("tcp", False)])
-def test_workers_that_share_processors_do_not_interrupt_the_thread_that_answers_all_of_them(
-    processors: set[int], harnesses: Harnesses, kind: LaneCase, patient: bool
-) -> None:
-    harness = harnesses()
-    positions = count()
-
-    def pushed(client: WorkerHarness) -> WorkerHarness:
-        """Push once: only a worker that was answered is sure to be counted."""
-        gradient = client.gradient(0, batch(next(positions)), harness.server.version, seed=0)
-        client.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
-        return client
-
-    def policy() -> int:
-        pushed(client)
-        return os.sched_getscheduler(0)
-
-    client, *_ = [pushed(harness.lane(kind, f"worker-{number}")) for number in range(len(processors))]
-    assert policy() == os.SCHED_OTHER, "each of them can have a processor"
-    another = pushed(harness.lane(kind, "one-too-many"))
-    assert policy() == (os.SCHED_BATCH if patient else os.SCHED_OTHER)
-    another.lane.close()
-    harness.listener.wait_until(lambda: len(harness.streams()) == len(processors))
-    assert policy() == os.SCHED_OTHER
-
-
-def test_a_closed_lane_leaves_its_thread_as_it_was(processors: set[int], harnesses: Harnesses) -> None:
-    harness = harnesses()
-    for number in range(len(processors) + 1):
-        client = harness.lane("polled", f"worker-{number}")
-        client.lane.push(client.gradient(0, batch(number), V1), 0, wants=False).receipt(LIMIT_S)
-    assert os.sched_getscheduler(0) == os.SCHED_BATCH
-    client.lane.close()
-    assert os.sched_getscheduler(0) == os.SCHED_OTHER
-
-
-@pytest.mark.parametrize(("given", "slots"), [(WHOLE, 2), ({}, 1)], ids=["computes-ahead", "has-other-servers"])
-def test_a_servers_thread_follows_any_worker_while_no_processor_is_free(
-    processors: set[int], harnesses: Harnesses, given: dict[str, Any], slots: int
-) -> None:
-    harness = harnesses(**given)
-    client = harness.lane("shm", slots=slots)
-    positions = count()
-    (thread,) = (one for one in threading.enumerate() if one.name == "psgd-connection")
-    processor = min(processors)
-    os.sched_setaffinity(0, {processor})
-    others = [harness.lane("shm", f"worker-{number}") for number in range(1, len(processors) + 1)]
-
-    def affinity() -> set[int]:
-        for _ in range(connection.SETTLED + 1):
-            gradient = client.gradient(0, batch(next(positions)), harness.server.version, seed=0)
-            client.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
-        return os.sched_getaffinity(thread.native_id or 0)
-
-    assert affinity() == {processor}
-    for other in others:
-        other.lane.close()
-    harness.listener.wait_until(lambda: harness.listener._num_local == 1)
-    assert affinity() == processors
-
-
-def test_a_servers_thread_does_not_follow_a_worker_that_moves_on(
-    monkeypatch: pytest.MonkeyPatch, processors: set[int], harnesses: Harnesses
-) -> None:
-    first, second, *_ = [*processors, *processors]
-    seen = [*[first] * (connection.SETTLED + 1), second, NOWHERE, NOWHERE, NOWHERE]
-    where = iter(seen)
-    monkeypatch.setattr(shm, "current_processor", lambda: next(where))
-    harness = harnesses(**WHOLE)
-    client = harness.lane("shm", slots=1)
-    found = []
-    for number in range(len(seen)):
-        gradient = client.gradient(0, batch(number), harness.server.version, seed=number)
-        client.lane.push(gradient, 0, wants=False).receipt(LIMIT_S)
-        (thread,) = (one for one in threading.enumerate() if one.name == "psgd-connection")
-        found.append(os.sched_getaffinity(thread.native_id or 0))
-    assert found[connection.SETTLED] == {first}
-    assert found[-1] == processors
-    assert found[: connection.SETTLED - 1] == [processors] * (connection.SETTLED - 1)
-
-
 @pytest.fixture
 def processors() -> Iterator[set[int]]:
     """Return the processors that this thread may run on, and allow all of them again after the test."""
@@ -236,7 +125,7 @@ def test_a_push_that_wants_no_weights_leaves_the_slots_as_they_are(harnesses: Ha
     assert client.weights(0).tolist() == [3] * harness.size
 
 
-@pytest.mark.parametrize("kinds", [("shm", "shm"), ("polled", "polled"), ("tcp", "tcp"), ("shm", "tcp")])
+@pytest.mark.parametrize("kinds", [("shm", "shm"), ("compiled shm", "compiled shm"), ("tcp", "tcp"), ("shm", "tcp")])
 def test_a_parked_receipt_comes_when_the_last_worker_has_pushed(
     harnesses: Harnesses, kinds: tuple[LaneCase, LaneCase]
 ) -> None:
@@ -321,8 +210,8 @@ def test_what_was_pushed_before_a_worker_hung_up_is_in_the_step(harnesses: Harne
 @contextmanager
 def false_server(kind: LaneCase, answer: Callable[[socket.socket], object]) -> Iterator[dict[str, Any]]:
     """Listen as a server that does not belong to this run. Yield the changed fields of the address."""
-    listening = socket.socket(socket.AF_UNIX if kind != "tcp" else socket.AF_INET)
-    listening.bind(("127.0.0.1", 0) if kind == "tcp" else f"\0psgd-false-{os.getpid()}")
+    listening = socket.socket(socket.AF_UNIX if "tcp" not in kind else socket.AF_INET)
+    listening.bind(("127.0.0.1", 0) if "tcp" in kind else f"\0psgd-false-{os.getpid()}")
     listening.listen()
     listening.settimeout(LIMIT_S)
 
@@ -334,7 +223,7 @@ def false_server(kind: LaneCase, answer: Callable[[socket.socket], object]) -> I
     thread = threading.Thread(target=serve)
     thread.start()
     name = listening.getsockname()
-    yield {"port": name[1]} if kind == "tcp" else {"path": name[1:].decode()}
+    yield {"port": name[1]} if "tcp" in kind else {"path": name[1:].decode()}
     thread.join(LIMIT_S)
     listening.close()
     assert not thread.is_alive()
@@ -347,7 +236,7 @@ def test_a_worker_gives_nothing_to_a_server_without_the_key(harnesses: Harnesses
     def pretend(stream: socket.socket) -> None:
         stream.sendall(Greeting.new().pack())
         received.append(exactly(stream, HELLO_SIZE))
-        if kind != "tcp":
+        if "tcp" not in kind:
             socket.send_fds(stream, [bytes(WELCOME_SIZE)], [harness.published.file])
         else:
             stream.sendall(bytes(WELCOME_SIZE))
@@ -402,7 +291,7 @@ def test_a_server_that_hangs_up_in_the_handshake_is_a_lane_error(harnesses: Harn
         greeting = Greeting.new()
         stream.sendall(greeting.pack())
         hello = Hello.unpack(exactly(stream, HELLO_SIZE), harness.listener.key, greeting)
-        if kind != "tcp":
+        if "tcp" not in kind:
             socket.send_fds(stream, [hello.welcome(harness.listener.key)], [harness.published.file])
 
     with false_server(kind, welcome) as changes, pytest.raises(ServerGoneError):
@@ -548,7 +437,7 @@ def no_gc() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_gc")
-@pytest.mark.parametrize("kind", ["shm", "polled"])
+@pytest.mark.parametrize("kind", ["shm", "compiled shm"])
 def test_the_memory_of_a_worker_that_has_hung_up_is_let_go(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
     before = mapped()

@@ -1,0 +1,54 @@
+"""Loads the compiled push path of a server, unless it is switched off or cannot be had here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.serving.server_lock import ServerLock
+
+if TYPE_CHECKING:
+    from psgd.serving.compiled.path import CompiledPath
+
+__all__ = ["SWITCH", "load_path"]
+
+log = logging.getLogger("psgd.lanes")
+
+SWITCH = "PSGD_COMPILE"  # environment variable; 0: the push path is not compiled
+
+
+def load_path(server: ParameterServer, lock: ServerLock) -> CompiledPath | None:
+    """Load the compiled push path of a server from the cache on disk, or compile it, which takes 10 to 20 seconds.
+
+    Only server processes call this: it imports Numba, which takes 0.3 s and 80 MB.
+
+    Args:
+        server: the server.
+        lock: lock of the server.
+
+    Returns:
+        The path; None if it is switched off or cannot be had. Then a warning says why.
+    """
+    if os.environ.get(SWITCH) == "0":
+        _warn(f"{SWITCH} is 0")
+        return None
+    if sys.platform != "linux":
+        _warn(f"it needs Linux, and this is {sys.platform}")
+        return None
+    try:
+        # Imported here, so that a process without compiled code does not import Numba.
+        from psgd.serving.compiled.path import CompiledPath
+
+        return CompiledPath(server, lock)
+    except ImportError as error:
+        _warn(f"Numba cannot be imported: {error}. Install numba")
+    except Exception:  # a fault in Numba or here; the server works without compiled code
+        log.exception("the push path could not be compiled, so pushes take longer")
+    return None
+
+
+def _warn(reason: str) -> None:
+    log.warning("the push path is not compiled, so pushes take longer: %s", reason)

@@ -1,0 +1,162 @@
+"""The compiled push path of one server, and its end at each connection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from socket import MSG_DONTWAIT, MSG_NOSIGNAL
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psgd.core.server.journal import RECORD
+from psgd.core.server.live_worker import LiveWorker
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.push_arrays import INCARNATION
+from psgd.serving.compiled.arrays import server_arrays, worker_arrays
+from psgd.serving.compiled.push import HEADER, WorkerArrays
+from psgd.serving.compiled.rule import write_rule
+from psgd.serving.compiled.serve import (
+    ERROR,
+    HEADER_GOT,
+    PAYLOAD_GOT,
+    SENT,
+    UNSENT,
+    ConnectionArrays,
+    serve,
+    take_push,
+)
+from psgd.serving.server_lock import ServerLock
+from psgd_workers.messages import FloatArray
+from psgd_workers.transport.frames import HEADER_SIZE
+
+__all__ = ["CompiledConnection", "CompiledPath"]
+
+NOBODY = LiveWorker()
+NOBODY.leave()
+CLOSED = -1  # no socket has this descriptor
+
+
+class CompiledPath:
+    """The compiled push path of one server. Its code is loaded, or compiled, before this object exists.
+
+    Args:
+        server: the server.
+        lock: the lock of the server.
+    """
+
+    def __init__(self, server: ParameterServer, lock: ServerLock) -> None:
+        self._server = server
+        self.arrays = server_arrays(server, lock.mutex, lock.fault)
+        self.refresh()
+        header = np.zeros(HEADER_SIZE, np.uint8)
+        payloads = np.zeros((1, 0), np.uint8)
+        unused = self.connection("", CLOSED, header, payloads, (np.empty(0, np.float32), [0]))
+        unused.serve()
+        unused.take()
+
+    def refresh(self) -> None:
+        """Read the server's settings again. The caller holds the server's lock."""
+        write_rule(self.arrays.rule, self._server)
+
+    @property
+    def applies(self) -> bool:
+        """Return True if compiled code may apply pushes under the present settings."""
+        return bool(self.arrays.rule["applies"][0])
+
+    def live_worker(self, worker: str) -> LiveWorker:
+        """Return the numbers of a worker; a worker without a lease has some that compiled code does not accept."""
+        return self._server.live_worker(worker) or NOBODY
+
+    def connection(
+        self,
+        worker: str,
+        stream: int,
+        header: NDArray[np.uint8],
+        payloads: NDArray[np.uint8],
+        shared: tuple[FloatArray, Sequence[int]] | None,
+    ) -> CompiledConnection:
+        """Return the path's end at one connection.
+
+        Args:
+            worker: name of the worker.
+            stream: descriptor of the socket.
+            header: `[HEADER_SIZE]`: memory into which headers are received.
+            payloads: `[slots, bytes]`, a multiple of 4 bytes: memory into which the payload of each slot is received.
+                It begins with the gradient if the worker's memory is not shared.
+            shared: the worker's memory, and for each slot the index at which the partition's gradient begins; None: it
+                is not shared.
+        """
+        state = self.arrays.state
+        size = len(state.weights)
+        inline = 0 if shared else 4 * size  # bytes of the gradient and of the weights in frames
+        payload = inline + state.journal.shape[1] - RECORD.itemsize  # the rest are versions, as in the journal
+        memory, starts = shared or (
+            payloads.reshape(-1).view(np.float32),
+            [slot * payloads.shape[1] // 4 for slot in range(len(payloads))],
+        )
+        flags = MSG_NOSIGNAL | (MSG_DONTWAIT if shared else 0)
+        incarnation = int(state.version[INCARNATION])
+        answer = np.zeros(HEADER_SIZE + inline, np.uint8)
+        arrays = ConnectionArrays(
+            np.array([stream, incarnation, payload, size, shared is not None, flags]),
+            np.zeros(4, np.int64),
+            header,
+            header.view(HEADER),
+            answer,
+            answer[:HEADER_SIZE].view(HEADER),
+            answer[HEADER_SIZE:].view(np.float32),
+            memory,
+            np.array(starts, np.int64),
+            payloads,
+            np.zeros(2, np.int64),
+        )
+        return CompiledConnection(self, worker, arrays)
+
+
+class Stop(NamedTuple):
+    """Why compiled code returned to Python."""
+
+    error: int  # error number of the system call that failed; 0: none failed
+    header_got: int  # bytes received of the frame's header
+    payload_got: int  # bytes received of its payload
+    is_unsent: bool  # True if the last push was applied, but its answer was not sent as a whole
+    unsent: memoryview  # rest of that answer
+
+
+class CompiledConnection:
+    """One connection of a server with a compiled push path. Only the thread of the connection may use it.
+
+    Args:
+        path: path of the server.
+        worker: name of the worker.
+        arrays: memory of the connection.
+    """
+
+    def __init__(self, path: CompiledPath, worker: str, arrays: ConnectionArrays) -> None:
+        self._path = path
+        self._name = worker
+        self._arrays = arrays
+
+    def serve(self) -> Stop:
+        """Receive, apply and answer pushes until Python is needed."""
+        status = serve(self._path.arrays, self._worker(), self._arrays)
+        progress = self._arrays.progress.tolist()
+        unsent = self._arrays.answer.data[progress[SENT] : self._answer_size]
+        return Stop(progress[ERROR], progress[HEADER_GOT], progress[PAYLOAD_GOT], status == UNSENT, unsent)
+
+    def take(self) -> bool:
+        """Apply the push whose header and payload Python has received. Return False if nothing was changed."""
+        return take_push(self._path.arrays, self._worker(), self._arrays)
+
+    def answer(self) -> tuple[bytes, memoryview]:
+        """Return the header and the weights of the answer to the push that was taken last."""
+        answer = self._arrays.answer.data
+        return bytes(answer[:HEADER_SIZE]), answer[HEADER_SIZE : self._answer_size]
+
+    @property
+    def _answer_size(self) -> int:
+        return HEADER_SIZE + int(self._arrays.answer_fields["payload"][0])
+
+    def _worker(self) -> WorkerArrays:
+        return worker_arrays(self._name, self._path.live_worker(self._name))

@@ -1,0 +1,206 @@
+"""The loop that serves one worker's connection in compiled code: receive a push, apply it, answer.
+
+The thread of a connection stays in `serve` from one push of the usual case to the next. It returns to Python with a
+frame that compiled code does not handle, or with a connection that is closed or broken.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psgd.core.server.push_arrays import INCARNATION, UPDATES
+from psgd.serving.compiled.native import compiled, error_location, gettime, lock, recv, send, unlock
+from psgd.serving.compiled.push import APPLIED, Header, ServerArrays, WorkerArrays, apply_push
+from psgd_workers.messages import FloatArray
+from psgd_workers.transport.frames import FIELDS, FORMAT, HEADER_SIZE, MAGIC, VERSION, FrameKind
+
+__all__ = [
+    "ERROR",
+    "HEADER_GOT",
+    "INCOMPLETE",
+    "PAYLOAD_GOT",
+    "SENT",
+    "UNHANDLED",
+    "UNSENT",
+    "ConnectionArrays",
+    "serve",
+    "take_push",
+]
+
+# Values that `serve` returns.
+INCOMPLETE = 0  # a frame was not received as a whole, or its header is none that compiled code handles
+UNHANDLED = 1  # a push was received as a whole, and nothing was changed
+UNSENT = 2  # a push was applied, but its answer was not sent as a whole
+
+# Indices of `ConnectionArrays.plan`.
+STREAM, SERVER_INCARNATION, PAYLOAD, VALUES, IS_SHARED, FLAGS = range(6)
+# Indices of `ConnectionArrays.progress`.
+HEADER_GOT, PAYLOAD_GOT, SENT, ERROR = range(4)
+
+PUSH = int(FrameKind.PUSH)
+RECEIPT = int(FrameKind.RECEIPT)
+MAGIC_NUMBER = int.from_bytes(MAGIC, "little")
+CHECKED = FIELDS.size  # bytes of a header before its checksum
+VERSION_SIZE = VERSION.size
+WAIT_FOR_ALL = 0x100  # MSG_WAITALL of Linux
+CLOCK_MONOTONIC = 1
+
+
+def _crc_table() -> NDArray[np.uint32]:
+    """Return the table of CRC-32 with the polynomial of zlib (ISO 3309), one entry for each byte."""
+    entries = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        entries = np.where(entries & 1, (entries >> 1) ^ np.uint32(0xEDB88320), entries >> 1)
+    return entries
+
+
+CRC_TABLE = _crc_table()
+
+
+class ConnectionArrays(NamedTuple):
+    """The arrays of a connection that compiled code uses."""
+
+    plan: NDArray[np.int64]  # [6]: socket, the server's incarnation, bytes of a payload, values of the partition,
+    # 1 if memory is shared, and flags of `send`
+    progress: NDArray[np.int64]  # [4]: bytes received of the header and of the payload, bytes sent, error number
+    header: NDArray[np.uint8]  # [HEADER_SIZE], received
+    fields: Header  # [1], view of `header`
+    answer: NDArray[np.uint8]  # [HEADER_SIZE + bytes of the weights to send]
+    answer_fields: Header  # [1], view of `answer`
+    weights: FloatArray  # [partition size] or [0], view of `answer` after its header
+    memory: FloatArray  # memory that contains the gradients of all slots
+    starts: NDArray[np.int64]  # [slots]: index in `memory` at which the gradient of a slot begins
+    payloads: NDArray[np.uint8]  # [slots, bytes]: payload of each slot
+    clock: NDArray[np.int64]  # [2]: seconds and nanoseconds
+
+
+@compiled
+def serve(server: ServerArrays, worker: WorkerArrays, connection: ConnectionArrays) -> int:
+    """Serve pushes until one is not handled here, or the connection is closed or broken.
+
+    Returns:
+        INCOMPLETE, UNHANDLED or UNSENT. `connection.progress` says how much was received and sent.
+    """
+    while True:
+        if not _receive(connection):
+            return INCOMPLETE
+        if not take_push(server, worker, connection):
+            return UNHANDLED
+        if not _send(connection):
+            return UNSENT
+
+
+@compiled
+def take_push(server: ServerArrays, worker: WorkerArrays, connection: ConnectionArrays) -> bool:
+    """Apply the push in hand and write its answer. Return False if nothing was changed.
+
+    The header is one that `_is_handled`, or Python has checked in the same way.
+    """
+    plan = connection.plan
+    fields = connection.fields[0]
+    slot = np.int64(fields.slot)
+    start = connection.starts[slot]
+    values = connection.memory[start : start + plan[VALUES]]
+    payload = connection.payloads[slot]
+    others = payload[plan[PAYLOAD] - VERSION_SIZE * (server.rule[0].partitions - 1) : plan[PAYLOAD]]
+    lock(server.mutex.ctypes)
+    gettime(CLOCK_MONOTONIC, connection.clock.ctypes)
+    now = connection.clock[0] + connection.clock[1] * 1e-9
+    is_applied = apply_push(server, worker, fields, values, others, now)
+    updates = server.state.version[UPDATES]
+    if is_applied and fields.wants:
+        connection.weights[:] = server.state.weights
+    unlock(server.mutex.ctypes)
+    if is_applied:
+        _write_answer(connection, server.state.version[INCARNATION], updates)
+    return is_applied
+
+
+@compiled
+def _receive(connection: ConnectionArrays) -> bool:
+    """Receive a push as a whole. Return False if that fails, or the header is none that is handled here."""
+    progress = connection.progress
+    plan = connection.plan
+    progress[:] = 0
+    progress[HEADER_GOT] = _receive_into(connection, connection.header)
+    if progress[HEADER_GOT] != HEADER_SIZE or not _is_handled(connection):
+        return False
+    if plan[PAYLOAD] == 0:
+        return True
+    payload = connection.payloads[np.int64(connection.fields[0].slot)]
+    progress[PAYLOAD_GOT] = _receive_into(connection, payload[: plan[PAYLOAD]])
+    return progress[PAYLOAD_GOT] == plan[PAYLOAD]
+
+
+@compiled
+def _receive_into(connection: ConnectionArrays, into: NDArray[np.uint8]) -> int:
+    """Wait until `into` is full. Return the number of bytes received: fewer if the connection is closed or broken."""
+    got = recv(connection.plan[STREAM], into.ctypes, len(into), WAIT_FOR_ALL)
+    if got >= 0:
+        return got
+    connection.progress[ERROR] = error_location()[0]
+    return 0
+
+
+@compiled
+def _is_handled(connection: ConnectionArrays) -> bool:
+    """Return True if the header is of a push that this connection may carry. It does not check batch and versions."""
+    fields = connection.fields[0]
+    plan = connection.plan
+    return (
+        fields.magic == MAGIC_NUMBER
+        and fields.format == FORMAT
+        and fields.checksum == _checksum(connection.header)
+        and fields.kind == PUSH
+        and fields.code == 0
+        and fields.slot < len(connection.starts)
+        and fields.incarnation == plan[SERVER_INCARNATION]
+        and fields.payload == np.uint64(plan[PAYLOAD])
+        and fields.wants <= 1 - plan[IS_SHARED]
+    )
+
+
+@compiled
+def _checksum(header: NDArray[np.uint8]) -> np.uint32:
+    """Return the CRC-32 of a header's fields."""
+    crc = np.uint32(0xFFFFFFFF)
+    for i in range(CHECKED):
+        crc = CRC_TABLE[(crc ^ header[i]) & np.uint32(0xFF)] ^ (crc >> np.uint32(8))
+    return crc ^ np.uint32(0xFFFFFFFF)
+
+
+@compiled
+def _write_answer(connection: ConnectionArrays, incarnation: int, updates: int) -> None:
+    """Write the receipt of an applied push."""
+    pushed = connection.fields[0]
+    receipt = connection.answer_fields[0]
+    receipt.magic = MAGIC_NUMBER
+    receipt.format = FORMAT
+    receipt.kind = RECEIPT
+    receipt.slot = pushed.slot
+    receipt.code = APPLIED
+    receipt.incarnation = incarnation
+    receipt.payload = 4 * len(connection.weights) if pushed.wants else 0
+    receipt.epoch = pushed.epoch
+    receipt.shard = pushed.shard
+    receipt.index = pushed.index
+    receipt.read_incarnation = incarnation
+    receipt.read_updates = updates
+    receipt.wants = pushed.wants
+    receipt.checksum = _checksum(connection.answer)
+
+
+@compiled
+def _send(connection: ConnectionArrays) -> bool:
+    """Send the answer. Return False if it was not sent as a whole."""
+    plan = connection.plan
+    size = HEADER_SIZE + np.int64(connection.answer_fields[0].payload)
+    sent = send(plan[STREAM], connection.answer.ctypes, size, plan[FLAGS])
+    if sent < 0:
+        connection.progress[ERROR] = error_location()[0]
+        sent = 0
+    connection.progress[SENT] = sent
+    return sent == size
