@@ -37,6 +37,7 @@ CONTENDERS = {
     "ddp_gloo": Contender("PyTorch DDP on gloo", "ddp_gloo", target=3.0),
     "ray_documented": Contender("Ray's documented parameter server", "ray_documented", target=10.0),
     "psgd_unvalidated_job": Contender("psgd, async, not validating", "psgd_job", ("--no-validation",)),
+    "psgd_bare": Contender("psgd, async, without Ray", "psgd_bare"),
     "psgd_tcp_job": Contender("psgd, async, by lane tcp", "psgd_job", ("--set", "scaling.lane=tcp")),
     "psgd_ray_job": Contender("psgd, async, by lane ray", "psgd_job", ("--set", "scaling.lane=ray")),
 }

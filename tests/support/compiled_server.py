@@ -10,7 +10,8 @@ from psgd.serving.compiled.push import HEADER, apply_push
 from psgd.serving.compiled.rule import write_rule
 from psgd.spec import Settings
 from psgd_workers.messages import Encoded, Gradient, Receipt
-from psgd_workers.transport.frames import VERSION, Frame
+from psgd_workers.transport.frames import VERSION
+from tests.support.jobs import push_header
 
 __all__ = ["CompiledServer"]
 
@@ -35,8 +36,8 @@ class CompiledServer:
     def push(self, gradient: Gradient, now: float) -> tuple[Receipt, ...]:
         live = self.server.live_worker(gradient.worker)
         if live is not None and not isinstance(gradient.values, Encoded):
-            frame = Frame.of_push(gradient, gradient.slot, True, self.server.version.incarnation, 0)
-            header = np.frombuffer(bytearray(frame.pack()), HEADER)
+            packed = push_header(gradient, gradient.slot, True, self.server.version.incarnation, 0)
+            header = np.frombuffer(bytearray(packed), HEADER)
             others = np.frombuffer(b"".join(VERSION.pack(*version) for version in gradient.others), np.uint8)
             worker = worker_arrays(gradient.worker, live)
             if apply_push(self._arrays, worker, header[0], gradient.values, others, now):

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from psgd.spec import JobSpec
-from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Version
+from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradient, Version
+from psgd_workers.transport.frames import PushHeader
 
-__all__ = ["GRID", "START", "job", "push", "quadratic"]
+__all__ = ["GRID", "START", "job", "push", "push_header", "quadratic"]
 
 GRID = EpochGrid((5, 4), 9)
 START = np.linspace(-1, 1, 6, dtype=np.float32)
@@ -51,3 +52,9 @@ def push(
     values = np.ones_like(START) if values is None else values
     norm = float(np.linalg.norm(values)) if norm is None else norm
     return Gradient(worker, 0, number, batch, examples, read, values, loss, norm, 0.01)
+
+
+def push_header(gradient: Gradient, slot: int, wants: bool, incarnation: int, payload: int) -> bytes:
+    """Return the header of a push, as a lane sends it."""
+    encoding = gradient.values.kind if isinstance(gradient.values, Encoded) else ""
+    return bytes(PushHeader(slot, encoding, incarnation).write(gradient, payload, wants))

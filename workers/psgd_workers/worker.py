@@ -291,7 +291,7 @@ class Worker:
         weights, gradient = self._memory[slot]
         loss, norm, compute_s = self._last_metadata
         versions = self._loop.slots[slot].reads
-        examples = len(self._shards.rows(batch))
+        examples = self._shards.grid.examples(batch)
         messages = self._senders[slot].gradients(batch, examples, versions, gradient, weights, loss, norm, compute_s)
         self._pending[slot] = [
             lane.push(message, slot, wants_weights) for lane, message in zip(self._lanes, messages, strict=True)

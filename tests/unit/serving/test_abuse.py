@@ -26,6 +26,7 @@ from psgd_workers.messages import Outcome, Version
 from psgd_workers.transport import memory
 from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind
 from psgd_workers.transport.handshake import GREETING_SIZE, HELLO_SIZE, WELCOME_SIZE
+from tests.support.jobs import push_header
 from tests.support.server_harness import (
     BIG,
     FIRST,
@@ -157,7 +158,7 @@ def test_a_frame_may_arrive_in_pieces(harnesses: Harnesses, sections: Any, kind:
     worker = harness.lane(kind)
     gradient = worker.gradient(0, FIRST, V1)
     payload = b"".join(harness.push_format.payload(gradient, shared="tcp" not in kind))
-    for byte in Frame.of_push(gradient, 0, False, 1, len(payload)).pack() + payload:
+    for byte in push_header(gradient, 0, False, 1, len(payload)) + payload:
         stream.sendall(bytes([byte]))
     answer = Frame.unpack(exactly(stream, HEADER_SIZE))
     assert (answer.kind, answer.version) == (FrameKind.RECEIPT, Version(1, 1))

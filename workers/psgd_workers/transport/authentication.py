@@ -35,7 +35,7 @@ class FrameAuthenticator:
         self._key = AES(key)
         self._number = 0  # of the next frame
 
-    def tag(self, parts: Iterable[bytes | memoryview]) -> bytes:
+    def tag(self, parts: Iterable[bytes | bytearray | memoryview]) -> bytes:
         """Return the tag of the next frame.
 
         Args:
@@ -48,7 +48,7 @@ class FrameAuthenticator:
         gmac.finalize()
         return gmac.tag
 
-    def check(self, tag: bytes | memoryview, parts: Iterable[bytes | memoryview]) -> None:
+    def check(self, tag: bytes | memoryview, parts: Iterable[bytes | bytearray | memoryview]) -> None:
         """Check the tag of the next frame.
 
         Raises:

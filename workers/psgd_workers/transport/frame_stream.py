@@ -45,7 +45,7 @@ class FrameStream:
         """Return True if frames have tags."""
         return self._incoming is not None
 
-    def send(self, header: bytes, *payload: bytes | memoryview) -> None:
+    def send(self, header: bytes | bytearray, *payload: bytes | memoryview) -> None:
         """Send a frame.
 
         Raises:

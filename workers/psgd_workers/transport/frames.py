@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import IntEnum
+from functools import cache
 from math import ceil
 from struct import Struct
 from typing import Any, NamedTuple
@@ -22,13 +23,18 @@ from psgd_workers.gradients.compression import ARRAYS
 from psgd_workers.messages import BatchId, Encoded, FloatArray, Gradient, Outcome, Receipt, Version
 from psgd_workers.transport.memory import Slot
 
-__all__ = ["HEADER_SIZE", "Frame", "FrameKind", "PushFormat", "pack_receipt"]
+__all__ = ["HEADER_SIZE", "Frame", "FrameKind", "PushFormat", "PushHeader", "pack_receipt", "unpack_receipt"]
 
 MAGIC = b"psgd"
 FORMAT = 1
 # Magic, format, kind, slot, code, incarnation, examples, payload, epoch, shard, index, the version's incarnation and
 # updates, loss, norm, compute_s, number, carries, wants. Each field lies at a multiple of its size.
 FIELDS = Struct("<4sBBBBIIQIIIIQdddQQI")
+FIXED = Struct("<4sBBBBI")  # the fields that are the same in all pushes of a slot: the first six
+PUSH_FIELDS = Struct("<IQIIIIQdddQQI")  # the other fields of a push
+RECEIPT_START = Struct("<4sBBB")  # magic, format, kind, slot
+# Start, code, incarnation, payload, epoch, shard, index, the version's incarnation and updates, checksum.
+RECEIPT_FIELDS = Struct("<7sBI4xQIIIIQ44xI")
 HEADER = Struct(f"{FIELDS.format}I")  # the fields, then their CRC-32
 HEADER_SIZE = HEADER.size
 ENCODINGS = ("", *ARRAYS)  # compression by the code of a push; "": values are not compressed
@@ -139,22 +145,6 @@ class Frame(NamedTuple):
             carries,
         )
 
-    @classmethod
-    def of_push(cls, gradient: Gradient, slot: int, wants: bool, incarnation: int, payload: int) -> Frame:
-        """Return the header of a push.
-
-        Args:
-            gradient: the push.
-            slot: number of the slot in which the gradient was computed.
-            wants: True if the new weights are to come with the receipt.
-            incarnation: incarnation of the server.
-            payload: length of the payload, in bytes.
-        """
-        _, _, number, batch, examples, read, values, loss, norm, compute_s, _, _, _, carries = gradient
-        code = ENCODINGS.index(values.kind) if isinstance(values, Encoded) else 0
-        fields = (batch, examples, read, loss, norm, compute_s, number, carries)
-        return cls(FrameKind.PUSH, slot, code, wants, incarnation, payload, *fields)
-
     def receipt(self, worker: str) -> Receipt:
         """Return the receipt that this header carries.
 
@@ -185,6 +175,64 @@ def pack_receipt(receipt: Receipt, slot: int, wants: bool, payload: int) -> byte
 
 def _with_checksum(fields: bytes) -> bytes:
     return fields + CHECKSUM.pack(crc32(fields))
+
+
+class PushHeader:
+    """The header of the pushes of one slot: memory that is kept, and whose changing fields are written for each push.
+
+    Args:
+        slot: number of the slot.
+        encoding: name of the compression; "": values are not compressed.
+        incarnation: incarnation of the server.
+    """
+
+    def __init__(self, slot: int, encoding: str, incarnation: int) -> None:
+        self._bytes = bytearray(HEADER_SIZE)
+        FIXED.pack_into(self._bytes, 0, MAGIC, FORMAT, FrameKind.PUSH, slot, ENCODINGS.index(encoding), incarnation)
+        self._checked = memoryview(self._bytes)[: FIELDS.size]
+
+    def write(self, gradient: Gradient, payload: int, wants: bool) -> bytearray:
+        """Write a push into the header, and return it. The next call changes it.
+
+        Args:
+            gradient: the push.
+            payload: length of the payload, in bytes.
+            wants: True if the new weights are to come with the receipt.
+        """
+        _, _, number, batch, examples, read, _, loss, norm, compute_s, _, _, _, carries = gradient
+        header = self._bytes
+        PUSH_FIELDS.pack_into(
+            header, FIXED.size, examples, payload, *batch, *read, loss, norm, compute_s, number, carries, wants
+        )
+        CHECKSUM.pack_into(header, FIELDS.size, crc32(self._checked))
+        return header
+
+
+def unpack_receipt(header: bytes | bytearray | memoryview, slot: int, incarnation: int, worker: str) -> Receipt | None:
+    """Read the header of a receipt, without a `Frame`, which takes three times as long.
+
+    Args:
+        header: `HEADER_SIZE` bytes.
+        slot: slot from which the push came.
+        incarnation: incarnation of the server.
+        worker: name of the worker that pushed.
+
+    Returns:
+        The receipt; None if the frame is none for this slot without a payload. `Frame.unpack` may say why.
+    """
+    start, code, *fields, checksum = RECEIPT_FIELDS.unpack(header)
+    sender, payload, epoch, shard, index, version_incarnation, updates = fields
+    if start != _receipt_start(slot) or (sender, payload) != (incarnation, 0) or code >= len(OUTCOMES):
+        return None
+    if checksum != crc32(memoryview(header)[: FIELDS.size]):
+        return None
+    version = Version(version_incarnation, updates)
+    return Receipt(worker, BatchId(epoch, shard, index), OUTCOMES[code], version)
+
+
+@cache
+def _receipt_start(slot: int) -> bytes:
+    return RECEIPT_START.pack(MAGIC, FORMAT, RECEIPT, slot)
 
 
 class PushFormat(NamedTuple):

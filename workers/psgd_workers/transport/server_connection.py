@@ -12,7 +12,7 @@ from typing import Self
 from psgd_workers.errors import FrameError, LaneTimeoutError, ServerGoneError
 from psgd_workers.transport.authentication import FrameAuthenticator
 from psgd_workers.transport.frame_stream import FrameStream
-from psgd_workers.transport.frames import Frame
+from psgd_workers.transport.frames import HEADER_SIZE, Frame
 from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
 from psgd_workers.transport.handshake_stream import HandshakeStream
 from psgd_workers.transport.memory import Segment
@@ -41,6 +41,8 @@ class ServerConnection:
         self._connect_s = connect_s
         self._deadline = deadline
         self._frames = FrameStream(stream)
+        self._has_tags = False
+        self._header = memoryview(bytearray(HEADER_SIZE))
         self._limit_s: float | None = None
 
     @classmethod
@@ -76,10 +78,13 @@ class ServerConnection:
             limit(self._stream, timeout_s)
             self._limit_s = timeout_s
 
-    def send(self, header: bytes, *payload: bytes | memoryview) -> None:
+    def send(self, header: bytes | bytearray, *payload: bytes | memoryview) -> None:
         """Send a frame."""
         try:
-            self._frames.send(header, *payload)
+            if payload or self._has_tags:
+                self._frames.send(header, *payload)
+            else:
+                self._stream.sendall(header)
         except BlockingIOError as error:
             raise LaneTimeoutError(f"the server did not read a message within {self._limit_s} s") from error
         except OSError as error:
@@ -103,6 +108,20 @@ class ServerConnection:
         if received is None:
             raise ServerGoneError(CLOSED)
         return received[0]
+
+    def receive_header(self) -> memoryview:
+        """Receive the next header. Return memory that the next call overwrites. Only without tags."""
+        try:
+            got = self._stream.recv_into(self._header)
+            while 0 < got < HEADER_SIZE and (more := self._stream.recv_into(self._header[got:])):
+                got += more
+        except BlockingIOError as error:
+            raise LaneTimeoutError(f"no answer from the server within {self._limit_s} s") from error
+        except OSError as error:
+            raise ServerGoneError(f"{GONE}: {error}") from error
+        if got < HEADER_SIZE:
+            raise ServerGoneError(CLOSED)
+        return self._header
 
     def shake_hands(
         self, address: Address, worker: str, segment: Segment, shared: bool, authenticates: bool = False
@@ -164,6 +183,7 @@ class ServerConnection:
             on_error.pop_all()
         if authenticates:
             to_server, to_worker = hello.frame_keys(address.key, greeting)
+            self._has_tags = True
             self._frames = FrameStream(self._stream, FrameAuthenticator(to_server), FrameAuthenticator(to_worker))
         return file
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from psgd_workers.errors import FrameError, SharedMemoryError
 from psgd_workers.messages import Gradient, Receipt, Version
-from psgd_workers.transport.frames import Frame, FrameKind, PushFormat
+from psgd_workers.transport.frames import Frame, FrameKind, PushFormat, PushHeader, unpack_receipt
 from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.lane import LaneKind, Pending
 from psgd_workers.transport.memory import PublishedVector, Segment, stores_are_ordered
 from psgd_workers.transport.server_connection import ServerConnection
 
 __all__ = ["ShmLane"]
-
-EMPTY = memoryview(b"")
 
 
 class ShmLane:
@@ -57,7 +55,11 @@ class ShmLane:
             self._connection.close()
             raise
         self._copies_itself = stores_are_ordered()  # without asking the server
-        self._arrived: dict[int, Frame] = {}  # answers by slot that arrived while another slot's was awaited
+        slots = range(len(segment.slots))
+        self._has_payload = bool(push_format.encoding or push_format.partitions > 1)
+        self._headers = [PushHeader(slot, push_format.encoding, address.incarnation) for slot in slots]
+        self._pending = [_ShmPending(self, slot) for slot in slots]
+        self._arrived: dict[int, Receipt] = {}  # by slot, receipts that arrived while another slot's was awaited
 
     def pull(self, slot: int, timeout_s: float) -> Version:
         """Copy the weights from shared memory, or ask the server to copy if it changes them all the time."""
@@ -65,7 +67,7 @@ class ShmLane:
             return version
         self._connection.limit(timeout_s)
         self._connection.send(Frame(FrameKind.PULL, slot, 0, False, self._incarnation, 0).pack())
-        return self._answer(FrameKind.WEIGHTS, slot).version
+        return self._pulled(slot)
 
     def version(self, timeout_s: float) -> Version:
         """Read the version from shared memory."""
@@ -74,41 +76,49 @@ class ShmLane:
 
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
         """Send one frame with everything that is not in shared memory."""
-        payload = self._push_format.payload(gradient, shared=True)
+        payload = self._push_format.payload(gradient, shared=True) if self._has_payload else []
         size = sum(map(len, payload))
-        frame = Frame.of_push(gradient, slot, wants and not self._copies_itself, self._incarnation, size)
-        self._connection.send(frame.pack(), *payload)
-        return _ShmPending(self, slot, wants)
+        header = self._headers[slot].write(gradient, size, wants and not self._copies_itself)
+        self._connection.send(header, *payload)
+        pending = self._pending[slot]
+        pending.wants = wants
+        return pending
 
     def receipt(self, slot: int, wants: bool, timeout_s: float) -> Receipt:
         """Wait for the receipt of the push from a slot; see `Pending.receipt`."""
-        self._connection.limit(timeout_s)
-        receipt = self._answer(FrameKind.RECEIPT, slot).receipt(self._worker)
+        receipt = self._arrived.pop(slot, None)
+        if receipt is None:
+            self._connection.limit(timeout_s)
+            receipt = self._next_receipt(slot)
         if wants and self._copies_itself:
-            return Receipt(receipt.worker, receipt.batch, receipt.outcome, self.pull(slot, timeout_s))
+            return receipt._replace(version=self.pull(slot, timeout_s))
         return receipt
 
-    def _answer(self, kind: FrameKind, slot: int) -> Frame:
-        """Wait for the next frame of a slot.
+    def _next_receipt(self, slot: int) -> Receipt:
+        """Wait for the receipt of a slot, and keep those of other slots that come before."""
+        while True:
+            header = self._connection.receive_header()
+            receipt = unpack_receipt(header, slot, self._incarnation, self._worker)
+            if receipt is not None:
+                return receipt
+            self._keep(header, f"the receipt of slot {slot}", slot)
 
-        Raises:
-            FrameError: the frame is of another kind or server.
-        """
-        frame = self._next(slot)
-        found = (frame.kind, frame.slot, frame.incarnation)
-        expected = (kind, slot, self._incarnation)
-        if found != expected:
-            raise FrameError(f"the server answered {found}, expected {expected}: kind, slot, incarnation")
-        return frame
+    def _pulled(self, slot: int) -> Version:
+        """Wait until the server has copied the weights into a slot, and keep the receipts that come before."""
+        while True:
+            header = self._connection.receive_header()
+            frame = Frame.unpack(header)
+            if frame[:2] == (FrameKind.WEIGHTS, slot) and (frame.incarnation, frame.payload) == (self._incarnation, 0):
+                return frame.version
+            self._keep(header, f"the weights for slot {slot}", slot)
 
-    def _next(self, slot: int) -> Frame:
-        if slot in self._arrived:
-            return self._arrived.pop(slot)
-        while (frame := self._connection.receive(_no_payload)).slot != slot:
-            if frame.slot >= len(self._weights) or frame.slot in self._arrived:
-                raise FrameError(f"the server answered slot {frame.slot} of {len(self._weights)}, which awaits nothing")
-            self._arrived[frame.slot] = frame
-        return frame
+    def _keep(self, header: memoryview, expected: str, slot: int) -> None:
+        """Keep the receipt of another slot. Raise FrameError if the header is none."""
+        frame = Frame.unpack(header)
+        receipt = unpack_receipt(header, frame.slot, self._incarnation, self._worker)
+        if receipt is None or frame.slot == slot or frame.slot in self._arrived or frame.slot >= len(self._weights):
+            raise FrameError(f"the server answered {frame}, expected {expected}")
+        self._arrived[frame.slot] = receipt
 
     def hang_up(self) -> None:
         """Implement `Lane.hang_up`."""
@@ -116,23 +126,19 @@ class ShmLane:
 
     def close(self) -> None:
         """Implement `Lane.close`."""
+        self._pending.clear()  # they refer to this lane, whose memory would otherwise live until a garbage collection
         self._connection.close()
 
 
-def _no_payload(frame: Frame) -> memoryview:
-    """Return an empty buffer: answers have no payload, because weights are in shared memory."""
-    if frame.payload:
-        raise FrameError(f"the server sent {frame.payload} bytes of payload, expected none")
-    return EMPTY
-
-
 class _ShmPending:
-    __slots__ = ("_lane", "_slot", "_wants")
+    """The push from one slot, as long as it has no receipt. The slot's next push uses the same object."""
 
-    def __init__(self, lane: ShmLane, slot: int, wants: bool) -> None:
+    __slots__ = ("_lane", "_slot", "wants")
+
+    def __init__(self, lane: ShmLane, slot: int) -> None:
         self._lane = lane
         self._slot = slot
-        self._wants = wants
+        self.wants = False
 
     def receipt(self, timeout_s: float) -> Receipt:
-        return self._lane.receipt(self._slot, self._wants, timeout_s)
+        return self._lane.receipt(self._slot, self.wants, timeout_s)

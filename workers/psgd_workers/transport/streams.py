@@ -27,7 +27,7 @@ def limit(stream: socket.socket, timeout_s: float | None) -> None:
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
-def send(stream: socket.socket, *parts: bytes | memoryview) -> None:
+def send(stream: socket.socket, *parts: bytes | bytearray | memoryview) -> None:
     """Send all parts, one after the other.
 
     Raises:

@@ -25,6 +25,7 @@ from psgd_workers.spec import (
 )
 from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind, PushFormat, pack_receipt
 from psgd_workers.transport.memory import Slot
+from tests.support.jobs import push_header
 
 BYTE, WORD, LONG = (st.integers(0, 2**bits - 1) for bits in (8, 32, 64))
 FRAMES = st.builds(
@@ -210,7 +211,7 @@ def test_a_push_arrives_as_it_was_sent(
     push_format, slot, gradient = made(compression, weights, trainable, others)
     parts = push_format.payload(gradient, shared)
     sent = bytearray(b"".join(parts))
-    header = Frame.of_push(gradient, slot=1, wants=True, incarnation=1, payload=len(sent)).pack()
+    header = push_header(gradient, 1, True, 1, len(sent))
     frame = Frame.unpack(header)
     push_format.check(frame, push_format.sizes(shared))
     came = push_format.gradient(frame, memoryview(sent), "worker-0", slot if shared else None)
@@ -232,7 +233,7 @@ def test_what_lies_in_shared_memory_does_not_travel() -> None:
     assert push_format.payload(gradient, shared=True) == []
     assert push_format.sizes(shared=True) == range(1)
     assert push_format._replace(partitions=3).sizes(shared=True) == range(24, 25), "12 bytes for each other partition"
-    came = push_format.gradient(Frame.of_push(gradient, 0, False, 1, 0), memoryview(b""), "worker-0", slot)
+    came = push_format.gradient(Frame.unpack(push_header(gradient, 0, False, 1, 0)), memoryview(b""), "worker-0", slot)
     assert came.values is slot.gradient
     assert came.weights_read is slot.weights
 
@@ -242,7 +243,7 @@ def test_what_lies_in_shared_memory_does_not_travel() -> None:
 def test_a_push_of_another_form_is_refused_by_its_header(compression: CompressionSpec, shared: bool) -> None:
     push_format, _, gradient = made(compression, weights=True)
     size = sum(map(len, push_format.payload(gradient, shared)))
-    frame = Frame.of_push(gradient, 0, False, 1, size)
+    frame = Frame.unpack(push_header(gradient, 0, False, 1, size))
     push_format.check(frame, push_format.sizes(shared))
     for code in {*range(256)} - {frame.code}:
         with pytest.raises(FrameError, match=f"values of code {code}, expected {frame.code}"):
@@ -263,7 +264,7 @@ def test_a_payload_of_any_other_length_is_refused(
 ) -> None:
     push_format, _, gradient = made(compression, weights, others=others)
     sent = bytearray(b"".join(push_format.payload(gradient, shared=False)))
-    frame = Frame.of_push(gradient, 0, False, 1, len(sent))
+    frame = Frame.unpack(push_header(gradient, 0, False, 1, len(sent)))
     for length in range(len(sent)):
         with pytest.raises(FrameError):
             push_format.gradient(frame, memoryview(sent)[:length], "worker-0", None)
@@ -276,7 +277,7 @@ def test_a_payload_of_any_other_length_is_refused(
 def test_damaged_encoded_payloads_are_refused_or_decoded(compression: CompressionSpec) -> None:
     push_format, _, gradient = made(compression, weights=True)
     good = np.frombuffer(b"".join(push_format.payload(gradient, shared=False)), np.uint8)
-    frame = Frame.of_push(gradient, 0, False, 1, len(good))
+    frame = Frame.unpack(push_header(gradient, 0, False, 1, len(good)))
     rng = np.random.default_rng(1)
     out = np.empty(TRAINABLE, "f4")
     refused = 0

@@ -403,10 +403,10 @@ def test_a_server_that_hangs_is_a_timeout(
     assert 0.1 <= time.monotonic() - began < LIMIT_S / 2
 
 
+@pytest.mark.parametrize("slots", [1, 2], ids=["in the calling thread", "in the sending thread"])
 def test_a_push_that_the_server_does_not_take_can_be_given_up(
-    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses
+    monkeypatch: pytest.MonkeyPatch, harnesses: Harnesses, slots: int
 ) -> None:
-    """The lane's sending thread is in the middle of the push."""
     harness = harnesses(**BIG)
     given_up = threading.Event()
 
@@ -416,11 +416,11 @@ def test_a_push_that_the_server_does_not_take_can_be_given_up(
         return receive(stream, into)
 
     monkeypatch.setattr(frame_stream, "receive", no_payload)
-    client = harness.lane("tcp", slots=1)
+    client = harness.lane("tcp", slots=slots)
+    client.lane.version(0.1)
     began = time.monotonic()
-    pending = client.lane.push(client.gradient(0, FIRST, V1), 0, wants=False)
     with pytest.raises(LaneTimeoutError):
-        pending.receipt(0.1)
+        client.lane.push(client.gradient(0, FIRST, V1), 0, wants=False).receipt(0.1)
     client.lane.close()
     given_up.set()
     assert time.monotonic() - began < LIMIT_S / 2
