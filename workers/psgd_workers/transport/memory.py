@@ -175,9 +175,9 @@ class PublishedVector:
             before = counts[SEQUENCE]
             if before % 2 == 0:
                 np.copyto(into, self.values)
-                version = Version(counts[INCARNATION], counts[UPDATES])
+                updates = counts[UPDATES]
                 if counts[SEQUENCE] == before:
-                    return version
+                    return Version(counts[INCARNATION], updates)
             os.sched_yield()  # the writer may be waiting for this processor
         return None
 

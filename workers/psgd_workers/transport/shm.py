@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from psgd_workers.errors import FrameError, SharedMemoryError
 from psgd_workers.messages import Gradient, Receipt, Version
-from psgd_workers.transport.frames import Frame, FrameKind, PushFormat, PushHeader, unpack_receipt
+from psgd_workers.transport.frames import Frame, FrameKind, PushFormat, PushHeader, ReceiptHeader
 from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.lane import LaneKind, Pending
 from psgd_workers.transport.memory import PublishedVector, Segment, stores_are_ordered
@@ -42,7 +42,6 @@ class ShmLane:
             raise SharedMemoryError(
                 f"no memory can be shared: {segment.fault or 'the server does not listen on a Unix socket'}"
             )
-        self._worker = worker
         self._push_format = push_format
         self._incarnation = address.incarnation
         self._weights = [slot.weights[part] for slot in segment.slots]
@@ -58,6 +57,7 @@ class ShmLane:
         slots = range(len(segment.slots))
         self._has_payload = bool(push_format.encoding or push_format.partitions > 1)
         self._headers = [PushHeader(slot, push_format.encoding, address.incarnation) for slot in slots]
+        self._receipts = [ReceiptHeader(slot, address.incarnation, worker) for slot in slots]
         self._pending = [_ShmPending(self, slot) for slot in slots]
         self._arrived: dict[int, Receipt] = {}  # by slot, receipts that arrived while another slot's was awaited
 
@@ -76,29 +76,33 @@ class ShmLane:
 
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
         """Send one frame with everything that is not in shared memory."""
-        payload = self._push_format.payload(gradient, shared=True) if self._has_payload else []
-        size = sum(map(len, payload))
-        header = self._headers[slot].write(gradient, size, wants and not self._copies_itself)
-        self._connection.send(header, *payload)
+        header = self._headers[slot]
+        asks = wants and not self._copies_itself
+        if self._has_payload:
+            payload = self._push_format.payload(gradient, shared=True)
+            self._connection.send(header.write(gradient, sum(map(len, payload)), asks), *payload)
+        else:
+            self._connection.send(header.write(gradient, 0, asks))
         pending = self._pending[slot]
         pending.wants = wants
         return pending
 
     def receipt(self, slot: int, wants: bool, timeout_s: float) -> Receipt:
         """Wait for the receipt of the push from a slot; see `Pending.receipt`."""
-        receipt = self._arrived.pop(slot, None)
-        if receipt is None:
+        if slot in self._arrived:
+            receipt = self._arrived.pop(slot)
+        else:
             self._connection.limit(timeout_s)
             receipt = self._next_receipt(slot)
         if wants and self._copies_itself:
-            return receipt._replace(version=self.pull(slot, timeout_s))
+            return Receipt(receipt.worker, receipt.batch, receipt.outcome, self.pull(slot, timeout_s))
         return receipt
 
     def _next_receipt(self, slot: int) -> Receipt:
         """Wait for the receipt of a slot, and keep those of other slots that come before."""
         while True:
             header = self._connection.receive_header()
-            receipt = unpack_receipt(header, slot, self._incarnation, self._worker)
+            receipt = self._receipts[slot].read(header)
             if receipt is not None:
                 return receipt
             self._keep(header, f"the receipt of slot {slot}", slot)
@@ -115,8 +119,9 @@ class ShmLane:
     def _keep(self, header: memoryview, expected: str, slot: int) -> None:
         """Keep the receipt of another slot. Raise FrameError if the header is none."""
         frame = Frame.unpack(header)
-        receipt = unpack_receipt(header, frame.slot, self._incarnation, self._worker)
-        if receipt is None or frame.slot == slot or frame.slot in self._arrived or frame.slot >= len(self._weights):
+        is_awaited = frame.slot < len(self._weights) and frame.slot != slot and frame.slot not in self._arrived
+        receipt = self._receipts[frame.slot].read(header) if is_awaited else None
+        if receipt is None:
             raise FrameError(f"the server answered {frame}, expected {expected}")
         self._arrived[frame.slot] = receipt
 
