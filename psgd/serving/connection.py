@@ -25,7 +25,7 @@ from psgd.serving.limited_log import LimitedLog
 from psgd_workers.errors import FrameError
 from psgd_workers.messages import FloatArray, Receipt, Version
 from psgd_workers.transport.frame_stream import FrameStream
-from psgd_workers.transport.frames import Frame, FrameKind, PushFormat, pack_receipt
+from psgd_workers.transport.frames import WEIGHTS, Frame, FrameKind, PushFormat, pack_receipt
 from psgd_workers.transport.handshake import Hello
 from psgd_workers.transport.memory import Segment, Slot
 from psgd_workers.transport.streams import shut
@@ -85,6 +85,8 @@ class WorkerConnection:
         self._frames = frames
         self._answers: _Answers = _DirectAnswers(stream) if segment else _QueuedAnswers(frames, stream)
         self._compiled: CompiledConnection | None = None
+        # With one server and one batch in hand, the worker waits after each push, and its processor is free.
+        self._worker_waits = segment is not None and hello.slots == 1 and push_format.size == hello.num_parameters
 
     def run(self) -> None:
         """Serve frames until the connection is closed. The calling thread must serve only this connection."""
@@ -147,7 +149,8 @@ class WorkerConnection:
                 self._stream.fileno(),
                 np.frombuffer(self._frames.header, np.uint8),
                 self._payloads,
-                None if segment is None else (segment.values, [start + self._part.start for start in segment.starts]),
+                None if segment is None else (segment.values, *segment.starts(self._part.start)),
+                self._worker_waits,
             )
         return self._compiled
 
@@ -187,7 +190,7 @@ class WorkerConnection:
                 return
             gradient = self._push_format.gradient(frame, payload, self._worker, shared)
             self._busy[slot] = True
-            host.push(gradient, partial(self._answer_push, slot, frame.wants))
+            host.push(gradient, partial(self._answer_push, slot, frame.wants == WEIGHTS))
         elif frame.kind is FrameKind.PULL:
             into, weights = self._weights_buffer(slot)
             self._answers.expect()

@@ -25,11 +25,13 @@ class CompiledServer:
     Attributes:
         server: the server.
         compiled: number of pushes that compiled code applied.
+        weights: weights after the last of them, as it copied them for the worker.
     """
 
     def __init__(self, server: ParameterServer) -> None:
         self.server = server
         self.compiled = 0
+        self.weights = np.empty_like(server.published)
         self._arrays = server_arrays(server, np.zeros(64, np.uint8), np.zeros(1, np.int64))
         write_rule(self._arrays.rule, server)
 
@@ -40,7 +42,7 @@ class CompiledServer:
             header = np.frombuffer(bytearray(packed), HEADER)
             others = np.frombuffer(b"".join(VERSION.pack(*version) for version in gradient.others), np.uint8)
             worker = worker_arrays(gradient.worker, live)
-            if apply_push(self._arrays, worker, header[0], gradient.values, others, now):
+            if apply_push(self._arrays, worker, header[0], gradient.values, others, now, self.weights):
                 self.compiled += 1
                 return ()
         return self.server.push(gradient, now)

@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 from psgd.serving.compiled.cache import SourceCacheLocator, own_cache
 
-__all__ = ["compiled", "error_location", "fence", "gettime", "lock", "recv", "send", "unlock"]
+__all__ = ["compiled", "error_location", "fence", "gettime", "lock", "recv", "send", "setaffinity", "unlock"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +34,7 @@ send: Any = types.ExternalFunction("send", transfer)
 lock: Any = types.ExternalFunction("pthread_mutex_lock", types.int32(types.voidptr))
 unlock: Any = types.ExternalFunction("pthread_mutex_unlock", types.int32(types.voidptr))
 gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.voidptr))
+setaffinity: Any = types.ExternalFunction("sched_setaffinity", types.int32(types.int32, types.uintp, types.voidptr))
 error_location: Any = types.ExternalFunction("__errno_location", types.CPointer(types.int32)())
 
 

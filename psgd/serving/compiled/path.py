@@ -19,6 +19,7 @@ from psgd.serving.compiled.rule import write_rule
 from psgd.serving.compiled.serve import (
     ERROR,
     HEADER_GOT,
+    MAX_PROCESSORS,
     PAYLOAD_GOT,
     SENT,
     UNSENT,
@@ -51,7 +52,7 @@ class CompiledPath:
         self.refresh()
         header = np.zeros(HEADER_SIZE, np.uint8)
         payloads = np.zeros((1, 0), np.uint8)
-        unused = self.connection("", CLOSED, header, payloads, (np.empty(0, np.float32), [0]))
+        unused = self.connection("", CLOSED, header, payloads, (np.empty(0, np.float32), [0], [0]), False)
         unused.serve()
         unused.take()
 
@@ -74,7 +75,8 @@ class CompiledPath:
         stream: int,
         header: NDArray[np.uint8],
         payloads: NDArray[np.uint8],
-        shared: tuple[FloatArray, Sequence[int]] | None,
+        shared: tuple[FloatArray, Sequence[int], Sequence[int]] | None,
+        follows: bool,
     ) -> CompiledConnection:
         """Return the path's end at one connection.
 
@@ -84,32 +86,40 @@ class CompiledPath:
             header: `[HEADER_SIZE]`: memory into which headers are received.
             payloads: `[slots, bytes]`, a multiple of 4 bytes: memory into which the payload of each slot is received.
                 It begins with the gradient if the worker's memory is not shared.
-            shared: the worker's memory, and for each slot the index at which the partition's gradient begins; None: it
-                is not shared.
+            shared: the worker's memory, and for each slot the indices at which the partition's gradient and weights
+                begin; None: it is not shared.
+            follows: True to bind the connection's thread to the processor of the worker.
         """
         state = self.arrays.state
         size = len(state.weights)
         inline = 0 if shared else 4 * size  # bytes of the gradient and of the weights in frames
         payload = inline + state.journal.shape[1] - RECORD.itemsize  # the rest are versions, as in the journal
-        memory, starts = shared or (
-            payloads.reshape(-1).view(np.float32),
-            [slot * payloads.shape[1] // 4 for slot in range(len(payloads))],
-        )
         flags = MSG_NOSIGNAL | (MSG_DONTWAIT if shared else 0)
         incarnation = int(state.version[INCARNATION])
         answer = np.zeros(HEADER_SIZE + inline, np.uint8)
+        slots = len(payloads)
+        if shared:
+            memory, starts, targets = shared
+            outputs = memory
+        else:
+            memory = payloads.reshape(-1).view(np.float32)
+            starts = [slot * payloads.shape[1] // 4 for slot in range(slots)]
+            outputs = answer[HEADER_SIZE:].view(np.float32)
+            targets = [0] * slots
         arrays = ConnectionArrays(
-            np.array([stream, incarnation, payload, size, shared is not None, flags]),
-            np.zeros(4, np.int64),
+            np.array([stream, incarnation, payload, size, shared is not None, flags, follows]),
+            np.zeros(6, np.int64),
             header,
             header.view(HEADER),
             answer,
             answer[:HEADER_SIZE].view(HEADER),
-            answer[HEADER_SIZE:].view(np.float32),
+            outputs,
+            np.array(targets, np.int64),
             memory,
             np.array(starts, np.int64),
             payloads,
             np.zeros(2, np.int64),
+            np.zeros(MAX_PROCESSORS // 64, np.uint64),
         )
         return CompiledConnection(self, worker, arrays)
 

@@ -53,7 +53,8 @@ HEADER = np.dtype(  # a frame's header; see `psgd_workers.transport.frames`
         ("compute_s", "<f8"),
         ("number", "<u8"),
         ("carries", "<u8"),
-        ("wants", "<u4"),
+        ("wants", "<u2"),
+        ("processor", "<u2"),
         ("checksum", "<u4"),
     ]
 )
@@ -94,6 +95,7 @@ def apply_push(
     values: FloatArray,
     others: NDArray[np.uint8],
     now: float,
+    weights: FloatArray,
 ) -> bool:
     """Apply a push of the usual case. The caller holds the server's lock.
 
@@ -104,6 +106,7 @@ def apply_push(
         values: `[partition size]`, its gradient.
         others: versions of the other partitions, as in the frame.
         now: time of the server's clock, seconds.
+        weights: `[partition size]`, overwritten with the weights after the step; `[0]`: they are not wanted.
 
     Returns:
         False if this is no usual case: nothing was changed, and `ParameterServer.push` has to decide.
@@ -123,7 +126,7 @@ def apply_push(
     _count_loss(state, header, compute_s)
     state.sequence[SEQUENCE] += 1
     fence()
-    make_step(rule, state, values, server.scratch, rate, scale)
+    make_step(rule, state, values, server.scratch, rate, scale, weights)
     fence()
     state.version[UPDATES] += 1
     state.sequence[SEQUENCE + 1] = state.version[INCARNATION]

@@ -12,15 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.core.server.push_arrays import INCARNATION, UPDATES
-from psgd.serving.compiled.native import compiled, error_location, gettime, lock, recv, send, unlock
+from psgd.serving.compiled.native import compiled, error_location, gettime, lock, recv, send, setaffinity, unlock
 from psgd.serving.compiled.push import APPLIED, Header, ServerArrays, WorkerArrays, apply_push
 from psgd_workers.messages import FloatArray
-from psgd_workers.transport.frames import FIELDS, FORMAT, HEADER_SIZE, MAGIC, VERSION, FrameKind
+from psgd_workers.transport.frames import FIELDS, FORMAT, HEADER_SIZE, MAGIC, SPARE_WEIGHTS, VERSION, WEIGHTS, FrameKind
 
 __all__ = [
     "ERROR",
     "HEADER_GOT",
     "INCOMPLETE",
+    "MAX_PROCESSORS",
     "PAYLOAD_GOT",
     "SENT",
     "UNHANDLED",
@@ -36,9 +37,9 @@ UNHANDLED = 1  # a push was received as a whole, and nothing was changed
 UNSENT = 2  # a push was applied, but its answer was not sent as a whole
 
 # Indices of `ConnectionArrays.plan`.
-STREAM, SERVER_INCARNATION, PAYLOAD, VALUES, IS_SHARED, FLAGS = range(6)
+STREAM, SERVER_INCARNATION, PAYLOAD, VALUES, IS_SHARED, FLAGS, FOLLOWS = range(7)
 # Indices of `ConnectionArrays.progress`.
-HEADER_GOT, PAYLOAD_GOT, SENT, ERROR = range(4)
+HEADER_GOT, PAYLOAD_GOT, SENT, ERROR, PROCESSOR, PUSHES_THERE = range(6)
 
 PUSH = int(FrameKind.PUSH)
 RECEIPT = int(FrameKind.RECEIPT)
@@ -47,6 +48,8 @@ CHECKED = FIELDS.size  # bytes of a header before its checksum
 VERSION_SIZE = VERSION.size
 WAIT_FOR_ALL = 0x100  # MSG_WAITALL of Linux
 CLOCK_MONOTONIC = 1
+SETTLED = 8  # pushes in a row from one processor, after which the worker is assumed to stay there
+MAX_PROCESSORS = 1024  # bits of a cpu_set_t
 
 
 def _crc_table() -> NDArray[np.uint32]:
@@ -63,18 +66,21 @@ CRC_TABLE = _crc_table()
 class ConnectionArrays(NamedTuple):
     """The arrays of a connection that compiled code uses."""
 
-    plan: NDArray[np.int64]  # [6]: socket, the server's incarnation, bytes of a payload, values of the partition,
-    # 1 if memory is shared, and flags of `send`
-    progress: NDArray[np.int64]  # [4]: bytes received of the header and of the payload, bytes sent, error number
+    plan: NDArray[np.int64]  # [7]: socket, the server's incarnation, bytes of a payload, values of the partition,
+    # 1 if memory is shared, flags of `send`, and 1 if the thread follows the worker to its processor
+    progress: NDArray[np.int64]  # [6]: bytes received of the header and of the payload, bytes sent, error number,
+    # processor of the last push, and number of pushes in a row from there
     header: NDArray[np.uint8]  # [HEADER_SIZE], received
     fields: Header  # [1], view of `header`
     answer: NDArray[np.uint8]  # [HEADER_SIZE + bytes of the weights to send]
     answer_fields: Header  # [1], view of `answer`
-    weights: FloatArray  # [partition size] or [0], view of `answer` after its header
+    outputs: FloatArray  # memory for the weights of the answers: the worker's, or `answer` after its header
+    targets: NDArray[np.int64]  # [slots]: index in `outputs` at which the weights of a slot begin
     memory: FloatArray  # memory that contains the gradients of all slots
     starts: NDArray[np.int64]  # [slots]: index in `memory` at which the gradient of a slot begins
     payloads: NDArray[np.uint8]  # [slots, bytes]: payload of each slot
     clock: NDArray[np.int64]  # [2]: seconds and nanoseconds
+    processors: NDArray[np.uint64]  # [1024 / 64]: cpu_set_t with the processor of this thread
 
 
 @compiled
@@ -87,6 +93,8 @@ def serve(server: ServerArrays, worker: WorkerArrays, connection: ConnectionArra
     while True:
         if not _receive(connection):
             return INCOMPLETE
+        if connection.plan[FOLLOWS]:
+            _follow(connection)
         if not take_push(server, worker, connection):
             return UNHANDLED
         if not _send(connection):
@@ -109,10 +117,11 @@ def take_push(server: ServerArrays, worker: WorkerArrays, connection: Connection
     lock(server.mutex.ctypes)
     gettime(CLOCK_MONOTONIC, connection.clock.ctypes)
     now = connection.clock[0] + connection.clock[1] * 1e-9
-    is_applied = apply_push(server, worker, fields, values, others, now)
+    size = plan[VALUES] if fields.wants else 0
+    target = connection.targets[slot]
+    weights = connection.outputs[target : target + size]
+    is_applied = apply_push(server, worker, fields, values, others, now, weights)
     updates = server.state.version[UPDATES]
-    if is_applied and fields.wants:
-        connection.weights[:] = server.state.weights
     unlock(server.mutex.ctypes)
     if is_applied:
         _write_answer(connection, server.state.version[INCARNATION], updates)
@@ -120,11 +129,31 @@ def take_push(server: ServerArrays, worker: WorkerArrays, connection: Connection
 
 
 @compiled
+def _follow(connection: ConnectionArrays) -> None:
+    """Bind this thread to the worker's processor, which is idle while the worker waits for its receipt.
+
+    Left to itself, the system often runs a thread where it ran last, beside another worker that computes. A worker that
+    often changes its processor is not followed: each move costs more than a few pushes gain.
+    """
+    progress = connection.progress
+    processor = np.int64(connection.fields[0].processor)
+    if processor != progress[PROCESSOR]:
+        progress[PROCESSOR] = processor
+        progress[PUSHES_THERE] = 0
+    progress[PUSHES_THERE] += 1
+    if progress[PUSHES_THERE] == SETTLED and processor < MAX_PROCESSORS:
+        connection.processors[:] = 0
+        connection.processors[processor >> 6] = np.uint64(1) << np.uint64(processor & 63)
+        # If the server may not run there, nothing changes.
+        setaffinity(0, 8 * len(connection.processors), connection.processors.ctypes)
+
+
+@compiled
 def _receive(connection: ConnectionArrays) -> bool:
     """Receive a push as a whole. Return False if that fails, or the header is none that is handled here."""
     progress = connection.progress
     plan = connection.plan
-    progress[:] = 0
+    progress[: ERROR + 1] = 0
     progress[HEADER_GOT] = _receive_into(connection, connection.header)
     if progress[HEADER_GOT] != HEADER_SIZE or not _is_handled(connection):
         return False
@@ -159,7 +188,7 @@ def _is_handled(connection: ConnectionArrays) -> bool:
         and fields.slot < len(connection.starts)
         and fields.incarnation == plan[SERVER_INCARNATION]
         and fields.payload == np.uint64(plan[PAYLOAD])
-        and fields.wants <= 1 - plan[IS_SHARED]
+        and fields.wants <= SPARE_WEIGHTS
     )
 
 
@@ -183,13 +212,14 @@ def _write_answer(connection: ConnectionArrays, incarnation: int, updates: int) 
     receipt.slot = pushed.slot
     receipt.code = APPLIED
     receipt.incarnation = incarnation
-    receipt.payload = 4 * len(connection.weights) if pushed.wants else 0
+    has_payload = pushed.wants and not connection.plan[IS_SHARED]
+    receipt.payload = 4 * connection.plan[VALUES] if has_payload else 0
     receipt.epoch = pushed.epoch
     receipt.shard = pushed.shard
     receipt.index = pushed.index
     receipt.read_incarnation = incarnation
     receipt.read_updates = updates
-    receipt.wants = pushed.wants
+    receipt.wants = min(pushed.wants, WEIGHTS)
     receipt.checksum = _checksum(connection.answer)
 
 

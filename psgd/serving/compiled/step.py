@@ -54,7 +54,7 @@ def learning_rate(rule: Any, examples: int) -> float:
 
 @compiled
 def make_step(
-    rule: Any, state: PushArrays, gradient: FloatArray, scratch: FloatArray, rate: float, scale: float
+    rule: Any, state: PushArrays, gradient: FloatArray, scratch: FloatArray, rate: float, scale: float, out: FloatArray
 ) -> None:
     """Update the weights, the optimizer's slots and the average in place. The number of updates is not changed.
 
@@ -65,6 +65,7 @@ def make_step(
         scratch: `[BLOCK]`, overwritten.
         rate: rate of the step.
         scale: factor of the trained values, from clipping.
+        out: `[partition size]`, overwritten with the new weights while they are in the cache; `[0]`: no copy is made.
     """
     trained = rule.trained
     eta = np.float32(rate)
@@ -78,21 +79,41 @@ def make_step(
         values = gradient[start:stop]
         if prepares:
             values = _prepare(rule, values, weights, scratch[: stop - start], factor, limit)
-        if rule.optimizer == MOMENTUM:
-            _momentum(rule, weights, values, state.first[start:stop], eta, begins)
-        elif rule.optimizer == ADAGRAD:
-            _adagrad(rule, weights, values, state.first[start:stop], eta)
-        elif rule.optimizer == ADAM:
-            _adam(rule, weights, values, state.first[start:stop], state.second[start:stop], eta, mean_scale, root_scale)
-        elif rule.optimizer == DELAYED_NESTEROV:
-            _delayed(rule, weights, values, state.first[start:stop], state.second[start:stop], eta, begins)
-        else:
-            for i in range(len(weights)):
-                weights[i] -= values[i] * eta
+        slots = (state.first[start:stop], state.second[start:stop])
+        _step_block(rule, weights, values, slots, eta, begins, mean_scale, root_scale)
+        if len(out):
+            out[start:stop] = weights
     if not isnan(rule.ema):
         _average(rule, state.average, state.weights, state.version[1] + 1)
     for i in range(trained, len(gradient)):
         state.weights[i] -= gradient[i]
+    if len(out):
+        out[trained:] = state.weights[trained:]
+
+
+@compiled
+def _step_block(
+    rule: Any,
+    weights: FloatArray,
+    values: FloatArray,
+    slots: tuple[FloatArray, FloatArray],
+    eta: np.float32,
+    begins: bool,
+    mean_scale: np.float32,
+    root_scale: np.float32,
+) -> None:
+    first, second = slots
+    if rule.optimizer == MOMENTUM:
+        _momentum(rule, weights, values, first, eta, begins)
+    elif rule.optimizer == ADAGRAD:
+        _adagrad(rule, weights, values, first, eta)
+    elif rule.optimizer == ADAM:
+        _adam(rule, weights, values, first, second, eta, mean_scale, root_scale)
+    elif rule.optimizer == DELAYED_NESTEROV:
+        _delayed(rule, weights, values, first, second, eta, begins)
+    else:
+        for i in range(len(weights)):
+            weights[i] -= values[i] * eta
 
 
 @compiled

@@ -20,20 +20,32 @@ from numpy.typing import NDArray
 from psgd_workers.errors import FrameError
 from psgd_workers.gradients.compression import ARRAYS
 from psgd_workers.messages import BatchId, Encoded, FloatArray, Gradient, Outcome, Receipt, Version
+from psgd_workers.transport.affinity import NOWHERE
 from psgd_workers.transport.memory import Slot
 
-__all__ = ["HEADER_SIZE", "Frame", "FrameKind", "PushFormat", "PushHeader", "ReceiptHeader", "pack_receipt"]
+__all__ = [
+    "HEADER_SIZE",
+    "NO_WEIGHTS",
+    "SPARE_WEIGHTS",
+    "WEIGHTS",
+    "Frame",
+    "FrameKind",
+    "PushFormat",
+    "PushHeader",
+    "ReceiptHeader",
+    "pack_receipt",
+]
 
 MAGIC = b"psgd"
 FORMAT = 1
 # Magic, format, kind, slot, code, incarnation, examples, payload, epoch, shard, index, the version's incarnation and
-# updates, loss, norm, compute_s, number, carries, wants. Each field lies at a multiple of its size.
-FIELDS = Struct("<4sBBBBIIQIIIIQdddQQI")
+# updates, loss, norm, compute_s, number, carries, wants, processor. Each field lies at a multiple of its size.
+FIELDS = Struct("<4sBBBBIIQIIIIQdddQQHH")
 FIXED = Struct("<4sBBBBI")  # the fields that are the same in all pushes of a slot: the first six
-PUSH_FIELDS = Struct("<IQIIIIQdddQQI")  # the other fields of a push
+PUSH_FIELDS = Struct("<IQIIIIQdddQQHH")  # the other fields of a push
 RECEIPT_START = Struct("<4sBBB")  # magic, format, kind, slot
-# Start, code, incarnation, payload, epoch, shard, index, the version's incarnation and updates, checksum.
-RECEIPT_FIELDS = Struct("<7sBI4xQIIIIQ44xI")
+# Start, code, incarnation, payload, epoch, shard, index, the version's incarnation and updates, wants, checksum.
+RECEIPT_FIELDS = Struct("<7sBI4xQIIIIQ40xH2xI")
 HEADER = Struct(f"{FIELDS.format}I")  # the fields, then their CRC-32
 HEADER_SIZE = HEADER.size
 ENCODINGS = ("", *ARRAYS)  # compression by the code of a push; "": values are not compressed
@@ -42,6 +54,9 @@ CODES = {outcome: code for code, outcome in enumerate(OUTCOMES)}
 CHECKSUM = Struct("<I")
 LENGTHS = Struct("<QQ")  # lengths of the two arrays of an encoded gradient
 VERSION = Struct("<IQ")  # incarnation, updates
+NO_WEIGHTS = 0  # values of the field `wants`
+WEIGHTS = 1
+SPARE_WEIGHTS = 2  # the worker can copy the weights itself, unless it is cheap for the server
 ALIGNMENT = 8  # bytes; each array in a payload begins at a multiple of it
 
 
@@ -67,7 +82,7 @@ class Frame(NamedTuple):
     kind: FrameKind
     slot: int  # number of the worker's slot
     code: int  # index in ENCODINGS of a push's compression, or in OUTCOMES of a receipt's outcome
-    wants: bool  # weights are wanted with the answer
+    wants: int  # of a request: NO_WEIGHTS, WEIGHTS or SPARE_WEIGHTS; of a receipt: WEIGHTS if they come with it
     incarnation: int  # incarnation of the server
     payload: int  # number of bytes that follow the header
     batch: BatchId = BatchId(0, 0, 0)
@@ -78,12 +93,13 @@ class Frame(NamedTuple):
     compute_s: float = 0.0
     number: int = 0  # number of a push; see `Gradient`
     carries: int = 0  # field `carries` of a push; see `Gradient`
+    processor: int = NOWHERE  # processor on which the worker runs, in a push on the shm lane
 
     def pack(self) -> bytes:
         """Return the header as `HEADER_SIZE` bytes."""
-        kind, slot, code, wants, incarnation, payload, batch, examples, version, *rest = self
-        fields = (MAGIC, FORMAT, kind, slot, code, incarnation, examples, payload, *batch, *version, *rest, wants)
-        return _with_checksum(FIELDS.pack(*fields))
+        kind, slot, code, wants, incarnation, payload, batch, examples, version, *rest, processor = self
+        fields = (MAGIC, FORMAT, kind, slot, code, incarnation, examples, payload, *batch, *version, *rest)
+        return _with_checksum(FIELDS.pack(*fields, wants, processor))
 
     @classmethod
     def unpack(cls, header: bytes | bytearray | memoryview) -> Frame:
@@ -114,6 +130,7 @@ class Frame(NamedTuple):
             number,
             carries,
             wants,
+            processor,
             checksum,
         ) = HEADER.unpack(header)
         if magic != MAGIC or format_number != FORMAT:
@@ -122,16 +139,16 @@ class Frame(NamedTuple):
             )
         if checksum != crc32(header[: FIELDS.size]):
             raise FrameError("the checksum of a frame's header is wrong")
-        if kind not in KINDS or wants > 1:
+        if kind not in KINDS or wants > SPARE_WEIGHTS:
             raise FrameError(
-                f"a frame has kind {kind} and `wants` {wants}; expected a kind from 1 to {len(KINDS)}, and 0 or 1 in "
-                "`wants`"
+                f"a frame has kind {kind} and `wants` {wants}; expected a kind from 1 to {len(KINDS)}, and 0, 1 "
+                "or 2 in `wants`"
             )
         return cls(
             KINDS[kind],
             slot,
             code,
-            wants == 1,
+            wants,
             incarnation,
             payload,
             BatchId(epoch, shard, index),
@@ -142,6 +159,7 @@ class Frame(NamedTuple):
             compute_s,
             number,
             carries,
+            processor,
         )
 
     def receipt(self, worker: str) -> Receipt:
@@ -158,18 +176,18 @@ class Frame(NamedTuple):
         return Receipt(worker, self.batch, OUTCOMES[self.code], self.version)
 
 
-def pack_receipt(receipt: Receipt, slot: int, wants: bool, payload: int) -> bytes:
+def pack_receipt(receipt: Receipt, slot: int, brings: bool, payload: int) -> bytes:
     """Return the header of a receipt as bytes. It builds no `Frame`, unlike `Frame.pack`: that would double the time.
 
     Args:
         receipt: the receipt.
         slot: number of the slot from which the push came.
-        wants: True if the push wanted the new weights.
+        brings: True if the new weights come with the receipt.
         payload: length of the weights that follow, in bytes; 0 if they are in shared memory.
     """
     _, batch, outcome, version = receipt
     fields = (MAGIC, FORMAT, RECEIPT, slot, CODES[outcome], version.incarnation, 0, payload, *batch, *version)
-    return _with_checksum(FIELDS.pack(*fields, *UNUSED, wants))
+    return _with_checksum(FIELDS.pack(*fields, *UNUSED, brings, NOWHERE))
 
 
 def _with_checksum(fields: bytes) -> bytes:
@@ -190,18 +208,31 @@ class PushHeader:
         FIXED.pack_into(self._bytes, 0, MAGIC, FORMAT, FrameKind.PUSH, slot, ENCODINGS.index(encoding), incarnation)
         self._checked = memoryview(self._bytes)[: FIELDS.size]
 
-    def write(self, gradient: Gradient, payload: int, wants: bool) -> bytearray:
+    def write(self, gradient: Gradient, payload: int, wants: int, processor: int = NOWHERE) -> bytearray:
         """Write a push into the header, and return it. The next call changes it.
 
         Args:
             gradient: the push.
             payload: length of the payload, in bytes.
-            wants: True if the new weights are to come with the receipt.
+            wants: NO_WEIGHTS, WEIGHTS or SPARE_WEIGHTS.
+            processor: processor of the server's machine on which the worker runs.
         """
         _, _, number, batch, examples, read, _, loss, norm, compute_s, _, _, _, carries = gradient
         header = self._bytes
         PUSH_FIELDS.pack_into(
-            header, FIXED.size, examples, payload, *batch, *read, loss, norm, compute_s, number, carries, wants
+            header,
+            FIXED.size,
+            examples,
+            payload,
+            *batch,
+            *read,
+            loss,
+            norm,
+            compute_s,
+            number,
+            carries,
+            wants,
+            processor,
         )
         CHECKSUM.pack_into(header, FIELDS.size, crc32(self._checked))
         return header
@@ -221,20 +252,25 @@ class ReceiptHeader:
         self._incarnation = incarnation
         self._worker = worker
 
-    def read(self, header: memoryview) -> Receipt | None:
-        """Return the receipt; None if the frame is none for this slot, or has a payload. `Frame.unpack` may say why.
+    def read(self, header: memoryview) -> tuple[Receipt, bool] | None:
+        """Read a header.
 
         Args:
             header: `HEADER_SIZE` bytes.
+
+        Returns:
+            The receipt, and whether the weights came with it; None if the frame is none for this slot, or has a
+            payload. `Frame.unpack` may say why.
         """
-        start, code, sender, payload, epoch, shard, index, incarnation, updates, checksum = RECEIPT_FIELDS.unpack(
+        start, code, sender, payload, epoch, shard, index, incarnation, updates, brings, crc = RECEIPT_FIELDS.unpack(
             header
         )
         if start != self._start or sender != self._incarnation or payload or code >= len(OUTCOMES):
             return None
-        if checksum != crc32(header[: FIELDS.size]):
+        if crc != crc32(header[: FIELDS.size]):
             return None
-        return Receipt(self._worker, BatchId(epoch, shard, index), OUTCOMES[code], Version(incarnation, updates))
+        version = Version(incarnation, updates)
+        return Receipt(self._worker, BatchId(epoch, shard, index), OUTCOMES[code], version), brings == WEIGHTS
 
 
 class PushFormat(NamedTuple):

@@ -71,7 +71,6 @@ class Segment:
     Attributes:
         slots: the slots, as views of the memory.
         values: the whole memory, float32.
-        starts: for each slot, index in `values` at which its gradient begins.
         file: descriptor to pass to another process; None: this memory is private, or the descriptor is closed.
         fault: reason why this memory is private; "" if it is shared.
 
@@ -97,9 +96,19 @@ class Segment:
         vectors = [np.frombuffer(memory, np.float32, num_parameters, offset) for offset in range(0, size, stride)]
         self.slots = tuple(Slot(*pair) for pair in zip(vectors[::2], vectors[1::2], strict=True))
         self.values: FloatArray = np.frombuffer(memory, np.float32)
-        self.starts = [(2 * slot + 1) * stride // 4 for slot in range(slots)]
+        self._stride = stride // 4
         if file is not None:
             self.close()  # the mapping stays
+
+    def starts(self, first: int) -> tuple[list[int], list[int]]:
+        """Return, for each slot, the indices in `values` of a value of its gradient and of its weights.
+
+        Args:
+            first: index of the value in each vector.
+        """
+        slots = range(len(self.slots))
+        gradients = [(2 * slot + 1) * self._stride + first for slot in slots]
+        return gradients, [2 * slot * self._stride + first for slot in slots]
 
     def close(self) -> None:
         """Close the descriptor. The memory lives as long as its arrays."""

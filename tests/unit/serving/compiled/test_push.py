@@ -122,9 +122,12 @@ class Twins:
             before = self.compiled.compiled
             assert self._attempt(pushed) == before
             return
+        before = self.compiled.compiled
         self.compiled.push(pushed, self.now)
         self.servers[1].push(pushed, self.now)
         self.compare()
+        if self.compiled.compiled > before:
+            assert self.compiled.weights.tobytes() == self.servers[0].published.tobytes()
 
     def _attempt(self, pushed: Gradient) -> int:
         """Give a push that the check refuses to compiled code only, which must refuse it as well."""
@@ -303,7 +306,7 @@ def test_any_calls_leave_the_bits_of_the_reference(
 
 
 def test_a_header_has_the_layout_of_a_frame() -> None:
-    frame = Frame(FrameKind.PUSH, 1, 2, True, 3, 4, BatchId(5, 6, 7), 8, Version(9, 10), 1.1, 1.2, 1.3, 14, 15)
+    frame = Frame(FrameKind.PUSH, 1, 2, True, 3, 4, BatchId(5, 6, 7), 8, Version(9, 10), 1.1, 1.2, 1.3, 14, 15, 16)
     packed = frame.pack()
     assert HEADER.itemsize == len(packed) == FIELDS.size + 4
     fields = np.frombuffer(packed, HEADER)[0]
@@ -311,4 +314,4 @@ def test_a_header_has_the_layout_of_a_frame() -> None:
     kind, slot, code, wants, incarnation, payload, batch, examples, version, loss, norm, *rest = frame
     expected = [kind, slot, code, wants, incarnation, payload, *batch, examples, *version, loss, norm]
     assert [fields[name] for name in [*names.split(), "loss", "norm"]] == expected
-    assert [fields[name] for name in ("compute_s", "number", "carries")] == rest
+    assert [fields[name] for name in ("compute_s", "number", "carries", "processor")] == rest

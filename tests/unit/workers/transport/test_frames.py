@@ -27,7 +27,7 @@ from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind, PushFor
 from psgd_workers.transport.memory import Slot
 from tests.support.jobs import push_header
 
-BYTE, WORD, LONG = (st.integers(0, 2**bits - 1) for bits in (8, 32, 64))
+BYTE, SHORT, WORD, LONG = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32, 64))
 FRAMES = st.builds(
     Frame,
     kind=st.sampled_from(FrameKind),
@@ -44,6 +44,7 @@ FRAMES = st.builds(
     compute_s=st.floats(allow_nan=False),
     number=LONG,
     carries=LONG,
+    processor=SHORT,
 )
 FRAME = Frame(FrameKind.PUSH, 1, 0, True, 3, 400, BatchId(1, 2, 3), 32, Version(3, 17), 0.25, 1.5, 0.01)
 SIZE = 37
@@ -97,7 +98,7 @@ def test_a_header_of_another_length_is_refused(length: int) -> None:
         (4, b"\2", r"begins with b'psgd' and format 2"),
         (5, b"\0", "has kind 0 .* a kind from 1 to 6"),
         (5, b"\7", "has kind 7"),
-        (88, b"\2", "`wants` 2; expected .* 0 or 1"),
+        (88, b"\3", "`wants` 3; expected .* 0, 1 or 2"),
         (89, b"\1", "`wants` 257"),
     ],
 )
@@ -157,7 +158,7 @@ def test_damaged_headers_are_refused_or_say_what_their_bytes_say() -> None:
 @pytest.mark.parametrize("outcome", Outcome)
 def test_a_receipt_is_read_as_it_was_given(outcome: Outcome) -> None:
     receipt = Receipt("worker-7", BatchId(4, 5, 6), outcome, Version(2, 99))
-    frame = Frame.unpack(pack_receipt(receipt, slot=3, wants=True, payload=12))
+    frame = Frame.unpack(pack_receipt(receipt, slot=3, brings=True, payload=12))
     assert (frame.slot, frame.wants, frame.payload, frame.incarnation) == (3, True, 12, 2)
     assert frame.receipt("worker-7") == receipt
 
