@@ -25,7 +25,7 @@ from psgd.serving.limited_log import LimitedLog
 from psgd_workers.errors import FrameError
 from psgd_workers.messages import FloatArray, Receipt, Version
 from psgd_workers.transport.frame_stream import FrameStream
-from psgd_workers.transport.frames import WEIGHTS, Frame, FrameKind, PushFormat, pack_receipt
+from psgd_workers.transport.frames import Frame, FrameKind, PushFormat, pack_receipt
 from psgd_workers.transport.handshake import Hello
 from psgd_workers.transport.memory import Segment, Slot
 from psgd_workers.transport.streams import shut
@@ -190,7 +190,7 @@ class WorkerConnection:
                 return
             gradient = self._push_format.gradient(frame, payload, self._worker, shared)
             self._busy[slot] = True
-            host.push(gradient, partial(self._answer_push, slot, frame.wants == WEIGHTS))
+            host.push(gradient, partial(self._answer_push, slot, frame.wants))
         elif frame.kind is FrameKind.PULL:
             into, weights = self._weights_buffer(slot)
             self._answers.expect()

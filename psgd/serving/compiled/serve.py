@@ -15,7 +15,7 @@ from psgd.core.server.push_arrays import INCARNATION, UPDATES
 from psgd.serving.compiled.native import compiled, error_location, gettime, lock, recv, send, setaffinity, unlock
 from psgd.serving.compiled.push import APPLIED, Header, ServerArrays, WorkerArrays, apply_push
 from psgd_workers.messages import FloatArray
-from psgd_workers.transport.frames import FIELDS, FORMAT, HEADER_SIZE, MAGIC, SPARE_WEIGHTS, VERSION, WEIGHTS, FrameKind
+from psgd_workers.transport.frames import FIELDS, FORMAT, HEADER_SIZE, MAGIC, VERSION, FrameKind
 
 __all__ = [
     "ERROR",
@@ -188,7 +188,7 @@ def _is_handled(connection: ConnectionArrays) -> bool:
         and fields.slot < len(connection.starts)
         and fields.incarnation == plan[SERVER_INCARNATION]
         and fields.payload == np.uint64(plan[PAYLOAD])
-        and fields.wants <= SPARE_WEIGHTS
+        and fields.wants <= 1
     )
 
 
@@ -219,7 +219,7 @@ def _write_answer(connection: ConnectionArrays, incarnation: int, updates: int) 
     receipt.index = pushed.index
     receipt.read_incarnation = incarnation
     receipt.read_updates = updates
-    receipt.wants = min(pushed.wants, WEIGHTS)
+    receipt.wants = pushed.wants
     receipt.checksum = _checksum(connection.answer)
 
 

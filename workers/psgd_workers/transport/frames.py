@@ -23,18 +23,7 @@ from psgd_workers.messages import BatchId, Encoded, FloatArray, Gradient, Outcom
 from psgd_workers.transport.affinity import NOWHERE
 from psgd_workers.transport.memory import Slot
 
-__all__ = [
-    "HEADER_SIZE",
-    "NO_WEIGHTS",
-    "SPARE_WEIGHTS",
-    "WEIGHTS",
-    "Frame",
-    "FrameKind",
-    "PushFormat",
-    "PushHeader",
-    "ReceiptHeader",
-    "pack_receipt",
-]
+__all__ = ["HEADER_SIZE", "Frame", "FrameKind", "PushFormat", "PushHeader", "ReceiptHeader", "pack_receipt"]
 
 MAGIC = b"psgd"
 FORMAT = 1
@@ -44,8 +33,8 @@ FIELDS = Struct("<4sBBBBIIQIIIIQdddQQHH")
 FIXED = Struct("<4sBBBBI")  # the fields that are the same in all pushes of a slot: the first six
 PUSH_FIELDS = Struct("<IQIIIIQdddQQHH")  # the other fields of a push
 RECEIPT_START = Struct("<4sBBB")  # magic, format, kind, slot
-# Start, code, incarnation, payload, epoch, shard, index, the version's incarnation and updates, wants, checksum.
-RECEIPT_FIELDS = Struct("<7sBI4xQIIIIQ40xH2xI")
+# Start, code, incarnation, payload, epoch, shard, index, the version's incarnation and updates, checksum.
+RECEIPT_FIELDS = Struct("<7sBI4xQIIIIQ44xI")
 HEADER = Struct(f"{FIELDS.format}I")  # the fields, then their CRC-32
 HEADER_SIZE = HEADER.size
 ENCODINGS = ("", *ARRAYS)  # compression by the code of a push; "": values are not compressed
@@ -54,9 +43,6 @@ CODES = {outcome: code for code, outcome in enumerate(OUTCOMES)}
 CHECKSUM = Struct("<I")
 LENGTHS = Struct("<QQ")  # lengths of the two arrays of an encoded gradient
 VERSION = Struct("<IQ")  # incarnation, updates
-NO_WEIGHTS = 0  # values of the field `wants`
-WEIGHTS = 1
-SPARE_WEIGHTS = 2  # the worker can copy the weights itself, unless it is cheap for the server
 ALIGNMENT = 8  # bytes; each array in a payload begins at a multiple of it
 
 
@@ -82,7 +68,7 @@ class Frame(NamedTuple):
     kind: FrameKind
     slot: int  # number of the worker's slot
     code: int  # index in ENCODINGS of a push's compression, or in OUTCOMES of a receipt's outcome
-    wants: int  # of a request: NO_WEIGHTS, WEIGHTS or SPARE_WEIGHTS; of a receipt: WEIGHTS if they come with it
+    wants: bool  # weights are wanted with the answer
     incarnation: int  # incarnation of the server
     payload: int  # number of bytes that follow the header
     batch: BatchId = BatchId(0, 0, 0)
@@ -139,16 +125,16 @@ class Frame(NamedTuple):
             )
         if checksum != crc32(header[: FIELDS.size]):
             raise FrameError("the checksum of a frame's header is wrong")
-        if kind not in KINDS or wants > SPARE_WEIGHTS:
+        if kind not in KINDS or wants > 1:
             raise FrameError(
-                f"a frame has kind {kind} and `wants` {wants}; expected a kind from 1 to {len(KINDS)}, and 0, 1 "
-                "or 2 in `wants`"
+                f"a frame has kind {kind} and `wants` {wants}; expected a kind from 1 to {len(KINDS)}, and 0 or 1 in "
+                "`wants`"
             )
         return cls(
             KINDS[kind],
             slot,
             code,
-            wants,
+            wants == 1,
             incarnation,
             payload,
             BatchId(epoch, shard, index),
@@ -176,18 +162,18 @@ class Frame(NamedTuple):
         return Receipt(worker, self.batch, OUTCOMES[self.code], self.version)
 
 
-def pack_receipt(receipt: Receipt, slot: int, brings: bool, payload: int) -> bytes:
+def pack_receipt(receipt: Receipt, slot: int, wants: bool, payload: int) -> bytes:
     """Return the header of a receipt as bytes. It builds no `Frame`, unlike `Frame.pack`: that would double the time.
 
     Args:
         receipt: the receipt.
         slot: number of the slot from which the push came.
-        brings: True if the new weights come with the receipt.
+        wants: True if the push wanted the new weights.
         payload: length of the weights that follow, in bytes; 0 if they are in shared memory.
     """
     _, batch, outcome, version = receipt
     fields = (MAGIC, FORMAT, RECEIPT, slot, CODES[outcome], version.incarnation, 0, payload, *batch, *version)
-    return _with_checksum(FIELDS.pack(*fields, *UNUSED, brings, NOWHERE))
+    return _with_checksum(FIELDS.pack(*fields, *UNUSED, wants, NOWHERE))
 
 
 def _with_checksum(fields: bytes) -> bytes:
@@ -208,13 +194,13 @@ class PushHeader:
         FIXED.pack_into(self._bytes, 0, MAGIC, FORMAT, FrameKind.PUSH, slot, ENCODINGS.index(encoding), incarnation)
         self._checked = memoryview(self._bytes)[: FIELDS.size]
 
-    def write(self, gradient: Gradient, payload: int, wants: int, processor: int = NOWHERE) -> bytearray:
+    def write(self, gradient: Gradient, payload: int, wants: bool, processor: int = NOWHERE) -> bytearray:
         """Write a push into the header, and return it. The next call changes it.
 
         Args:
             gradient: the push.
             payload: length of the payload, in bytes.
-            wants: NO_WEIGHTS, WEIGHTS or SPARE_WEIGHTS.
+            wants: True if the new weights are to come with the receipt.
             processor: processor of the server's machine on which the worker runs.
         """
         _, _, number, batch, examples, read, _, loss, norm, compute_s, _, _, _, carries = gradient
@@ -252,25 +238,18 @@ class ReceiptHeader:
         self._incarnation = incarnation
         self._worker = worker
 
-    def read(self, header: memoryview) -> tuple[Receipt, bool] | None:
-        """Read a header.
+    def read(self, header: memoryview) -> Receipt | None:
+        """Return the receipt; None if the frame is none for this slot, or has a payload. `Frame.unpack` may say why.
 
         Args:
             header: `HEADER_SIZE` bytes.
-
-        Returns:
-            The receipt, and whether the weights came with it; None if the frame is none for this slot, or has a
-            payload. `Frame.unpack` may say why.
         """
-        start, code, sender, payload, epoch, shard, index, incarnation, updates, brings, crc = RECEIPT_FIELDS.unpack(
-            header
-        )
+        start, code, sender, payload, epoch, shard, index, incarnation, updates, crc = RECEIPT_FIELDS.unpack(header)
         if start != self._start or sender != self._incarnation or payload or code >= len(OUTCOMES):
             return None
         if crc != crc32(header[: FIELDS.size]):
             return None
-        version = Version(incarnation, updates)
-        return Receipt(self._worker, BatchId(epoch, shard, index), OUTCOMES[code], version), brings == WEIGHTS
+        return Receipt(self._worker, BatchId(epoch, shard, index), OUTCOMES[code], Version(incarnation, updates))
 
 
 class PushFormat(NamedTuple):

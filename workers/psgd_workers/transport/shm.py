@@ -8,16 +8,7 @@ from __future__ import annotations
 from psgd_workers.errors import FrameError, SharedMemoryError
 from psgd_workers.messages import Gradient, Receipt, Version
 from psgd_workers.transport.affinity import current_processor
-from psgd_workers.transport.frames import (
-    NO_WEIGHTS,
-    SPARE_WEIGHTS,
-    WEIGHTS,
-    Frame,
-    FrameKind,
-    PushFormat,
-    PushHeader,
-    ReceiptHeader,
-)
+from psgd_workers.transport.frames import Frame, FrameKind, PushFormat, PushHeader, ReceiptHeader
 from psgd_workers.transport.handshake import Address
 from psgd_workers.transport.lane import LaneKind, Pending
 from psgd_workers.transport.memory import PublishedVector, Segment, stores_are_ordered
@@ -69,8 +60,7 @@ class ShmLane:
         self._headers = [PushHeader(slot, push_format.encoding, address.incarnation) for slot in slots]
         self._receipts = [ReceiptHeader(slot, address.incarnation, worker) for slot in slots]
         self._pending = [_ShmPending(self, slot) for slot in slots]
-        # By slot, the receipts that arrived while another slot's was awaited, and whether weights came with them.
-        self._arrived: dict[int, tuple[Receipt, bool]] = {}
+        self._arrived: dict[int, Receipt] = {}  # by slot, receipts that arrived while another slot's was awaited
 
     def pull(self, slot: int, timeout_s: float) -> Version:
         """Copy the weights from shared memory, or ask the server to copy if it changes them all the time."""
@@ -88,7 +78,7 @@ class ShmLane:
     def push(self, gradient: Gradient, slot: int, wants: bool) -> Pending:
         """Send one frame with everything that is not in shared memory."""
         header = self._headers[slot]
-        asks = (SPARE_WEIGHTS if self._copies_itself else WEIGHTS) if wants else NO_WEIGHTS
+        asks = wants and not self._copies_itself
         if self._has_payload:
             payload = self._push_format.payload(gradient, shared=True)
             self._connection.send(header.write(gradient, sum(map(len, payload)), asks, current_processor()), *payload)
@@ -101,15 +91,15 @@ class ShmLane:
     def receipt(self, slot: int, wants: bool, timeout_s: float) -> Receipt:
         """Wait for the receipt of the push from a slot; see `Pending.receipt`."""
         if slot in self._arrived:
-            receipt, came = self._arrived.pop(slot)
+            receipt = self._arrived.pop(slot)
         else:
             self._connection.limit(timeout_s)
-            receipt, came = self._next_receipt(slot)
-        if wants and not came:
+            receipt = self._next_receipt(slot)
+        if wants and self._copies_itself:
             return Receipt(receipt.worker, receipt.batch, receipt.outcome, self.pull(slot, timeout_s))
         return receipt
 
-    def _next_receipt(self, slot: int) -> tuple[Receipt, bool]:
+    def _next_receipt(self, slot: int) -> Receipt:
         """Wait for the receipt of a slot, and keep those of other slots that come before."""
         while True:
             header = self._connection.receive_header()
