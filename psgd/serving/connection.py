@@ -110,7 +110,7 @@ class WorkerConnection:
         except BlockingIOError:
             self._log_closed(UNREAD)
         except (FrameError, PushRefusedError, OSError) as error:
-            self._log_closed(str(error))
+            self._log_closed(self._answers.fault or str(error))
         except Exception:  # a fault of the server: close the connection, so that the worker does not wait in vain
             log.exception("the connection of %s was closed because of a fault in the server", self._worker)
         self._close()
@@ -259,7 +259,7 @@ class _DirectAnswers:
     def put(self, header: bytes, weights: memoryview | None) -> None:
         assert weights is None, "weights are written to the worker's memory"
         with self._lock:
-            if not self._open:
+            if not self._open or self.fault:
                 return
             try:
                 self._stream.send(header, socket.MSG_DONTWAIT)

@@ -19,6 +19,7 @@ from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition
 from psgd.core.server.report import Report
 from psgd.serving import limited_log
+from psgd.serving.compiled.loading import SWITCH
 from psgd.serving.host import Reply, ServerHost
 from psgd.serving.listener import Listener
 from psgd.spec import JobSpec
@@ -35,6 +36,7 @@ __all__ = [
     "DC_ASGD",
     "FIRST",
     "INT8",
+    "IS_COMPILED",
     "LANE_CASES",
     "LIMIT_S",
     "NUM_PARAMETERS",
@@ -57,7 +59,10 @@ __all__ = [
 
 # A lane's kind. "compiled": the server has its compiled push path.
 LaneCase = Literal["shm", "tcp", "compiled shm", "compiled tcp"]
-LANE_CASES: list[LaneCase] = ["shm", "tcp", "compiled shm", "compiled tcp"]
+IS_COMPILED = os.environ.get(SWITCH) != "0"
+LANE_CASES: list[LaneCase] = ["shm", "tcp"]
+if IS_COMPILED:
+    LANE_CASES += ["compiled shm", "compiled tcp"]
 LIMIT_S = 10.0  # seconds to wait for events that take almost no time
 NUM_PARAMETERS = 90
 PART = Partition(0, 8, 75, 60)  # odd sizes, with 7 buffers at the end

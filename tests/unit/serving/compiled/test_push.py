@@ -20,6 +20,10 @@ from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Vers
 from psgd_workers.transport.frames import FIELDS, Frame, FrameKind
 from tests.support.compiled_server import CompiledServer
 from tests.support.jobs import job
+from tests.support.server_harness import IS_COMPILED
+
+if not IS_COMPILED:
+    pytest.skip("the push path is not compiled", allow_module_level=True)
 
 SIZE = 21
 PARTITION = Partition(0, 0, SIZE, 17)  # with four buffers
