@@ -47,6 +47,11 @@ def train(
 
     Exit codes: 0 finished or stopped, 2 refused before anything started, 3 failed or not saved, 130 interrupted.
     """
+    from psgd.monitoring.console import stderr_console
+    from psgd.monitoring.stages import Stages
+
+    stages = Stages(stderr_console())
+    stages.show(f"reading {job}")  # before the imports that take a second
     from psgd.spec.reader import load_spec
 
     try:
@@ -62,6 +67,7 @@ def train(
                 resume=resume,
                 progress=True,
                 interruption=context.obj,
+                stages=stages,
             )
     except PsgdError as error:
         if as_json:

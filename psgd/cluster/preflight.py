@@ -21,6 +21,7 @@ from psgd.errors import ClusterError, RunExistsError
 from psgd.interruption import Interruption
 from psgd.job import OpenJob
 from psgd.monitoring.console import warn
+from psgd.monitoring.stages import Stages
 from psgd.spec import JobSpec
 from psgd.spec.reader import as_spec, parse_spec
 from psgd.store.checkpoints import Checkpoint, Checkpoints
@@ -62,6 +63,7 @@ def preflight(
     address: str | None,
     resume: bool,
     interruption: Interruption,
+    stages: Stages,
 ) -> Iterator[RunPlan]:
     """Check the job, the storage, the data, the model and the checkpoint, then connect to Ray and take over the run.
 
@@ -72,6 +74,7 @@ def preflight(
         address: address of a running cluster; see `find_address`.
         resume: True to continue a run that exists.
         interruption: signals that may end the checks.
+        stages: shows which check is done.
 
     Yields:
         The plan. While the block lasts, Ray is connected and has room for the job.
@@ -95,11 +98,13 @@ def preflight(
         faults.append(fault)
 
     checkpoint = find_checkpoint(run, spec, refuse)
+    stages.show("opening the data, and trying the model on two batches")
     job = OpenJob.open(spec)
     partitions = partition_weights(job.layout.num_parameters, job.layout.num_trainable, spec.scaling.servers)
     continued = _with_settings_of(job, checkpoint)
     for warning in replace(job, spec=continued).warnings():
         warn(warning)
+    stages.show(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
     with interruption.critical("Ray is stopped as soon as it has started"), session(spec, address):
         interruption.check()
         check_room(spec, job.layout.num_parameters)

@@ -24,11 +24,13 @@ from psgd.monitoring.console import stderr_console, warn
 from psgd.monitoring.metrics import run_metrics
 from psgd.monitoring.observer import RunObserver
 from psgd.monitoring.progress import Display
+from psgd.monitoring.stages import Stages
 from psgd.result import Result
 from psgd.spec import JobSpec
 from psgd.store.checkpoint_writer import CheckpointWriter
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
+from psgd_workers.counting import counted
 
 __all__ = ["run_job", "train"]
 
@@ -76,7 +78,10 @@ def train(
         >>> result.metrics["val/accuracy"]
     """
     interruption = Interruption()
-    start = partial(run_job, spec, name=name, storage=storage, address=address, resume=resume, progress=progress)
+    stages = Stages(stderr_console(quiet=not progress))
+    start = partial(
+        run_job, spec, name=name, storage=storage, address=address, resume=resume, progress=progress, stages=stages
+    )
     result = run_interruptibly(lambda: start(interruption=interruption), interruption)
     if result.status in ("failed", "unsaved"):
         raise RunFailedError(f"run {result.name} {_ENDINGS[result.status]}: {result.error}", result)
@@ -94,6 +99,7 @@ def run_job(
     resume: bool,
     progress: bool,
     interruption: Interruption,
+    stages: Stages,
 ) -> Result:
     """Train a model like `train`, but return a result for a failed or interrupted run, too.
 
@@ -105,13 +111,24 @@ def run_job(
         resume: see `train`.
         progress: see `train`.
         interruption: receives the signals after which the run is saved and ended.
+        stages: shows what is done before training begins.
 
     Raises:
         InputError: an argument cannot be used. Nothing was started.
         ClusterStartError: Ray did not start on this machine.
         ClusterLostError: the cluster refused a call before training began.
     """
-    with preflight(spec, name=name, storage=storage, address=address, resume=resume, interruption=interruption) as plan:
+    with preflight(
+        spec,
+        name=name,
+        storage=storage,
+        address=address,
+        resume=resume,
+        interruption=interruption,
+        stages=stages,
+    ) as plan:
+        servers = counted(len(plan.partitions), "server")
+        stages.show(f"starting {servers} and {counted(plan.spec.scaling.least_workers, 'worker')}")
         return _supervise(plan, progress, interruption)
 
 

@@ -21,6 +21,7 @@ from rich.text import Text
 from psgd.core.driver.status import EpochStatus, RunStatus
 from psgd.core.server.report import staleness_summary
 from psgd.monitoring.pace import Pace
+from psgd.monitoring.stages import is_live
 from psgd.spec import JobSpec
 
 __all__ = ["Display"]
@@ -46,7 +47,7 @@ class Display:
         self._epochs = spec.run.epochs
         self._pace = Pace(spec.run)
         self._console = console
-        self._live = Live(console=console, transient=True, auto_refresh=False) if _is_live(console) else None
+        self._live = Live(console=console, transient=True, auto_refresh=False) if is_live(console) else None
         self._printed = 0  # newest epoch whose line was printed
         # (processes and steps that the run waits for, time at which this began, in seconds)
         self._waiting: tuple[tuple[str, ...], float] = ((), 0.0)
@@ -129,13 +130,6 @@ class Display:
 
     def _title(self, epoch: int) -> str:
         return f"epoch {epoch}" if self._epochs is None else f"epoch {epoch:{len(str(self._epochs))}}/{self._epochs}"
-
-
-def _is_live(console: Console) -> bool:
-    """Return True if the console can show a live line. FORCE_COLOR does not turn a file into a terminal."""
-    is_tty = getattr(console.file, "isatty", None)
-    can_move = console.is_interactive and not console.is_dumb_terminal and not console.quiet
-    return can_move and is_tty is not None and is_tty()
 
 
 def _extras(status: RunStatus) -> list[str]:

@@ -72,6 +72,9 @@ class RunConfig(Spec):
     """Number of steps that the servers take. null: no limit."""
     max_time_s: float | None = Field(default=None, gt=0)
     """Seconds of training, without the time to start. null: no limit."""
+    validate_every: Whole = Field(default=1, ge=0)
+    """Epochs between two validations during training; the final weights are always validated. 0: only the final
+    weights. Higher: validation takes less of the workers' time, and a `target` of a validation is noticed later."""
     target: TargetConfig | None = Field(default=None, examples=[{"metric": "val/accuracy", "value": 0.97}])
     """Metric and value at which the run ends early, such as `{metric: val/accuracy, value: 0.97}`. null: no target."""
     storage: str = Field(default="runs", min_length=1)
@@ -82,6 +85,11 @@ class RunConfig(Spec):
     def _ends(self) -> RunConfig:
         if self.epochs is None and self.max_updates is None and self.max_time_s is None:
             raise ValueError("a run must end: give at least one of epochs, max_updates, max_time_s")
+        if self.validate_every == 0 and self.target is not None and self.target.metric.startswith("val/"):
+            raise ValueError(
+                f"run.target is a value of {self.target.metric}, but run.validate_every is 0, so that only the final "
+                "weights are validated: set run.validate_every to 1 or more"
+            )
         return self
 
 

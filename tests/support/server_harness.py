@@ -141,8 +141,10 @@ class _Host(ServerHost):
     def __init__(self, server: ParameterServer) -> None:
         super().__init__(server)
         self.arrived = Semaphore(0)
+        self.pushes = 0  # that compiled code left to Python
 
     def push(self, gradient: Gradient, reply: Reply) -> None:
+        self.pushes += 1
         super().push(gradient, reply)
         self.arrived.release()
 

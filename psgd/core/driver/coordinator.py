@@ -7,6 +7,7 @@ leases, waits until no batch is in doubt, saves and commits the state, and evalu
 from __future__ import annotations
 
 from itertools import chain
+from math import inf
 from typing import Any, Literal
 
 from psgd.core.driver.checkpoint_schedule import CheckpointSchedule
@@ -57,6 +58,7 @@ from psgd_workers.messages import BatchId, EpochGrid
 
 __all__ = ["Coordinator"]
 
+COMPANY_S = 1.0  # seconds that the first worker waits for the others before training begins without them
 INTERRUPT_S = 1.0  # seconds to finish current batches after a signal. Ray's job manager kills the driver after 3 s
 # The next epoch waits while this many evaluations are open: for each of them, the servers keep a copy of the weights.
 EVALUATIONS_BEHIND = 2
@@ -118,9 +120,10 @@ class Coordinator:
         self._poison_tracker = PoisonTracker(grid, spec.failure.poison_tries)
         self._began: float | None = None
         self._rejected_before: int | None = None
+        self._company_deadline = inf  # time at which the first worker that is up waits no longer for the others
         self._enough_were_up = False  # True once the least number of workers was up
         self._end_status: Status = "finished"
-        self._end_deadline = float("inf")
+        self._end_deadline = inf
         self._settings: Settings | None = None  # set by `Change`; None: the job's own
         self._silence_check_at = 0.0  # time of the next search for silent workers
         self._overdue = False  # True if a worker's deadline has passed, but not all servers have reported since
@@ -150,12 +153,14 @@ class Coordinator:
     def next_deadline(self) -> float | None:
         """Return the time at which the host must send a `Tick` if no event comes before; None if it need not."""
         deadlines = [self._end_deadline, self._silence_check_at, self._checkpoints.retry_at]
+        if self._phase == "starting" and self._servers.ready:
+            deadlines.append(self._company_deadline)
         if self._phase == "training" and self._servers.ready:  # else the next report wakes the host
             deadlines += [
                 self._limits.deadline(self._began),
                 self._checkpoints.deadline(self._servers.updates),
             ]
-        return None if (soonest := min(deadlines)) == float("inf") else soonest
+        return None if (soonest := min(deadlines)) == inf else soonest
 
     def status(self, now: float) -> RunStatus:
         """Return the run's status. A call takes a few microseconds for each worker: call it a few times per second."""
@@ -251,7 +256,7 @@ class Coordinator:
             self._evaluations.forget(self._servers.epochs)
         if self._phase == "ending" and self._end_status == "finished":
             self._phase = "training"  # the batches that the restored server will lack must be trained again
-            self._end_deadline = float("inf")
+            self._end_deadline = inf
         self._actions += self._servers.start(partition)
         self._charge("server_lost", f"server {partition} was lost: {cause}")
 
@@ -458,13 +463,16 @@ class Coordinator:
         self._actions += [StartWorker(worker.name) for worker in self._worker_table.hire(wanted, now)]
 
     def _begin(self, now: float) -> None:
-        """Begin to train once all servers have reported and a worker is up.
+        """Begin to train once all servers have reported and enough workers are up.
 
-        Lock-step modes, and jobs whose number of workers may vary, wait for the least number of workers.
+        Lock-step modes, and jobs whose number of workers may vary, wait for the least number of workers. Others wait
+        for all workers, but not long after the first one is up: a short run should not be over before they come.
         """
+        if self._worker_table.up and self._company_deadline == inf:
+            self._company_deadline = now + COMPANY_S
         waits_for_least = self._leasing.in_lockstep or self._worker_table.least < self._worker_table.target
-        ready = self._worker_table.complete if waits_for_least else bool(self._worker_table.up)
-        if self._servers.ready and ready:
+        is_late = not waits_for_least and now >= self._company_deadline
+        if self._servers.ready and (self._worker_table.complete or is_late):
             self._phase = "training"
             self._began = self._checkpoints.closed_at = now
             self._history.begin(self._servers.epochs)
@@ -487,7 +495,8 @@ class Coordinator:
             return
         if not self._ledger.complete:
             return
-        self._evaluations.want(epochs)
+        if self._limits.validates(epochs):
+            self._evaluations.want(epochs)
         if self._evaluations.open < EVALUATIONS_BEHIND or self._limits.reached(epochs, self._servers.updates):
             self._start_epoch()
 
@@ -539,7 +548,7 @@ class Coordinator:
 
     def _abandon_leases(self, now: float) -> None:
         """Stop the workers that still have a lease when the time for the end is over."""
-        self._end_deadline = float("inf")
+        self._end_deadline = inf
         for worker in [worker for worker in self._worker_table if worker.leases]:
             self._actions.append(StopWorker(worker.name, "its lease did not end in time"))
             self._remove_worker(worker, now)

@@ -28,6 +28,11 @@ class Limits:
             run.max_updates is not None and updates >= run.max_updates
         )
 
+    def validates(self, epochs: int) -> bool:
+        """Return True if the weights after `epochs` complete epochs are validated while training goes on."""
+        every = self._run.validate_every
+        return every > 0 and epochs % every == 0
+
     def updates_left(self, updates: int) -> int | None:
         """Return the number of updates that `run.max_updates` still allows; None if it is not set."""
         return None if self._run.max_updates is None else max(0, self._run.max_updates - updates)

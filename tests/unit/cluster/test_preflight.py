@@ -13,6 +13,8 @@ from psgd.cluster.preflight import RunPlan, preflight
 from psgd.errors import ClusterError, DamagedFileError, PsgdError, RunError, RunExistsError
 from psgd.interruption import Interruption
 from psgd.job import OpenJob
+from psgd.monitoring.console import stderr_console
+from psgd.monitoring.stages import Stages
 from psgd.spec import JobSpec
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
@@ -58,6 +60,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch, meanwhile: list[Callable[[], object]
 def plan(folder: Path, spec: JobSpec | None = None, **options: Any) -> RunPlan:
     given = {"name": "run", "storage": str(folder), "address": None, "resume": False} | options
     given["interruption"] = Interruption()
+    given["stages"] = Stages(stderr_console())
     with preflight(spec or digits(), **given) as made:
         return made
 

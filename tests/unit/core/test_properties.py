@@ -562,7 +562,7 @@ def test_a_killed_run_goes_on_from_a_checkpoint(name: str, data: st.DataObject, 
 
 @pytest.mark.parametrize("name", COLLECTING)
 def test_a_checkpoint_holds_the_open_round(name: str) -> None:
-    schedule = Schedule(3, 5, "exponential")
+    schedule = Schedule(3, 7, "exponential")
     (mode, *_) = SAMPLES[name]
     first = run(mode, schedule, spec={"checkpoint": {"every_s": None, "every_updates": 1}})
     opened = [checkpoint for checkpoint in first.checkpoints if buffered(checkpoint)]

@@ -82,7 +82,7 @@ def test_without_faults_every_push_arrives_once_and_every_worker_is_asked_about_
     ("copies", "outcomes"),
     [
         ([(0.0, 0.3)], {"applied": SIZE, "duplicate": 1}),
-        ([(0.3,)], {"applied": SIZE}),
+        ([(0.15,)], {"applied": SIZE}),
         ([(0.0,)], {"applied": SIZE}),
     ],
 )

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from psgd.core.driver.coordinator import COMPANY_S
 from psgd.core.driver.events import AskReport, Cancel, Grant
 from psgd.simulation.cluster import VirtualCluster
 from psgd_workers.messages import EpochGrid
@@ -50,7 +51,7 @@ def test_leases_shrink_towards_an_epochs_end() -> None:
 
 def test_a_worker_that_is_late_finds_its_share() -> None:
     """The first worker up must not lease all of a short epoch."""
-    late = 0.3
+    late = COMPANY_S + 0.3  # training begins without it
     seconds = 0.005
     grid = EpochGrid((200,), 200)
     starts = {"worker-1": START_S + late}
@@ -59,8 +60,18 @@ def test_a_worker_that_is_late_finds_its_share() -> None:
     assert min(at for at, grant in host.did(Grant) if grant.worker == "worker-1") == START_S + late
     last = host.servers[0].report().last
     assert last
-    assert last.now <= START_S + late + (200 * seconds - late) / 2 + 0.1
+    assert last.now <= START_S + late + (200 * seconds - 0.3) / 2 + 0.1
     assert notes(host, "taken_over") == []  # too little work is left to share
+
+
+def test_a_short_run_waits_for_workers_that_come_soon() -> None:
+    grid = EpochGrid((20,), 20)
+    late = 0.8 * COMPANY_S
+    starts = {"worker-1": START_S + late}
+    host = run(grid=grid, compute_s=lambda w, b: 0.01, start_s=lambda worker: starts.get(worker, START_S))
+    assert_exactly_once(host, 1, grid)
+    assert {at for at, _ in host.did(Grant)[:2]} == {START_S + late}
+    assert {grant.worker for _, grant in host.did(Grant)} == {"worker-0", "worker-1"}
 
 
 def test_a_worker_that_joins_shares_what_is_on_lease() -> None:

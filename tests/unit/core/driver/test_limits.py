@@ -68,3 +68,9 @@ def test_the_training_loss_of_a_complete_epoch_counts() -> None:
     assert target.target_reached(2, [report(e1=0.5, e2=9.0)], [])
     assert not target.target_reached(2, [report(e1=0.6, e2=0.1)], [])  # epoch 2 is open
     assert not target.target_reached(0, [report(e0=0.1)], [])
+
+
+@pytest.mark.parametrize(("every", "validated"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3]), (0, [])])
+def test_every_nth_epoch_is_validated(every: int, validated: list[int]) -> None:
+    limits = Limits(RunConfig(epochs=4, validate_every=every))
+    assert [epochs for epochs in range(1, 5) if limits.validates(epochs)] == validated

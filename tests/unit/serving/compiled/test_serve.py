@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,10 @@ def push(client: WorkerHarness, position: int, read: Version, slot: int = 0) -> 
 
 
 def by_python(harness: ServerHarness) -> int:
-    """Return the number of pushes that went through the host since the last call."""
-    count = 0
-    while harness.host.arrived.acquire(blocking=False):
-        count += 1
-    return count
+    """Return the number of pushes that compiled code left to Python since the last call."""
+    pushes = harness.host.pushes
+    harness.host.pushes = 0
+    return pushes
 
 
 @pytest.mark.parametrize("authenticates", [False, True], ids=["plain", "authenticated"])
@@ -228,8 +228,7 @@ def test_a_worker_that_reads_no_receipts_is_closed(harnesses: Harnesses) -> None
     harness = harnesses()
     stream = harness.shaken("compiled shm")
     harness.join("by-hand")
-    stream.settimeout(LIMIT_S)
-    with pytest.raises(OSError, match="reset|Broken pipe|timed out"):
-        for number in range(1, 1_000_000):
+    for number in range(1, 1000):  # more than a socket buffers
+        with suppress(ConnectionError):
             stream.sendall(header(harness, batch=batch(number % 89), payload=0, number=number).pack())
     harness.log.wait("the worker sends requests but does not read the answers")
