@@ -111,7 +111,10 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize(("kind", "sections"), [("tcp", {}), ("tcp", INT8), ("shm", INT8), ("compiled shm", INT8)])
+@pytest.mark.parametrize(
+    ("kind", "sections"),
+    [(kind, sections) for kind in LANE_CASES for sections in ({}, INT8) if "tcp" in kind or sections],
+)
 def test_a_worker_that_is_killed_in_the_middle_of_a_push_has_pushed_nothing(
     harnesses: Harnesses, kind: LaneCase, sections: Any
 ) -> None:

@@ -104,7 +104,7 @@ def test_pushes_are_left_to_python_while_the_mode_waits(harnesses: Harnesses, ki
         first = harness.server.version.updates + 1
         version = push(client, first, version).version  # the thread may be in compiled code, or wait in Python
         version = push(client, first + 1, version).version
-        assert by_python(harness) == 2 - compiled
+        assert by_python(harness) in ((0, 1) if compiled else (2,))  # 0: the thread was still on its way to Python
     assert harness.settled() == version.updates
 
 

@@ -125,7 +125,7 @@ def test_a_push_that_wants_no_weights_leaves_the_slots_as_they_are(harnesses: Ha
     assert client.weights(0).tolist() == [3] * harness.size
 
 
-@pytest.mark.parametrize("kinds", [("shm", "shm"), ("compiled shm", "compiled shm"), ("tcp", "tcp"), ("shm", "tcp")])
+@pytest.mark.parametrize("kinds", [(kind, kind) for kind in LANE_CASES] + [("shm", "tcp")])
 def test_a_parked_receipt_comes_when_the_last_worker_has_pushed(
     harnesses: Harnesses, kinds: tuple[LaneCase, LaneCase]
 ) -> None:
@@ -437,7 +437,7 @@ def no_gc() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_gc")
-@pytest.mark.parametrize("kind", ["shm", "compiled shm"])
+@pytest.mark.parametrize("kind", [kind for kind in LANE_CASES if "shm" in kind])
 def test_the_memory_of_a_worker_that_has_hung_up_is_let_go(harnesses: Harnesses, kind: LaneCase) -> None:
     harness = harnesses()
     before = mapped()
