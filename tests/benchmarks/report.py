@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tests.benchmarks.contender import CONTENDERS, Failure
+from tests.benchmarks.contender import CONTENDERS, LIMIT, Failure
 from tests.benchmarks.findings import Finding, ratio, target, verdict
 from tests.benchmarks.findings import document as document_of
 from tests.benchmarks.measurement import Measurement
@@ -50,29 +50,48 @@ def summaries(outcomes: Iterable[Measurement | Failure]) -> list[Summary]:
 
 
 def findings(results: Sequence[Summary]) -> list[Finding]:
-    """Return the ratio of psgd's median rate to that of each other contender; empty if psgd was not measured."""
-    psgd = next((result for result in results if result.name == "psgd_job"), None)
-    if psgd is None:
-        return []
-    return [_over(psgd, result) for result in results if result is not psgd]
+    """Return ratios of median rates: of psgd to each other contender, and of psgd's variants to the limit.
+
+    A ratio is left out if one of its two contenders was not measured.
+    """
+    by_name = {result.name: result for result in results}
+    psgd = by_name.get("psgd_job")
+    limit = by_name.get(LIMIT)
+    found = [_over(psgd, result) for result in results if psgd is not None and result is not psgd]
+    return found + [_of_limit(result, limit) for result in results if limit is not None and _has_share(result)]
+
+
+def _has_share(result: Summary) -> bool:
+    return CONTENDERS[result.name].share is not None
+
+
+def _of_limit(result: Summary, limit: Summary) -> Finding:
+    contender = CONTENDERS[result.name]
+    return ratio(
+        f"gradients/s of {contender.title} ÷ {CONTENDERS[LIMIT].title}", result.rates, limit.rates, contender.share
+    )
 
 
 def _over(psgd: Summary, other: Summary) -> Finding:
-    title, _, _, at_least = CONTENDERS[other.name]
-    return ratio(f"gradients/s of psgd ÷ {title}", psgd.rates, other.rates, at_least)
+    contender = CONTENDERS[other.name]
+    return ratio(f"gradients/s of psgd ÷ {contender.title}", psgd.rates, other.rates, contender.target)
 
 
 def table(results: Sequence[Summary]) -> Table:
     """Return a table with one row for each contender."""
     rows = Table(title="gradients of 128 examples applied per second")
-    for heading in ("contender", "median", "min-max", "accuracy", "psgd is", "target", "met", "failed"):
+    compared_with = ("psgd is", "target", "met", "÷ limit", "target", "met")
+    for heading in ("contender", "median", "min-max", "accuracy", *compared_with, "failed"):
         rows.add_column(heading, justify="left" if heading == "contender" else "right")
     compared = {result.name: one for result, one in _compared(results)}
+    limit = next((result for result in results if result.name == LIMIT), None)
+    shares = {result.name: _of_limit(result, limit) for result in results if limit is not None and _has_share(result)}
     for result in results:
         rows.add_row(
             CONTENDERS[result.name].title,
             *_rates(result),
             *_comparison(compared.get(result.name)),
+            *_comparison(shares.get(result.name)),
             str(len(result.failures)),
         )
     return rows
@@ -94,7 +113,8 @@ def document(results: Sequence[Summary], settings: dict[str, Any]) -> dict[str, 
 
 
 def _compared(results: Sequence[Summary]) -> list[tuple[Summary, Finding]]:
-    return list(zip((result for result in results if result.name != "psgd_job"), findings(results), strict=False))
+    psgd = next((result for result in results if result.name == "psgd_job"), None)
+    return [] if psgd is None else [(result, _over(psgd, result)) for result in results if result is not psgd]
 
 
 def _spread(rates: Sequence[float]) -> dict[str, float] | None:

@@ -13,12 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import yaml
 
-from psgd.job import OpenJob
-from psgd.spec import JobSpec
-from psgd.store.checkpoints import load_weights
 from tests.benchmarks.measurement import Measurement, seconds_parser
 from tests.benchmarks.mnist import mnist_path
 from tests.benchmarks.setting import BATCH_SIZE, LEARNING_RATE, NUM_WORKERS, SIZES
@@ -119,49 +115,27 @@ def measurement(found: dict[str, Any]) -> Measurement:
     )
 
 
-def measure(seconds: float, settings: Sequence[str] = (), validates: bool = True) -> Measurement:
+def measure(seconds: float, settings: Sequence[str] = ()) -> Measurement:
     """Measure the updates per second of one run, without start-up and the last checkpoint.
 
     Args:
         seconds: duration of the training.
         settings: overrides of the job.
-        validates: True if a worker validates the weights of each epoch, within the measured time.
     """
     with TemporaryDirectory(prefix="p", ignore_cleanup_errors=True) as folder:
-        tree = job(seconds)
-        if not validates:
-            tree["data"]["path"] = str(_training_part(Path(folder)))
-        with training(tree, folder, settings) as process:
+        with training(job(seconds), folder, settings) as process:
             found = result(process)
         check_lanes(Path(found["path"]))
-        if not validates:
-            found["metrics"]["val/accuracy"] = _accuracy(found["path"])
     return measurement(found)
-
-
-def _training_part(folder: Path) -> Path:
-    """Write a copy of the data without the test part, and return its path."""
-    with np.load(mnist_path()) as arrays:
-        np.savez(folder / "train.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
-    return folder / "train.npz"
-
-
-def _accuracy(path: str) -> float | None:
-    """Return the accuracy of a run's weights on the test images."""
-    opened = OpenJob.open(JobSpec.model_validate(job(1.0)))
-    assert opened.dataset.validation is not None
-    weights = opened.layout.pack(load_weights(path))
-    return opened.worker("accuracy").evaluate(weights, opened.dataset.validation).accuracy
 
 
 def main() -> None:
     """Run the command line of a peer, with `--set` of `psgd train` added."""
     parser = seconds_parser(__doc__)
     parser.add_argument("--set", action="append", default=[], metavar="a.b=v", help="override a field of the job")
-    parser.add_argument("--no-validation", action="store_true", help="validate after the run, not at each epoch")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the run is ended, too
-    measure(arguments.seconds, arguments.set, not arguments.no_validation).show()
+    measure(arguments.seconds, arguments.set).show()
 
 
 if __name__ == "__main__":
