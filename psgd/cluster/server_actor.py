@@ -22,6 +22,7 @@ from psgd.errors import StorageError
 from psgd.serving.host import ServerHost
 from psgd.serving.listener import Listener
 from psgd.serving.malloc import return_large_blocks
+from psgd.serving.turns import take_short_turns
 from psgd.spec import JobSpec, Settings
 from psgd.store.checkpoints import Checkpoint, Part, write_part
 from psgd.store.run_directory import RunDirectory
@@ -53,6 +54,7 @@ class ServerActor:
     """
 
     def __init__(self, context: RunContext, number: int, incarnation: int, origin: FloatArray | Checkpoint) -> None:
+        take_short_turns()
         return_large_blocks()  # several threads copy weights, for checkpoints and evaluations
         self._storage = Storage(context.storage, context.spec.failure.timeout_s)
         self._check_storage(context.driver)

@@ -22,6 +22,7 @@ from psgd.serving import limited_log
 from psgd.serving.compiled.loading import SWITCH
 from psgd.serving.host import Reply, ServerHost
 from psgd.serving.listener import Listener
+from psgd.serving.turns import take_short_turns
 from psgd.spec import JobSpec
 from psgd_workers.gradients.sender import Sender, gradient_norm
 from psgd_workers.messages import BatchId, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
@@ -183,6 +184,8 @@ class ServerHarness:
         self._sockets: list[socket.socket] = []
         self._segment = Segment(num_parameters, 2)  # memory for sockets that a test uses by hand
         self._max_lines = limited_log.MAX_LINES
+        self._turn_s = sys.getswitchinterval()
+        take_short_turns()  # as in a server's process
         limited_log.MAX_LINES = sys.maxsize  # tests wait for lines, also for the last of many
         self._excepthook = threading.excepthook
         threading.excepthook = self.errors.append
@@ -341,6 +344,7 @@ class ServerHarness:
         self.listener.close()
         self.listener.wait_until_all_left()
         limited_log.MAX_LINES = self._max_lines
+        sys.setswitchinterval(self._turn_s)
         threading.excepthook = self._excepthook
         self.published.close()
         self._segment.close()

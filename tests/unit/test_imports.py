@@ -41,7 +41,7 @@ FORBIDDEN = [
         "workers/psgd_workers/gradients/layout.py",
         "from psgd_workers.transport import frames",
     ),
-    Forbidden("Workers import neither psgd nor ray", "workers/psgd_workers/messages.py", "import ray"),
+    Forbidden("Workers import neither psgd nor ray nor numba", "workers/psgd_workers/messages.py", "import ray"),
     Forbidden("Only the cluster imports ray", "psgd/serving/host.py", "import ray"),
     Forbidden(
         "The core imports no disk, network, thread, process or clock", "psgd/core/server/tally.py", "import threading"
