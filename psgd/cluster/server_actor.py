@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from concurrent.futures import Future
 from threading import Thread
@@ -35,6 +36,8 @@ from psgd_workers.transport.memory import PublishedVector, has_shared_memory
 __all__ = ["ServerActor", "start_server"]
 
 log = logging.getLogger("psgd.lanes")
+
+COMPILE_AFTER = 300  # updates; a run that is over soon does not pay for loading compiled code
 
 
 class ServerActor:
@@ -71,8 +74,7 @@ class ServerActor:
             part = origin[partition.start : partition.stop]
             server = ParameterServer(context.spec, partition, part, context.grid, Version(incarnation, 0), published)
         self._host = ServerHost(server)
-        # In the background: until the code is there, the server works without it.
-        Thread(target=self._host.compile, name="psgd-compile", daemon=True).start()
+        self._compiles_at = server.version.updates + COMPILE_AFTER  # number of updates
         # Records that were taken from the journal for a checkpoint which could not be written.
         self._unwritten = np.zeros(0, server.journal.type)
         self._writing: asyncio.Task[Part] | None = None  # writes this server's part of a checkpoint
@@ -161,6 +163,10 @@ class ServerActor:
         Args:
             wait: False to report immediately. True to report as soon as an epoch completes, or after a short time.
         """
+        if self._host.server.version.updates >= self._compiles_at:
+            self._compiles_at = sys.maxsize
+            # In the background: until the code is there, the server works without it.
+            Thread(target=self._host.compile, name="psgd-compile", daemon=True).start()
         return await self._host.report(wait)
 
     async def epoch_weights(self, epochs: int | None) -> FloatArray:
