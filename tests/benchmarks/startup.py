@@ -29,7 +29,7 @@ from tests.benchmarks.setting import NUM_WORKERS
 
 __all__ = ["OPTIONS", "findings", "first_applied", "main"]
 
-TARGET_S = 3.0
+TARGET_S = 2.0
 UPDATES = 20  # of each run
 BARE = "import json, sys, time, ray; ray.init(**json.loads(sys.argv[1])); print(time.monotonic()); ray.shutdown()"
 # Options with which `psgd train` starts a local Ray in this setting.
