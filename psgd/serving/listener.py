@@ -39,6 +39,8 @@ BACKLOG = 1024  # connections in the kernel's queue
 RETRY_S = 1.0  # seconds until the next attempt after a connection could not be accepted
 SILENCE_S = 60  # seconds of silence after which the kernel probes a connection to another node
 PROBES = 5  # unanswered probes after which the kernel closes the connection
+SEND_S = 60  # seconds that the worker may leave an answer unread; a worker reads at once
+TIMEVAL = Struct("@ll")  # seconds and microseconds
 PEER = Struct("3i")  # process, user and group at the other end of a Unix socket
 
 
@@ -254,7 +256,7 @@ class Listener:
         else:
             _keep_alive(stream)
             handshake.send(welcome)
-        stream.settimeout(None)  # from here on only closing ends a wait
+        stream.settimeout(None)  # from here on only closing ends a wait for a frame
         frames = self._frames(stream, greeting, hello)
         return WorkerConnection(self._host, self._push_format, self._part, stream, frames, hello, segment, self._log)
 
@@ -283,8 +285,9 @@ def _foreign_user(stream: socket.socket) -> str:
 
 
 def _keep_alive(stream: socket.socket) -> None:
-    """Let the kernel send small messages without delay, and close the connection if the other machine is gone."""
+    """Send small messages without delay, limit each wait for the worker to read, and notice if its machine is gone."""
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(SEND_S, 0))
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", SILENCE_S), ("TCP_KEEPINTVL", SILENCE_S), ("TCP_KEEPCNT", PROBES)):
         if hasattr(socket, option):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,3 @@ class PushArrays(NamedTuple):
     means: Floats  # Rescaled, [2]; zeros for other corrections
     journal: NDArray[np.uint8]  # Journal, [records, bytes of a record]
     filled: Integers  # Journal, [1]
-
-    def copy(self) -> tuple[NDArray[Any], ...]:
-        """Return copies of all arrays, in order."""
-        return tuple(array.copy() for array in self)

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from psgd.serving import listener
 from psgd.spec import Settings
 from psgd_workers.errors import ServerGoneError
 from psgd_workers.messages import Outcome, Receipt, Version
 from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind
 from tests.support.server_harness import (
+    BIG,
     IS_COMPILED,
     LIMIT_S,
     V1,
@@ -222,6 +224,22 @@ def test_a_frame_that_is_cut_in_the_middle_is_not_applied(harnesses: Harnesses, 
     assert closed(stream)
     harness.log.wait("the other end closed it in the middle of a frame")
     assert harness.server.version == Version(1, 1)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "compiled tcp"])
+def test_a_worker_that_reads_no_weights_is_waited_for_with_a_limit(
+    harnesses: Harnesses, kind: LaneCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "SEND_S", 1)
+    harness = harnesses(**BIG)
+    stream = harness.shaken(kind)
+    harness.join("by-hand")
+    size = harness.push_format.sizes(shared=False)[0]
+    for position in range(2):
+        push_header = header(harness, batch=batch(position), payload=size, number=position + 1, wants=True)
+        with suppress(ConnectionError):
+            stream.sendall(push_header.pack() + bytes(size))
+    harness.log.wait("the connection of by-hand was closed: the worker sends requests but does not read the answers")
 
 
 def test_a_worker_that_reads_no_receipts_is_closed(harnesses: Harnesses) -> None:
