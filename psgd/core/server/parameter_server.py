@@ -168,10 +168,11 @@ class ParameterServer:
     def steps_alone(self) -> bool:
         """Return True if, under the present settings, a push needs nothing but `arrays` and its worker's numbers.
 
-        Then every admitted gradient is a step of its own, its correction is a factor, and no receipt is held back.
+        Then every admitted gradient is dense and a step of its own, its correction is a factor, and no receipt is held
+        back.
         """
         correction = self._correction
-        changes_values = correction.elementwise or correction.shifts
+        changes_values = correction.elementwise or correction.shifts or self.spec.compression.name != "none"
         return self._mode.steps_alone and not (changes_values or self._is_observed or self._parked)
 
     def arrays(self) -> PushArrays:

@@ -122,7 +122,7 @@ def write_rule(rule: Rule, server: ParameterServer) -> None:
     optimizer = settings.optimizer
     grid = server.grid
     fields: dict[str, Any] = {
-        "applies": server.steps_alone and spec.compression.name == "none",
+        "applies": server.steps_alone,
         "trained": server.partition.num_trainable,
         "partitions": spec.scaling.servers,
         "stale": settings.consistency.r if isinstance(settings.consistency, RingmasterConsistency) else 1 << 62,

@@ -74,15 +74,52 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> SlowStorage:
     return storage
 
 
-def only_server(tmp_path: Path, timeout_s: float) -> ServerActor:
+def only_server(tmp_path: Path, timeout_s: float, **fields: Any) -> ServerActor:
     storage = Storage(str(tmp_path / "run"))
     owner = RunDirectory(storage).own()
     partition = Partition(0, 0, len(START), len(START))
     layout = Layout.of({"weight": START})
-    made = job(failure={"timeout_s": timeout_s})
+    made = job(failure={"timeout_s": timeout_s}, **fields)
     return ServerActor(
         RunContext(made, layout, GRID, (partition,), owner.driver, storage.url), 0, owner.incarnation, START
     )
+
+
+LONG = {"epochs": 10_000}
+
+
+@pytest.mark.parametrize(
+    ("fields", "loads"),
+    [
+        ({"run": LONG}, True),
+        ({"run": LONG | {"max_updates": 4999}}, False),
+        ({"run": {"max_time_s": 5.0}}, True),
+        ({"run": LONG | {"max_time_s": 4.9}}, False),
+        ({"run": LONG, "consistency": {"mode": "bsp"}}, False),
+        ({"run": LONG, "compression": {"name": "int8"}}, False),
+    ],
+)
+def test_compiled_code_is_loaded_for_long_runs_whose_mode_can_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], loads: bool
+) -> None:
+    names: list[str] = []
+
+    class NotedThread:
+        def __init__(self, target: object, name: str, daemon: bool) -> None:
+            names.append(name)
+
+        def start(self) -> None:
+            names.append("started")
+
+    monkeypatch.setattr("psgd.cluster.server_actor.Thread", NotedThread)
+
+    async def change() -> None:
+        server = only_server(tmp_path, timeout_s=10, **fields)
+        assert names == (["psgd-compile", "started"] if loads else [])
+        await server.change(job(run=LONG).settings)  # to a mode that can use it
+        assert len(names) == (2 if loads or fields == {"run": LONG, "consistency": {"mode": "bsp"}} else 0)
+
+    asyncio.run(change())
 
 
 def test_a_checkpoint_waits_for_the_one_that_is_being_written(tmp_path: Path, slow: SlowStorage) -> None:
