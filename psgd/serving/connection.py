@@ -122,8 +122,8 @@ class WorkerConnection:
         Returns:
             Header and payload; None if the connection is closed.
         """
-        compiled = None if self._frames.has_tags else self._enter_compiled()
-        if compiled is None:
+        compiled = self._enter_compiled()
+        if compiled is None or not compiled.receives:
             return self._frames.receive(self._accept)
         while True:
             stop = compiled.serve()
@@ -147,7 +147,8 @@ class WorkerConnection:
             self._compiled = path.connection(
                 self._worker,
                 self._stream.fileno(),
-                np.frombuffer(self._frames.header, np.uint8),
+                np.frombuffer(self._frames.head, np.uint8),
+                self._frames.tags,
                 self._payloads,
                 None if segment is None else (segment.values, *segment.starts(self._part.start)),
                 self._worker_waits,
@@ -185,8 +186,7 @@ class WorkerConnection:
         host = self._host
         if frame.kind is PUSH:
             shared = self._shared[slot] if self._shared else None
-            if self._frames.has_tags and (compiled := self._enter_compiled()) and compiled.take():
-                self._frames.send(*compiled.answer())
+            if self._take():
                 return
             gradient = self._push_format.gradient(frame, payload, self._worker, shared)
             self._busy[slot] = True
@@ -198,6 +198,15 @@ class WorkerConnection:
         else:
             self._answers.expect()
             self._answers.put(_header(FrameKind.VERSION, slot, host.server.version, 0), None)
+
+    def _take(self) -> bool:
+        """Let compiled code apply a push that only Python could receive, and answer it. Return False if it was not."""
+        if not self._frames.tags or (compiled := self._enter_compiled()) is None or compiled.receives:
+            return False
+        if not compiled.take():
+            return False
+        self._frames.send(*compiled.answer())
+        return True
 
     def _answer_push(self, slot: int, wants: bool, receipt: Receipt) -> Callable[[], None]:
         """Prepare the answer to a push, with the current weights if wanted, and return the function that sends it."""

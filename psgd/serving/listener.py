@@ -22,7 +22,7 @@ from psgd.serving.handshakes import Handshakes
 from psgd.serving.host import ServerHost
 from psgd.serving.limited_log import LimitedLog
 from psgd_workers.errors import FrameError, LaneError, ListenError
-from psgd_workers.transport.authentication import FrameAuthenticator
+from psgd_workers.transport.authentication import FrameAuthenticator, FrameTags
 from psgd_workers.transport.frame_stream import FrameStream
 from psgd_workers.transport.frames import PushFormat
 from psgd_workers.transport.handshake import HELLO_SIZE, KEY_SIZE, Address, Greeting, Hello
@@ -264,7 +264,8 @@ class Listener:
         if hello.shared or not self._push_format.authenticates:
             return FrameStream(stream)
         to_server, to_worker = hello.frame_keys(self.key, greeting)
-        return FrameStream(stream, FrameAuthenticator(to_worker), FrameAuthenticator(to_server))
+        tags = FrameTags(outgoing=FrameAuthenticator(to_worker), incoming=FrameAuthenticator(to_server))
+        return FrameStream(stream, tags)
 
     def _check(self, hello: Hello, shared: bool) -> None:
         """Raise FrameError if the worker expects another server or another layout of its memory."""

@@ -31,6 +31,7 @@ from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Addres
 from psgd_workers.transport.memory import PublishedVector, Segment
 from psgd_workers.transport.shm import ShmLane
 from psgd_workers.transport.tcp import TcpLane
+from tests.support.tagged_socket import TaggedSocket
 
 __all__ = [
     "BIG",
@@ -58,12 +59,12 @@ __all__ = [
     "works",
 ]
 
-# A lane's kind. "compiled": the server has its compiled push path.
-LaneCase = Literal["shm", "tcp", "compiled shm", "compiled tcp"]
+# A lane's kind. "compiled": the server has its compiled push path. "with tags": frames are authenticated.
+LaneCase = Literal["shm", "tcp", "tcp with tags", "compiled shm", "compiled tcp", "compiled tcp with tags"]
 IS_COMPILED = os.environ.get(SWITCH) != "0"
-LANE_CASES: list[LaneCase] = ["shm", "tcp"]
+LANE_CASES: list[LaneCase] = ["shm", "tcp", "tcp with tags"]
 if IS_COMPILED:
-    LANE_CASES += ["compiled shm", "compiled tcp"]
+    LANE_CASES += ["compiled shm", "compiled tcp", "compiled tcp with tags"]
 LIMIT_S = 10.0  # seconds to wait for events that take almost no time
 NUM_PARAMETERS = 90
 PART = Partition(0, 8, 75, 60)  # odd sizes, with 7 buffers at the end
@@ -159,7 +160,7 @@ class ServerHarness:
         num_parameters: values of the whole weights.
         tcp: True to listen on the network.
         unix: True to listen on a Unix socket.
-        authenticates: True if frames on the network have tags. Frames that a test makes by hand have none.
+        authenticates: True if frames on the network have tags, as they have from the first lane "with tags" on.
     """
 
     def __init__(
@@ -259,7 +260,7 @@ class ServerHarness:
         """Connect a worker."""
         segment = Segment(self.num_parameters, slots)
         lane_class: type[Lane] = TcpLane if "tcp" in kind else ShmLane
-        self._compile(kind)
+        self._prepare(kind)
         try:
             lane = lane_class(worker, segment, self.part, self.push_format, address or self.address, timeout_s)
         finally:
@@ -267,8 +268,10 @@ class ServerHarness:
         self._lanes.append(lane)
         return WorkerHarness(self, worker, segment, lane)
 
-    def _compile(self, kind: LaneCase) -> None:
-        """Give the server its compiled push path, if the kind of lane says so."""
+    def _prepare(self, kind: LaneCase) -> None:
+        """Give the server its compiled push path, and the frames their tags, if the kind of lane says so."""
+        if kind.endswith("with tags"):
+            self.push_format = self.listener._push_format = self.push_format._replace(authenticates=True)
         if kind.startswith("compiled") and self.host.compiled is None:
             self.host.compile()
             assert self.host.compiled is not None
@@ -279,8 +282,9 @@ class ServerHarness:
 
     def unconnected(self, kind: LaneCase) -> socket.socket:
         """Return a socket that is not connected yet."""
-        stream = socket.socket(socket.AF_INET if "tcp" in kind else socket.AF_UNIX, socket.SOCK_STREAM)
-        self._compile(kind)
+        of_kind = TaggedSocket if kind.endswith("with tags") else socket.socket
+        stream = of_kind(socket.AF_INET if "tcp" in kind else socket.AF_UNIX, socket.SOCK_STREAM)
+        self._prepare(kind)
         self._sockets.append(stream)
         stream.settimeout(LIMIT_S)
         return stream
@@ -307,7 +311,10 @@ class ServerHarness:
 
     def greet(self, stream: socket.socket, kind: LaneCase, **changes: Any) -> None:
         greeting = Greeting.unpack(exactly(stream, GREETING_SIZE))
-        stream.sendall(self.hello(kind, **changes).pack(self.listener.key, greeting))
+        hello = self.hello(kind, **changes)
+        stream.sendall(hello.pack(self.listener.key, greeting))
+        if isinstance(stream, TaggedSocket):
+            stream.keys = hello.frame_keys(self.listener.key, greeting)
 
     def shaken(self, kind: LaneCase) -> socket.socket:
         """Return a connected socket on which frames may be sent."""
@@ -329,6 +336,8 @@ class ServerHarness:
         """Finish a handshake after the hello."""
         if "tcp" in kind:
             exactly(stream, WELCOME_SIZE)
+            if isinstance(stream, TaggedSocket):
+                stream.begin()
             return
         assert self._segment.file is not None
         _, (file,), _, _ = socket.recv_fds(stream, WELCOME_SIZE, 1)

@@ -32,7 +32,8 @@ def _digest() -> str:
     """Return a digest of all sources whose code or constants are compiled, and of Numba's version."""
     folders = [*compiled.__path__, *server.__path__]
     files = sorted(file for folder in folders for file in Path(folder).glob("*.py"))
-    files += [Path(psgd_workers.__path__[0], name) for name in ("messages.py", "transport/frames.py")]
+    names = ("messages.py", "transport/authentication.py", "transport/frames.py")
+    files += [Path(psgd_workers.__path__[0], name) for name in names]
     digest = sha256(f"{numba.__version__} {config.BOUNDSCHECK}".encode())
     for file in files:
         digest.update(file.read_bytes())

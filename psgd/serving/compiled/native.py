@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
+from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from psgd.serving.compiled.cache import SourceCacheLocator, own_cache
 
-__all__ = ["compiled", "error_location", "fence", "gettime", "lock", "recv", "send", "setaffinity", "unlock"]
+__all__ = ["call", "compiled", "error_location", "fence", "gettime", "lock", "recv", "send", "setaffinity", "unlock"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,3 +51,17 @@ def _fence(_: Any) -> Any:
 
 
 fence: Any = intrinsic(_fence)
+
+
+def _call(_: Any, address: Any, arguments: Any) -> Any:
+    """Call the C function at an address with a tuple of integers and pointers. Return its int."""
+
+    def generate(context: Any, builder: Any, _: Any, values: Any) -> Any:
+        signature = ir.FunctionType(ir.IntType(32), [context.get_value_type(kind) for kind in arguments])
+        function = builder.inttoptr(values[0], signature.as_pointer())
+        return builder.call(function, cgutils.unpack_tuple(builder, values[1]))
+
+    return types.int32(address, arguments), generate
+
+
+call: Any = intrinsic(_call)

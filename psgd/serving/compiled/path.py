@@ -14,6 +14,8 @@ from psgd.core.server.live_worker import LiveWorker
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.push_arrays import INCARNATION
 from psgd.serving.compiled.arrays import server_arrays, worker_arrays
+from psgd.serving.compiled.gmac import GmacArrays, no_gmac
+from psgd.serving.compiled.libcrypto import Libcrypto
 from psgd.serving.compiled.push import HEADER, WorkerArrays
 from psgd.serving.compiled.rule import write_rule
 from psgd.serving.compiled.serve import (
@@ -29,6 +31,7 @@ from psgd.serving.compiled.serve import (
 )
 from psgd.serving.server_lock import ServerLock
 from psgd_workers.messages import FloatArray
+from psgd_workers.transport.authentication import TAG_SIZE, FrameTags
 from psgd_workers.transport.frames import HEADER_SIZE
 
 __all__ = ["CompiledConnection", "CompiledPath"]
@@ -50,9 +53,10 @@ class CompiledPath:
         self._server = server
         self.arrays = server_arrays(server, lock.mutex, lock.fault)
         self.refresh()
-        header = np.zeros(HEADER_SIZE, np.uint8)
+        self._libcrypto = Libcrypto.find()
+        head = np.zeros(HEADER_SIZE, np.uint8)
         payloads = np.zeros((1, 0), np.uint8)
-        unused = self.connection("", CLOSED, header, payloads, (np.empty(0, np.float32), [0], [0]), False)
+        unused = self.connection("", CLOSED, head, None, payloads, (np.empty(0, np.float32), [0], [0]), False)
         unused.serve()
         unused.take()
 
@@ -73,7 +77,8 @@ class CompiledPath:
         self,
         worker: str,
         stream: int,
-        header: NDArray[np.uint8],
+        head: NDArray[np.uint8],
+        tags: FrameTags | None,
         payloads: NDArray[np.uint8],
         shared: tuple[FloatArray, Sequence[int], Sequence[int]] | None,
         follows: bool,
@@ -83,7 +88,8 @@ class CompiledPath:
         Args:
             worker: name of the worker.
             stream: descriptor of the socket.
-            header: `[HEADER_SIZE]`: memory into which headers are received.
+            head: memory into which headers are received, and tags if there are any.
+            tags: tags of the frames; None: they have none.
             payloads: `[slots, bytes]`, a multiple of 4 bytes: memory into which the payload of each slot is received.
                 It begins with the gradient if the worker's memory is not shared.
             shared: the worker's memory, and for each slot the indices at which the partition's gradient and weights
@@ -96,7 +102,10 @@ class CompiledPath:
         payload = inline + state.journal.shape[1] - RECORD.itemsize  # the rest are versions, as in the journal
         flags = MSG_NOSIGNAL | (MSG_DONTWAIT if shared else 0)
         incarnation = int(state.version[INCARNATION])
-        answer = np.zeros(HEADER_SIZE + inline, np.uint8)
+        receives = tags is None or self._libcrypto is not None
+        incoming, outgoing = self._gmacs(tags)
+        head = head[: HEADER_SIZE + (TAG_SIZE if receives and tags else 0)]
+        answer = np.zeros(len(head) + inline, np.uint8)
         slots = len(payloads)
         if shared:
             memory, starts, targets = shared
@@ -104,13 +113,13 @@ class CompiledPath:
         else:
             memory = payloads.reshape(-1).view(np.float32)
             starts = [slot * payloads.shape[1] // 4 for slot in range(slots)]
-            outputs = answer[HEADER_SIZE:].view(np.float32)
+            outputs = answer[len(head) :].view(np.float32)
             targets = [0] * slots
         arrays = ConnectionArrays(
-            np.array([stream, incarnation, payload, size, shared is not None, flags, follows]),
+            np.array([stream, incarnation, payload, size, shared is not None, flags, follows, len(head)]),
             np.zeros(6, np.int64),
-            header,
-            header.view(HEADER),
+            head,
+            head[:HEADER_SIZE].view(HEADER),
             answer,
             answer[:HEADER_SIZE].view(HEADER),
             outputs,
@@ -120,8 +129,16 @@ class CompiledPath:
             payloads,
             np.zeros(2, np.int64),
             np.zeros(MAX_PROCESSORS // 64, np.uint64),
+            incoming,
+            outgoing,
         )
-        return CompiledConnection(self, worker, arrays)
+        return CompiledConnection(self, worker, arrays, receives)
+
+    def _gmacs(self, tags: FrameTags | None) -> tuple[GmacArrays, GmacArrays]:
+        """Return the arrays for the tags of incoming and of outgoing frames, without content if they are not used."""
+        if tags is None or self._libcrypto is None:
+            return no_gmac(), no_gmac()
+        return self._libcrypto.gmac(tags.incoming), self._libcrypto.gmac(tags.outgoing)
 
 
 class Stop(NamedTuple):
@@ -141,9 +158,15 @@ class CompiledConnection:
         path: path of the server.
         worker: name of the worker.
         arrays: memory of the connection.
+        receives: False if Python has to receive pushes and send the answers, because frames have tags that compiled
+            code cannot compute.
+
+    Attributes:
+        receives: False if only `take` may be called, else only `serve`.
     """
 
-    def __init__(self, path: CompiledPath, worker: str, arrays: ConnectionArrays) -> None:
+    def __init__(self, path: CompiledPath, worker: str, arrays: ConnectionArrays, receives: bool) -> None:
+        self.receives = receives
         self._path = path
         self._name = worker
         self._arrays = arrays
@@ -152,7 +175,7 @@ class CompiledConnection:
         """Receive, apply and answer pushes until Python is needed."""
         status = serve(self._path.arrays, self._worker(), self._arrays)
         progress = self._arrays.progress.tolist()
-        unsent = self._arrays.answer.data[progress[SENT] : self._answer_size]
+        unsent = self._arrays.answer.data[progress[SENT] : len(self._arrays.head) + self._payload]
         return Stop(progress[ERROR], progress[HEADER_GOT], progress[PAYLOAD_GOT], status == UNSENT, unsent)
 
     def take(self) -> bool:
@@ -162,11 +185,12 @@ class CompiledConnection:
     def answer(self) -> tuple[bytes, memoryview]:
         """Return the header and the weights of the answer to the push that was taken last."""
         answer = self._arrays.answer.data
-        return bytes(answer[:HEADER_SIZE]), answer[HEADER_SIZE : self._answer_size]
+        return bytes(answer[:HEADER_SIZE]), answer[HEADER_SIZE : HEADER_SIZE + self._payload]
 
     @property
-    def _answer_size(self) -> int:
-        return HEADER_SIZE + int(self._arrays.answer_fields["payload"][0])
+    def _payload(self) -> int:
+        """Return the number of bytes of weights in the last answer."""
+        return int(self._arrays.answer_fields["payload"][0])
 
     def _worker(self) -> WorkerArrays:
         return worker_arrays(self._name, self._path.live_worker(self._name))

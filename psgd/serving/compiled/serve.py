@@ -6,12 +6,14 @@ frame that compiled code does not handle, or with a connection that is closed or
 
 from __future__ import annotations
 
+from errno import EIO
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from psgd.core.server.push_arrays import INCARNATION, UPDATES
+from psgd.serving.compiled.gmac import GmacArrays, compute_tag, count_frame, is_tag, is_used
 from psgd.serving.compiled.native import compiled, error_location, gettime, lock, recv, send, setaffinity, unlock
 from psgd.serving.compiled.push import APPLIED, Header, ServerArrays, WorkerArrays, apply_push
 from psgd_workers.messages import FloatArray
@@ -32,12 +34,12 @@ __all__ = [
 ]
 
 # Values that `serve` returns.
-INCOMPLETE = 0  # a frame was not received as a whole, or its header is none that compiled code handles
+INCOMPLETE = 0  # a frame was not received as a whole, its tag is wrong, or its header is none that is handled here
 UNHANDLED = 1  # a push was received as a whole, and nothing was changed
 UNSENT = 2  # a push was applied, but its answer was not sent as a whole
 
 # Indices of `ConnectionArrays.plan`.
-STREAM, SERVER_INCARNATION, PAYLOAD, VALUES, IS_SHARED, FLAGS, FOLLOWS = range(7)
+STREAM, SERVER_INCARNATION, PAYLOAD, VALUES, IS_SHARED, FLAGS, FOLLOWS, HEAD = range(8)
 # Indices of `ConnectionArrays.progress`.
 HEADER_GOT, PAYLOAD_GOT, SENT, ERROR, PROCESSOR, PUSHES_THERE = range(6)
 
@@ -66,26 +68,30 @@ CRC_TABLE = _crc_table()
 class ConnectionArrays(NamedTuple):
     """The arrays of a connection that compiled code uses."""
 
-    plan: NDArray[np.int64]  # [7]: socket, the server's incarnation, bytes of a payload, values of the partition,
-    # 1 if memory is shared, flags of `send`, and 1 if the thread follows the worker to its processor
+    plan: NDArray[np.int64]  # [8]: socket, the server's incarnation, bytes of a payload, values of the partition,
+    # 1 if memory is shared, flags of `send`, 1 if the thread follows the worker to its processor, and bytes of a head
     progress: NDArray[np.int64]  # [6]: bytes received of the header and of the payload, bytes sent, error number,
     # processor of the last push, and number of pushes in a row from there
-    header: NDArray[np.uint8]  # [HEADER_SIZE], received
-    fields: Header  # [1], view of `header`
-    answer: NDArray[np.uint8]  # [HEADER_SIZE + bytes of the weights to send]
+    head: NDArray[np.uint8]  # [HEADER_SIZE, and TAG_SIZE if compiled code handles tags], received: header and tag
+    fields: Header  # [1], view of `head`
+    answer: NDArray[np.uint8]  # [bytes of a head + bytes of the weights to send]
     answer_fields: Header  # [1], view of `answer`
-    outputs: FloatArray  # memory for the weights of the answers: the worker's, or `answer` after its header
+    outputs: FloatArray  # memory for the weights of the answers: the worker's, or `answer` after its head
     targets: NDArray[np.int64]  # [slots]: index in `outputs` at which the weights of a slot begin
     memory: FloatArray  # memory that contains the gradients of all slots
     starts: NDArray[np.int64]  # [slots]: index in `memory` at which the gradient of a slot begins
     payloads: NDArray[np.uint8]  # [slots, bytes]: payload of each slot
     clock: NDArray[np.int64]  # [2]: seconds and nanoseconds
     processors: NDArray[np.uint64]  # [1024 / 64]: cpu_set_t with the processor of this thread
+    incoming: GmacArrays  # tags of the frames from the worker
+    outgoing: GmacArrays  # tags of the frames to the worker
 
 
 @compiled
 def serve(server: ServerArrays, worker: WorkerArrays, connection: ConnectionArrays) -> int:
     """Serve pushes until one is not handled here, or the connection is closed or broken.
+
+    A frame that is not applied is not counted, so that Python checks its tag again, and refuses it if that is wrong.
 
     Returns:
         INCOMPLETE, UNHANDLED or UNSENT. `connection.progress` says how much was received and sent.
@@ -97,7 +103,8 @@ def serve(server: ServerArrays, worker: WorkerArrays, connection: ConnectionArra
             _follow(connection)
         if not take_push(server, worker, connection):
             return UNHANDLED
-        if not _send(connection):
+        count_frame(connection.incoming)
+        if not (_seal(connection) and _send(connection)):
             return UNSENT
 
 
@@ -150,18 +157,27 @@ def _follow(connection: ConnectionArrays) -> None:
 
 @compiled
 def _receive(connection: ConnectionArrays) -> bool:
-    """Receive a push as a whole. Return False if that fails, or the header is none that is handled here."""
+    """Receive a push as a whole. Return False if that fails, its tag is wrong, or its header is none for this path."""
     progress = connection.progress
     plan = connection.plan
     progress[: ERROR + 1] = 0
-    progress[HEADER_GOT] = _receive_into(connection, connection.header)
-    if progress[HEADER_GOT] != HEADER_SIZE or not _is_handled(connection):
+    progress[HEADER_GOT] = _receive_into(connection, connection.head)
+    if progress[HEADER_GOT] != plan[HEAD] or not _is_handled(connection):
         return False
-    if plan[PAYLOAD] == 0:
+    payload = connection.payloads[np.int64(connection.fields[0].slot)][: plan[PAYLOAD]]
+    if len(payload):
+        progress[PAYLOAD_GOT] = _receive_into(connection, payload)
+    return progress[PAYLOAD_GOT] == len(payload) and _is_authentic(connection, payload)
+
+
+@compiled
+def _is_authentic(connection: ConnectionArrays, payload: NDArray[np.uint8]) -> bool:
+    """Return True if the tag of the frame is right, or frames have no tags."""
+    gmac = connection.incoming
+    if not is_used(gmac):
         return True
-    payload = connection.payloads[np.int64(connection.fields[0].slot)]
-    progress[PAYLOAD_GOT] = _receive_into(connection, payload[: plan[PAYLOAD]])
-    return progress[PAYLOAD_GOT] == plan[PAYLOAD]
+    head = connection.head
+    return compute_tag(gmac, head[:HEADER_SIZE], payload) and is_tag(gmac, head[HEADER_SIZE:])
 
 
 @compiled
@@ -182,7 +198,7 @@ def _is_handled(connection: ConnectionArrays) -> bool:
     return (
         fields.magic == MAGIC_NUMBER
         and fields.format == FORMAT
-        and fields.checksum == _checksum(connection.header)
+        and fields.checksum == _checksum(connection.head)
         and fields.kind == PUSH
         and fields.code == 0
         and fields.slot < len(connection.starts)
@@ -224,10 +240,26 @@ def _write_answer(connection: ConnectionArrays, incarnation: int, updates: int) 
 
 
 @compiled
+def _seal(connection: ConnectionArrays) -> bool:
+    """Write the tag of the answer, if frames have tags. Return False if that fails."""
+    gmac = connection.outgoing
+    if not is_used(gmac):
+        return True
+    answer = connection.answer
+    payload = answer[connection.plan[HEAD] :][: np.int64(connection.answer_fields[0].payload)]
+    if not compute_tag(gmac, answer[:HEADER_SIZE], payload):
+        connection.progress[ERROR] = EIO
+        return False
+    count_frame(gmac)
+    answer[HEADER_SIZE : connection.plan[HEAD]] = gmac.tag
+    return True
+
+
+@compiled
 def _send(connection: ConnectionArrays) -> bool:
     """Send the answer. Return False if it was not sent as a whole."""
     plan = connection.plan
-    size = HEADER_SIZE + np.int64(connection.answer_fields[0].payload)
+    size = plan[HEAD] + np.int64(connection.answer_fields[0].payload)
     sent = send(plan[STREAM], connection.answer.ctypes, size, plan[FLAGS])
     if sent < 0:
         connection.progress[ERROR] = error_location()[0]

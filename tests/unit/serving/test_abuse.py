@@ -43,6 +43,7 @@ from tests.support.server_harness import (
     header,
     works,
 )
+from tests.support.tagged_socket import TaggedSocket
 
 if not memory.has_shared_memory():
     pytest.skip("needs Linux' anonymous shared memory", allow_module_level=True)
@@ -161,7 +162,8 @@ def test_a_frame_may_arrive_in_pieces(harnesses: Harnesses, sections: Any, kind:
     worker = harness.lane(kind)
     gradient = worker.gradient(0, FIRST, V1)
     payload = b"".join(harness.push_format.payload(gradient, shared="tcp" not in kind))
-    for byte in push_header(gradient, 0, False, 1, len(payload)) + payload:
+    frame = push_header(gradient, 0, False, 1, len(payload)) + payload
+    for byte in stream.tagged(frame) if isinstance(stream, TaggedSocket) else frame:
         stream.sendall(bytes([byte]))
     answer = Frame.unpack(exactly(stream, HEADER_SIZE))
     assert (answer.kind, answer.version) == (FrameKind.RECEIPT, Version(1, 1))

@@ -238,9 +238,8 @@ def test_what_no_worker_sends_ends_its_connection_and_changes_nothing(
     stream = harness.shaken(kind)
     (make, reason) = BAD_FRAMES[name]
     push = header(harness, payload=harness.push_format.sizes("tcp" not in kind)[-1])
-    stream.sendall(make(harness, push))
     with suppress(ConnectionResetError, BrokenPipeError):  # the server may have closed it after the header
-        stream.sendall(bytes(push.payload))
+        stream.sendall(make(harness, push) + bytes(push.payload))
     assert closed(stream)
     harness.log.wait(f"the connection of by-hand was closed: .*{reason}")
     assert harness.untouched()
@@ -350,11 +349,12 @@ def test_a_closed_listener_leaves_nothing(harnesses: Harnesses) -> None:
     files = open_files()
     listener = harness.listener = harness.listen()
     harness.address = listener.address("node", "127.0.0.1")
-    clients = [harness.lane(kind) for kind in LANE_CASES]
+    kinds = [kind for kind in LANE_CASES if "tags" not in kind]  # frames of one server either have tags or not
+    clients = [harness.lane(kind) for kind in kinds]
     for client in clients:
         client.lane.pull(0, LIMIT_S)
-    silent = [harness.connected(kind) for kind in LANE_CASES]
-    asked = [harness.greeted(kind) for kind in LANE_CASES]
+    silent = [harness.connected(kind) for kind in kinds]
+    asked = [harness.greeted(kind) for kind in kinds]
     for stream in silent:
         assert exactly(stream, GREETING_SIZE)
     passed = socket.recv_fds(asked[0], WELCOME_SIZE, 1)[1]

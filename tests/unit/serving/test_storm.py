@@ -36,6 +36,7 @@ from tests.support.server_harness import (
     batch,
     exactly,
 )
+from tests.support.tagged_socket import TaggedSocket
 
 if not memory.has_shared_memory():
     pytest.skip("needs Linux' anonymous shared memory", allow_module_level=True)
@@ -56,8 +57,13 @@ def attack(kind: LaneCase, address: Address, push_format: PushFormat, frames: in
     opened = [shaken(kind, address, segment) for _ in range(CONNECTIONS)]
     for number in range(frames):
         place = number % CONNECTIONS
+        frame = damaged(rng, push_format, "tcp" not in kind)
+        stream = opened[place]
         try:
-            opened[place].sendall(damaged(rng, push_format, "tcp" not in kind))
+            if isinstance(stream, TaggedSocket) and rng.random() < 0.1:  # damaged after its tag was made
+                stream.send_wire(flipped(rng, stream.tagged(frame)))
+            else:
+                stream.sendall(frame)
         except OSError:
             opened[place].close()
             opened[place] = shaken(kind, address, segment)
@@ -69,7 +75,7 @@ def attack(kind: LaneCase, address: Address, push_format: PushFormat, frames: in
 def shaken(kind: LaneCase, address: Address, segment: Segment) -> socket.socket:
     """Return a connection with a valid handshake."""
     family = socket.AF_INET if "tcp" in kind else socket.AF_UNIX
-    stream = socket.socket(family, socket.SOCK_STREAM)
+    stream = (TaggedSocket if "tags" in kind else socket.socket)(family, socket.SOCK_STREAM)
     stream.settimeout(LIMIT_S)
     stream.connect((address.host, address.port) if "tcp" in kind else f"\0{address.path}")
     greeting = Greeting.unpack(exactly(stream, GREETING_SIZE))
@@ -77,6 +83,9 @@ def shaken(kind: LaneCase, address: Address, segment: Segment) -> socket.socket:
     stream.sendall(hello.pack(address.key, greeting))
     if "tcp" in kind:
         exactly(stream, WELCOME_SIZE)
+        if isinstance(stream, TaggedSocket):
+            stream.keys = hello.frame_keys(address.key, greeting)
+            stream.begin()
         return stream
     assert segment.file is not None
     _, (file,), _, _ = socket.recv_fds(stream, WELCOME_SIZE, 1)
@@ -84,6 +93,12 @@ def shaken(kind: LaneCase, address: Address, segment: Segment) -> socket.socket:
     socket.send_fds(stream, [b"\0"], [segment.file])
     stream.recv(1)
     return stream
+
+
+def flipped(rng: np.random.Generator, data: bytes | bytearray) -> bytes:
+    """Return the data with one bit changed."""
+    place = int(rng.integers(len(data)))
+    return bytes([*data[:place], data[place] ^ 1 << int(rng.integers(8)), *data[place + 1 :]])
 
 
 def damaged(rng: np.random.Generator, push_format: PushFormat, shared: bool) -> bytes:
@@ -97,8 +112,7 @@ def damaged(rng: np.random.Generator, push_format: PushFormat, shared: bool) -> 
     frame = Frame(kind, 0, code, False, 1, payload, FIRST, 10, Version(99, 9), 0.5, nan, 0.01, number=1)
     header = bytearray(frame.pack())
     for _ in range(int(rng.integers(0, 4))):
-        place = int(rng.integers(HEADER_SIZE))
-        header[place] ^= 1 << int(rng.integers(8))
+        header[:] = flipped(rng, header)
     if rng.random() < 0.5:
         header[HEADER_SIZE - 4 :] = struct.pack("<I", crc32(header[: HEADER_SIZE - 4]))
     return bytes(header) + rng.bytes(frame.payload)

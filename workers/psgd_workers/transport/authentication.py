@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from hmac import compare_digest
+from typing import NamedTuple
 
+import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import GCM
 
 from psgd_workers.errors import FrameError
 
-__all__ = ["TAG_SIZE", "FrameAuthenticator"]
+__all__ = ["NONCE_SIZE", "TAG_SIZE", "FrameAuthenticator", "FrameTags"]
 
 TAG_SIZE = 16  # bytes
 NONCE_SIZE = 12
@@ -29,11 +31,17 @@ class FrameAuthenticator:
 
     Args:
         key: 32 bytes that only the two ends know, and use for this direction only.
+
+    Attributes:
+        key: the key.
+        nonce: `[12]`, uint8: number of the next frame, little-endian. Compiled code of a server counts its frames here.
     """
 
     def __init__(self, key: bytes) -> None:
-        self._key = AES(key)
-        self._number = 0  # of the next frame
+        self.key = key
+        self.nonce = np.zeros(NONCE_SIZE, np.uint8)
+        self._aes = AES(key)
+        self._number = self.nonce[:8].view("<u8")
 
     def tag(self, parts: Iterable[bytes | bytearray | memoryview]) -> bytes:
         """Return the tag of the next frame.
@@ -41,8 +49,8 @@ class FrameAuthenticator:
         Args:
             parts: header and payload.
         """
-        gmac = Cipher(self._key, GCM(self._number.to_bytes(NONCE_SIZE, "little"))).encryptor()
-        self._number += 1
+        gmac = Cipher(self._aes, GCM(self.nonce.tobytes())).encryptor()
+        self._number[0] += 1
         for part in parts:
             gmac.authenticate_additional_data(part)
         gmac.finalize()
@@ -56,3 +64,10 @@ class FrameAuthenticator:
         """
         if not compare_digest(self.tag(parts), tag):
             raise FrameError("a frame was changed, repeated or left out on its way: its tag is wrong")
+
+
+class FrameTags(NamedTuple):
+    """The tags of a connection, at one of its ends."""
+
+    outgoing: FrameAuthenticator  # makes the tags of sent frames
+    incoming: FrameAuthenticator  # checks the tags of received frames

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from psgd_workers.transport.authentication import TAG_SIZE, FrameAuthenticator
+from psgd_workers.transport.authentication import TAG_SIZE, FrameTags
 from psgd_workers.transport.frames import HEADER_SIZE, Frame
 from psgd_workers.transport.streams import receive, send
 
@@ -21,29 +21,18 @@ class FrameStream:
 
     Args:
         stream: connected socket, blocking.
-        outgoing: makes the tags of sent frames; None: they have none.
-        incoming: checks the tags of received frames; None: they have none.
+        tags: tags of the frames; None: they have none.
 
     Attributes:
-        header: memory of the header that was received last.
+        tags: tags of the frames; None: they have none.
+        head: memory of the header that was received last, and of its tag if frames have tags.
     """
 
-    def __init__(
-        self,
-        stream: socket.socket,
-        outgoing: FrameAuthenticator | None = None,
-        incoming: FrameAuthenticator | None = None,
-    ) -> None:
+    def __init__(self, stream: socket.socket, tags: FrameTags | None = None) -> None:
         self._stream = stream
-        self._outgoing = outgoing
-        self._incoming = incoming
-        self._buffer = memoryview(bytearray(HEADER_SIZE + TAG_SIZE if incoming else HEADER_SIZE))
-        self.header = self._buffer[:HEADER_SIZE]
-
-    @property
-    def has_tags(self) -> bool:
-        """Return True if frames have tags."""
-        return self._incoming is not None
+        self.tags = tags
+        self.head = memoryview(bytearray(HEADER_SIZE + TAG_SIZE if tags else HEADER_SIZE))
+        self._header = self.head[:HEADER_SIZE]
 
     def send(self, header: bytes | bytearray, *payload: bytes | memoryview) -> None:
         """Send a frame.
@@ -51,17 +40,17 @@ class FrameStream:
         Raises:
             OSError: sending failed, or its time limit is over.
         """
-        if self._outgoing is None:
+        if self.tags is None:
             send(self._stream, header, *payload)
         else:
-            send(self._stream, header, self._outgoing.tag((header, *payload)), *payload)
+            send(self._stream, header, self.tags.outgoing.tag((header, *payload)), *payload)
 
     def receive(self, accept: Accept, header_got: int = 0, payload_got: int = 0) -> tuple[Frame, memoryview] | None:
         """Wait for a whole frame.
 
         Args:
             accept: checks a header, and returns the buffer for the payload, whose length the header gives.
-            header_got: bytes of the header that `header` contains already.
+            header_got: bytes that `head` contains already.
             payload_got: bytes of the payload that the buffer contains already.
 
         Returns:
@@ -71,19 +60,15 @@ class FrameStream:
             FrameError: the bytes are no frame, or not the one that was sent.
             OSError: receiving failed, its time limit is over, or the other end closed the connection within a frame.
         """
-        got = header_got + receive(self._stream, self._buffer[header_got:])
+        got = header_got + receive(self._stream, self.head[header_got:])
         if not got:
             return None
-        if got < len(self._buffer):
+        if got < len(self.head):
             raise ConnectionError(INCOMPLETE)
-        frame = Frame.unpack(self.header)
+        frame = Frame.unpack(self._header)
         payload = accept(frame)
         if payload_got + receive(self._stream, payload[payload_got:]) < frame.payload:
             raise ConnectionError(INCOMPLETE)
-        if self._incoming is not None:
-            self._check(payload)
+        if self.tags is not None:
+            self.tags.incoming.check(self.head[HEADER_SIZE:], (self._header, payload))
         return frame, payload
-
-    def _check(self, payload: memoryview) -> None:
-        assert self._incoming is not None
-        self._incoming.check(self._buffer[HEADER_SIZE:], (self.header, payload))

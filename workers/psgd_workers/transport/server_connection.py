@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Self
 
 from psgd_workers.errors import FrameError, LaneTimeoutError, ServerGoneError
-from psgd_workers.transport.authentication import FrameAuthenticator
+from psgd_workers.transport.authentication import FrameAuthenticator, FrameTags
 from psgd_workers.transport.frame_stream import FrameStream
 from psgd_workers.transport.frames import HEADER_SIZE, Frame
 from psgd_workers.transport.handshake import GREETING_SIZE, WELCOME_SIZE, Address, Greeting, Hello
@@ -184,7 +184,8 @@ class ServerConnection:
         if authenticates:
             to_server, to_worker = hello.frame_keys(address.key, greeting)
             self._has_tags = True
-            self._frames = FrameStream(self._stream, FrameAuthenticator(to_server), FrameAuthenticator(to_worker))
+            tags = FrameTags(outgoing=FrameAuthenticator(to_server), incoming=FrameAuthenticator(to_worker))
+            self._frames = FrameStream(self._stream, tags)
         return file
 
     def hang_up(self) -> None:

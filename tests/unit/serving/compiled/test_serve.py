@@ -15,6 +15,7 @@ from psgd.serving import listener
 from psgd.spec import Settings
 from psgd_workers.errors import ServerGoneError
 from psgd_workers.messages import Outcome, Receipt, Version
+from psgd_workers.transport.authentication import TAG_SIZE
 from psgd_workers.transport.frames import HEADER_SIZE, Frame, FrameKind
 from tests.support.server_harness import (
     BIG,
@@ -30,11 +31,13 @@ from tests.support.server_harness import (
     exactly,
     header,
 )
+from tests.support.tagged_socket import TaggedSocket
 
 if not IS_COMPILED:
     pytest.skip("the push path is not compiled", allow_module_level=True)
 
-CASES: list[LaneCase] = ["compiled shm", "compiled tcp"]
+TAGS: LaneCase = "compiled tcp with tags"
+CASES: list[LaneCase] = ["compiled shm", "compiled tcp", TAGS]
 LAST = 90  # batches of an epoch
 
 
@@ -49,6 +52,19 @@ def push(client: WorkerHarness, position: int, read: Version, slot: int = 0) -> 
     return client.lane.push(gradient, slot, wants=True).receipt(LIMIT_S)
 
 
+def one(harness: ServerHarness, position: int) -> bytes:
+    """Return the frame of a push by hand over the network, without a tag."""
+    size = harness.push_format.sizes(shared=False)[0]
+    return header(harness, batch=batch(position), payload=size, number=position + 1).pack() + bytes(size)
+
+
+def send_first(harness: ServerHarness, stream: socket.socket) -> None:
+    """Push the first batch of the epoch, which Python applies."""
+    stream.sendall(one(harness, 0))
+    assert Frame.unpack(exactly(stream, HEADER_SIZE)).version == Version(1, 1)
+    assert by_python(harness) == 1
+
+
 def by_python(harness: ServerHarness) -> int:
     """Return the number of pushes that compiled code left to Python since the last call."""
     pushes = harness.host.pushes
@@ -56,12 +72,9 @@ def by_python(harness: ServerHarness) -> int:
     return pushes
 
 
-@pytest.mark.parametrize("authenticates", [False, True], ids=["plain", "authenticated"])
 @pytest.mark.parametrize("kind", CASES)
-def test_all_pushes_but_the_ends_of_an_epoch_are_served_in_compiled_code(
-    harnesses: Harnesses, kind: LaneCase, authenticates: bool
-) -> None:
-    harness = harnesses(authenticates=authenticates)
+def test_all_pushes_but_the_ends_of_an_epoch_are_served_in_compiled_code(harnesses: Harnesses, kind: LaneCase) -> None:
+    harness = harnesses()
     reference = harness.reference()
     client = joined(harness, kind)
     reference.join("worker-0", 0.0)
@@ -210,23 +223,25 @@ def test_a_header_of_no_worker_closes_the_connection_with_one_line(
     assert harness.server.version == Version(1, 2)
 
 
-@pytest.mark.parametrize("cut", [1, HEADER_SIZE - 1, HEADER_SIZE + 5])
-def test_a_frame_that_is_cut_in_the_middle_is_not_applied(harnesses: Harnesses, cut: int) -> None:
+@pytest.mark.parametrize("cut", [1, HEADER_SIZE - 1, HEADER_SIZE + 5, HEADER_SIZE + TAG_SIZE + 5])
+@pytest.mark.parametrize("kind", ["compiled tcp", TAGS])
+def test_a_frame_that_is_cut_in_the_middle_is_not_applied(harnesses: Harnesses, kind: LaneCase, cut: int) -> None:
     harness = harnesses()
-    stream = harness.shaken("compiled tcp")
+    stream = harness.shaken(kind)
     harness.join("by-hand")
-    size = harness.push_format.sizes(shared=False)[0]
-    stream.sendall(header(harness, batch=batch(0), payload=size).pack() + bytes(size))
-    exactly(stream, HEADER_SIZE)
-    frame = header(harness, batch=batch(1), payload=size, number=2).pack() + bytes(size)
-    stream.sendall(frame[:cut])
+    send_first(harness, stream)
+    frame = one(harness, 1)
+    if isinstance(stream, TaggedSocket):
+        stream.send_wire(stream.tagged(frame)[:cut])
+    else:
+        stream.sendall(frame[:cut])
     stream.shutdown(socket.SHUT_WR)
     assert closed(stream)
     harness.log.wait("the other end closed it in the middle of a frame")
     assert harness.server.version == Version(1, 1)
 
 
-@pytest.mark.parametrize("kind", ["tcp", "compiled tcp"])
+@pytest.mark.parametrize("kind", ["tcp", "tcp with tags", "compiled tcp", TAGS])
 def test_a_worker_that_reads_no_weights_is_waited_for_with_a_limit(
     harnesses: Harnesses, kind: LaneCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
