@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from psgd.serving.compiled.native import call, compiled
 from psgd_workers.transport.authentication import NONCE_SIZE, TAG_SIZE
 
-__all__ = ["GmacArrays", "compute_tag", "count_frame", "is_tag", "is_used", "no_gmac"]
+__all__ = ["GmacArrays", "add_bytes", "begin_tag", "count_frame", "end_tag", "is_tag", "is_used", "no_gmac"]
 
 # Indices of `GmacArrays.handles`.
 CONTEXT, INIT, UPDATE, FINAL, CONTROL, COMPARE = range(6)
@@ -49,17 +49,30 @@ def count_frame(gmac: GmacArrays) -> None:
 
 
 @compiled
-def compute_tag(gmac: GmacArrays, header: NDArray[np.uint8], payload: NDArray[np.uint8]) -> bool:
-    """Compute the tag of the next frame, without counting it. Return False if libcrypto fails."""
-    handles = gmac.handles
-    context = handles[CONTEXT]
+def begin_tag(gmac: GmacArrays) -> bool:
+    """Begin the tag of the next frame, without counting the frame. Return False if libcrypto fails."""
+    return bool(call(gmac.handles[INIT], (gmac.handles[CONTEXT], NULL, NULL, NULL, gmac.nonce.ctypes.data)) == 1)
+
+
+@compiled
+def add_bytes(gmac: GmacArrays, data: NDArray[np.uint8]) -> bool:
+    """Add bytes of the frame to its tag. Return False if libcrypto fails."""
+    for start in range(0, len(data), LONGEST):
+        piece = data[start : start + LONGEST]
+        added = (gmac.handles[CONTEXT], NULL, gmac.length.ctypes.data, piece.ctypes.data, np.int32(len(piece)))
+        if call(gmac.handles[UPDATE], added) != 1:
+            return False
+    return True
+
+
+@compiled
+def end_tag(gmac: GmacArrays) -> bool:
+    """Write the tag of the bytes into `gmac.tag`. Return False if libcrypto fails."""
+    context = gmac.handles[CONTEXT]
     tag = gmac.tag.ctypes.data
     return bool(
-        call(handles[INIT], (context, NULL, NULL, NULL, gmac.nonce.ctypes.data)) == 1
-        and _add(gmac, header)
-        and _add(gmac, payload)
-        and call(handles[FINAL], (context, tag, gmac.length.ctypes.data)) == 1
-        and call(handles[CONTROL], (context, GET_TAG, np.int32(TAG_SIZE), tag)) == 1
+        call(gmac.handles[FINAL], (context, tag, gmac.length.ctypes.data)) == 1
+        and call(gmac.handles[CONTROL], (context, GET_TAG, np.int32(TAG_SIZE), tag)) == 1
     )
 
 
@@ -67,13 +80,3 @@ def compute_tag(gmac: GmacArrays, header: NDArray[np.uint8], payload: NDArray[np
 def is_tag(gmac: GmacArrays, tag: NDArray[np.uint8]) -> bool:
     """Return True if `tag`, 16 bytes, is the computed tag. The time does not depend on where they differ."""
     return bool(call(gmac.handles[COMPARE], (gmac.tag.ctypes.data, tag.ctypes.data, TAG_SIZE)) == 0)
-
-
-@compiled
-def _add(gmac: GmacArrays, data: NDArray[np.uint8]) -> bool:
-    for start in range(0, len(data), LONGEST):
-        piece = data[start : start + LONGEST]
-        added = (gmac.handles[CONTEXT], NULL, gmac.length.ctypes.data, piece.ctypes.data, np.int32(len(piece)))
-        if call(gmac.handles[UPDATE], added) != 1:
-            return False
-    return True

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psgd.core.server.push_arrays import INCARNATION, UPDATES
-from psgd.serving.compiled.gmac import GmacArrays, compute_tag, count_frame, is_tag, is_used
+from psgd.serving.compiled.gmac import GmacArrays, add_bytes, begin_tag, count_frame, end_tag, is_tag, is_used
 from psgd.serving.compiled.native import compiled, error_location, gettime, lock, recv, send, setaffinity, unlock
 from psgd.serving.compiled.push import APPLIED, Header, ServerArrays, WorkerArrays, apply_push
 from psgd_workers.messages import FloatArray
@@ -25,6 +25,7 @@ __all__ = [
     "INCOMPLETE",
     "MAX_PROCESSORS",
     "PAYLOAD_GOT",
+    "PIECE",
     "SENT",
     "UNHANDLED",
     "UNSENT",
@@ -50,6 +51,7 @@ CHECKED = FIELDS.size  # bytes of a header before its checksum
 VERSION_SIZE = VERSION.size
 WAIT_FOR_ALL = 0x100  # MSG_WAITALL of Linux
 CLOCK_MONOTONIC = 1
+PIECE = 1 << 17  # bytes of a payload that are received at once, if the frame has a tag
 SETTLED = 8  # pushes in a row from one processor, after which the worker is assumed to stay there
 MAX_PROCESSORS = 1024  # bits of a cpu_set_t
 
@@ -165,19 +167,29 @@ def _receive(connection: ConnectionArrays) -> bool:
     if progress[HEADER_GOT] != plan[HEAD] or not _is_handled(connection):
         return False
     payload = connection.payloads[np.int64(connection.fields[0].slot)][: plan[PAYLOAD]]
+    if is_used(connection.incoming):
+        return _receive_checked(connection, payload)
     if len(payload):
         progress[PAYLOAD_GOT] = _receive_into(connection, payload)
-    return progress[PAYLOAD_GOT] == len(payload) and _is_authentic(connection, payload)
+    return progress[PAYLOAD_GOT] == len(payload)
 
 
 @compiled
-def _is_authentic(connection: ConnectionArrays, payload: NDArray[np.uint8]) -> bool:
-    """Return True if the tag of the frame is right, or frames have no tags."""
+def _receive_checked(connection: ConnectionArrays, payload: NDArray[np.uint8]) -> bool:
+    """Receive a payload of a frame with a tag. Return False if that fails, or the tag is wrong.
+
+    A piece is added to the tag while the next one is under way.
+    """
     gmac = connection.incoming
-    if not is_used(gmac):
-        return True
-    head = connection.head
-    return compute_tag(gmac, head[:HEADER_SIZE], payload) and is_tag(gmac, head[HEADER_SIZE:])
+    if not (begin_tag(gmac) and add_bytes(gmac, connection.head[:HEADER_SIZE])):
+        return False
+    for start in range(0, len(payload), PIECE):
+        piece = payload[start : start + PIECE]
+        got = _receive_into(connection, piece)
+        connection.progress[PAYLOAD_GOT] += got
+        if got < len(piece) or not add_bytes(gmac, piece):
+            return False
+    return end_tag(gmac) and is_tag(gmac, connection.head[HEADER_SIZE:])
 
 
 @compiled
@@ -247,7 +259,7 @@ def _seal(connection: ConnectionArrays) -> bool:
         return True
     answer = connection.answer
     payload = answer[connection.plan[HEAD] :][: np.int64(connection.answer_fields[0].payload)]
-    if not compute_tag(gmac, answer[:HEADER_SIZE], payload):
+    if not (begin_tag(gmac) and add_bytes(gmac, answer[:HEADER_SIZE]) and add_bytes(gmac, payload) and end_tag(gmac)):
         connection.progress[ERROR] = EIO
         return False
     count_frame(gmac)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from psgd_workers.messages import Outcome, Version
 from psgd_workers.transport.authentication import TAG_SIZE
 from psgd_workers.transport.frames import HEADER_SIZE, Frame
 from tests.support.server_harness import (
+    BIG,
     IS_COMPILED,
     LIMIT_S,
     V1,
@@ -28,6 +30,7 @@ if not IS_COMPILED:
     pytest.skip("the push path is not compiled", allow_module_level=True)
 
 from psgd.serving.compiled.libcrypto import Libcrypto  # needs Numba
+from psgd.serving.compiled.serve import PIECE
 
 TAGS: LaneCase = "compiled tcp with tags"
 WRONG = "the connection of by-hand was closed: a frame was changed, repeated or left out on its way: its tag is wrong"
@@ -106,6 +109,19 @@ def test_the_payload_of_a_header_that_announces_too_much_is_not_received(harness
     stream.sendall(long + bytes(size + 4))
     assert closed(stream)
     harness.log.wait(f"the connection of by-hand was closed: a push has {size + 4} bytes of payload")
+    assert harness.server.version == Version(1, GOOD)
+
+
+@pytest.mark.parametrize("place", [0, PIECE - 1, PIECE, -1])
+def test_a_payload_of_several_pieces_is_checked_as_a_whole(harnesses: Harnesses, place: int) -> None:
+    harness = harnesses(**BIG)
+    stream, _ = joined(harness)
+    wire = stream.tagged(frame(harness, GOOD))
+    assert len(wire) > 3 * PIECE
+    with suppress(ConnectionError):
+        stream.send_wire(flipped(wire, HEADER_SIZE + TAG_SIZE + place if place >= 0 else len(wire) - 1))
+    assert closed(stream)
+    harness.log.wait(WRONG)
     assert harness.server.version == Version(1, GOOD)
 
 
