@@ -5,6 +5,7 @@ from __future__ import annotations
 import _hashlib
 import ctypes
 import logging
+from collections.abc import Iterator
 from ctypes import c_char_p, c_int, c_void_p
 from ctypes.util import find_library
 from typing import Any
@@ -50,8 +51,7 @@ class Libcrypto:
     @classmethod
     def find(cls) -> Libcrypto | None:
         """Return the libcrypto of Python's `hashlib`, else that of the system; None if there is none."""
-        # Without a file, `_hashlib` and perhaps libcrypto are parts of the interpreter's program.
-        for path in (getattr(_hashlib, "__file__", None), find_library("crypto")):
+        for path in _paths():
             try:
                 return cls(ctypes.CDLL(path))
             except (AttributeError, OSError) as error:
@@ -75,3 +75,9 @@ class Libcrypto:
         if self._begin(context, self._cipher(), None, authenticator.key, None) != 1:
             raise MemoryError("libcrypto cannot set up AES-GCM for the tags of a connection")
         return GmacArrays(handles, authenticator.nonce, np.zeros(TAG_SIZE, np.uint8), np.zeros(1, np.int32))
+
+
+def _paths() -> Iterator[str | None]:
+    """Yield where the functions may be. None is the interpreter's own program, of which `_hashlib` may be a part."""
+    yield getattr(_hashlib, "__file__", None)
+    yield find_library("crypto")  # only if it is needed, because it starts processes
