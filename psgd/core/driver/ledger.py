@@ -60,7 +60,6 @@ class Ledger:
     Attributes:
         epoch: the open epoch.
         done: number of its batches that every partition contains or skips.
-        pending: number of its batches that are neither done nor leased nor in doubt.
         requeued: number of batches, over all epochs, that were leased, did not arrive and were leased again.
         shared: ids of the leases whose last batches were leased to other workers, too.
     """
@@ -84,11 +83,17 @@ class Ledger:
         self.shared: set[int] = set()
         self._isolated: list[int] = []  # suspects, to be leased one by one; not in `_pending`
         self._withheld: set[int] = set()  # skipped batches; never pending
+        self._first = 0  # no batch before this position is in `_pending`
         self._count()
 
     def _count(self) -> None:
         self.done = int(np.count_nonzero(self._done))
-        self.pending = int(np.count_nonzero(self._pending)) + len(self._isolated)
+        self._num_pending = int(np.count_nonzero(self._pending))
+
+    @property
+    def pending(self) -> int:
+        """Return the number of batches that are neither done nor leased nor in doubt."""
+        return self._num_pending + len(self._isolated)
 
     @property
     def outstanding(self) -> int:
@@ -129,6 +134,8 @@ class Ledger:
 
     def _first_pending(self, start: int, stop: int, batches: int) -> Positions:
         """Return the first pending positions of a range, at most `batches`. Search in pieces: epochs are long."""
+        if start <= self._first:
+            start = self._first = self._first + int(self._pending[self._first :].argmax())
         found: list[Positions] = []
         piece = max(WINDOW, 2 * batches)
         while batches > 0 and start < stop:
@@ -155,8 +162,8 @@ class Ledger:
         """Lease some batches. Return None if there are none."""
         if not len(positions):
             return None
+        self._num_pending -= int(np.count_nonzero(self._pending[positions]))  # others are leased a second time
         self._pending[positions] = False
-        self._count()
         self._active[self._next_lease] = positions
         self._next_lease += 1
         return Lease(self._next_lease - 1, _ranges(self.epoch, positions))
@@ -260,6 +267,7 @@ class Ledger:
         if self._withheld:
             positions = np.array([position for position in positions if position not in self._withheld], np.int64)
         self._pending[positions] = True
+        self._first = 0
         self.requeued += len(positions)
 
     def _bitmap(self, report: Report) -> Bitmap:

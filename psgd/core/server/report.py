@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from psgd.core.server.applied import Bitmap
 from psgd_workers.messages import BatchId, EpochGrid, Version
 
@@ -58,12 +60,16 @@ class Report:
 
         The driver needs it because reports may arrive in another order than they were made.
         """
-        settled = sum(int(bitmap.sum()) for bitmap in self.settled.values())
-        return self.version.incarnation, sum(self.pushes.values()), self.version.updates, self.epochs, settled
+        pushes = sum(self.pushes.values())
+        return self.version.incarnation, pushes, self.version.updates, self.epochs, self._num_settled
+
+    @property
+    def _num_settled(self) -> int:
+        return sum(int(np.count_nonzero(bitmap)) for bitmap in self.settled.values())
 
     def contained(self, grid: EpochGrid) -> int:
         """Return the number of settled batches over the whole run."""
-        return self.epochs * grid.num_batches + sum(int(bitmap.sum()) for bitmap in self.settled.values())
+        return self.epochs * grid.num_batches + self._num_settled
 
     def rate(self, count: str) -> float | None:
         """Return updates or samples per second from the first step to the newest one; None before a second step.
