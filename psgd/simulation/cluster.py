@@ -51,13 +51,13 @@ from psgd.errors import ResumeError, RunError, WeightsNotKeptError
 from psgd.simulation.clock import VirtualClock, without_collector
 from psgd.simulation.faults import FaultPlan
 from psgd.simulation.network import Network
-from psgd.simulation.observer import ClusterObserver
+from psgd.simulation.observer import ClusterObserver, overridden
 from psgd.simulation.problem import Problem, Timing
+from psgd.simulation.push_path import PushPath
 from psgd.simulation.worker import RunningComputations, Validation, VirtualWorker
 from psgd.spec import JobSpec
 from psgd_workers.counting import counted
-from psgd_workers.loop import PipelineSlot
-from psgd_workers.messages import BatchId, FloatArray, Gradient, Version
+from psgd_workers.messages import BatchId, FloatArray, Version
 
 __all__ = ["VirtualCheckpoint", "VirtualCluster"]
 
@@ -95,7 +95,9 @@ class VirtualCluster(VirtualClock):
     Attributes:
         now: current time in virtual seconds.
         parts: each partition's slice of the weights.
+        network: network between the workers and the servers.
         servers: live servers by partition.
+        push_paths: ways of pushes into them, by partition.
         workers: live workers by name.
         checkpoint: newest checkpoint committed by this run, or None.
         finish: the coordinator's last action, which says how the run ended. None: it has not ended.
@@ -129,8 +131,11 @@ class VirtualCluster(VirtualClock):
         self._server = server
         self._server_observer = server_observer
         self._faults = faults or FaultPlan()
-        self._network = Network(self, self._faults)
+        self.network = Network(self, self._faults)
         self.observers = observers
+        self.pushed_hooks = overridden(observers, "pushed")
+        self.answered_hooks = overridden(observers, "answered")
+        self._stepped_hooks = overridden(observers, "stepped")
         self._partitions = partition_weights(len(problem.weights), problem.trainable, spec.scaling.servers)
         self.parts: Sequence[slice] = [slice(part.start, part.stop) for part in self._partitions]
         self.coordinator = Coordinator(
@@ -144,6 +149,7 @@ class VirtualCluster(VirtualClock):
             lease_s=lease_s,
         )
         self.servers: dict[int, ParameterServer] = {}
+        self.push_paths: dict[int, PushPath] = {}
         self.workers: dict[str, VirtualWorker] = {}
         self.checkpoint: VirtualCheckpoint | None = None
         self.finish: Finish | None = None
@@ -279,6 +285,7 @@ class VirtualCluster(VirtualClock):
             version = Version(incarnation, 0)
             server = self._server(spec, self._partitions[partition], weights, grid, version, observer=server_observer)
         self.servers[partition] = server
+        self.push_paths[partition] = PushPath(server)
         self._reported_epochs[partition] = server.epochs
         for observer in self.observers:
             observer.started(self, partition)
@@ -316,6 +323,7 @@ class VirtualCluster(VirtualClock):
 
     def _end_server(self, partition: int) -> None:
         self.servers.pop(partition, None)
+        self.push_paths.pop(partition, None)
         self._polls.pop(partition, None)
         self._unanswered.pop(partition, None)
         for worker in list(self.workers.values()):
@@ -348,16 +356,18 @@ class VirtualCluster(VirtualClock):
 
     def _on_join(self, action: Join) -> None:
         for partition, server in list(self.servers.items()):
-            self._network.deliver(partition, server.join(action.worker, self.now))
+            self.network.deliver(partition, server.join(action.worker, self.now))
 
     def _on_leave(self, action: Leave) -> None:
         for partition, server in list(self.servers.items()):
-            self._network.deliver(partition, server.leave(action.worker, self.now))
+            self.network.deliver(partition, server.leave(action.worker, self.now))
             self.serve_pending(partition)
 
     def _on_change(self, action: ChangeServer) -> None:
         if server := self.servers.get(action.partition):
-            self._network.deliver(action.partition, server.change(action.settings, self.now))
+            receipts = server.change(action.settings, self.now)
+            self.push_paths[action.partition].refresh()
+            self.network.deliver(action.partition, receipts)
             self.serve_pending(action.partition)
 
     def _on_grant(self, action: Grant) -> None:
@@ -391,7 +401,7 @@ class VirtualCluster(VirtualClock):
 
     def _on_skip(self, action: Skip) -> None:
         for partition, server in list(self.servers.items()):
-            self._network.deliver(partition, server.skip(action.batch, self.now))
+            self.network.deliver(partition, server.skip(action.batch, self.now))
             self.serve_pending(partition)
 
     def _on_note(self, action: Note) -> None:
@@ -445,23 +455,9 @@ class VirtualCluster(VirtualClock):
     def stepped(self) -> None:
         """React to a step of the first partition's server."""
         if self.computations:
-            self.computations.call_off_stale(self.servers[0].version.updates)
-        for observer in self.observers:
-            observer.stepped(self)
-
-    # The workers' environment
-
-    def versions(self, worker: str) -> list[Version] | None:
-        """Call `Network.versions`."""
-        return self._network.versions(worker)
-
-    def pull(self, worker: str) -> tuple[list[Version], FloatArray] | None:
-        """Call `Network.pull`."""
-        return self._network.pull(worker)
-
-    def push(self, worker: VirtualWorker, slot: PipelineSlot, gradients: Sequence[Gradient]) -> None:
-        """Call `Network.push`."""
-        self._network.push(worker, slot, gradients)
+            self.computations.call_off_stale(self.servers[0].updates)
+        for stepped in self._stepped_hooks:
+            stepped(self)
 
 
 _ACTIONS: dict[type[Any], Callable[[VirtualCluster, Any], None]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,7 +60,7 @@ class Network:
             self._cluster.after(limit_s, self._expire, worker, worker.pushes, slot, gradients[0].batch)
         fault = self._faults.push(worker.name, worker.pushes - 1, len(gradients))
         if fault is None:
-            self._arrive(worker, slot, dict(enumerate(gradients)))
+            self._arrive(worker, slot, enumerate(gradients))
             return
         self._disturb(worker, fault)
         arrivals: dict[float, dict[int, Gradient]] = defaultdict(dict)
@@ -69,9 +69,9 @@ class Network:
                 arrivals[delay_s][partition] = gradient
         for delay_s, arriving in arrivals.items():
             if delay_s:
-                self._cluster.after(delay_s, self._arrive, worker, slot, arriving)
+                self._cluster.after(delay_s, self._arrive, worker, slot, arriving.items())
             else:
-                self._arrive(worker, slot, arriving)
+                self._arrive(worker, slot, arriving.items())
 
     def _disturb(self, worker: VirtualWorker, fault: PushFault) -> None:
         """Apply a fault to the worker."""
@@ -83,30 +83,32 @@ class Network:
             case "loses its lane":
                 worker.lose_lane("no receipt came")
 
-    def _arrive(self, worker: VirtualWorker, slot: PipelineSlot, gradients: Mapping[int, Gradient]) -> None:
-        """Deliver parts of a push, by partition, that reach their servers at the same time."""
-        cluster = self._cluster
-        first = cluster.servers.get(0)
-        updates = first.version.updates if first else 0
-        refused = [partition for partition, part in gradients.items() if not self._push(partition, part)]
-        if first and cluster.servers.get(0) is first and first.version.updates != updates:
-            cluster.stepped()
-        if any(slot.batch == gradients[number].batch and slot.outcomes[number] is None for number in refused):
+    def _arrive(self, worker: VirtualWorker, slot: PipelineSlot, parts: Iterable[tuple[int, Gradient]]) -> None:
+        """Deliver parts of a push, each with its partition, that reach their servers at the same time."""
+        servers = self._cluster.servers
+        first = servers.get(0)
+        updates = first.updates if first else 0
+        refused = []
+        for partition, part in parts:
+            if not self._push(partition, part):
+                refused.append((partition, part.batch))
+        if first and servers.get(0) is first and first.updates != updates:
+            self._cluster.stepped()
+        if refused and any(slot.batch == batch and slot.outcomes[number] is None for number, batch in refused):
             worker.lose_lane("no receipt came")
 
     def _push(self, partition: int, gradient: Gradient) -> bool:
         """Push to a partition's server. Return False if there is no server or it refuses the push."""
         cluster = self._cluster
-        server = cluster.servers.get(partition)
-        if server is None:
+        path = cluster.push_paths.get(partition)
+        if path is None:
             return False
         try:
-            server.check(gradient)
+            receipts = path.push(gradient, cluster.now)
         except PushRefusedError:
             return False
-        receipts = server.push(gradient, cluster.now)
-        for observer in cluster.observers:
-            observer.pushed(cluster, partition, gradient)
+        for pushed in cluster.pushed_hooks:
+            pushed(cluster, partition, gradient)
         self.deliver(partition, receipts)
         cluster.serve_pending(partition)
         self._faults.arrived(partition)
@@ -116,8 +118,8 @@ class Network:
         """Send receipts to their workers, each with the weights that the server publishes now."""
         cluster = self._cluster
         for receipt in receipts:
-            for observer in cluster.observers:
-                observer.answered(cluster, partition, receipt)
+            for answered in cluster.answered_hooks:
+                answered(cluster, partition, receipt)
             worker = cluster.workers.get(receipt.worker)
             delay_s = self._faults.receipt(partition, receipt)
             if worker is None or delay_s is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from psgd_workers.messages import Gradient, Receipt
 if TYPE_CHECKING:
     from psgd.simulation.cluster import VirtualCluster
 
-__all__ = ["ClusterObserver"]
+__all__ = ["ClusterObserver", "overridden"]
 
 
 class ClusterObserver:
@@ -43,3 +44,14 @@ class ClusterObserver:
 
     def saved(self, cluster: VirtualCluster, partition: int, checkpoint: int, state: ServerState) -> None:
         """Follow the copy of a server's state that was made for the checkpoint with this number."""
+
+
+def overridden(observers: Sequence[ClusterObserver], hook: str) -> tuple[Callable[..., None], ...]:
+    """Return a hook of each observer that overrides it. Use it for hooks of every push, most of which do nothing.
+
+    Args:
+        observers: the observers.
+        hook: name of the hook.
+    """
+    nothing = getattr(ClusterObserver, hook)
+    return tuple(getattr(observer, hook) for observer in observers if getattr(type(observer), hook) is not nothing)

@@ -63,7 +63,7 @@ class Quadratic:
             self._block *= self._noise
             self._block -= self._slope
             self._next = 0
-        np.dot(self._matrix, weights, out=out)
+        self._matrix.dot(weights, out)
         out += self._block[self._next]
         self._next += 1
         return 0.0

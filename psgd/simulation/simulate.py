@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from psgd.core.server.consistency import build_consistency
-from psgd.core.server.observer import ServerObserver
+from psgd.core.server.journal import OUTCOMES, RecordKind
 from psgd.core.server.report import staleness_summary
 from psgd.errors import SpecError
 from psgd.job import OpenJob
@@ -21,7 +22,7 @@ from psgd.simulation.problem import Problem, Timing
 from psgd.simulation.quadratic import Quadratic
 from psgd.simulation.scenario import Scenario
 from psgd.spec import JobSpec, SimulationTarget
-from psgd_workers.messages import BatchId, Evaluation, FloatArray, Gradient
+from psgd_workers.messages import BatchId, Evaluation, FloatArray, Outcome
 
 __all__ = [
     "ROW_NAMES",
@@ -42,6 +43,8 @@ EARLY_POINTS = 16  # points between n and 2n updates at the start of a curve, wh
 CALL = 0.02  # a message between the driver and a worker or server
 POLL = 4.0  # longest time that a server delays a report
 LEASE = 100.0  # work in a lease
+
+USED = (OUTCOMES[Outcome.APPLIED], OUTCOMES[Outcome.BUFFERED])  # outcomes of gradients that a server uses
 
 
 class Point(NamedTuple):
@@ -173,19 +176,22 @@ class JobWorkload:
         return evaluation.loss if self.metric == "val/loss" else float(evaluation.accuracy or 0)
 
 
-class _GradientCounter(ServerObserver):
-    """Counts the gradients of each worker that a server uses.
+class _GradientCounter(ClusterObserver):
+    """Counts the gradients of each worker that the first server uses, from its journal.
 
     Attributes:
-        counts: number of gradients by worker.
+        counts: number of gradients by worker, whose names are bytes as in the journal.
     """
 
     def __init__(self) -> None:
-        self.counts = Counter[str]()
+        self.counts = Counter[bytes]()
 
-    def collected(self, gradient: Gradient) -> None:
-        """Count one gradient of its worker."""
-        self.counts[gradient.worker] += 1
+    def journalled(self, cluster: VirtualCluster, partition: int, records: NDArray[np.void]) -> None:
+        """Count the gradients in the newest records."""
+        del cluster
+        if partition == 0:
+            used = (records["kind"] == RecordKind.PUSH) & np.isin(records["outcome"], USED)
+            self.counts.update(records["worker"][used].tolist())
 
 
 def _joins(scenario: Scenario) -> Callable[[str], float]:
@@ -230,9 +236,9 @@ def simulate(
         start_s=_joins(scenario),
         faults=_crashes(scenario),
         lease_s=LEASE * mean_s,
-        observers=[curve],
-        server_observer=lambda partition: None if partition else counter,
+        observers=[curve, counter],
     ).run()
+    counter.journalled(run, 0, run.servers[0].journal.take())
     report = run.servers[0].report()
     began = run.status.began or 0.0
     ended = report.last.now if report.last else run.now
@@ -255,14 +261,14 @@ def simulate(
         pushes=dict(report.pushes),
         staleness=staleness_summary(report.staleness),
         staleness_counts=dict(sorted(report.staleness.items())),
-        shares={worker: count / total for worker, count in sorted(counter.counts.items(), key=_worker_number)},
+        shares={worker.decode(): count / total for worker, count in sorted(counter.counts.items(), key=_worker_number)},
         crashes=run.status.charged_failures,
         curve=tuple(curve.points),
     )
 
 
-def _worker_number(item: tuple[str, int]) -> int:
-    return int(item[0].removeprefix("worker-"))
+def _worker_number(item: tuple[bytes, int]) -> int:
+    return int(item[0].removeprefix(b"worker-"))
 
 
 def _expected_updates(spec: JobSpec, problem: Problem) -> int:
@@ -316,7 +322,7 @@ class _Curve(ClusterObserver):
 
     def stepped(self, cluster: VirtualCluster) -> None:
         """Measure the metric if a point is due, or if measuring is cheap and there is a target."""
-        due = cluster.servers[0].version.updates >= self._next
+        due = cluster.servers[0].updates >= self._next
         if not self.reached and (due or (self._target and self._workload.cheap)):
             self.measure(cluster, cluster.now, keep=due)
 
@@ -337,7 +343,7 @@ class _Curve(ClusterObserver):
             self.reached = point
             cluster.stop()
         if reaches or keep:
-            updates = server.version.updates
+            updates = server.updates
             self._next = updates + min(self._every, max(1, updates // EARLY_POINTS))
             self.points.append(point)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from math import hypot
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -39,7 +39,13 @@ from psgd_workers.loop import (
 from psgd_workers.messages import BatchId, FloatArray, Gradient, Lease, Receipt, Version
 from psgd_workers.spec import WorkerOptions
 
+if TYPE_CHECKING:
+    from psgd.simulation.network import Network
+
 __all__ = ["RunningComputations", "Validation", "VirtualWorker", "WorkerEnvironment"]
+
+COMPUTED = Computed()
+PUSHED = Pushed()
 
 
 class WorkerEnvironment(Protocol):
@@ -48,6 +54,7 @@ class WorkerEnvironment(Protocol):
     now: float  # virtual seconds
     problem: Problem
     timing: Timing
+    network: Network
     compute_s: Callable[[str, BatchId], float]  # (worker, batch) -> virtual seconds of one gradient
     parts: Sequence[slice]  # each partition's slice of the weights
     computations: RunningComputations | None  # None: no computation is interrupted
@@ -57,18 +64,6 @@ class WorkerEnvironment(Protocol):
 
     def tell_soon(self, event: Event) -> None:
         """Send an event to the driver."""
-
-    def versions(self, worker: str) -> list[Version] | None:
-        """Return the current version of each partition, or None if a server does not answer the worker."""
-
-    def pull(self, worker: str) -> tuple[list[Version], FloatArray] | None:
-        """Return the versions by partition and the published weights, or None if a server does not answer the worker.
-
-        The weights may be a server's own memory, which its next step changes.
-        """
-
-    def push(self, worker: VirtualWorker, slot: PipelineSlot, gradients: Sequence[Gradient]) -> None:
-        """Send a worker's gradient, cut by partition, to the servers."""
 
 
 class RunningComputations:
@@ -108,19 +103,6 @@ class Validation(NamedTuple):
     weights: FloatArray  # [num_parameters]
 
 
-class _ComputedGradient(NamedTuple):
-    """Result of a computation.
-
-    Unless the job sends the weights with the gradient, `weights` may be the server's own memory, which its next step
-    changes.
-    """
-
-    values: FloatArray  # [num_parameters], the gradient
-    weights: FloatArray  # [num_parameters], from which the gradient was computed
-    loss: float
-    compute_s: float  # virtual seconds
-
-
 class VirtualWorker:
     """A worker process on a virtual clock.
 
@@ -141,7 +123,9 @@ class VirtualWorker:
         self.alive = True
         self.pushes = 0
         self._environment = environment
+        self._network = environment.network
         self._problem = environment.problem
+        self._size = len(environment.problem.weights)
         self._link_s = environment.timing.link_s
         self._trainable = environment.problem.trainable
         self._worker_options = worker_options
@@ -155,7 +139,12 @@ class VirtualWorker:
         self._tasks: deque[Lease | Validation] = deque()
         self._busy = False
         self._computations = 0  # number of computations begun so far
-        self._computed: _ComputedGradient | None = None  # result of the last one
+        # Results of the last one, which are used when its time has passed. Unless the job sends the weights with the
+        # gradient, they may be the server's own memory, which its next step changes.
+        self._gradient = self._read = np.empty(0, np.float32)  # [num_parameters], and weights that it was computed from
+        self._norm = 0.0
+        self._loss = 0.0
+        self._compute_s = 0.0
 
     @property
     def lease(self) -> int | None:
@@ -218,7 +207,7 @@ class VirtualWorker:
         self.next_task()
 
     def _pull(self, slot: int) -> None:
-        pulled = self._environment.pull(self.name)
+        pulled = self._network.pull(self.name)
         if pulled is None:
             self.lose_lane("no weights came")
             return
@@ -234,54 +223,59 @@ class VirtualWorker:
         weights = self._weights[slot]
         assert weights is not None
         self._weights[slot] = None
-        values = np.empty_like(self._problem.weights)
+        self._read = weights
+        self._gradient = np.empty(self._size, np.float32)  # a message that is late may still hold the last one
         try:
-            loss = self._problem.gradient(batch, weights, values)
+            self._loss = self._problem.gradient(batch, weights, self._gradient)
         except WorkerError as error:
             self._handle(LeaseFailed())
             environment.tell_soon(WorkerFailed(self.name, str(error)))
             return
-        seconds = environment.compute_s(self.name, batch)
+        self._norm = gradient_norm(self._gradient, self._trainable)
+        seconds = self._compute_s = environment.compute_s(self.name, batch)
         self._computations += 1
         if environment.computations:
             environment.computations.add(self.slots[slot].reads[0], self, self._computations)
-        result = _ComputedGradient(values, weights, loss, seconds)
-        environment.at(max(environment.now, self._ready_at[slot]) + seconds, self._finish, self._computations, result)
+        environment.at(max(environment.now, self._ready_at[slot]) + seconds, self._finish, self._computations)
 
     def _is_computing(self, computation: int) -> bool:
         return self.alive and self._loop.computing is not None and computation == self._computations
 
-    def _finish(self, computation: int, result: _ComputedGradient) -> None:
+    def _finish(self, computation: int) -> None:
         if not self._is_computing(computation):
             return
-        self._computed = result
         if self._worker_options.stop_at is None:
-            self._handle(Computed())
-        elif versions := self._environment.versions(self.name):
+            self._perform(self._loop.handle(COMPUTED))
+        elif versions := self._network.versions(self.name):
             self._handle(Computed(versions))
         else:
             self.lose_lane("no version came")
 
     def _push(self, slot: int, batch: BatchId) -> None:
-        assert self._computed
         pipeline_slot = self.slots[slot]
-        values, weights, loss, seconds = self._computed
         examples = self._problem.grid.examples(batch)
-        norm = gradient_norm(values, self._trainable)
         gradients = self._senders[slot].gradients(
-            batch, examples, pipeline_slot.reads, values, weights, loss, norm, seconds
+            batch,
+            examples,
+            pipeline_slot.reads,
+            self._gradient,
+            self._read,
+            self._loss,
+            self._norm,
+            self._compute_s,
         )
         self.pushes += 1
         if self._link_s:
             self._environment.at(self._environment.now + self._link_s, self._arrive, pipeline_slot, gradients)
         else:
-            self._environment.push(self, pipeline_slot, gradients)
-        if self.alive:  # the fault plan may have killed the worker during the push
-            self._handle(Pushed())  # the receipt may already have been handled, and the next batch begun
+            self._network.push(self, pipeline_slot, gradients)
+        # The fault plan may have killed the worker during the push. Or the receipt has come, and the next batch begun.
+        if self.alive and self._loop.computing is None:
+            self._perform(self._loop.handle(PUSHED))
 
     def _arrive(self, slot: PipelineSlot, gradients: Sequence[Gradient]) -> None:
         if self.alive and slot.batch == gradients[0].batch:  # else the push is lost
-            self._environment.push(self, slot, gradients)
+            self._network.push(self, slot, gradients)
 
     def lose_lane(self, cause: str) -> None:
         """End the lease because a server does not answer, and begin the next task.

@@ -150,6 +150,11 @@ class ParameterServer:
         return Version(self._numbers[INCARNATION], self._numbers[UPDATES])
 
     @property
+    def updates(self) -> int:
+        """Number of updates in the weights now."""
+        return self._numbers[UPDATES]
+
+    @property
     def published(self) -> FloatArray:
         """The weights that workers pull, `[partition size]`; the next step changes them in place."""
         return self._published.values

@@ -12,7 +12,7 @@ from psgd.serving.compiled.push import ServerArrays, WorkerArrays
 from psgd.serving.compiled.rule import RULE, epoch_grid
 from psgd.serving.compiled.step import BLOCK
 
-__all__ = ["server_arrays", "worker_arrays"]
+__all__ = ["padded_name", "server_arrays", "worker_arrays"]
 
 NAME_SIZE = RECORD["worker"].itemsize
 
@@ -34,7 +34,12 @@ def server_arrays(server: ParameterServer, mutex: NDArray[np.uint8], fault: NDAr
 
 def worker_arrays(name: str, worker: LiveWorker) -> WorkerArrays:
     """Return the arrays of a worker."""
+    return WorkerArrays(padded_name(name), worker.counts, worker.times)
+
+
+def padded_name(name: str) -> NDArray[np.uint8]:
+    """Return the name of a worker as in a record of the journal, `[16]`, padded with zeros."""
     padded = np.zeros(NAME_SIZE, np.uint8)
     code = np.frombuffer(name.encode()[:NAME_SIZE], np.uint8)
     padded[: len(code)] = code
-    return WorkerArrays(padded, worker.counts, worker.times)
+    return padded

@@ -168,8 +168,8 @@ def gradient_norm(values: FloatArray, num_trainable: int) -> float:
         num_trainable: values before the first buffer.
     """
     if num_trainable == len(values):
-        return sqrt(np.dot(values, values))
+        return sqrt(values.dot(values))
     trained = values[:num_trainable]
     buffers = values[num_trainable:]
     # A buffer that is not finite is refused like a gradient.
-    return sqrt(np.dot(trained, trained)) if np.isfinite(buffers).all() else nan
+    return sqrt(trained.dot(trained)) if np.isfinite(buffers).all() else nan
