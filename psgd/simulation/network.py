@@ -60,8 +60,9 @@ class Network:
             self._cluster.after(limit_s, self._expire, worker, worker.pushes, slot, gradients[0].batch)
         fault = self._faults.push(worker.name, worker.pushes - 1, len(gradients))
         if fault is None:
-            self._arrive(worker, slot, enumerate(gradients))
+            self._arrive(worker, slot, worker.lane, enumerate(gradients))
             return
+        lane = worker.lane
         self._disturb(worker, fault)
         arrivals: dict[float, dict[int, Gradient]] = defaultdict(dict)
         for partition, (gradient, copies) in enumerate(zip(gradients, fault.copies, strict=True)):
@@ -69,9 +70,9 @@ class Network:
                 arrivals[delay_s][partition] = gradient
         for delay_s, arriving in arrivals.items():
             if delay_s:
-                self._cluster.after(delay_s, self._arrive, worker, slot, arriving.items())
+                self._cluster.after(delay_s, self._arrive, worker, slot, lane, arriving.items())
             else:
-                self._arrive(worker, slot, arriving.items())
+                self._arrive(worker, slot, lane, arriving.items())
 
     def _disturb(self, worker: VirtualWorker, fault: PushFault) -> None:
         """Apply a fault to the worker."""
@@ -83,21 +84,23 @@ class Network:
             case "loses its lane":
                 worker.lose_lane("no receipt came")
 
-    def _arrive(self, worker: VirtualWorker, slot: PipelineSlot, parts: Iterable[tuple[int, Gradient]]) -> None:
+    def _arrive(
+        self, worker: VirtualWorker, slot: PipelineSlot, lane: int, parts: Iterable[tuple[int, Gradient]]
+    ) -> None:
         """Deliver parts of a push, each with its partition, that reach their servers at the same time."""
         servers = self._cluster.servers
         first = servers.get(0)
         updates = first.updates if first else 0
         refused = []
         for partition, part in parts:
-            if not self._push(partition, part):
+            if not self._push(partition, part, lane):
                 refused.append((partition, part.batch))
         if first and servers.get(0) is first and first.updates != updates:
             self._cluster.stepped()
         if refused and any(slot.batch == batch and slot.outcomes[number] is None for number, batch in refused):
             worker.lose_lane("no receipt came")
 
-    def _push(self, partition: int, gradient: Gradient) -> bool:
+    def _push(self, partition: int, gradient: Gradient, lane: int) -> bool:
         """Push to a partition's server. Return False if there is no server or it refuses the push."""
         cluster = self._cluster
         path = cluster.push_paths.get(partition)
@@ -109,26 +112,39 @@ class Network:
             return False
         for pushed in cluster.pushed_hooks:
             pushed(cluster, partition, gradient)
-        self.deliver(partition, receipts)
+        if receipts and not path.lanes:  # the usual case: no push waits, so the one receipt is for this push
+            self._deliver(partition, receipts[0], lane)
+        else:
+            path.lanes.setdefault((gradient.worker, gradient.batch), []).append(lane)
+            self.deliver(partition, receipts)
         cluster.serve_pending(partition)
         self._faults.arrived(partition)
         return True
 
     def deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
         """Send receipts to their workers, each with the weights that the server publishes now."""
-        cluster = self._cluster
+        waiting = self._cluster.push_paths[partition].lanes
         for receipt in receipts:
-            for answered in cluster.answered_hooks:
-                answered(cluster, partition, receipt)
-            worker = cluster.workers.get(receipt.worker)
-            delay_s = self._faults.receipt(partition, receipt)
-            if worker is None or delay_s is None:
-                continue
-            published = cluster.servers[partition].published
-            if delay_s:
-                cluster.after(delay_s, worker.receive, partition, receipt, published.copy())
-            else:
-                worker.receive(partition, receipt, published)
+            key = (receipt.worker, receipt.batch)
+            lane = waiting[key].pop(0)
+            if not waiting[key]:
+                del waiting[key]
+            self._deliver(partition, receipt, lane)
+
+    def _deliver(self, partition: int, receipt: Receipt, lane: int) -> None:
+        """Send a receipt to its worker, by the lane that carried the push."""
+        cluster = self._cluster
+        for answered in cluster.answered_hooks:
+            answered(cluster, partition, receipt)
+        worker = cluster.workers.get(receipt.worker)
+        delay_s = self._faults.receipt(partition, receipt)
+        if worker is None or delay_s is None:
+            return
+        published = cluster.servers[partition].published
+        if delay_s:
+            cluster.after(delay_s, worker.receive, partition, receipt, published.copy(), lane)
+        else:
+            worker.receive(partition, receipt, published, lane)
 
     @staticmethod
     def _expire(worker: VirtualWorker, push: int, slot: PipelineSlot, batch: BatchId) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.serving.compiled.loading import load_direct_path
-from psgd_workers.messages import Gradient, Receipt
+from psgd_workers.messages import BatchId, Gradient, Receipt
 
 if TYPE_CHECKING:
     from psgd.serving.compiled.direct import DirectPath
@@ -22,10 +22,14 @@ class PushPath:
 
     Args:
         server: the server.
+
+    Attributes:
+        lanes: number of the worker's lane for each push without a receipt, oldest first, by worker and batch.
     """
 
     def __init__(self, server: ParameterServer) -> None:
         self._server = server
+        self.lanes: dict[tuple[str, BatchId], list[int]] = {}
         self._pushes = 0  # pushes that the server itself took
         self._direct: DirectPath | None = None
 

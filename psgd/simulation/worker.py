@@ -116,12 +116,14 @@ class VirtualWorker:
         alive: False once the worker was killed or hangs.
         slots: slots of the pipeline, in the order of their use.
         pushes: number of pushes so far.
+        lane: number of its present lanes to the servers; higher after each loss.
     """
 
     def __init__(self, name: str, environment: WorkerEnvironment, worker_options: WorkerOptions, pipeline: int) -> None:
         self.name = name
         self.alive = True
         self.pushes = 0
+        self.lane = 0
         self._environment = environment
         self._network = environment.network
         self._problem = environment.problem
@@ -285,6 +287,7 @@ class VirtualWorker:
         lease = self.lease
         if lease is None or not self.alive:
             return
+        self.lane += 1
         self._handle(LeaseFailed())
         self._environment.tell_soon(LaneFailed(self.name, lease, cause))
         self.next_task()
@@ -294,14 +297,17 @@ class VirtualWorker:
         if self._is_computing(computation):
             self._handle(ComputeAborted())
 
-    def receive(self, partition: int, receipt: Receipt, published: FloatArray) -> None:
+    def receive(self, partition: int, receipt: Receipt, published: FloatArray, lane: int) -> None:
         """Take a server's receipt of a push.
 
         Args:
             partition: partition of the server.
             receipt: the receipt.
             published: weights that came with it, `[partition size]`.
+            lane: number of the lane that carried the push. Nothing arrives by a lane that was lost.
         """
+        if lane != self.lane:
+            return
         slot = self._loop.slot_of_push(receipt.batch)
         if slot is None or slot.outcomes[partition] is not None or not self.alive:
             return  # the push was abandoned, or this is a second receipt

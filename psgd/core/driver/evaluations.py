@@ -86,7 +86,7 @@ class Evaluations:
     def _close(self, worker: WorkerRecord, epochs: int | None, now: float) -> bool:
         """Close an evaluation. Return True if its weights were rolled back."""
         worker.evaluations.remove(epochs)
-        worker.alive_at = worker.lease_began = now
+        self._worker_table.turn_to_lease(worker, now)
         void = (worker.name, epochs) in self._void
         if void:
             self._void.remove((worker.name, epochs))

@@ -20,6 +20,8 @@ TAKEOVER_S = 1.0  # least work left in a lease that may be shared, in seconds; r
 SEARCH_INTERVAL_S = 0.25  # seconds between two searches for such a lease; a search costs 1 ms with 1,000 workers
 TAKEOVER_FACTOR = 4  # least work left in such a lease, in batch times of the idle worker; the larger limit counts
 
+SHARE_FACTOR = 0.5  # part of its share that a worker gets at once; the rest goes to those that turn out to be faster
+
 
 class Leasing:
     """Leases the ledger's batches to the workers.
@@ -56,18 +58,21 @@ class Leasing:
         return self._mode.in_lockstep(self._most_workers)
 
     def hold(self, worker: WorkerRecord, lease: int) -> None:
-        """Grant a worker nothing until every server has reported, as a server did not answer it during `lease`."""
+        """Grant a worker nothing until every server has reported, as a server did not answer it during `lease`.
+
+        If the answer was a receipt that a server holds back, the worker waits until the server would send it.
+        """
         self._held[worker.name] = lease
 
     @property
     def holds(self) -> bool:
         """Return True if a worker has to wait for reports before its next lease."""
-        return any(self._ledger.in_doubt(lease) for lease in self._held.values())
+        return any(self._has_to_wait(name, lease) for name, lease in self._held.items())
 
     def lease(self, now: float) -> list[Action]:
         """Lease batches to every worker below its quota. Return the actions."""
         self._actions = []
-        self._held = {name: lease for name, lease in self._held.items() if self._ledger.in_doubt(lease)}
+        self._held = {name: lease for name, lease in self._held.items() if self._has_to_wait(name, lease)}
         if self.in_lockstep:
             self._lease_rounds(now)
         elif self._leasable():
@@ -75,12 +80,15 @@ class Leasing:
                 for worker in [
                     worker for worker in self._worker_table.below_quota.values() if len(worker.leases) == ahead
                 ]:
-                    if worker.name not in self._held and (left := self._leasable()):
-                        size = self._size(worker, left)
+                    if worker.name not in self._held and (size := self._size(worker, self._leasable(), now)):
                         self._grant(worker, self._ledger.grant(size, self._worker_table.home(worker)), now)
         elif now >= self._next_search_at:
             self._share(now)
         return self._actions
+
+    def _has_to_wait(self, worker: str, lease: int) -> bool:
+        """Return True if a server has not reported since a worker's `lease` failed, or holds its receipt back."""
+        return self._ledger.in_doubt(lease) or any(worker in one.parked for one in self._servers.reports.values())
 
     def call_off(self) -> list[Action]:
         """Cancel shared leases of which every batch is done; the worker ends them after its current batch."""
@@ -101,6 +109,8 @@ class Leasing:
 
     def leave_idle(self) -> list[Action]:
         """Return a `Leave` order for each joined worker that has no lease, so that no round waits for it."""
+        if self._mode.steps_alone:  # there are no rounds, and to join again would take time
+            return []
         idle = [worker for worker in self._worker_table if worker.joined and not worker.leases]
         for worker in idle:
             worker.joined = False
@@ -163,15 +173,28 @@ class Leasing:
         """Return the number of batches that can be leased."""
         return min(self._ledger.pending, self._batches_allowed())
 
-    def _size(self, worker: WorkerRecord, left: int) -> int:
-        """Return the size of a worker's next lease: at most half an even share of the batches left.
+    def _size(self, worker: WorkerRecord, left: int, now: float) -> int:
+        """Return the size of a worker's next lease; 0: none for now.
 
-        Leases shrink towards an epoch's end, so that workers end together. Workers that have not started yet count too:
-        the first worker up must leave them a share.
+        Leases shrink towards an epoch's end, so that workers end together. A lease takes a worker's unfinished batches
+        to most of its share of all unfinished batches, according to its speed; a short last one to all of the share.
+
+        Args:
+            worker: the worker.
+            left: number of batches that can be leased.
+            now: time of the host's clock, in seconds.
         """
-        workers = max(len(self._worker_table.up), min(self._worker_table.least, self._worker_table.target))
-        share = left if workers <= 1 else ceil(left / (2 * workers))
-        return min(self._worker_table.lease_size(worker), max(share, self._worker_table.least_lease_size(worker)), left)
+        table = self._worker_table
+        part = table.part(worker)
+        if part == 1:
+            return min(table.lease_size(worker), left)
+        own = table.unfinished(worker, now)
+        share = part * (left + table.all_unfinished(now))
+        least = table.least_lease_size(worker)
+        wanted = ceil(SHARE_FACTOR * share - own)
+        if wanted < least:
+            wanted = min(least, max(round(share - own), 0 if worker.leases else 1)) if own < least else 0
+        return min(table.lease_size(worker), wanted, left)
 
     def _batches_allowed(self) -> int:
         """Return the number of batches that may be leased before `run.max_updates` is reached."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import inf, sqrt
+from typing import Literal
 
 from psgd.core.driver.status import WorkerPhase, WorkerStatus
 from psgd.core.server.report import Report
@@ -53,6 +54,29 @@ class WorkerRecord:
         return bool(self.leases or self.evaluations)
 
 
+@dataclass(slots=True)
+class _Sums:
+    """Sums over workers, kept up to date, so that a lease takes as long for a thousand workers as for two."""
+
+    measured: int = 0  # number of workers of known speed
+    speed: float = 0.0  # of these workers, in batches per second
+    batches: int = 0  # leased to all workers
+    speed_at_work: float = 0.0  # of those workers of known speed that have a lease
+    began: float = 0.0  # over the same workers: speed times the time at which the lease at work began
+
+    def add(self, worker: WorkerRecord, sign: Literal[-1, 1]) -> None:
+        """Add a worker with its present values, or subtract it before they change."""
+        self.batches += sign * sum(worker.leases.values())
+        if worker.batch_s is None:
+            return
+        speed = sign / worker.batch_s
+        self.measured += sign
+        self.speed += speed
+        if worker.leases:
+            self.speed_at_work += speed
+            self.began += speed * worker.lease_began
+
+
 class WorkerTable:
     """All workers of a run.
 
@@ -76,6 +100,7 @@ class WorkerTable:
         self._next_number = 0  # in the name of the next worker
         self._workers: dict[str, WorkerRecord] = {}  # in the order of their slots
         self._longest_s = 0.0  # longest computing time of a batch so far, of any worker
+        self._sums = _Sums()
         self._removed_residual_sq = 0.0  # sum of the squared residual norms of the removed workers
         self.up: list[WorkerRecord] = []
         self.draining: list[WorkerRecord] = []
@@ -118,6 +143,7 @@ class WorkerTable:
     def remove(self, name: str) -> WorkerRecord:
         """Remove and return a worker's record."""
         worker = self._workers.pop(name)
+        self._sums.add(worker, -1)
         self._removed_residual_sq += worker.residual_norm**2
         self._update_views()
         return worker
@@ -148,11 +174,19 @@ class WorkerTable:
 
     def granted(self, worker: WorkerRecord, lease: int, batches: int, now: float) -> None:
         """Note that a worker was given a lease."""
+        self._sums.add(worker, -1)
         if not worker.busy:
             worker.lease_began = worker.alive_at = now
         worker.leases[lease] = batches
+        self._sums.add(worker, 1)
         if len(worker.leases) >= AHEAD:
             self.below_quota.pop(worker.name, None)
+
+    def turn_to_lease(self, worker: WorkerRecord, now: float) -> None:
+        """Note that a worker has done something else, and now begins or continues its lease."""
+        self._sums.add(worker, -1)
+        worker.lease_began = worker.alive_at = now
+        self._sums.add(worker, 1)
 
     def closed(self, worker: WorkerRecord, lease: int, now: float, whole: bool = True) -> None:
         """Note that a worker's lease has ended.
@@ -163,13 +197,37 @@ class WorkerTable:
             now: time of the host's clock, in seconds.
             whole: True if the worker has done the whole lease, so that the duration measures its speed.
         """
+        self._sums.add(worker, -1)
         batches = worker.leases.pop(lease)
         if whole:
             measured = max(LEAST_BATCH_S, (now - worker.lease_began) / batches)
             worker.batch_s = measured if worker.batch_s is None else 0.5 * (worker.batch_s + measured)
         worker.lease_began = worker.alive_at = now
+        self._sums.add(worker, 1)
         if self._takes_more(worker):
             self.below_quota[worker.name] = worker
+
+    def part(self, worker: WorkerRecord) -> float:
+        """Return the fraction of all work that a worker does while all workers are busy.
+
+        Workers that have not started yet count too: the first worker up must leave them a share. So do workers whose
+        speed is unknown, with the mean speed of the others.
+        """
+        workers = max(len(self.up), min(self.least, self.target))
+        if workers == 1 or worker.batch_s is None:
+            return 1 / workers
+        return self._sums.measured / (self._sums.speed * worker.batch_s * workers)
+
+    def unfinished(self, worker: WorkerRecord, now: float) -> float:
+        """Return the number of leased batches that a worker still has to do, estimated from its speed."""
+        batches = sum(worker.leases.values())
+        done = 0.0 if worker.batch_s is None or not batches else (now - worker.lease_began) / worker.batch_s
+        return max(0.0, batches - done)
+
+    def all_unfinished(self, now: float) -> float:
+        """Return the number of leased batches that all workers together still have to do. The time is constant."""
+        sums = self._sums
+        return max(0.0, sums.batches - (now * sums.speed_at_work - sums.began))
 
     def silence_timeout_s(self, worker: WorkerRecord, at_most: float) -> float:
         """Return the seconds of silence after which a worker at a lease is given up.

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -460,6 +460,7 @@ class Starts(Recorded):
 
 @settings(max_examples=30)
 @given(rough(), st.integers(0, 4))
+@example(Schedule(2, 0, "one slow", lease_s=0.05, faults=(Fault("worker-1", 0, "lane"),)), 0)  # while it has to wait
 def test_in_ssp_nobody_starts_more_than_s_batches_ahead(schedule: Schedule, s: int) -> None:
     host = run({"mode": "ssp", "s": s}, schedule, host=Starts)
     assert isinstance(host, Starts)

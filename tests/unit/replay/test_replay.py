@@ -94,7 +94,7 @@ def test_a_run_comes_out_bit_for_bit(run: RunDirectory, sections: dict[str, Any]
 
 
 def test_what_was_refused_repeated_or_lost_is_replayed_as_such(run: RunDirectory) -> None:
-    faults = [Fault("worker-1", 8, "late"), Fault("worker-0", 5, "after"), Fault("worker-2", 4, "before")]
+    faults = [Fault("worker-1", 9, "late"), Fault("worker-0", 5, "after"), Fault("worker-2", 4, "before")]
     spec = digits(compression={"name": "top_k", "ratio": 0.05}, checkpoint={"every_s": None})
     ended = record(run, spec, faults=faults)
     counts = ended.servers[0].report().pushes
