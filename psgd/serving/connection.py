@@ -139,7 +139,13 @@ class WorkerConnection:
         Compiled code sends its answers itself. So no other answer may be under way, or become due meanwhile.
         """
         path = self._host.compiled
-        if path is None or not path.applies or any(self._busy):
+        if path is None:
+            return None
+        if not path.applies:
+            if self._compiled is not None:
+                self._compiled.stop_following()  # in Python, it may wait for the worker of another thread
+            return None
+        if any(self._busy):
             return None
         self._answers.wait_until_sent()
         if self._compiled is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from socket import MSG_DONTWAIT, MSG_NOSIGNAL
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from psgd.serving.compiled.serve import (
     HEADER_GOT,
     MAX_PROCESSORS,
     PAYLOAD_GOT,
+    PUSHES_THERE,
     SENT,
     UNSENT,
     ConnectionArrays,
@@ -170,6 +172,7 @@ class CompiledConnection:
         self._path = path
         self._name = worker
         self._arrays = arrays
+        self._processors = os.sched_getaffinity(0)  # where this thread may run, unless it follows the worker
 
     def serve(self) -> Stop:
         """Receive, apply and answer pushes until Python is needed."""
@@ -186,6 +189,13 @@ class CompiledConnection:
         """Return the header and the weights of the answer to the push that was taken last."""
         answer = self._arrays.answer.data
         return bytes(answer[:HEADER_SIZE]), answer[HEADER_SIZE : HEADER_SIZE + self._payload]
+
+    def stop_following(self) -> None:
+        """Let the thread run on any processor again, after it was bound to the worker's; see `serve._follow`."""
+        if self._arrays.processors.any():
+            os.sched_setaffinity(0, self._processors)
+            self._arrays.processors[:] = 0
+            self._arrays.progress[PUSHES_THERE] = 0
 
     @property
     def _payload(self) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from psgd.core.server.partitions import Partition
 from psgd.serving import listener
 from psgd.spec import Settings
 from psgd_workers.errors import ServerGoneError
@@ -35,6 +38,8 @@ from tests.support.tagged_socket import TaggedSocket
 
 if not IS_COMPILED:
     pytest.skip("the push path is not compiled", allow_module_level=True)
+
+from psgd.serving.compiled.serve import SETTLED  # imports Numba
 
 TAGS: LaneCase = "compiled tcp with tags"
 CASES: list[LaneCase] = ["compiled shm", "compiled tcp", TAGS]
@@ -121,6 +126,28 @@ def test_pushes_are_left_to_python_while_the_mode_waits(harnesses: Harnesses, ki
         version = push(client, first + 1, version).version
         assert by_python(harness) in ((0, 1) if compiled else (2,))  # 0: the thread was still on its way to Python
     assert harness.settled() == version.updates
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="there is no other processor")
+def test_a_thread_follows_its_worker_until_python_serves(harnesses: Harnesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = max(os.sched_getaffinity(0))
+    monkeypatch.setattr("psgd_workers.transport.shm.current_processor", lambda: processor)
+
+    def followers() -> int:
+        threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
+        return sum(os.sched_getaffinity(thread) == {processor} for thread in threads)
+
+    harness = harnesses(partition=Partition(0, 0, 40, 40), num_parameters=40)
+    client = joined(harness, "compiled shm")
+    version = V1
+    for position in range(SETTLED + 2):
+        version = push(client, position, version).version
+    assert followers() == 1
+    settings = harness.server.settings.model_dump() | {"consistency": {"mode": "ssp", "s": 1}}
+    harness.host.change(Settings.model_validate(settings))
+    for position in range(SETTLED + 2, SETTLED + 4):  # the thread is in Python after the first of these
+        version = push(client, position, version).version
+    assert followers() == 0
 
 
 @pytest.mark.parametrize("kind", CASES)
