@@ -9,14 +9,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from rich.console import Console
+
+from tests.benchmarks.cores import round_trip_ns, shown
 from tests.benchmarks.measurement import Measurement
 from tests.benchmarks.process_group import ONE_THREAD
 
-__all__ = ["CONTENDERS", "LIMIT", "Contender", "Failure", "run_contender"]
+__all__ = ["CONTENDERS", "LIMIT", "Contender", "Failure", "run_contender", "run_turn"]
 
 
 class Contender(NamedTuple):
@@ -85,6 +88,31 @@ def run_contender(name: str, seconds: float, limit_s: float, options: Sequence[s
         finally:
             _end(process)
     return _judged(name, process.returncode, output.splitlines(), errors.splitlines())
+
+
+def run_turn(
+    turn: str, name: str, seconds: float, limit_s: float, options: Sequence[str] = ()
+) -> Measurement | Failure:
+    """Run a contender once as `run_contender` does, after a message between the cores, and print both results.
+
+    Args:
+        turn: beginning of the printed line.
+        name: one of `CONTENDERS`.
+        seconds: duration of the measurement, in seconds.
+        limit_s: time limit of the whole run, in seconds.
+        options: further options of its command line.
+
+    Returns:
+        The outcome; `details` of a measurement has the time of the message as `round_trip_ns`, if there is one.
+    """
+    apart_ns = round_trip_ns()
+    outcome = run_contender(name, seconds, limit_s, options)
+    result = f"failed: {outcome.error}" if isinstance(outcome, Failure) else f"{outcome.updates_per_s:,.0f}/s"
+    line = f"{turn} {name} {result} {shown(apart_ns)}".rstrip()
+    Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    if isinstance(outcome, Failure) or apart_ns is None:
+        return outcome
+    return replace(outcome, details=outcome.details | {"round_trip_ns": apart_ns})
 
 
 def _end(process: subprocess.Popen[str]) -> None:

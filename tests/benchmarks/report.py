@@ -31,6 +31,11 @@ class Summary:
         return [run.updates_per_s for run in self.runs]
 
     @property
+    def round_trips_ns(self) -> list[float]:
+        """Times of a message between the cores before each run, in ns; empty if they could not be measured."""
+        return [run.details["round_trip_ns"] for run in self.runs if "round_trip_ns" in run.details]
+
+    @property
     def val_accuracy(self) -> float:
         """The lowest accuracy of any run."""
         return min(run.val_accuracy for run in self.runs)
@@ -104,6 +109,7 @@ def document(results: Sequence[Summary], settings: dict[str, Any]) -> dict[str, 
             "name": result.name,
             "title": CONTENDERS[result.name].title,
             "updates_per_s": _spread(result.rates),
+            "round_trip_ns": _spread(result.round_trips_ns),
             "runs": [asdict(run) for run in result.runs],
             "failures": len(result.failures),  # without messages, which were printed and may name paths
         }

@@ -12,8 +12,8 @@ from tests.benchmarks.measurement import Measurement
 from tests.benchmarks.report import document, findings, summaries, table
 
 
-def run(name: str, rate: float) -> Measurement:
-    return Measurement(name, rate, 100, 1.0, 0.9)
+def run(name: str, rate: float, **details: float) -> Measurement:
+    return Measurement(name, rate, 100, 1.0, 0.9, details)
 
 
 OUTCOMES: list[Measurement | Failure] = [
@@ -51,6 +51,13 @@ def test_the_document_has_every_contender_and_counts_failures() -> None:
     assert psgd["updates_per_s"] == {"median": 850, "min": 800, "max": 900}
     assert (psgd["failures"], hogwild["failures"]) == (0, 1)
     assert [finding["value"] for finding in tree["findings"]] == [850 / 400]
+
+
+def test_the_document_has_the_times_of_messages_between_the_cores_if_there_are_any() -> None:
+    apart = [run("psgd_job", 800, round_trip_ns=time_ns) for time_ns in (120.0, 400.0, 410.0)]
+    psgd, hogwild = document(summaries([*apart, run("hogwild", 400)]), {})["runs"]
+    assert psgd["round_trip_ns"] == {"median": 400, "min": 120, "max": 410}
+    assert hogwild["round_trip_ns"] is None
 
 
 def test_a_contender_without_a_run_has_no_figures() -> None:

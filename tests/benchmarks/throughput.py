@@ -1,8 +1,8 @@
 """Measure psgd and its peers in one run: `python -m tests.benchmarks.throughput`, from the repository's root.
 
 The contenders take turns, so that a machine that becomes slower or faster does so for all of them. All processes are
-restricted to as many cores as there are workers, which needs Linux. The targets, ratios of psgd to each of its peers,
-are in `contender.CONTENDERS`.
+restricted to as many cores as there are workers, which needs Linux. Beside each run it prints the time of a message
+between the cores (`cores`). The targets, ratios of psgd to each of its peers, are in `contender.CONTENDERS`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from tests.benchmarks.command import begin, parser, write
-from tests.benchmarks.contender import CONTENDERS, Failure, run_contender
+from tests.benchmarks.contender import CONTENDERS, Failure, run_turn
 from tests.benchmarks.measurement import Measurement
 from tests.benchmarks.report import document, summaries, table
 from tests.benchmarks.setting import BATCH_SIZE, LEARNING_RATE, NUM_WORKERS, SIZES
@@ -26,9 +26,8 @@ def main() -> int:
     """Measure, print the table, write the document. Return the exit code: 1 if a run failed."""
     arguments = _parser().parse_args()
     begin()
-    console = Console()
-    results = summaries(_outcomes(arguments, console))
-    console.print(table(results))
+    results = summaries(_outcomes(arguments))
+    Console().print(table(results))
     write(arguments.out, document(results, _settings(arguments)))
     return int(any(result.failures for result in results))
 
@@ -50,13 +49,10 @@ def _parser() -> ArgumentParser:
     return made
 
 
-def _outcomes(arguments: Namespace, console: Console) -> Iterator[Measurement | Failure]:
+def _outcomes(arguments: Namespace) -> Iterator[Measurement | Failure]:
     for turn in range(1, arguments.repeats + 1):
         for name in arguments.only:
-            outcome = run_contender(name, arguments.seconds, arguments.limit)
-            shown = f"failed: {outcome.error}" if isinstance(outcome, Failure) else f"{outcome.updates_per_s:,.0f}/s"
-            console.print(f"{turn}/{arguments.repeats} {name} {shown}", markup=False, highlight=False)
-            yield outcome
+            yield run_turn(f"{turn}/{arguments.repeats}", name, arguments.seconds, arguments.limit)
 
 
 def _settings(arguments: Namespace) -> dict[str, object]:
