@@ -46,6 +46,7 @@ chaos: .venv/dev.stamp ## run 20,000 simulated runs with faults, read damaged fi
 bench: .venv/dev.stamp ## measure speed beside its peers, run the published experiments; results in bench/; an hour
 	$(BIN)/python -m tests.benchmarks.throughput
 	$(BIN)/python -m tests.benchmarks.throughput --seconds 20 --only psgd_job own_loops psgd_unvalidated_job psgd_bare --out bench/steady.json
+	$(BIN)/python -m tests.benchmarks.batch_sizes
 	$(BIN)/python -m tests.benchmarks.transfer
 	$(BIN)/python -m tests.benchmarks.small
 	$(BIN)/python -m tests.benchmarks.apply

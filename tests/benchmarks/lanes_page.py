@@ -1,7 +1,7 @@
 """Write the page of all results, after the benchmarks have run: `python -m tests.benchmarks.lanes_page`.
 
-It reads the documents in `bench/` that have findings. It writes `LANES.md`, a table of targets and figures, and
-`throughput.svg`, the contenders' speeds, beside this file.
+It reads the documents in `bench/` that have findings. It writes beside this file `LANES.md`, a table of targets and
+figures, `throughput.svg`, the contenders' speeds, and `batch_sizes.svg`, the cost of the server by batch size.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from psgd.monitoring.plots import bars, svg
+from tests.benchmarks import batch_sizes
 from tests.benchmarks.contender import LIMIT
 from tests.benchmarks.findings import Finding, shown, spread, target, verdict
 
@@ -24,6 +25,7 @@ __all__ = ["figure", "main", "page"]
 HEADINGS = {  # of documents, in the order of the page; other documents follow under their own names
     "throughput": "Gradients per second, two workers",
     "steady": "The same over 20 s",
+    "batch_sizes": "Larger batches",
     "transfer": "Large weights",
     "small": "Small pushes",
     "stragglers": "One slow worker",
@@ -49,6 +51,10 @@ python -m tests.benchmarks.lanes_page
 COMMANDS = {  # of documents that are not named like their benchmark
     "steady": "throughput --seconds 20 --only psgd_job own_loops psgd_unvalidated_job --out bench/steady.json"
 }
+CAPTIONS = {  # of the figures, by document
+    "throughput": "gradients per second by contender",
+    "batch_sizes": "gradients per second over those of separate loops, by batch size",
+}
 GREY = "#b8b8b8"
 INK = "#222222"
 ROOM = 1.45  # width of the figure over the longest bar, for the text behind the bars
@@ -67,8 +73,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    if "throughput" in documents:
-        (arguments.out / "throughput.svg").write_text(svg(figure(documents["throughput"])), encoding="utf-8")
+    for name, draw in (("throughput", figure), ("batch_sizes", batch_sizes.figure)):
+        if name in documents:
+            (arguments.out / f"{name}.svg").write_text(svg(draw(documents[name])), encoding="utf-8")
     (arguments.out / "LANES.md").write_text(page(documents), encoding="utf-8")
     return 0
 
@@ -98,8 +105,8 @@ def _section(name: str, tree: Mapping[str, Any]) -> str:
     parts = [f"## {HEADINGS.get(name, name)}", _table(("measure", "target", "measured", "turns", "met"), rows)]
     if name in ("throughput", "steady"):
         parts.append(_contenders(tree["runs"]))
-    if name == "throughput":
-        parts.append("![gradients per second by contender](throughput.svg)")
+    if name in CAPTIONS:
+        parts.append(f"![{CAPTIONS[name]}]({name}.svg)")
     settings = ", ".join(f"{key} {_plain(value)}" for key, value in tree["settings"].items())
     machine = tree["machine"]
     where = f"{machine['cpu']}, {machine['cores_used']} of {machine['cores']} cores"

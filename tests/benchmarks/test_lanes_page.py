@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.benchmarks.batch_sizes import Rates
+from tests.benchmarks.batch_sizes import findings as efficiencies
 from tests.benchmarks.findings import Finding, document
 from tests.benchmarks.lanes_page import figure, main, page
 from tests.benchmarks.measurement import Measurement
@@ -21,6 +24,11 @@ SPEEDS = {"psgd_job": 900.0, "own_loops": 1000.0, "hogwild": 600.0}
 def throughput() -> dict[str, Any]:
     runs = [Measurement(name, rate, 100, 1.0, 0.9) for name, rate in SPEEDS.items()]
     return throughput_document(summaries(runs), {"model": [784, 10], "repeats": 1})
+
+
+def by_batch_size() -> dict[str, Any]:
+    found = [Rates(32, [500.0], [1000.0], [], 0), Rates(2048, [99.0], [100.0], [], 0)]
+    return document(efficiencies(found), {"repeats": 1}, [asdict(one) for one in found])
 
 
 def other() -> dict[str, Any]:
@@ -48,13 +56,21 @@ def test_page_and_figure_are_made_of_the_documents_that_have_findings(
     bench.mkdir()
     out.mkdir()
     trees = {"transfer": other(), "throughput": throughput(), "order": {"orders_agree": True}, "extra": other()}
+    trees["batch_sizes"] = by_batch_size()
     for name, tree in trees.items():
         (bench / f"{name}.json").write_text(json.dumps(tree))
     monkeypatch.setattr("sys.argv", ["lanes_page", "--bench", str(bench), "--out", str(out)])
     assert main() == 0
     headings = [line for line in (out / "LANES.md").read_text().splitlines() if line.startswith("## ")]
-    assert headings == ["## Gradients per second, two workers", "## Large weights", "## extra"]
-    assert (out / "throughput.svg").read_text().startswith("<svg")
+    assert headings == [
+        "## Gradients per second, two workers",
+        "## Larger batches",
+        "## Large weights",
+        "## extra",
+    ]
+    for name in ("throughput", "batch_sizes"):
+        assert (out / f"{name}.svg").read_text().startswith("<svg")
+        assert f"]({name}.svg)" in (out / "LANES.md").read_text()
 
 
 def test_nothing_measured_is_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

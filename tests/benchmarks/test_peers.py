@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ import torch
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
 from psgd_workers.messages import BatchId
-from tests.benchmarks.measurement import Span
+from tests.benchmarks.measurement import Measurement, Span
 from tests.benchmarks.mnist import Batches, Mnist
 from tests.benchmarks.network import backpropagate, network
 from tests.benchmarks.peers.ddp_gloo import World, in_lock_step
 from tests.benchmarks.peers.numpy_loops import NumpyMlp
 from tests.benchmarks.peers.own_loops import OwnLoop
-from tests.benchmarks.peers.psgd_job import check_lanes, job, measurement
+from tests.benchmarks.peers.psgd_job import check_lanes, job, measurement, run_job_command_line
 from tests.benchmarks.process_group import run_process_group
 
 
@@ -89,6 +91,19 @@ def test_a_result_of_psgd_becomes_a_measurement() -> None:
 def test_a_run_of_psgd_that_measured_nothing_ends_the_contender(change: dict[str, Any], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         measurement(RESULT | change)
+
+
+def test_the_settings_of_a_command_line_are_given_to_the_measurement(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(seconds: float, settings: Sequence[str]) -> Measurement:
+        return Measurement(" ".join(settings), 10.0, 11, seconds, 0.9)
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["peer", "--seconds", "2", "--set", "data.batch_size=32", "--set", "seed=3"])
+    run_job_command_line(measure, "A peer.")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["name"], found["seconds"]) == ("data.batch_size=32 seed=3", 2)
 
 
 DIGITS = {"format": "sklearn", "dataset": "digits", "batch_size": 500, "validation_fraction": 0.2}

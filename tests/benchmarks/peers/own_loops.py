@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from multiprocessing.synchronize import Barrier
 
@@ -12,8 +13,9 @@ import numpy as np
 
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
-from tests.benchmarks.measurement import Measurement, Span, repeat, run_command_line
-from tests.benchmarks.peers.psgd_job import job
+from psgd.spec.changes import override_spec
+from tests.benchmarks.measurement import Measurement, Span, repeat
+from tests.benchmarks.peers.psgd_job import job, run_job_command_line
 from tests.benchmarks.process_group import SPAWN, run_process_group
 from tests.benchmarks.setting import NUM_WORKERS
 
@@ -49,14 +51,21 @@ class OwnLoop:
         return self._worker.evaluate(self.weights, self._validation).accuracy or 0.0
 
 
-def measure(seconds: float) -> Measurement:
-    """Measure the updates per second of both loops together."""
-    spans, accuracies = zip(*run_process_group(NUM_WORKERS, _loop, SPAWN.Barrier(NUM_WORKERS), seconds), strict=True)
+def measure(seconds: float, settings: Sequence[str] = ()) -> Measurement:
+    """Measure the updates per second of both loops together.
+
+    Args:
+        seconds: duration of the loops.
+        settings: overrides of the job.
+    """
+    answers = run_process_group(NUM_WORKERS, _loop, SPAWN.Barrier(NUM_WORKERS), seconds, settings)
+    spans, accuracies = zip(*answers, strict=True)
     return Measurement.of("own_loops", Span.over(spans), accuracies[0])
 
 
-def _loop(rank: int, start: Barrier, seconds: float) -> tuple[Span, float]:
-    loop = OwnLoop(JobSpec.model_validate(job(seconds) | {"seed": rank}))
+def _loop(rank: int, start: Barrier, seconds: float, settings: Sequence[str]) -> tuple[Span, float]:
+    spec = JobSpec.model_validate(job(seconds) | {"seed": rank})
+    loop = OwnLoop(override_spec(spec, settings))
     numbers = count()
     start.wait(timeout=60)
     span = repeat(lambda: loop.step(next(numbers)), lambda span: span.seconds < seconds)
@@ -64,4 +73,4 @@ def _loop(rank: int, start: Barrier, seconds: float) -> tuple[Span, float]:
 
 
 if __name__ == "__main__":
-    run_command_line(measure, __doc__)
+    run_job_command_line(measure, __doc__)

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from tests.benchmarks.measurement import Measurement, seconds_parser
 from tests.benchmarks.mnist import mnist_path
 from tests.benchmarks.setting import BATCH_SIZE, LEARNING_RATE, NUM_WORKERS, SIZES
 
-__all__ = ["check_lanes", "events", "job", "measure", "measurement", "result", "training"]
+__all__ = ["check_lanes", "events", "job", "measure", "measurement", "result", "run_job_command_line", "training"]
 
 LANES = {"auto": "shm"}  # lane that the workers of one machine get for `scaling.lane`, where the two differ
 
@@ -129,9 +129,9 @@ def measure(seconds: float, settings: Sequence[str] = ()) -> Measurement:
     return measurement(found)
 
 
-def main() -> None:
-    """Run the command line of a peer, with `--set` of `psgd train` added."""
-    parser = seconds_parser(__doc__)
+def run_job_command_line(measure: Callable[[float, Sequence[str]], Measurement], description: str | None) -> None:
+    """Run the command line of a peer that measures a job, as `run_command_line` does, with `--set` of `psgd train`."""
+    parser = seconds_parser(description)
     parser.add_argument("--set", action="append", default=[], metavar="a.b=v", help="override a field of the job")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the run is ended, too
@@ -139,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_job_command_line(measure, __doc__)
