@@ -60,7 +60,8 @@ class Leasing:
     def hold(self, worker: WorkerRecord, lease: int) -> None:
         """Grant a worker nothing until every server has reported, as a server did not answer it during `lease`.
 
-        If the answer was a receipt that a server holds back, the worker waits until the server would send it.
+        If the answer was a receipt that a server holds back, the worker gets none until the server would send it. A
+        lease that is queued already goes on.
         """
         self._held[worker.name] = lease
 
@@ -88,7 +89,11 @@ class Leasing:
 
     def _has_to_wait(self, worker: str, lease: int) -> bool:
         """Return True if a server has not reported since a worker's `lease` failed, or holds its receipt back."""
-        return self._ledger.in_doubt(lease) or any(worker in one.parked for one in self._servers.reports.values())
+        return self._ledger.in_doubt(lease) or self._is_parked(worker)
+
+    def _is_parked(self, worker: str) -> bool:
+        """Return True if a server holds a receipt of this worker back."""
+        return any(worker in report.parked for report in self._servers.reports.values())
 
     def call_off(self) -> list[Action]:
         """Cancel shared leases of which every batch is done; the worker ends them after its current batch."""
@@ -111,7 +116,12 @@ class Leasing:
         """Return a `Leave` order for each joined worker that has no lease, so that no round waits for it."""
         if self._mode.steps_alone:  # there are no rounds, and to join again would take time
             return []
-        idle = [worker for worker in self._worker_table if worker.joined and not worker.leases]
+        # A worker whose receipt is held back has pushed: nobody waits for it, and it may not begin anew before others.
+        idle = [
+            worker
+            for worker in self._worker_table
+            if worker.joined and not worker.leases and not self._is_parked(worker.name)
+        ]
         for worker in idle:
             worker.joined = False
         return [Leave(worker.name) for worker in idle]
@@ -177,7 +187,7 @@ class Leasing:
         """Return the size of a worker's next lease; 0: none for now.
 
         Leases shrink towards an epoch's end, so that workers end together. A lease takes a worker's unfinished batches
-        to most of its share of all unfinished batches, according to its speed; a short last one to all of the share.
+        to half of its share of all unfinished batches, according to its speed; a short last one to all of the share.
 
         Args:
             worker: the worker.

@@ -225,7 +225,11 @@ class WorkerTable:
         return max(0.0, batches - done)
 
     def all_unfinished(self, now: float) -> float:
-        """Return the number of leased batches that all workers together still have to do. The time is constant."""
+        """Return an estimate of the leased batches that all workers together still have to do.
+
+        It takes as long for a thousand workers as for two. A worker that is overdue counts as ahead of its lease, which
+        makes the estimate lower than the sum of `unfinished`.
+        """
         sums = self._sums
         return max(0.0, sums.batches - (now * sums.speed_at_work - sums.began))
 
@@ -270,7 +274,7 @@ class WorkerTable:
         return FIRST_LEASE if worker.batch_s is None else max(1, round(self._lease_s / worker.batch_s))
 
     def least_lease_size(self, worker: WorkerRecord) -> int:
-        """Return the least number of batches in a lease, if that many are left."""
+        """Return the least number of batches in a lease that is not the last one of an epoch."""
         return 1 if worker.batch_s is None else max(1, round(LEAST_LEASE_S / worker.batch_s))
 
     def home(self, worker: WorkerRecord) -> Fraction:

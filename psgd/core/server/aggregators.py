@@ -68,7 +68,7 @@ class Aggregator(Protocol):
         """Add a gradient to the open round."""
 
     def set_live(self, live: AbstractSet[str]) -> None:
-        """Set the names of the workers that hold a lease. Called after every push, step, leave and skip."""
+        """Set the names of the workers that have joined. Called after every push, step, leave and skip."""
 
     def close(self) -> Step:
         """Return the mean of the open round, and begin the next round."""

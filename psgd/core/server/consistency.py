@@ -40,7 +40,7 @@ class Round:
 
     collected: int = 0  # gradients that are in no step yet
     pushed: set[str] = field(default_factory=set)  # workers with a push that belongs to the round, of any outcome
-    live: dict[str, LiveWorker] = field(default_factory=dict)  # workers that hold a lease
+    live: dict[str, LiveWorker] = field(default_factory=dict)  # workers that have joined
     outstanding: bool = False  # True while an epoch has begun and some of its batches are not settled
 
     @property

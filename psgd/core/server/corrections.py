@@ -343,7 +343,7 @@ class Rescaled(Plain):
     """Rate η · tᵢ / mean t, where tᵢ is the mean computing time of worker i (Mahran et al., 2026).
 
     A worker that computes twice as fast pushes twice as often, and each of its gradients gets half the rate. A gradient
-    of a worker without a lease gets the full rate.
+    of a worker that has not joined gets the full rate.
 
     Attributes:
         means: `[2]`, float64: sum of the workers' mean computing times, seconds; and number of these workers.

@@ -1,4 +1,4 @@
-"""LiveWorker: what one server knows about a worker that has a lease."""
+"""LiveWorker: what one server knows about a worker that has joined."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ LAST_PUSH_AT, TOTAL_S, MEAN_S = range(3)  # indices of `LiveWorker.times`
 
 
 class LiveWorker:
-    """The numbers of one worker with a lease.
+    """The numbers of one worker that has joined, and has not left.
 
     Args:
         clock: initial clock of the worker.
         now: time of the server's clock, seconds.
 
     Attributes:
-        counts: `[4]`, int64: 1 while the worker has a lease; its clock; its number of pushes since it joined, of any
+        counts: `[4]`, int64: 1 until the worker leaves; its clock; its number of pushes since it joined, of any
             outcome; and its number of batches whose computing times were added up.
         times: `[3]`, float64, seconds: time of its last push, or of its join; sum of the computing times of its
             batches; and their mean.

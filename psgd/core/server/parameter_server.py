@@ -204,7 +204,7 @@ class ParameterServer:
         )
 
     def live_worker(self, worker: str) -> LiveWorker | None:
-        """Return the numbers of a worker that has a lease; None if it has none."""
+        """Return the numbers of a worker that has joined; None for another one."""
         return self._round.live.get(worker)
 
     @property

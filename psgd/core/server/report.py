@@ -46,7 +46,7 @@ class Report:
     staleness: Mapping[int, int]  # staleness -> number of applied gradients
     losses: Mapping[int, EpochLoss]  # epoch -> loss, for the newest epochs
     samples: int  # examples applied
-    worker_pushes: Mapping[str, int]  # worker with a lease -> number of its pushes since it joined, of any outcome
+    worker_pushes: Mapping[str, int]  # worker that has joined -> number of its pushes since it joined, of any outcome
     parked: frozenset[str]  # workers whose receipt is held back
     bytes_pushed: int  # bytes of the vectors of all pushes
     first: Mark | None  # progress at the first step of this incarnation

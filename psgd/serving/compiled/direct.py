@@ -28,6 +28,8 @@ __all__ = ["DirectPath"]
 
 APPLIED = Outcome.APPLIED  # bound once: in Python 3.11, access through the enum takes 80 ns
 FLOAT32 = np.dtype(np.float32)
+MOST_SLOTS = 1 << 8  # the journal has 8 bits for a slot
+MOST_PUSHES = 1 << 63  # compiled code counts in 64 bits with a sign
 MAX_NAMES = 4096  # workers whose names are kept as arrays
 
 name_array = lru_cache(MAX_NAMES)(padded_name)
@@ -110,10 +112,10 @@ class DirectPath:
         arrays = server_arrays(server, lock.mutex, lock.fault)
         self._server = server
         self._rule = arrays.rule
-        self._size = len(arrays.state.weights)
+        self._shape = arrays.state.weights.shape
         self._incarnation = int(arrays.state.version[INCARNATION])
-        others = server.spec.scaling.servers - 1
-        self._versions = Struct("<" + "IQ" * others)
+        self._num_others = server.spec.scaling.servers - 1
+        self._versions = Struct("<" + "IQ" * self._num_others)
         self._others = np.zeros(self._versions.size, np.uint8)
         self._kept = keep(DirectArrays(arrays, self._others, np.empty(0, np.float32)))
         self.refresh()
@@ -134,7 +136,9 @@ class DirectPath:
         """
         worker = self._server.live_worker(gradient.worker)
         name, slot, number, batch, examples, read, values, loss, norm, compute_s, _, _, others, carries = gradient
-        if worker is None or isinstance(values, Encoded) or values.dtype is not FLOAT32 or len(values) != self._size:
+        if worker is None or isinstance(values, Encoded) or values.dtype is not FLOAT32 or values.shape != self._shape:
+            return None
+        if len(others) != self._num_others or not (slot < MOST_SLOTS and number < MOST_PUSHES):
             return None
         if others:
             self._versions.pack_into(self._others.data, 0, *chain.from_iterable(others))

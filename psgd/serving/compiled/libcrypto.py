@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import _hashlib
 import ctypes
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from ctypes import c_char_p, c_int, c_void_p
 from ctypes.util import find_library
 from typing import Any
@@ -13,13 +13,14 @@ from weakref import finalize
 
 import numpy as np
 
-from psgd.serving.compiled.gmac import GmacArrays
+from psgd.serving.compiled.gmac import GmacArrays, add_bytes, begin_tag, end_tag
 from psgd_workers.transport.authentication import TAG_SIZE, FrameAuthenticator
 
 __all__ = ["Libcrypto"]
 
 log = logging.getLogger("psgd.lanes")
 
+KEY_SIZE = 32  # bytes
 CALLED = ("EVP_EncryptInit_ex", "EVP_EncryptUpdate", "EVP_EncryptFinal_ex", "EVP_CIPHER_CTX_ctrl", "CRYPTO_memcmp")
 
 
@@ -50,13 +51,23 @@ class Libcrypto:
 
     @classmethod
     def find(cls) -> Libcrypto | None:
-        """Return the libcrypto of Python's `hashlib`, else that of the system; None if there is none."""
+        """Return the libcrypto of Python's `hashlib`, else that of the system; None if neither computes right tags."""
         for path in _paths():
             try:
-                return cls(ctypes.CDLL(path))
-            except (AttributeError, OSError) as error:
+                found = cls(ctypes.CDLL(path))
+                if found._is_right():
+                    return found
+                log.debug("%s computes other tags than Python", path)
+            except (AttributeError, OSError, MemoryError) as error:
                 log.debug("%s has no AES-GCM of OpenSSL: %s", path, error)
         return None
+
+    def _is_right(self) -> bool:
+        """Return True if compiled code computes the tag that Python computes."""
+        authenticator = FrameAuthenticator(bytes(KEY_SIZE))
+        gmac = self.gmac(authenticator)
+        computed = begin_tag(gmac) and add_bytes(gmac, np.frombuffer(bytearray(b"frame"), np.uint8)) and end_tag(gmac)
+        return computed and gmac.tag.tobytes() == authenticator.tag((b"frame",))
 
     def gmac(self, authenticator: FrameAuthenticator) -> GmacArrays:
         """Return what compiled code needs for the tags of one direction. Both count the same frames.
@@ -79,5 +90,8 @@ class Libcrypto:
 
 def _paths() -> Iterator[str | None]:
     """Yield where the functions may be. None is the interpreter's own program, of which `_hashlib` may be a part."""
-    yield getattr(_hashlib, "__file__", None)
+    with suppress(ImportError):  # raised by a Python without OpenSSL
+        import _hashlib
+
+        yield getattr(_hashlib, "__file__", None)
     yield find_library("crypto")  # only if it is needed, because it starts processes

@@ -72,7 +72,7 @@ class CompiledPath:
         return bool(self.arrays.rule["applies"][0])
 
     def live_worker(self, worker: str) -> LiveWorker:
-        """Return the numbers of a worker; a worker without a lease has some that compiled code does not accept."""
+        """Return the numbers of a worker; a worker that has not joined has some that compiled code does not accept."""
         return self._server.live_worker(worker) or NOBODY
 
     def connection(

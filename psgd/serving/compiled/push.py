@@ -152,10 +152,11 @@ def _is_usual(server: ServerArrays, worker: WorkerArrays, header: Any) -> bool:
     if rule.correction == RESCALED and not worker.counts[BATCHES]:
         return False
     ahead = header.epoch - state.progress[EPOCHS]
-    if not 0 <= ahead < ROWS or header.shard >= len(server.grid):
+    # Fields of a frame have no sign, but other callers' numbers have.
+    if not 0 <= ahead < ROWS or not 0 <= header.shard < len(server.grid) or header.slot < 0:
         return False
     first, batches, size, examples = server.grid[header.shard]
-    if header.index >= batches or header.examples != min(size, examples - header.index * size):
+    if not 0 <= header.index < batches or header.examples != min(size, examples - header.index * size):
         return False
     row = header.epoch % ROWS
     missing = state.progress[MISSING + row]

@@ -468,6 +468,17 @@ def test_in_ssp_nobody_starts_more_than_s_batches_ahead(schedule: Schedule, s: i
     assert_exactly_once(host)
 
 
+def test_in_ssp_a_worker_that_lost_a_held_receipt_waits_like_one_that_did_not() -> None:
+    """Check by the pushes themselves: the servers' clock of a worker begins anew when it joins again."""
+    schedule = Schedule(2, 0, "one slow", lease_s=0.05, faults=(Fault("worker-1", 2, "lane"),))
+    host = run({"mode": "ssp", "s": 0}, schedule)
+    assert_exactly_once(host)
+    workers = [applied.worker for applied in host.applied[:8]]
+    for end in range(2, 8):
+        ahead = workers[:end].count("worker-1") - workers[:end].count("worker-0")
+        assert ahead <= 1, workers
+
+
 def test_in_ssp_a_worker_that_leaves_does_not_block_the_rest() -> None:
     mode = {"mode": "ssp", "s": 1}
     slow = Schedule(3, 0, "one slow", faults=(Fault("worker-0", 0, "before"),))

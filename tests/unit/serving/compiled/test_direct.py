@@ -66,6 +66,15 @@ def test_the_usual_case_gives_the_bits_of_the_reference(servers: int, optimizer:
         gradient(1)._replace(values=np.ones(SIZE - 1, np.float32)),  # refused: too short
         gradient(1)._replace(examples=7),  # refused: the batch has other examples
         gradient(1)._replace(norm=np.inf),
+        gradient(1)._replace(batch=BatchId(0, 0, -1)),
+        gradient(1)._replace(batch=BatchId(0, 0, -45)),  # before the beginning of the bitmap
+        gradient(1)._replace(batch=BatchId(0, -1, 5)),
+        gradient(1)._replace(batch=BatchId(-1, 0, 5)),
+        gradient(1)._replace(slot=256),
+        gradient(1)._replace(slot=-1),
+        gradient(1)._replace(number=1 << 70),
+        gradient(1)._replace(values=np.ones((SIZE, 1), np.float32)),
+        gradient(1)._replace(others=(V0,)),  # of a partition that does not exist
     ],
 )
 def test_other_pushes_change_nothing_and_are_left_to_the_server(unusual: Gradient) -> None:

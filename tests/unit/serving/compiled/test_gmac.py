@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import _hashlib
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,4 +120,23 @@ def test_a_library_without_aes_gcm_is_not_taken(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(_hashlib, "__file__", str(tmp_path / "absent.so"))
     assert Libcrypto.find() is not None, "the system's library is taken"
     monkeypatch.setattr(module, "find_library", lambda name: "libc.so.6")
+    assert Libcrypto.find() is None
+
+
+def test_a_python_without_openssl_takes_the_systems_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "_hashlib", None)
+    assert Libcrypto.find() is not None
+    monkeypatch.setattr(module, "find_library", lambda name: "libc.so.6")
+    assert Libcrypto.find() is None
+
+
+@pytest.mark.parametrize("faulty", ["gmac", "end_tag"])
+def test_a_library_that_fails_or_computes_other_tags_is_not_taken(monkeypatch: pytest.MonkeyPatch, faulty: str) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise MemoryError("libcrypto cannot")
+
+    if faulty == "gmac":
+        monkeypatch.setattr(Libcrypto, "gmac", fail)
+    else:
+        monkeypatch.setattr(module, "end_tag", lambda gmac: True)  # the tag stays zeros
     assert Libcrypto.find() is None
