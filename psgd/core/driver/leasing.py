@@ -60,20 +60,20 @@ class Leasing:
     def hold(self, worker: WorkerRecord, lease: int) -> None:
         """Grant a worker nothing until every server has reported, as a server did not answer it during `lease`.
 
-        If the answer was a receipt that a server holds back, the worker gets none until the server would send it. A
-        lease that is queued already goes on.
+        If the answer was a receipt that a server held back, the worker does not wait for it: with several servers, the
+        one that lacks the push may be the one that the others wait for.
         """
         self._held[worker.name] = lease
 
     @property
     def holds(self) -> bool:
         """Return True if a worker has to wait for reports before its next lease."""
-        return any(self._has_to_wait(name, lease) for name, lease in self._held.items())
+        return any(self._ledger.in_doubt(lease) for lease in self._held.values())
 
     def lease(self, now: float) -> list[Action]:
         """Lease batches to every worker below its quota. Return the actions."""
         self._actions = []
-        self._held = {name: lease for name, lease in self._held.items() if self._has_to_wait(name, lease)}
+        self._held = {name: lease for name, lease in self._held.items() if self._ledger.in_doubt(lease)}
         if self.in_lockstep:
             self._lease_rounds(now)
         elif self._leasable():
@@ -86,14 +86,6 @@ class Leasing:
         elif now >= self._next_search_at:
             self._share(now)
         return self._actions
-
-    def _has_to_wait(self, worker: str, lease: int) -> bool:
-        """Return True if a server has not reported since a worker's `lease` failed, or holds its receipt back."""
-        return self._ledger.in_doubt(lease) or self._is_parked(worker)
-
-    def _is_parked(self, worker: str) -> bool:
-        """Return True if a server holds a receipt of this worker back."""
-        return any(worker in report.parked for report in self._servers.reports.values())
 
     def call_off(self) -> list[Action]:
         """Cancel shared leases of which every batch is done; the worker ends them after its current batch."""
@@ -116,12 +108,7 @@ class Leasing:
         """Return a `Leave` order for each joined worker that has no lease, so that no round waits for it."""
         if self._mode.steps_alone:  # there are no rounds, and to join again would take time
             return []
-        # A worker whose receipt is held back has pushed: nobody waits for it, and it may not begin anew before others.
-        idle = [
-            worker
-            for worker in self._worker_table
-            if worker.joined and not worker.leases and not self._is_parked(worker.name)
-        ]
+        idle = [worker for worker in self._worker_table if worker.joined and not worker.leases]
         for worker in idle:
             worker.joined = False
         return [Leave(worker.name) for worker in idle]
