@@ -153,7 +153,7 @@ class Coordinator:
     def next_deadline(self) -> float | None:
         """Return the time at which the host must send a `Tick` if no event comes before; None if it need not."""
         deadlines = [self._end_deadline, self._silence_check_at, self._checkpoints.retry_at]
-        if self._phase == "starting" and self._servers.ready:
+        if self._phase == "starting" and self._servers.ready and not self._waits_for_least:
             deadlines.append(self._company_deadline)
         if self._phase == "training" and self._servers.ready:  # else the next report wakes the host
             deadlines += [
@@ -470,14 +470,18 @@ class Coordinator:
         """
         if self._worker_table.up and self._company_deadline == inf:
             self._company_deadline = now + COMPANY_S
-        waits_for_least = self._leasing.in_lockstep or self._worker_table.least < self._worker_table.target
-        is_late = not waits_for_least and now >= self._company_deadline
+        is_late = not self._waits_for_least and now >= self._company_deadline
         if self._servers.ready and (self._worker_table.complete or is_late):
             self._phase = "training"
             self._began = self._checkpoints.closed_at = now
             self._history.begin(self._servers.epochs)
             self._start_epoch()
             self._failure_counts.begin(self._ledger.epoch * self._grid.num_batches + self._ledger.done)
+
+    @property
+    def _waits_for_least(self) -> bool:
+        """Return True if training begins only once the least number of workers is up."""
+        return self._leasing.in_lockstep or self._worker_table.least < self._worker_table.target
 
     def _start_epoch(self) -> None:
         self._ledger.start_epoch(self._servers.epochs)

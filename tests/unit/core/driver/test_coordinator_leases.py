@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from psgd.core.driver.coordinator import COMPANY_S
-from psgd.core.driver.events import AskReport, Cancel, Grant
+from psgd.core.driver.events import AskReport, Cancel, Event, Grant
 from psgd.core.server.journal import RecordKind
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.observer import ClusterObserver
@@ -101,6 +101,22 @@ def test_a_short_run_waits_for_workers_that_come_soon() -> None:
     assert_exactly_once(host, 1, grid)
     assert {at for at, _ in host.did(Grant)[:2]} == {START_S + late}
     assert {grant.worker for _, grant in host.did(Grant)} == {"worker-0", "worker-1"}
+
+
+@pytest.mark.parametrize("mode", ["async", "bsp"])
+def test_the_driver_sleeps_until_a_late_worker_is_up(mode: str) -> None:
+    starts = {"worker-1": START_S + COMPANY_S + 5}
+    grid = EpochGrid((40,), 40)
+    events: list[Event] = []
+
+    class Events(ClusterObserver):
+        def event_received(self, cluster: VirtualCluster, event: Event) -> None:
+            if cluster.now < starts["worker-1"]:
+                events.append(event)
+
+    host = run(mode, 2, grid, start_s=lambda worker: starts.get(worker, START_S), observers=[Events()])
+    assert_exactly_once(host, 1, grid)
+    assert len(events) < 100
 
 
 def test_a_worker_that_joins_shares_what_is_on_lease() -> None:
