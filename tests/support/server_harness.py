@@ -55,6 +55,7 @@ __all__ = [
     "exactly",
     "header",
     "open_files",
+    "push_frame",
     "randoms",
     "works",
 ]
@@ -394,6 +395,12 @@ def header(harness: ServerHarness, **changes: Any) -> Frame:
     size = harness.push_format.sizes(shared=False)[-1]
     frame = Frame(FrameKind.PUSH, 0, 0, False, 1, size, FIRST, 10, V1, 0.5, 1.0, 0.01, number=1)
     return frame._replace(**changes)
+
+
+def push_frame(harness: ServerHarness, position: int) -> bytes:
+    """Return the frame of a push that the server would apply over the network, without its tag."""
+    size = harness.push_format.sizes(shared=False)[0]
+    return header(harness, batch=batch(position), payload=size, number=position + 1).pack() + bytes(size)
 
 
 def closed(stream: socket.socket) -> bool:

@@ -3,6 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from psgd.core.driver.workers import FIRST_LEASE, LEASE_S, LEAST_SILENCE_TIMEOUT_S, SILENCE_FACTOR, WorkerTable
 from psgd.core.server.parameter_server import ParameterServer
@@ -127,3 +129,40 @@ def test_a_lease_of_short_batches_is_worth_the_turn_to_it() -> None:
     for batch_s, batches in ((0.001, 30), (0.02, 2), (1.0, 1)):
         worker.batch_s = batch_s
         assert worker_table.least_lease_size(worker) == batches
+
+
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(["grant", "close", "turn", "remove"]), st.integers(0, 2), st.floats(0.1, 2)),
+    min_size=20,
+    max_size=60,
+)
+
+
+@given(CHANGES)
+def test_sums_over_workers_are_those_of_the_workers(changes: list[tuple[str, int, float]]) -> None:
+    """Whatever happens, `all_unfinished` agrees with the workers' own numbers, and the parts of all make a whole."""
+    table = WorkerTable(3)
+    now = 1e6  # seconds: a machine that is up for days
+    lease = 0
+    for kind, number, seconds in changes:
+        now += seconds
+        for worker in table.hire(3, now):
+            table.mark_up(worker.name, now)
+        worker = list(table)[number]
+        if kind == "grant":
+            lease += 1
+            # Long once the speed is known, so that no worker is overdue and the sum stays above 0.
+            table.granted(worker, lease, batches=10_000 if worker.batch_s else 1, now=now)
+        elif kind == "close" and worker.leases:
+            table.closed(worker, next(iter(worker.leases)), now)
+        elif kind == "turn":
+            table.turn_to_lease(worker, now)
+        elif kind == "remove":
+            table.remove(worker.name)
+        expected = 0.0
+        for other in table:
+            done = (now - other.lease_began) / other.batch_s if other.leases and other.batch_s else 0.0
+            expected += sum(other.leases.values()) - done
+        assert table.all_unfinished(now) == pytest.approx(max(0.0, expected), rel=1e-3, abs=1e-2)
+        if all(other.batch_s for other in table.up) and len(table.up) == 3:
+            assert sum(map(table.part, table.up)) == pytest.approx(1)

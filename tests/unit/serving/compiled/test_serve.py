@@ -33,6 +33,7 @@ from tests.support.server_harness import (
     closed,
     exactly,
     header,
+    push_frame,
 )
 from tests.support.tagged_socket import TaggedSocket
 
@@ -57,15 +58,9 @@ def push(client: WorkerHarness, position: int, read: Version, slot: int = 0) -> 
     return client.lane.push(gradient, slot, wants=True).receipt(LIMIT_S)
 
 
-def one(harness: ServerHarness, position: int) -> bytes:
-    """Return the frame of a push by hand over the network, without a tag."""
-    size = harness.push_format.sizes(shared=False)[0]
-    return header(harness, batch=batch(position), payload=size, number=position + 1).pack() + bytes(size)
-
-
 def send_first(harness: ServerHarness, stream: socket.socket) -> None:
     """Push the first batch of the epoch, which Python applies."""
-    stream.sendall(one(harness, 0))
+    stream.sendall(push_frame(harness, 0))
     assert Frame.unpack(exactly(stream, HEADER_SIZE)).version == Version(1, 1)
     assert by_python(harness) == 1
 
@@ -257,7 +252,7 @@ def test_a_frame_that_is_cut_in_the_middle_is_not_applied(harnesses: Harnesses, 
     stream = harness.shaken(kind)
     harness.join("by-hand")
     send_first(harness, stream)
-    frame = one(harness, 1)
+    frame = push_frame(harness, 1)
     if isinstance(stream, TaggedSocket):
         stream.send_wire(stream.tagged(frame)[:cut])
     else:

@@ -23,6 +23,7 @@ from tests.support.server_harness import (
     closed,
     exactly,
     header,
+    push_frame,
 )
 from tests.support.tagged_socket import TaggedSocket
 
@@ -37,19 +38,13 @@ WRONG = "the connection of by-hand was closed: a frame was changed, repeated or 
 GOOD = 3  # pushes before the wrong one; the first is applied by Python, the others by compiled code
 
 
-def frame(harness: ServerHarness, position: int) -> bytes:
-    """Return the frame of a push that the server would apply, without its tag."""
-    size = harness.push_format.sizes(shared=False)[0]
-    return header(harness, batch=batch(position), payload=size, number=position + 1).pack() + bytes(size)
-
-
 def joined(harness: ServerHarness) -> tuple[TaggedSocket, bytes]:
     """Return a connection after some pushes, and the last of these on the wire. Its thread waits in compiled code."""
     stream = harness.shaken(TAGS)
     assert isinstance(stream, TaggedSocket)
     harness.join("by-hand")
     for position in range(GOOD):
-        wire = stream.tagged(frame(harness, position))
+        wire = stream.tagged(push_frame(harness, position))
         stream.send_wire(wire)
         assert Frame.unpack(exactly(stream, HEADER_SIZE)).version == Version(1, position + 1)
     assert harness.host.pushes == 1
@@ -78,7 +73,7 @@ WRONG_FRAMES: dict[str, Callable[[bytes, bytes, bytes], bytes]] = {
 def test_a_frame_with_a_wrong_tag_changes_nothing_and_closes_the_connection(harnesses: Harnesses, name: str) -> None:
     harness = harnesses()
     stream, before = joined(harness)
-    right, after = (stream.tagged(frame(harness, position)) for position in (GOOD, GOOD + 1))
+    right, after = (stream.tagged(push_frame(harness, position)) for position in (GOOD, GOOD + 1))
     weights = harness.published.values.tobytes()
     stream.send_wire(WRONG_FRAMES[name](before, right, after))
     assert closed(stream)
@@ -94,7 +89,7 @@ def test_a_frame_with_a_wrong_tag_changes_nothing_and_closes_the_connection(harn
 def test_a_bit_that_changed_in_the_header_closes_the_connection(harnesses: Harnesses, place: int) -> None:
     harness = harnesses()
     stream, _ = joined(harness)
-    stream.send_wire(flipped(stream.tagged(frame(harness, GOOD)), place))
+    stream.send_wire(flipped(stream.tagged(push_frame(harness, GOOD)), place))
     assert closed(stream)
     harness.log.wait("the connection of by-hand was closed: (a frame begins with|the checksum of a frame's header)")
     assert harness.server.version == Version(1, GOOD)
@@ -116,7 +111,7 @@ def test_the_payload_of_a_header_that_announces_too_much_is_not_received(harness
 def test_a_payload_of_several_pieces_is_checked_as_a_whole(harnesses: Harnesses, place: int) -> None:
     harness = harnesses(**BIG)
     stream, _ = joined(harness)
-    wire = stream.tagged(frame(harness, GOOD))
+    wire = stream.tagged(push_frame(harness, GOOD))
     assert len(wire) > 3 * PIECE
     with suppress(ConnectionError):
         stream.send_wire(flipped(wire, HEADER_SIZE + TAG_SIZE + place if place >= 0 else len(wire) - 1))
@@ -152,7 +147,7 @@ def test_every_context_of_libcrypto_is_freed_with_its_connection(
     harness.listener.wait_until_all_left()
     assert contexts == []
     again = harness.shaken(TAGS)
-    again.sendall(frame(harness, GOOD))
+    again.sendall(push_frame(harness, GOOD))
     exactly(again, HEADER_SIZE)
     assert len(contexts) == 2
     again.sendall(bytes(HEADER_SIZE))  # the server closes the connection
