@@ -29,7 +29,9 @@ from tests.benchmarks.process_group import SPAWN
 
 __all__ = ["BareServer", "BareWorker", "Mark", "Stop", "stop_flag"]
 
-BATCHES = 1_000_000  # of each worker: more than it can push, because the end of an epoch costs a copy of the weights
+# Of all workers together, so that a snapshot copies as much for any number of them. They are more than can be pushed,
+# because the end of an epoch costs a copy of the weights.
+BATCHES = 8_000_000
 HOST = "127.0.0.1"
 LANES: dict[LaneKind, type[ShmLane | TcpLane]] = {"shm": ShmLane, "tcp": TcpLane}
 TIMEOUT_S = 60.0
@@ -114,7 +116,8 @@ def _serve(pipe: Connection, size: int, workers: int, authenticates: bool) -> No
     from tests.support.jobs import job
 
     published = PublishedVector(size)
-    grid = EpochGrid((BATCHES,) * workers, BATCHES * workers)
+    each = BATCHES // workers
+    grid = EpochGrid((each,) * workers, each * workers)
     zeros = np.zeros(size, np.float32)
     server = ParameterServer(job(), Partition(0, 0, size, size), zeros, grid, Version(1, 0), published)
     host = ServerHost(server)

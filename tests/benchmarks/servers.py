@@ -1,9 +1,9 @@
 """More servers, and more workers on one server: `python -m tests.benchmarks.servers`.
 
 The first part compares two servers with one, on one machine, in the setting of `throughput`. The second part measures
-the server's CPU time for a push with 4, 16 and 64 workers, which are processes without Ray on the shm lane. They mostly
-sleep, so that all of them together push at the same rate. The sleeps are exponential, so that pushes arrive as a
-Poisson process for any number of workers.
+the server's CPU time for a push with 4 and with 64 workers, for a small partition and for the one of `throughput`. The
+workers are processes without Ray on the shm lane. They mostly sleep, so that all of them together push at the same
+rate. The sleeps are exponential, so that pushes arrive as a Poisson process.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from tests.benchmarks.process_group import SPAWN, process_group
 __all__ = ["findings", "main"]
 
 SERVERS = (1, 2)
-WORKER_COUNTS = (4, 16, 64)
+FEW, MANY = 4, 64  # workers
+SIZES = {"small": 2500, "dense": 235_146}  # values of the weights, 4 bytes each
 PUSHES_PER_S = 200.0  # by all workers together
-SIZE = 2500  # values of the weights, 4 bytes each
 START_S = 300.0  # time limit for the start of 64 processes
-SETTLE_S = 1.0
+SETTLE_S = 5.0  # each of 64 workers has pushed several times then, and its thread has found its processor
+
+Marks = Mapping[str, Mapping[int, list[Mark]]]
 
 
 def main() -> int:
@@ -44,33 +46,32 @@ def main() -> int:
     arguments = made.parse_args()
     begin()
     rates: dict[int, list[float]] = {servers: [] for servers in SERVERS}
-    marks: dict[int, list[Mark]] = {workers: [] for workers in WORKER_COUNTS}
+    marks: Marks = {size: {FEW: [], MANY: []} for size in SIZES}
     for _ in range(arguments.repeats):
         for servers in SERVERS:
             rates[servers] += _rate(servers, arguments)
-        for workers in WORKER_COUNTS:
-            marks[workers].append(_measured(workers, arguments))
-    runs = {"servers": rates, "workers": {workers: [mark._asdict() for mark in of] for workers, of in marks.items()}}
+        for size, by_workers in marks.items():
+            for workers, of in by_workers.items():
+                of.append(_measured(SIZES[size], workers, arguments))
+    runs = {"servers": rates, "workers": marks}
     return conclude("servers and workers", findings(rates, marks), arguments, runs)
 
 
-def findings(rates: Mapping[int, Sequence[float]], marks: Mapping[int, Sequence[Mark]]) -> list[Finding]:
+def findings(rates: Mapping[int, Sequence[float]], marks: Marks) -> list[Finding]:
     """Return the figures.
 
     Args:
         rates: gradients per second in each turn, by number of servers.
-        marks: progress of the one server in each turn, by number of workers.
+        marks: progress of the one server in each turn, by size of the partition and number of workers.
     """
-    costs = {workers: tuple(mark.cpu_us for mark in of) for workers, of in marks.items()}
-    few, *_, many = costs
-    return [
-        ratio("gradients/s with 2 servers on one node ÷ with 1", rates[2], rates[1], at_least=0.95),
-        ratio(f"the server's CPU time for a push, {many} workers ÷ {few}", costs[many], costs[few], at_most=1.1),
-        *(
-            Finding(f"the server's CPU time for a push, {workers} workers", median(of), "µs", turns=of)
-            for workers, of in costs.items()
-        ),
-    ]
+    found = [ratio("gradients/s with 2 servers on one node ÷ with 1", rates[2], rates[1], at_least=0.95)]
+    for size, by_workers in marks.items():
+        costs = {workers: tuple(mark.cpu_us for mark in of) for workers, of in by_workers.items()}
+        name = f"the server's CPU time for a {size} push"
+        found.append(ratio(f"{name}, {MANY} workers ÷ {FEW}", costs[MANY], costs[FEW], at_most=1.1))
+        for workers, of in costs.items():
+            found.append(Finding(f"{name}, {workers} workers", median(of), "µs", turns=of))
+    return found
 
 
 def _rate(servers: int, arguments: Namespace) -> list[float]:
@@ -83,13 +84,13 @@ def _rate(servers: int, arguments: Namespace) -> list[float]:
     return [outcome.updates_per_s]
 
 
-def _measured(workers: int, arguments: Namespace) -> Mark:
+def _measured(size: int, workers: int, arguments: Namespace) -> Mark:
     """Return the server's progress while this number of workers push now and then."""
     start = SPAWN.Barrier(workers + 1)
     stop = stop_flag()
     with (
-        BareServer(SIZE, workers) as server,
-        process_group(workers, _push, workers / PUSHES_PER_S, server.address, start, stop) as answers,
+        BareServer(size, workers) as server,
+        process_group(workers, _push, size, workers / PUSHES_PER_S, server.address, start, stop) as answers,
     ):
         start.wait(START_S)
         time.sleep(SETTLE_S)
@@ -101,8 +102,8 @@ def _measured(workers: int, arguments: Namespace) -> Mark:
     return found
 
 
-def _push(rank: int, mean_s: float, address: Address, start: Barrier, stop: Stop) -> None:
-    worker = BareWorker("shm", rank, SIZE, address)
+def _push(rank: int, size: int, mean_s: float, address: Address, start: Barrier, stop: Stop) -> None:
+    worker = BareWorker("shm", rank, size, address)
     random = np.random.default_rng(rank)
     start.wait(START_S)
     while not stop.value:
