@@ -25,7 +25,8 @@ from psgd.serving.listener import Listener
 from psgd.serving.malloc import return_large_blocks
 from psgd.serving.turns import take_short_turns
 from psgd.spec import JobSpec, Settings
-from psgd.store.checkpoints import Checkpoint, Part, write_part
+from psgd.store.checkpoint_part import Part, write_part
+from psgd.store.checkpoints import Checkpoint
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.errors import ListenError, SharedMemoryError

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from psgd.core.server.journal import RECORD, RecordKind
 from psgd.errors import JournalError
-from psgd.store.checkpoints import Checkpoints, Manifest
+from psgd.store.checkpoints import Checkpoints
+from psgd.store.manifest import Manifest
 from psgd.store.run_directory import RunDirectory
 from psgd.store.segments import parse_segment
 from psgd_workers.counting import counted

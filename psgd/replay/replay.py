@@ -34,7 +34,8 @@ from psgd.replay.pushes import Pushes
 from psgd.replay.replayer import Replayer
 from psgd.replay.server import ReplayServer
 from psgd.spec import JobSpec, Settings
-from psgd.store.checkpoints import Checkpoints, Manifest
+from psgd.store.checkpoints import Checkpoints
+from psgd.store.manifest import Manifest
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.counting import counted

@@ -5,7 +5,9 @@ from __future__ import annotations
 from psgd.core.context import RunContext
 from psgd.core.driver.events import Commit, Committed, Saved, SaveFailed
 from psgd.errors import StorageError
-from psgd.store.checkpoints import Checkpoint, Checkpoints, Manifest, Part
+from psgd.store.checkpoint_part import Part
+from psgd.store.checkpoints import Checkpoint, Checkpoints
+from psgd.store.manifest import Manifest
 from psgd.store.run_directory import RunDirectory
 
 __all__ = ["CheckpointWriter"]

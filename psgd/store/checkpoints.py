@@ -3,9 +3,8 @@
 A checkpoint is whole if and only if its file COMMITTED exists and the checksums in it hold.
 
     checkpoints/000007-2/        checkpoint 7, written while the newest server was incarnation 2
-      server-0.safetensors       weights, optimizer state and applied sets of partition 0
-      server-0.json              versions and counts of partition 0
-      COMMITTED                  the Manifest, which the driver writes last
+      server-0.safetensors       and server-0.json: the part of partition 0, see `psgd.store.checkpoint_part`
+      COMMITTED                  the manifest, which the driver writes last, see `psgd.store.manifest`
 
 Servers write their parts themselves, and send only names and checksums to the driver.
 """
@@ -13,186 +12,27 @@ Servers write their parts themselves, and send only names and checksums to the d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
-from io import BytesIO
-from itertools import islice
 from os import PathLike
-from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
 from psgd.core.server.partitions import Partition
 from psgd.core.server.repartition import disagreement, repartition
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, DamagedFileError, StorageError
-from psgd.jsontext import MOST_BYTES, RECOVERY, parse_json, to_json
-from psgd.spec import Settings
-from psgd.store.records import describe, parse_document
+from psgd.jsontext import MOST_BYTES
+from psgd.store.checkpoint_part import read_part
+from psgd.store.manifest import Manifest, is_complete
 from psgd.store.storage import Storage
 from psgd_workers.counting import counted
-from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import FloatArray
-from psgd_workers.spec import Spec
 
-__all__ = ["Checkpoint", "Checkpoints", "Manifest", "Part", "load_weights", "write_part"]
+__all__ = ["Checkpoint", "Checkpoints", "load_weights"]
 
-FORMAT = 1
 NAME = re.compile(r"\d+-\d+")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The part of a checkpoint that one server wrote."""
-
-    partition: int
-    updates: int
-    epochs: int  # complete epochs
-    settings: Settings  # settings of the server when it wrote the part
-    files: Mapping[str, str]  # name in the checkpoint's directory -> SHA-256
-    journal: Mapping[str, str]  # name in the journal's directory -> SHA-256
-
-
-class Manifest(Spec):
-    """The content of COMMITTED."""
-
-    format: Literal[1]
-    """Format of this file and of the parts."""
-    name: str
-    """Name of the checkpoint's directory."""
-    incarnation: int
-    """Incarnation of the newest server when the checkpoint was written."""
-    updates: int
-    """Number of steps in the partition that has the fewest."""
-    epochs: int
-    """Number of epochs that are complete in every partition."""
-    seed: int
-    """Seed of the job."""
-    spec_hash: str
-    """`JobSpec.identity_hash()`."""
-    settings: Settings
-    """Settings of the servers, including the changes by `psgd set`."""
-    data_fingerprint: str
-    """`Dataset.fingerprint`."""
-    names: tuple[str, ...]
-    """`Layout.names`."""
-    shapes: tuple[tuple[int, ...], ...]
-    """`Layout.shapes`."""
-    num_trainable: int
-    """`Layout.num_trainable`."""
-    partitions: int
-    """Number of partitions, which is the number of parts."""
-    requeued: int
-    """Number of batches that were leased again so far."""
-    files: dict[str, str]
-    """SHA-256 of every file in the directory, by name, except COMMITTED."""
-    journal: dict[str, str]
-    """SHA-256 of every journal segment that was written with the checkpoint, by name."""
-
-    @property
-    def layout(self) -> Layout:
-        return Layout(self.names, self.shapes, self.num_trainable)
-
-    def to_bytes(self) -> bytes:
-        """Return the content of COMMITTED: these fields, and a checksum of them."""
-        fields = self.model_dump(mode="json")
-        return (to_json(fields | {"checksum": _checksum(fields)}, indent=2) + "\n").encode()
-
-    @classmethod
-    def of(cls, text: bytes, name: str, source: str) -> Manifest:
-        """Return the manifest in a COMMITTED.
-
-        Args:
-            text: content of the file.
-            name: name of the directory that the file lies in.
-            source: path or URL of the file, for errors.
-
-        Raises:
-            CheckpointError: the manifest has another format, belongs to another directory, or lacks files.
-            DamagedFileError: the file is not as psgd wrote it.
-        """
-        fields = parse_json(text, source)
-        if not isinstance(fields, dict):
-            raise _damaged(source, "it is not an object")
-        if fields.get("format") != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {name} has format {fields.get('format')!r:.80}, and this psgd reads format {FORMAT}: "
-                "use the psgd that wrote it"
-            )
-        if fields.pop("checksum", None) != _checksum(fields):
-            raise _damaged(source, "its content does not have the checksum that it names")
-        try:
-            manifest = cls.model_validate_json(to_json(fields))
-        except ValidationError as error:
-            raise _damaged(source, describe(error)) from error
-        if manifest.name != name:
-            raise CheckpointError(
-                f"checkpoint {name}: its COMMITTED is that of checkpoint {manifest.name:.80}. Restore the directory "
-                "from a copy, or delete it"
-            )
-        if missing := manifest.missing_files():
-            raise CheckpointError(
-                f"checkpoint {name}: its COMMITTED lacks {', '.join(missing)}. Restore the directory from a copy, or "
-                "delete it"
-            )
-        return manifest
-
-    def missing_files(self) -> list[str]:
-        """Return names of the first files that the manifest should name, but does not."""
-        names = (name for partition in range(self.partitions) for name in _part_files(partition))
-        return list(islice((name for name in names if name not in self.files), 4))
-
-
-def _part_files(partition: int) -> tuple[str, str]:
-    return f"server-{partition}.safetensors", f"server-{partition}.json"
-
-
-def _checksum(fields: dict[str, Any]) -> str:
-    return sha256(to_json(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _damaged(source: str, reason: str) -> DamagedFileError:
-    return DamagedFileError(f"{source} is damaged ({reason}): {RECOVERY}")
-
-
-def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArray[np.void]) -> Part:
-    """Write one server's part of a checkpoint, and its journal since the last checkpoint.
-
-    Args:
-        run: the folder of the run.
-        checkpoint: name of the checkpoint.
-        state: state of the server.
-        journal: records of the dtype that `psgd.core.server.journal.record_type` returns.
-
-    Returns:
-        The names and checksums of the files.
-
-    Raises:
-        StorageError: a file could not be written.
-    """
-    partition = state.metadata["partition"][0]
-    arrays = save({name: np.ascontiguousarray(array) for name, array in state.arrays.items()})
-    files = dict(zip(_part_files(partition), (arrays, to_json(state.metadata).encode()), strict=True))
-    # A segment is written even if it is empty: a missing one would count as lost records.
-    segments = {f"{checkpoint}-server-{partition}.npy": _npy(journal)}
-    folders = {f"checkpoints/{checkpoint}": files, "journal": segments}
-    for folder, contents in folders.items():
-        for name, data in contents.items():
-            run.write(f"{folder}/{name}", data)
-    checksums = [{name: sha256(data).hexdigest() for name, data in contents.items()} for contents in folders.values()]
-    settings = Settings.model_validate(state.metadata["settings"])
-    return Part(partition, state.metadata["version"][1], state.metadata["epochs"], settings, *checksums)
-
-
-def _npy(records: NDArray[np.void]) -> bytes:
-    file = BytesIO()
-    np.save(file, records, allow_pickle=False)
-    return file.getvalue()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,21 +48,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the part does not hold what a server writes.
         """
-        folder = self.run.folder(f"checkpoints/{self.manifest.name}")
-        tensors, values = _part_files(partition)
-        try:
-            arrays = load(folder.read(tensors))
-            metadata = parse_document("server.json", folder.read(values, MOST_BYTES), f"{folder.url}/{values}")
-        except (SafetensorError, ValueError, KeyError, OverflowError) as error:  # safetensors lets some of these pass
-            raise CheckpointError(f"part {partition} of checkpoint {self.manifest.name}: {error}") from error
-        _, start, stop, _ = metadata["partition"]
-        weights = arrays.get("weights", np.empty(0))
-        if weights.shape != (stop - start,) or weights.dtype != np.float32:
-            raise CheckpointError(
-                f"part {partition} of checkpoint {self.manifest.name}: {tensors} has no weights of {stop - start} "
-                "values. Restore the directory from a copy, or delete it"
-            )
-        return ServerState(arrays, metadata)
+        return read_part(self.run, self.manifest.name, partition)
 
     def states(self) -> list[ServerState]:
         """Return the states of all partitions, by number."""
@@ -293,7 +119,7 @@ class Checkpoints:
 
     def _is_committed(self, name: str) -> bool:
         try:
-            return _is_complete(self._committed_text(name))
+            return is_complete(self._committed_text(name))
         except DamagedFileError:  # too large: damaged, not truncated
             return True
 
@@ -367,7 +193,7 @@ class Checkpoints:
         text = self._committed_text(name)
         if text is None:
             raise CheckpointError(f"checkpoint {name} in {self._run.url} was never committed")
-        if not _is_complete(text):
+        if not is_complete(text):
             raise CheckpointError(
                 f"checkpoint {name} in {self._run.url} was not committed: its COMMITTED is cut short. Restore the file "
                 "from a copy, or delete the directory"
@@ -425,13 +251,6 @@ class Checkpoints:
 
 def _order(name: str) -> tuple[int, ...]:
     return tuple(map(int, name.split("-")))
-
-
-def _is_complete(text: bytes | None) -> bool:
-    """Return True if a COMMITTED was written to its end. On some storage a crash may leave half of the file."""
-    if not text or not text.startswith(b"{"):
-        return bool(text)  # not the beginning of a manifest: a damaged file, not a truncated one
-    return text.rstrip().endswith(b"}")
 
 
 def load_weights(path: str | PathLike[str], averaged: bool = False) -> dict[str, FloatArray]:

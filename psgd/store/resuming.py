@@ -9,7 +9,8 @@ from psgd.errors import CheckpointError, ResumeError
 from psgd.job import OpenJob
 from psgd.spec import JobSpec
 from psgd.spec.reader import parse_spec
-from psgd.store.checkpoints import Checkpoint, Checkpoints, Manifest
+from psgd.store.checkpoints import Checkpoint, Checkpoints
+from psgd.store.manifest import Manifest
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.counting import counted
 

@@ -20,7 +20,7 @@ from psgd.core.server.partitions import Partition
 from psgd.serving.host import ServerHost
 from psgd.serving.malloc import return_large_blocks
 from psgd.spec import JobSpec
-from psgd.store.checkpoints import write_part
+from psgd.store.checkpoint_part import write_part
 from psgd.store.storage import Storage
 from psgd_workers.gradients.compression import build_compressor
 from psgd_workers.messages import EpochGrid, Gradient, Receipt, Version

@@ -16,7 +16,9 @@ from psgd.job import OpenJob
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.observer import ClusterObserver
 from psgd.spec import JobSpec
-from psgd.store.checkpoints import Checkpoints, Manifest, Part, write_part
+from psgd.store.checkpoint_part import Part, write_part
+from psgd.store.checkpoints import Checkpoints
+from psgd.store.manifest import Manifest
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.messages import BatchId, FloatArray

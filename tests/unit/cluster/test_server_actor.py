@@ -15,13 +15,14 @@ from psgd.core.server.journal import RECORD, RecordKind
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import Partition, partition_weights
 from psgd.errors import StorageError
-from psgd.store.checkpoints import Checkpoints, Part, write_part
+from psgd.store.checkpoint_part import Part, write_part
+from psgd.store.checkpoints import Checkpoints
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.gradients.layout import Layout
 from psgd_workers.messages import FloatArray, Version
+from tests.support.checkpoints import manifest
 from tests.support.jobs import GRID, START, job
-from tests.unit.store.test_checkpoints import manifest
 
 
 def test_a_save_that_failed_leaves_its_journal_to_the_next(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from psgd.core.server.parameter_server import ParameterServer
 from psgd.core.server.partitions import partition_weights
 from psgd.errors import CheckpointError, OwnershipError, StorageError
 from psgd.jsontext import MOST_BYTES
+from psgd.store.checkpoint_part import Part, write_part
 from psgd.store.checkpoint_writer import CheckpointWriter
-from psgd.store.checkpoints import Checkpoints, Manifest, Part, write_part
+from psgd.store.checkpoints import Checkpoints
+from psgd.store.manifest import Manifest
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from psgd_workers.gradients.layout import Layout

@@ -1,105 +1,19 @@
 from __future__ import annotations
 
 import json
-from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pytest
 
-from psgd.core.server.journal import RECORD
 from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, StorageError
 from psgd.jsontext import MOST_BYTES
-from psgd.store.checkpoints import Checkpoints, Manifest, Part, load_weights, write_part
+from psgd.store.checkpoint_part import write_part
+from psgd.store.checkpoints import Checkpoints, load_weights
 from psgd.store.storage import Storage
-from psgd_workers.gradients.layout import Layout
-from tests.support.jobs import job
-
-TENSORS = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.full(2, -1, np.float32)}
-LAYOUT = Layout.of(TENSORS)
-FLAT = LAYOUT.pack(TENSORS)
-CUT = 5  # between the two partitions, inside a tensor
-SETTINGS = job().settings
-NO_RECORDS = np.zeros(0, RECORD)
-
-
-@pytest.fixture(params=["local", "memory"])
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """Return the folder of a run: on a disk, then in an object store."""
-    return Storage(str(tmp_path / "run") if request.param == "local" else f"memory://{uuid4().hex}/run")
-
-
-def state(partition: int, updates: int = 40) -> ServerState:
-    """Return a server's state. Partition 1 holds the first slice, so that numbers and order differ."""
-    start, stop = (CUT, len(FLAT)) if partition == 0 else (0, CUT)
-    arrays = {
-        "weights": FLAT[start:stop],
-        "settled.3": np.array([True, False, True]),
-        "optimizer.velocity": FLAT[start:stop] / 3,
-    }
-    metadata = {
-        "version": [1, updates],
-        "partition": [partition, start, stop, stop - start],
-        "epochs": 3,
-        "settings": SETTINGS.model_dump(mode="json"),
-    }
-    return ServerState(arrays, metadata)
-
-
-def manifest(name: str, parts: list[Part]) -> Manifest:
-    return Manifest(
-        format=1,
-        name=name,
-        incarnation=1,
-        updates=min(part.updates for part in parts),
-        epochs=3,
-        seed=0,
-        spec_hash="spec",
-        settings=SETTINGS,
-        data_fingerprint="data",
-        names=LAYOUT.names,
-        shapes=LAYOUT.shapes,
-        num_trainable=LAYOUT.num_trainable,
-        partitions=len(parts),
-        requeued=0,
-        files={name: checksum for part in parts for name, checksum in part.files.items()},
-        journal={},
-    )
-
-
-def save(run: Storage, name: str) -> Manifest:
-    """Write and commit a checkpoint of two partitions."""
-    whole = manifest(name, [write_part(run, name, state(partition), NO_RECORDS) for partition in (0, 1)])
-    Checkpoints(run).commit(whole)
-    return whole
-
-
-def fail(fault: str) -> None:
-    raise AssertionError(fault)
-
-
-def test_a_state_is_restored_bit_for_bit(run: Storage) -> None:
-    save(run, "000001-1")
-    checkpoint = Checkpoints(run).open("000001-1")
-    for partition in (0, 1):
-        saved = state(partition)
-        restored = checkpoint.state(partition)
-        assert restored.metadata == saved.metadata
-        assert restored.arrays.keys() == saved.arrays.keys()
-        for name, array in saved.arrays.items():
-            assert restored.arrays[name].dtype == array.dtype
-            np.testing.assert_array_equal(restored.arrays[name], array)
-
-
-def test_the_manifest_is_restored(run: Storage) -> None:
-    saved = save(run, "000001-1")
-    restored = Checkpoints(run).open("000001-1").manifest
-    assert restored == saved
-    assert restored.layout == LAYOUT
+from tests.support.checkpoints import FLAT, NO_RECORDS, TENSORS, fail, manifest, recommit, save, state
 
 
 def test_weights_are_named_and_joined_in_the_order_of_their_slices(run: Storage) -> None:
@@ -120,22 +34,6 @@ def test_weights_are_loaded_from_a_path(tmp_path: Path) -> None:
 def test_weights_of_what_is_no_path_are_refused(path: Any) -> None:
     with pytest.raises(StorageError, match="a folder is a path or a URL"):
         load_weights(path)
-
-
-def test_a_part_tells_how_far_it_is_and_what_it_wrote(run: Storage) -> None:
-    part = write_part(run, "000001-1", state(0), NO_RECORDS)
-    assert (part.partition, part.updates, part.epochs) == (0, 40, 3)
-    folder = run.folder("checkpoints/000001-1")
-    assert part.files == {name: sha256(folder.read(name)).hexdigest() for name in folder.names("")}
-    assert list(part.journal) == run.names("journal") == ["000001-1-server-0.npy"]
-
-
-def test_the_journal_is_kept_beside_the_checkpoints(run: Storage) -> None:
-    records = np.zeros(3, RECORD)
-    records["updates"] = (1, 2, 3)
-    part = write_part(run, "000002-1", state(0), records)
-    assert list(part.journal) == run.names("journal") == ["000002-1-server-0.npy"]
-    np.testing.assert_array_equal(np.load(BytesIO(run.read("journal/000002-1-server-0.npy"))), records)
 
 
 def test_what_was_not_committed_is_no_checkpoint(run: Storage) -> None:
@@ -181,13 +79,6 @@ def test_when_all_are_damaged_every_fault_is_told(run: Storage) -> None:
     run.delete("checkpoints/000002-1/server-0.json")
     with pytest.raises(CheckpointError, match=r"every checkpoint .* server-0\.json is missing.*/COMMITTED is damaged"):
         Checkpoints(run).newest(refused=lambda _: None)
-
-
-def test_another_format_is_told_apart_from_damage(run: Storage) -> None:
-    tree = json.loads(save(run, "000001-1").model_dump_json())
-    run.write("checkpoints/000001-1/COMMITTED", json.dumps(tree | {"format": 2}).encode())
-    with pytest.raises(CheckpointError, match="has format 2, and this psgd reads format 1"):
-        Checkpoints(run).open("000001-1")
 
 
 def test_pruning_keeps_the_newest_and_what_is_not_committed(run: Storage) -> None:
@@ -270,56 +161,6 @@ def test_a_run_whose_only_commit_is_damaged_does_not_begin_anew(run: Storage, te
     assert Checkpoints(run).next_number() == 2
     Checkpoints(run).prune(keep=1)
     assert Checkpoints(run).names() == ["000001-1"]
-
-
-def recommit(run: Storage, name: str, **changes: Any) -> None:
-    """Write a manifest with other fields, and with the checksum of these."""
-    changed = Checkpoints(run).manifest(name).model_copy(update=changes)
-    run.write(f"checkpoints/{name}/COMMITTED", changed.to_bytes())
-
-
-def test_the_manifest_of_another_checkpoint_is_refused(run: Storage) -> None:
-    """Checksums would be checked in one directory, and weights read from the other one."""
-    for name in ("000001-1", "000002-1"):
-        save(run, name)
-    run.write("checkpoints/000002-1/COMMITTED", run.read("checkpoints/000001-1/COMMITTED"))
-    with pytest.raises(CheckpointError, match=r"000002-1: its COMMITTED is that of checkpoint 000001-1"):
-        Checkpoints(run).open("000002-1")
-    with pytest.raises(CheckpointError, match=r"its COMMITTED is that of checkpoint 000001-1"):
-        load_weights(f"{run.url}/checkpoints/000002-1")
-
-
-@pytest.mark.parametrize("files", [{}, {"server-0.safetensors": "x"}, {"../1-1/server-0.json": "x"}])
-def test_a_manifest_that_lacks_files_is_refused(run: Storage, files: dict[str, str]) -> None:
-    save(run, "000001-1")
-    recommit(run, "000001-1", files=files)
-    with pytest.raises(CheckpointError, match=r"000001-1: its COMMITTED lacks server-.*server-1\.json"):
-        Checkpoints(run).open("000001-1")
-
-
-def test_a_manifest_with_a_huge_number_of_partitions_is_refused_at_once(run: Storage) -> None:
-    save(run, "000001-1")
-    recommit(run, "000001-1", partitions=10**18)
-    with pytest.raises(CheckpointError, match=r"lacks server-2\.safetensors"):
-        Checkpoints(run).open("000001-1")
-
-
-@pytest.mark.parametrize(("before", "after"), [(b'"updates": 40', b'"updates": 41'), (b'"bias"', b'"bia5"')])
-def test_a_manifest_that_was_changed_is_damaged(run: Storage, before: bytes, after: bytes) -> None:
-    save(run, "000001-1")
-    text = run.read("checkpoints/000001-1/COMMITTED")
-    assert before in text
-    run.write("checkpoints/000001-1/COMMITTED", text.replace(before, after))
-    with pytest.raises(CheckpointError, match=r"COMMITTED is damaged .*does not have the checksum that it names"):
-        Checkpoints(run).open("000001-1")
-
-
-def test_a_part_without_the_weights_of_its_slice_is_refused(run: Storage) -> None:
-    metadata = dict(state(0).metadata) | {"partition": [0, 0, 3, 3]}
-    part = write_part(run, "000001-1", ServerState({"weights": FLAT[:2]}, metadata), NO_RECORDS)
-    Checkpoints(run).commit(manifest("000001-1", [part]))
-    with pytest.raises(CheckpointError, match="has no weights of 3 values"):
-        Checkpoints(run).open("000001-1").weights()
 
 
 def test_weights_that_do_not_fill_the_tensors_are_refused(run: Storage) -> None:

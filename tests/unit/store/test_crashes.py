@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from psgd.core.server.state import ServerState
-from psgd.store.checkpoints import Checkpoints, write_part
+from psgd.store.checkpoint_part import write_part
+from psgd.store.checkpoints import Checkpoints
 from psgd.store.storage import Storage
-from tests.unit.store.test_checkpoints import NO_RECORDS, fail, manifest, state
+from tests.support.checkpoints import NO_RECORDS, fail, manifest, state
 
 KILLS = 120
 KEEP = 2

@@ -19,9 +19,10 @@ from psgd.replay.lineage import read_lineage
 from psgd.replay.replay import replay
 from psgd.spec import JobSpec
 from psgd.spec.changes import change_settings, change_workers
-from psgd.store.checkpoints import Checkpoint, Checkpoints, Manifest
+from psgd.store.checkpoints import Checkpoint, Checkpoints
 from psgd.store.commands import MOST_BYTES, Command, make_command, read_command
 from psgd.store.foreign import TakenFile
+from psgd.store.manifest import Manifest
 from psgd.store.run_directory import RunDirectory
 from psgd.store.segments import parse_segment
 from psgd.store.storage import Storage

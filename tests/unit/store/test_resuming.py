@@ -13,13 +13,14 @@ from psgd.errors import CheckpointError, JournalError, ResumeError
 from psgd.job import OpenJob
 from psgd.replay.replay import replay
 from psgd.spec import JobSpec
-from psgd.store.checkpoints import Checkpoints, write_part
+from psgd.store.checkpoint_part import write_part
+from psgd.store.checkpoints import Checkpoints
 from psgd.store.resuming import check_checkpoint, find_checkpoint
 from psgd.store.run_directory import RunDirectory
 from psgd_workers.counting import counted
 from psgd_workers.messages import Version
+from tests.support.checkpoints import fail, manifest
 from tests.support.recorded_run import digits, run_directory
-from tests.unit.store.test_checkpoints import fail, manifest
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, StorageError
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.storage import Storage
+from tests.support.checkpoints import fail, save, state
 from tests.support.faulty_storage import FaultyFilesystem
-from tests.unit.store.test_checkpoints import fail, save, state
 
 
 @pytest.fixture
