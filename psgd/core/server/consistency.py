@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, Protocol
 
-from psgd.core.server.aggregators import Aggregator, OneGradient, RingleaderTables, RoundMean, RunningMean, TableMean
+from psgd.core.server.aggregators import Aggregator, OneGradient, RoundMean, RunningMean
 from psgd.core.server.live_worker import LiveWorker
+from psgd.core.server.tables import RingleaderTables, TableMean
 from psgd.spec import (
     AsyncConsistency,
     BackupConsistency,
