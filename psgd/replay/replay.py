@@ -25,15 +25,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from psgd.core.server.journal import RecordKind
-from psgd.core.server.partitions import Partition
-from psgd.core.server.state import ServerState
 from psgd.errors import CheckpointError, DataError, JournalError, ModelError, UntrustedRunError
 from psgd.job import OpenJob
-from psgd.replay.lineage import IncarnationJournal, read_lineage
+from psgd.replay.lineage import read_lineage
 from psgd.replay.pushes import Pushes
 from psgd.replay.replayer import Replayer
 from psgd.replay.server import ReplayServer
-from psgd.spec import JobSpec, Settings
+from psgd.spec import JobSpec
 from psgd.store.checkpoints import Checkpoints
 from psgd.store.manifest import Manifest
 from psgd.store.run_directory import RunDirectory
@@ -111,10 +109,13 @@ def replay(run: RunDirectory, *, until: int | None = None, out: Path | None = No
     lineages = [read_lineage(run, manifest, partition, branches) for partition in range(manifest.partitions)]
     for segment in (segment for lineage in lineages for journal in lineage for segment in journal.segments):
         _check_batches(run, job, segment.records)
-    servers = [_server(job, state, lineage) for state, lineage in zip(states, lineages, strict=True)]
+    servers = [
+        ReplayServer(job, state.partition, lineage, state.changes)
+        for state, lineage in zip(states, lineages, strict=True)
+    ]
     with np.errstate(over="ignore", invalid="ignore"):
         updates, weights = Replayer(job, servers, Pushes(lineages)).run(until)
-    saved = [int(state.metadata["version"][1]) for state in states]
+    saved = [state.version.updates for state in states]
     if until is None and updates != saved:
         raise JournalError(
             f"the journal of {run.storage.url} ends at {_list(updates)} updates, but checkpoint {manifest.name} has "
@@ -178,12 +179,6 @@ def _check_batches(run: RunDirectory, job: OpenJob, segment: NDArray[np.void]) -
             f"the journal of {run.storage.url} names {batch.text}, which its job does not have: the journal belongs to "
             "another run. Restore it"
         )
-
-
-def _server(job: OpenJob, state: ServerState, lineage: Sequence[IncarnationJournal]) -> ReplayServer:
-    partition = Partition(*state.metadata["partition"])
-    changes = [Settings.model_validate(settings) for settings in state.metadata["changes"]]
-    return ReplayServer(job, partition, lineage, changes)
 
 
 def _list(numbers: Sequence[int]) -> str:

@@ -317,7 +317,7 @@ class ReplayServer:
         """Start the incarnation from the state that the server had at its checkpoint."""
         state = self._origin
         incarnation = self._journal.incarnation
-        spec = self._spec().model_copy(update=dict(Settings.model_validate(state.metadata["settings"])))
+        spec = self._spec().model_copy(update=dict(state.settings))
         self._server = ParameterServer.restore(spec, self._job.shards.grid, state, incarnation, now)
         self.incarnations += self._journal.in_lineage
 

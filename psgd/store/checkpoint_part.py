@@ -59,7 +59,7 @@ def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArr
     Raises:
         StorageError: a file could not be written.
     """
-    partition = state.metadata["partition"][0]
+    partition = state.partition.number
     arrays = save({name: np.ascontiguousarray(array) for name, array in state.arrays.items()})
     files = dict(zip(part_files(partition), (arrays, to_json(state.metadata).encode()), strict=True))
     # A segment is written even if it is empty: a missing one would count as lost records.
@@ -69,8 +69,7 @@ def write_part(run: Storage, checkpoint: str, state: ServerState, journal: NDArr
         for name, data in contents.items():
             run.write(f"{folder}/{name}", data)
     checksums = [{name: sha256(data).hexdigest() for name, data in contents.items()} for contents in folders.values()]
-    settings = Settings.model_validate(state.metadata["settings"])
-    return Part(partition, state.metadata["version"][1], state.metadata["epochs"], settings, *checksums)
+    return Part(partition, state.version.updates, state.epochs, state.settings, *checksums)
 
 
 def _npy(records: NDArray[np.void]) -> bytes:

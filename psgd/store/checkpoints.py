@@ -82,7 +82,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a part is damaged, or the job keeps no average.
         """
-        states = sorted(self.states(), key=lambda state: int(state.metadata["partition"][1]))
+        states = sorted(self.states(), key=lambda state: state.partition.start)
         if averaged:
             for state in states:
                 if "average" not in state.arrays:

@@ -390,7 +390,7 @@ def _resumed(spec: JobSpec, resume: VirtualCheckpoint | None) -> JobSpec:
     """Return the job with the settings in the checkpoint."""
     if resume is None:
         return spec
-    return spec.model_copy(update=dict(Settings.model_validate(resume.states[0].metadata["settings"])))
+    return spec.model_copy(update=dict(resume.states[0].settings))
 
 
 def _problem(run: RandomRun, first: bool) -> Problem:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from psgd.core.server.consistency import build_consistency
 from psgd.core.server.corrections import build_correction
+from psgd.core.server.epoch_weights import KEPT_EPOCHS
 from psgd.core.server.optimizers import build_optimizer
-from psgd.core.server.parameter_server import KEPT_EPOCHS
 from psgd.core.server.state import VectorCounts
 from psgd.spec import JobSpec
 

@@ -27,6 +27,7 @@ from psgd.core.server.applied import AppliedSet
 from psgd.core.server.average import Average
 from psgd.core.server.consistency import Round, build_consistency
 from psgd.core.server.corrections import Rescaled, build_correction
+from psgd.core.server.epoch_weights import EpochWeights
 from psgd.core.server.journal import Journal, RecordKind
 from psgd.core.server.live_worker import LiveWorker
 from psgd.core.server.observer import ServerObserver
@@ -39,9 +40,7 @@ from psgd.core.server.report import Report
 from psgd.core.server.schedules import build_schedule
 from psgd.core.server.state import ServerState
 from psgd.core.server.tally import Tally
-from psgd.errors import WeightsNotKeptError
 from psgd.spec import JobSpec, Settings
-from psgd_workers.counting import counted
 from psgd_workers.gradients.compression import decode
 from psgd_workers.messages import BatchId, Encoded, EpochGrid, FloatArray, Gradient, Outcome, Receipt, Version
 
@@ -50,7 +49,6 @@ __all__ = ["ParameterServer"]
 # Bound once: in Python 3.11, access through the enum takes 80 ns.
 APPLIED = Outcome.APPLIED
 BUFFERED = Outcome.BUFFERED
-KEPT_EPOCHS = 2  # epochs whose final weights are kept: the newest, and the one before, which may be under evaluation
 
 
 class _Parked(NamedTuple):
@@ -126,8 +124,7 @@ class ParameterServer:
         self._refused_epoch = -1  # newest epoch with a refused batch: that epoch has begun, even if nothing was applied
         self._parked: list[_Parked] = []
         self._tally = Tally()
-        self._epoch_weights: dict[int, FloatArray] = {}  # number of complete epochs -> weights at that moment
-        self._kept_epoch = 0  # number of complete epochs up to which weights were kept, or cannot be kept any more
+        self._epoch_weights = EpochWeights()
         self.journal = Journal(spec.scaling.servers)
         self._use_settings(spec.settings)
         self._observer.started(self)
@@ -412,7 +409,7 @@ class ParameterServer:
         while self._mode.closes(self._round):  # at an epoch's end, the remaining gradients may need two steps
             self._close(now)
             self._aggregator.set_live(self._round.live.keys())
-        if self._kept_epoch < self._settled.epochs:
+        if self._epoch_weights.newest < self._settled.epochs:
             self._keep_epoch_weights()
         if not self._round.outstanding:  # at an epoch's end all receipts are released
             self._round.level_clocks()
@@ -464,11 +461,8 @@ class ParameterServer:
         return tuple(released)
 
     def _keep_epoch_weights(self) -> None:
-        self._kept_epoch = self.epochs
         self._tally.forget(self.epochs)
-        self._epoch_weights[self._kept_epoch] = self._weights_to_evaluate()
-        for old in sorted(self._epoch_weights)[:-KEPT_EPOCHS]:
-            del self._epoch_weights[old]
+        self._epoch_weights.keep(self.epochs, self._weights_to_evaluate())
 
     def _weights_to_evaluate(self) -> FloatArray:
         weights = self._weights.copy()
@@ -483,17 +477,9 @@ class ParameterServer:
             epochs: number of complete epochs at the moment of the copy; None: now.
 
         Raises:
-            WeightsNotKeptError: the end of that epoch is not one of the two newest.
+            WeightsNotKeptError: the end of that epoch is not one of the newest, or was before this server began.
         """
-        if epochs is None:
-            return self._weights_to_evaluate()
-        if epochs not in self._epoch_weights:
-            kept = ", ".join(map(str, sorted(self._epoch_weights))) or "none"
-            raise WeightsNotKeptError(
-                f"the weights after {counted(epochs, 'epoch')} are not kept; epochs kept: {kept} (a server keeps "
-                f"those of the {KEPT_EPOCHS} newest epochs that it completed)"
-            )
-        return self._epoch_weights[epochs].copy()
+        return self._weights_to_evaluate() if epochs is None else self._epoch_weights.at(epochs)
 
     @property
     def weights(self) -> FloatArray:
@@ -577,30 +563,23 @@ class ParameterServer:
             published: vector from which workers pull; None: private memory of this server.
             observer: object that is notified of every change of the state; None: no notifications.
         """
-        metadata = state.metadata
-        origin = Version(*metadata["version"])
-        version = Version(incarnation, origin.updates)
-        server = cls(
-            spec, Partition(*metadata["partition"]), state.arrays["weights"], grid, version, published, observer
-        )
-        server._use_settings(Settings.model_validate(metadata["settings"]))
-        server._history = [tuple(fork) for fork in metadata["history"]] + server._history
-        settled, skipped = (
-            {int(epoch): bitmap for epoch, bitmap in state.part(name).items()} for name in ("settled", "skipped")
-        )
-        server._settled = AppliedSet(grid, metadata["epochs"], settled, skipped)
+        version = Version(incarnation, state.version.updates)
+        server = cls(spec, state.partition, state.arrays["weights"], grid, version, published, observer)
+        server._use_settings(state.settings)
+        server._history = state.history + server._history
+        server._settled = AppliedSet(grid, state.epochs, state.bitmaps("settled"), state.bitmaps("skipped"))
         server._optimizer.load(state.part("optimizer"))
         if server._average is not None:
             server._average.values[:] = state.arrays["average"]
-        server._aggregator.load(state.part("aggregator"), metadata["aggregator"])
-        server._correction.load(state.part("correction"), metadata["correction"])
+        server._aggregator.load(state.part("aggregator"), state.metadata["aggregator"])
+        server._correction.load(state.part("correction"), state.metadata["correction"])
         server._round.collected = len(server._aggregator)
-        server._tally.load(metadata)
-        server._kept_epoch = server.epochs
+        server._tally.load(state.metadata)
+        server._epoch_weights = EpochWeights(state.epochs)
         if server._settled.between_epochs:
             server._keep_epoch_weights()
-        server.journal.settings += [Settings.model_validate(settings) for settings in metadata["changes"]]
-        server.journal.fork(now, origin, server.version)
+        server.journal.settings += state.changes
+        server.journal.fork(now, state.version, version)
         server._observer.restored(server, state)
         return server
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psgd.core.server.applied import Bitmap
 from psgd.core.server.partitions import Partition
 from psgd.core.server.state import ServerState
 from psgd_workers.messages import Outcome
@@ -34,16 +35,16 @@ def disagreement(states: Sequence[ServerState]) -> str | None:
     first = states[0]
     for state in states[1:]:
         if fault := _difference(first, state):
-            parts = f"partitions {first.metadata['partition'][0]} and {state.metadata['partition'][0]}"
+            parts = f"partitions {first.partition.number} and {state.partition.number}"
             return f"{parts} {fault}"
     return None
 
 
 def _difference(one: ServerState, other: ServerState) -> str | None:
-    if one.metadata["version"][1] != other.metadata["version"][1]:
-        return f"made {one.metadata['version'][1]} and {other.metadata['version'][1]} updates"
+    if one.version.updates != other.version.updates:
+        return f"made {one.version.updates} and {other.version.updates} updates"
     same_bitmaps = all(_same_bitmaps(one, other, name) for name in BITMAPS)
-    if one.metadata["epochs"] != other.metadata["epochs"] or not same_bitmaps:
+    if one.epochs != other.epochs or not same_bitmaps:
         return "do not contain the same batches"
     for name in EQUAL:
         if one.metadata[name] != other.metadata[name]:
@@ -64,9 +65,9 @@ def _same_bitmaps(one: ServerState, other: ServerState, name: str) -> bool:
     return ours.keys() == theirs.keys() and all(np.array_equal(ours[epoch], theirs[epoch]) for epoch in ours)
 
 
-def _bitmaps(state: ServerState, name: str) -> dict[str, NDArray[Any]]:
+def _bitmaps(state: ServerState, name: str) -> dict[int, Bitmap]:
     """Return epoch -> bitmap, for the bitmaps that are not empty."""
-    return {epoch: bitmap for epoch, bitmap in state.part(name).items() if bitmap.any()}
+    return {epoch: bitmap for epoch, bitmap in state.bitmaps(name).items() if bitmap.any()}
 
 
 def _group(name: str) -> str:
@@ -98,10 +99,10 @@ def repartition(states: Sequence[ServerState], partition: Partition) -> ServerSt
     for name, array in first.arrays.items():
         uncut = _group(name) in BITMAPS or _is_counter(name, array)
         arrays[name] = array if uncut else _cut(name, states, partition)
-    incarnation = max(state.metadata["version"][0] for state in states)
+    incarnation = max(state.version.incarnation for state in states)
     metadata: Mapping[str, Any] = {
         **first.metadata,
-        "version": [incarnation, first.metadata["version"][1]],
+        "version": [incarnation, first.version.updates],
         "history": [],
         "partition": list(partition),
         "bytes": first.metadata["bytes"] * (partition.stop - partition.start) // len(first.arrays["weights"]),
@@ -110,8 +111,7 @@ def repartition(states: Sequence[ServerState], partition: Partition) -> ServerSt
 
 
 def _start(state: ServerState) -> int:
-    start: int = state.metadata["partition"][1]
-    return start
+    return state.partition.start
 
 
 def _cut(name: str, states: Sequence[ServerState], partition: Partition) -> NDArray[Any]:
@@ -121,7 +121,7 @@ def _cut(name: str, states: Sequence[ServerState], partition: Partition) -> NDAr
     for state in states:
         start = _start(state)
         array = state.arrays[name]
-        _, _, end, trainable = state.metadata["partition"]
+        _, _, end, trainable = state.partition
         assert len(array) == (end - start if _group(name) in FULL_LENGTH else trainable), (name, array.shape)
         parts.append(array[max(0, partition.start - start) : max(0, stop - start)])
     return np.concatenate(parts)

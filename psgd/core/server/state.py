@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from psgd.core.server.applied import Bitmap
+from psgd.core.server.partitions import Partition
+from psgd.spec import Settings
+from psgd_workers.messages import Version
+
 __all__ = ["ServerState", "VectorCounts"]
 
 
@@ -30,6 +35,45 @@ class ServerState:
 
     arrays: Mapping[str, NDArray[Any]]
     metadata: Mapping[str, Any]
+
+    @property
+    def version(self) -> Version:
+        """Version of the weights."""
+        return Version(*self.metadata["version"])
+
+    @property
+    def history(self) -> list[tuple[int, int]]:
+        """Incarnations that the weights come from, and the number of updates at which each began; oldest first."""
+        return [(incarnation, began) for incarnation, began in self.metadata["history"]]
+
+    @property
+    def partition(self) -> Partition:
+        """Slice of the weights that the state belongs to."""
+        return Partition(*self.metadata["partition"])
+
+    @property
+    def epochs(self) -> int:
+        """Number of complete epochs."""
+        epochs: int = self.metadata["epochs"]
+        return epochs
+
+    @property
+    def settings(self) -> Settings:
+        """Settings that were in force."""
+        return Settings.model_validate(self.metadata["settings"])
+
+    @property
+    def changes(self) -> list[Settings]:
+        """Settings of every change since the run began, in order."""
+        return [Settings.model_validate(settings) for settings in self.metadata["changes"]]
+
+    def bitmaps(self, name: str) -> dict[int, Bitmap]:
+        """Return epoch -> bitmap of its batches.
+
+        Args:
+            name: `settled` or `skipped`.
+        """
+        return {int(epoch): bitmap for epoch, bitmap in self.part(name).items()}
 
     def part(self, name: str) -> dict[str, NDArray[Any]]:
         """Return the arrays of one component. The prefix is removed: `optimizer.mean` becomes `mean`.
