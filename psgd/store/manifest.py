@@ -59,6 +59,7 @@ class Manifest(Spec):
 
     @property
     def layout(self) -> Layout:
+        """Layout of the weights."""
         return Layout(self.names, self.shapes, self.num_trainable)
 
     def to_bytes(self) -> bytes:

@@ -146,6 +146,6 @@ def _checked(model: TypeAdapter[Any], tree: Any, source: str) -> dict[str, Any]:
 
 
 def describe(error: ValidationError) -> str:
-    """Return the first fault, with the path to its field."""
+    """Describe the first fault of a validation, with the path to its field."""
     fault = error.errors(include_url=False, include_input=False)[0]
     return ": ".join([*(str(step) for step in fault["loc"]), fault["msg"].removeprefix("Value error, ")])[:500]

@@ -88,6 +88,7 @@ class RunDirectory:
 
     @property
     def exists(self) -> bool:
+        """True if there is a run in this directory."""
         return self.storage.exists("resolved.json")
 
     def begin(self, spec: JobSpec) -> None:

@@ -193,7 +193,8 @@ class RingleaderTables(BaseAggregator):
     def vectors(self, workers: int, scaled: bool) -> VectorCounts:
         """Count the sums of two tables, which a state contains, and a mean and a scratch vector for each table.
 
-        The next table never has the sum of the worker that is owed the last step on the present one.
+        There is one sum less than two for each worker: the worker that gets the last step on the present table has no
+        sum in the next one.
         """
         sums = 2 * workers - 1
         return VectorCounts(sums + 4, sums)

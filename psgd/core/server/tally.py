@@ -45,8 +45,8 @@ class Tally:
     """Counters of one partition. Most are saved with its state; the times are those of this process only.
 
     Attributes:
-        outcomes: `[outcomes]`, int64: number of pushes by the code of their outcome, in the order of `Outcome`: refused
-            ones at once, applied ones once they are in a step.
+        outcomes: `[outcomes]`, int64: number of pushes of each outcome, in the order of `Outcome`. A refused push is
+            counted when it arrives, an applied one when its step is made.
         counts: `[5]`, int64: examples applied; bytes of the vectors of all pushes; examples applied or skipped; and
             updates and examples after the first step of this process.
         times: `[3]`, float64, seconds: longest computing time of a batch in this process; times of the newest and of

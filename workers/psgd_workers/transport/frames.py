@@ -163,7 +163,7 @@ class Frame(NamedTuple):
 
 
 def pack_receipt(receipt: Receipt, slot: int, wants: bool, payload: int) -> bytes:
-    """Return the header of a receipt as bytes. It builds no `Frame`, unlike `Frame.pack`: that would double the time.
+    """Return the header of a receipt as bytes. It builds no `Frame`, unlike `Frame.pack`: that takes twice as long.
 
     Args:
         receipt: the receipt.
@@ -239,7 +239,9 @@ class ReceiptHeader:
         self._worker = worker
 
     def read(self, header: memoryview) -> Receipt | None:
-        """Return the receipt; None if the frame is none for this slot, or has a payload. `Frame.unpack` may say why.
+        """Return the receipt; None if the frame is no receipt for this slot, or has a payload.
+
+        After None, `Frame.unpack` raises an error if the header itself is damaged.
 
         Args:
             header: `HEADER_SIZE` bytes.

@@ -55,13 +55,20 @@ class Greeting(NamedTuple):
 
     @classmethod
     def new(cls) -> Greeting:
+        """Return a greeting with new random bytes."""
         return cls(secrets.token_bytes(NONCE_SIZE))
 
     def pack(self) -> bytes:
+        """Return the message."""
         return GREETING.pack(MAGIC, FORMAT, self.nonce)
 
     @classmethod
     def unpack(cls, data: bytes) -> Greeting:
+        """Read the message, `GREETING_SIZE` bytes.
+
+        Raises:
+            FrameError: the sender is no psgd server of this format.
+        """
         magic, form, nonce = GREETING.unpack(data)
         if (magic, form) != (MAGIC, FORMAT):
             raise FrameError(f"the server is no psgd server of format {FORMAT}: it greets with {magic!r} {form}")
@@ -80,6 +87,7 @@ class Hello(NamedTuple):
 
     @classmethod
     def new(cls, incarnation: int, num_parameters: int, slots: int, shared: bool, worker: str) -> Hello:
+        """Return a message with new random bytes; see the fields for the arguments."""
         return cls(incarnation, num_parameters, slots, shared, worker, secrets.token_bytes(NONCE_SIZE))
 
     def pack(self, key: bytes, greeting: Greeting) -> bytes:

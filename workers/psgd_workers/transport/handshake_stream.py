@@ -14,7 +14,7 @@ __all__ = ["HandshakeStream"]
 class HandshakeStream:
     """Sends and receives whole messages over a socket until a deadline.
 
-    The deadline is that of the whole handshake: an other end that sends a byte at a time does not extend it.
+    The deadline is that of the whole handshake: the other end cannot extend it by sending one byte at a time.
 
     Args:
         stream: connected socket.

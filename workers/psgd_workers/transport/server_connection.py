@@ -33,7 +33,7 @@ class ServerConnection:
     Args:
         stream: connected socket.
         connect_s: seconds that connecting and the handshake may take.
-        deadline: time on the monotonic clock at which they are over.
+        deadline: time on the monotonic clock at which these seconds are over.
     """
 
     def __init__(self, stream: socket.socket, connect_s: float, deadline: float) -> None:
@@ -47,12 +47,23 @@ class ServerConnection:
 
     @classmethod
     def unix(cls, path: str, timeout_s: float) -> Self:
-        """Connect to a Unix socket in Linux' abstract namespace. The handshake must end in `timeout_s` seconds, too."""
+        """Connect to a Unix socket in Linux' abstract namespace.
+
+        Args:
+            path: name of the socket.
+            timeout_s: seconds that connecting and the handshake may take together.
+        """
         return cls._open(socket.AF_UNIX, "\0" + path, timeout_s)
 
     @classmethod
     def tcp(cls, host: str, port: int, timeout_s: float) -> Self:
-        """Connect to a port of the network. The handshake must end in `timeout_s` seconds, too."""
+        """Connect to a port of the network.
+
+        Args:
+            host: host of the server.
+            port: port of the server.
+            timeout_s: seconds that connecting and the handshake may take together.
+        """
         connection = cls._open(socket.AF_INET, (host, port), timeout_s)
         connection._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection

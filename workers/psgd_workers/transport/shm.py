@@ -63,7 +63,7 @@ class ShmLane:
         self._arrived: dict[int, Receipt] = {}  # by slot, receipts that arrived while another slot's was awaited
 
     def pull(self, slot: int, timeout_s: float) -> Version:
-        """Copy the weights from shared memory, or ask the server to copy if it changes them all the time."""
+        """Copy the weights from shared memory, or ask the server for a copy if it changes them during every attempt."""
         if self._copies_itself and (version := self._published.snapshot(self._weights[slot])):
             return version
         self._connection.limit(timeout_s)
@@ -118,7 +118,7 @@ class ShmLane:
             self._keep(header, f"the weights for slot {slot}", slot)
 
     def _keep(self, header: memoryview, expected: str, slot: int) -> None:
-        """Keep the receipt of another slot. Raise FrameError if the header is none."""
+        """Keep the receipt of another slot. Raise FrameError if the header is not such a receipt."""
         frame = Frame.unpack(header)
         is_awaited = frame.slot < len(self._weights) and frame.slot != slot and frame.slot not in self._arrived
         receipt = self._receipts[frame.slot].read(header) if is_awaited else None
