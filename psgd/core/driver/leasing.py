@@ -76,13 +76,19 @@ class Leasing:
         self._held = {name: lease for name, lease in self._held.items() if self._ledger.in_doubt(lease)}
         if self.in_lockstep:
             self._lease_rounds(now)
-        elif self._leasable():
+        elif left := self._leasable():
+            table = self._worker_table
+            # `_size` is 0 for workers with more to do than half of their share and half of the shortest lease. They are
+            # left out here, because near an epoch's end nearly all of a thousand workers have that much.
+            work = left + table.all_unfinished(now)
+            short_by = now + SHARE_FACTOR * table.share_s(work)
+            candidates = [worker for worker in table.below_quota.values() if worker.short_at <= short_by]
             for ahead in range(AHEAD):  # idle workers come first, then those without a queued lease
-                for worker in [
-                    worker for worker in self._worker_table.below_quota.values() if len(worker.leases) == ahead
-                ]:
-                    if worker.name not in self._held and (size := self._size(worker, self._leasable(), now)):
-                        self._grant(worker, self._ledger.grant(size, self._worker_table.home(worker)), now)
+                for worker in [worker for worker in candidates if len(worker.leases) == ahead]:
+                    if worker.name not in self._held and (size := self._size(worker, left, work, now)):
+                        self._grant(worker, self._ledger.grant(size, table.home(worker)), now)
+                        left = self._leasable()
+                        work = left + table.all_unfinished(now)
         elif now >= self._next_search_at:
             self._share(now)
         return self._actions
@@ -170,7 +176,7 @@ class Leasing:
         """Return the number of batches that can be leased."""
         return min(self._ledger.pending, self._batches_allowed())
 
-    def _size(self, worker: WorkerRecord, left: int, now: float) -> int:
+    def _size(self, worker: WorkerRecord, left: int, work: float, now: float) -> int:
         """Return the size of a worker's next lease; 0: none for now.
 
         Leases shrink towards an epoch's end, so that workers end together. A lease takes a worker's unfinished batches
@@ -179,6 +185,7 @@ class Leasing:
         Args:
             worker: the worker.
             left: number of batches that can be leased.
+            work: number of batches that can be leased or that a worker still has to do.
             now: time of the host's clock, in seconds.
         """
         table = self._worker_table
@@ -186,11 +193,13 @@ class Leasing:
         if part == 1:
             return min(table.lease_size(worker), left)
         own = table.unfinished(worker, now)
-        share = part * (left + table.all_unfinished(now))
+        share = part * work
         least = table.least_lease_size(worker)
         wanted = ceil(SHARE_FACTOR * share - own)
         if wanted < least:
-            wanted = min(least, max(round(share - own), 0 if worker.leases else 1)) if own < least else 0
+            if own >= least:
+                return 0
+            wanted = min(least, max(round(share - own), 0 if worker.leases else 1))
         return min(table.lease_size(worker), wanted, left)
 
     def _batches_allowed(self) -> int:

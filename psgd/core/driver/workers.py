@@ -35,6 +35,7 @@ class WorkerRecord:
     joined: bool = False  # True if the servers count it as live
     leases: dict[int, int] = field(default_factory=dict)  # id -> number of batches, in order of work
     lease_began: float = 0.0  # time at which the lease at work began
+    short_at: float = -inf  # estimated time at which half of the shortest lease is left to do; -inf: unknown
     evaluations: list[int | None] = field(default_factory=list)  # names of the weights that it evaluates
     batch_s: float | None = None  # smoothed seconds per batch
     pushes: dict[int, int] = field(default_factory=dict)  # partition -> number of its pushes, in the newest report
@@ -178,7 +179,7 @@ class WorkerTable:
         if not worker.busy:
             worker.lease_began = worker.alive_at = now
         worker.leases[lease] = batches
-        self._sums.add(worker, 1)
+        self._add(worker)
         if len(worker.leases) >= AHEAD:
             self.below_quota.pop(worker.name, None)
 
@@ -186,7 +187,7 @@ class WorkerTable:
         """Note that a worker has done something else, and now begins or continues its lease."""
         self._sums.add(worker, -1)
         worker.lease_began = worker.alive_at = now
-        self._sums.add(worker, 1)
+        self._add(worker)
 
     def closed(self, worker: WorkerRecord, lease: int, now: float, whole: bool = True) -> None:
         """Note that a worker's lease has ended.
@@ -203,20 +204,44 @@ class WorkerTable:
             measured = max(LEAST_BATCH_S, (now - worker.lease_began) / batches)
             worker.batch_s = measured if worker.batch_s is None else 0.5 * (worker.batch_s + measured)
         worker.lease_began = worker.alive_at = now
-        self._sums.add(worker, 1)
+        self._add(worker)
         if self._takes_more(worker):
             self.below_quota[worker.name] = worker
+
+    def _add(self, worker: WorkerRecord) -> None:
+        """Add a worker to the sums again, after its leases or its speed have changed."""
+        self._sums.add(worker, 1)
+        worker.short_at = -inf
+        if worker.leases and worker.batch_s is not None:
+            batches = sum(worker.leases.values()) - self.least_lease_size(worker) / 2
+            worker.short_at = worker.lease_began + batches * worker.batch_s
+
+    @property
+    def _num_sharing(self) -> int:
+        """Return the number of workers that share the work.
+
+        Workers that have not started yet count too: the first worker up must leave them a share.
+        """
+        return max(len(self.up), min(self.least, self.target))
 
     def part(self, worker: WorkerRecord) -> float:
         """Return the fraction of all work that a worker does while all workers are busy.
 
-        Workers that have not started yet count too: the first worker up must leave them a share. So do workers whose
-        speed is unknown, with the mean speed of the others.
+        Workers whose speed is unknown count with the mean speed of the others.
         """
-        workers = max(len(self.up), min(self.least, self.target))
+        workers = self._num_sharing
         if workers == 1 or worker.batch_s is None:
             return 1 / workers
         return self._sums.measured / (self._sums.speed * worker.batch_s * workers)
+
+    def share_s(self, batches: float) -> float:
+        """Return the seconds that each worker of known speed takes for its part of some batches; inf: unknown.
+
+        As parts are in proportion to speeds, the time is the same for all of these workers.
+        """
+        sums = self._sums
+        workers = self._num_sharing
+        return inf if workers == 1 or not sums.measured else sums.measured * batches / (sums.speed * workers)
 
     def unfinished(self, worker: WorkerRecord, now: float) -> float:
         """Return the number of leased batches that a worker still has to do, estimated from its speed."""

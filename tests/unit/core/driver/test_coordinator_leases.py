@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import inf
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from psgd.core.driver.coordinator import COMPANY_S
 from psgd.core.driver.events import AskReport, Cancel, Event, Grant
+from psgd.core.driver.workers import WorkerTable
 from psgd.core.server.journal import RecordKind
 from psgd.simulation.cluster import VirtualCluster
 from psgd.simulation.observer import ClusterObserver
@@ -51,6 +53,24 @@ def test_a_slow_worker_gets_less() -> None:
 def test_leases_shrink_towards_an_epochs_end() -> None:
     sizes = [len(lease) for lease in leased(run(workers=2, compute_s=lambda w, b: 0.02).did(Grant))]
     assert sizes[0] > 4 * sizes[-1]
+
+
+@pytest.mark.parametrize("batch_s", [0.005, 0.05, 2.0])  # the shortest lease has 6 batches, or 1
+def test_workers_are_left_out_only_if_they_would_get_nothing(batch_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def grants() -> list[tuple[float, Grant]]:
+        times = np.random.default_rng(0)
+        host = run(
+            workers=6,
+            grid=EpochGrid((400,), 400),
+            run={"epochs": 3},
+            compute_s=lambda worker, batch: batch_s * float(times.lognormal()),
+            lease_s=40 * batch_s,
+        )
+        return host.did(Grant)
+
+    found = grants()
+    monkeypatch.setattr(WorkerTable, "share_s", lambda table, batches: inf)  # the size of every lease is computed
+    assert found == grants()
 
 
 class KeptJournal(ClusterObserver):
