@@ -275,6 +275,11 @@ def load_weights(path: str | PathLike[str], averaged: bool = False) -> dict[str,
     folder = Storage(path)
     if folder.exists("COMMITTED"):
         run, _, name = folder.url.rstrip("/").rpartition("/checkpoints/")
+        if not run:
+            raise CheckpointError(
+                f"{folder.url} is a checkpoint outside of a run. Give the run, or copy the checkpoint into a directory "
+                "checkpoints, under the name that it had in its run"
+            )
         checkpoint: Checkpoint | None = Checkpoints(Storage(run)).open(name)
     else:
         checkpoint = Checkpoints(folder).newest(refused=lambda _: None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from psgd.errors import WeightsNotKeptError
 from psgd_workers.counting import counted
 from psgd_workers.messages import FloatArray
@@ -25,17 +27,17 @@ class EpochWeights:
         self.newest = epochs
         self._kept: dict[int, FloatArray] = {}  # number of complete epochs -> weights at that moment
 
-    def keep(self, epochs: int, weights: FloatArray) -> None:
+    def keep(self, epochs: int, copy: Callable[[], FloatArray]) -> None:
         """Keep the weights at the end of an epoch, and drop those of the oldest one if there are too many.
 
         Args:
             epochs: number of complete epochs now.
-            weights: `[partition size]`; not copied.
+            copy: function that returns a copy of the weights, `[partition size]`.
         """
         self.newest = epochs
-        self._kept[epochs] = weights
-        for old in sorted(self._kept)[:-KEPT_EPOCHS]:
+        for old in sorted(self._kept)[: 1 - KEPT_EPOCHS or None]:  # first, so that there is never one copy more
             del self._kept[old]
+        self._kept[epochs] = copy()
 
     def at(self, epochs: int) -> FloatArray:
         """Return a copy of the weights at the end of an epoch.

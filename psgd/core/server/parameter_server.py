@@ -462,7 +462,7 @@ class ParameterServer:
 
     def _keep_epoch_weights(self) -> None:
         self._tally.forget(self.epochs)
-        self._epoch_weights.keep(self.epochs, self._weights_to_evaluate())
+        self._epoch_weights.keep(self.epochs, self._weights_to_evaluate)
 
     def _weights_to_evaluate(self) -> FloatArray:
         weights = self._weights.copy()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def test_weights_are_named_and_joined_in_the_order_of_their_slices(run: Storage)
 def test_weights_are_loaded_from_a_path(tmp_path: Path) -> None:
     save(Storage(tmp_path), "000001-1")
     assert load_weights(tmp_path).keys() == load_weights(tmp_path / "checkpoints" / "000001-1").keys() == TENSORS.keys()
+
+
+def test_a_checkpoint_outside_of_a_run_is_refused(tmp_path: Path) -> None:
+    save(Storage(tmp_path / "run"), "000001-1")
+    shutil.copytree(tmp_path / "run/checkpoints/000001-1", tmp_path / "copy")
+    with pytest.raises(CheckpointError, match="copy is a checkpoint outside of a run"):
+        load_weights(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("path", [3, None, b"runs/digits"])

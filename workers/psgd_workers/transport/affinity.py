@@ -13,4 +13,5 @@ _getcpu = getattr(ctypes.CDLL(None), "sched_getcpu", None)  # Linux only; Python
 
 def current_processor() -> int:
     """Return the number of the processor that this thread runs on now; `NOWHERE` if the system cannot tell."""
-    return NOWHERE if _getcpu is None else int(_getcpu())
+    number = -1 if _getcpu is None else int(_getcpu())
+    return number if number >= 0 else NOWHERE

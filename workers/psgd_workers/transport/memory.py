@@ -143,7 +143,7 @@ class PublishedVector:
         self.file = _create("psgd-weights", length) if file is None else _check_received(file, length)
         memory = _map(self.file, length, mmap.PROT_READ | (mmap.PROT_WRITE if owned else 0))
         if owned:
-            fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)  # no other process can write to it
+            _forbid_others_to_write(self.file)
         else:
             os.close(self.file)
         self.counts: NDArray[np.int64] = np.frombuffer(memory, np.int64, HEADER // 8)
@@ -207,6 +207,17 @@ def _create(name: str, size: int) -> int:
         os.close(file)
         raise SharedMemoryError(f"no memory can be shared: {error}") from error
     return file
+
+
+def _forbid_others_to_write(file: int) -> None:
+    """Let no other process map the file for writing. Close the file if the kernel cannot do that."""
+    try:
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+    except OSError as error:
+        os.close(file)
+        raise SharedMemoryError(
+            f"memory cannot be shared for reading only, which Linux can since version 5.1: {error}"
+        ) from error
 
 
 def _map(file: int, size: int, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:

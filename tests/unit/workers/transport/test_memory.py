@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -387,3 +388,18 @@ def users(inodes: set[int]) -> set[int]:
             if inodes & {*map(int, mapped), *opened}:
                 found.add(int(folder.name))
     return found
+
+
+def test_a_kernel_that_cannot_forbid_writing_shares_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_seals = fcntl.fcntl
+
+    def fails(file: int, command: int, argument: int = 0) -> int:
+        if argument == memory.F_SEAL_FUTURE_WRITE:
+            raise OSError(errno.EINVAL, "Invalid argument")  # as Linux before 5.1
+        return add_seals(file, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", fails)
+    files = open_files()
+    with pytest.raises(SharedMemoryError, match=r"since version 5\.1: .*Invalid argument"):
+        PublishedVector(4)
+    assert open_files() == files
