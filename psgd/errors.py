@@ -28,6 +28,7 @@
         ├── StateUnchangedError       a server refused a call; its state is as before
         │   ├── PushRefusedError      the push cannot belong to this run and partition
         │   └── WeightsNotKeptError   the server does not hold the weights of the end of that epoch
+        ├── NotCompiledError          there is no compiled code of the push path
         ├── OwnershipError            another driver has taken the run over
         ├── ClusterStartError         Ray did not start on this machine
         ├── ClusterLostError          the cluster was lost during the run
@@ -77,6 +78,7 @@ __all__ = [
     "ListenError",
     "MissingExtraError",
     "ModelError",
+    "NotCompiledError",
     "OwnershipError",
     "PsgdError",
     "PushRefusedError",
@@ -152,6 +154,10 @@ class PushRefusedError(StateUnchangedError):
 
 class WeightsNotKeptError(StateUnchangedError):
     """The server does not hold the weights of the end of that epoch: it is too old, or not complete yet."""
+
+
+class NotCompiledError(RunError):
+    """There is no compiled code of the push path."""
 
 
 class OwnershipError(RunError):

@@ -29,10 +29,11 @@ class Result:
     what is saved.
 
     `metrics` has `train/loss`, `val/loss`, `val/accuracy`, `perf/updates_per_s`, `perf/samples_per_s`,
-    `perf/bytes_per_push`, `compression/residual_norm` and `async/staleness_{mean,p50,p95,max}`; a metric that was not
-    measured is None. `train/epoch` and `val/epoch` are the epochs, counted from 1, in which the losses and the accuracy
-    were measured; `val/epoch` is a fraction if the run ended within an epoch. `perf/*_per_s` are rates between the
-    first and the last gradient that were applied since this driver started.
+    `perf/bytes_per_push`, `perf/compiled`, `compression/residual_norm` and `async/staleness_{mean,p50,p95,max}`; a
+    metric that was not measured is None. `train/epoch` and `val/epoch` are the epochs, counted from 1, in which the
+    losses and the accuracy were measured; `val/epoch` is a fraction if the run ended within an epoch. `perf/*_per_s`
+    are rates between the first and the last gradient that were applied since this driver started. `perf/compiled` is
+    the share of its pushes that a server took in compiled code, since it started; of several servers, the smallest.
     """
 
     status: Status

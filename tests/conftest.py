@@ -7,16 +7,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from psgd.core.server.parameter_server import ParameterServer
+from psgd.core.server.partitions import Partition
+from psgd.serving.compiled.loading import load_path
+from psgd.serving.server_lock import ServerLock
+from psgd_workers.messages import EpochGrid, Version
 from tests.benchmarks.mnist import mnist_path
+from tests.support.jobs import job
+from tests.support.server_harness import IS_COMPILED
 
 # Hypothesis draws the same examples in every run, so that a test fails always or never; `make chaos` draws new ones.
 # A draw has no time limit, because machines differ.
 settings.register_profile("anew", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("repeatable", settings.get_profile("anew"), derandomize=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def compiled_code() -> None:
+    """Compile the push path before the first test that needs it, whose time limits are not meant for that."""
+    if not IS_COMPILED:
+        return
+    server = ParameterServer(job(), Partition(0, 0, 1, 1), np.zeros(1, np.float32), EpochGrid((1,), 1), Version(1, 0))
+    assert load_path(server, ServerLock()) is not None
 
 
 @pytest.fixture(scope="session")

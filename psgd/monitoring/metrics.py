@@ -24,6 +24,7 @@ def run_metrics(status: RunStatus) -> dict[str, float | None]:
         "perf/updates_per_s": status.updates_per_s,
         "perf/samples_per_s": status.examples_per_s,
         "perf/bytes_per_push": status.bytes_per_push,
+        "perf/compiled": status.compiled,
         "compression/residual_norm": status.residual_norm,
     } | {f"async/staleness_{name}": value for name, value in staleness_summary(status.staleness).items()}
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,8 @@ class ServerHost:
         self.server = server
         self.compiled: CompiledPath | None = None
         self._server_lock = ServerLock()
+        self._earlier_pushes = server.report().num_pushes  # to earlier servers of the partition
+        self._python_pushes = 0  # that compiled code did not take
         self._replies: dict[tuple[str, BatchId], list[Reply]] = {}  # of pushes without a receipt, oldest first
         self._epochs = server.epochs  # complete epochs at the last `_notify`
         self._epoch_ended = Event()  # an epoch has ended since the last report
@@ -98,6 +101,7 @@ class ServerHost:
         with self._server_lock:
             self.server.check(gradient)
             receipts = self.server.push(gradient, time.monotonic())
+            self._python_pushes += 1
             if receipts and not self._replies:  # the usual case: no push waits, so the one receipt is for this push
                 due = [reply(receipts[0])]
                 self._notify()
@@ -166,7 +170,9 @@ class ServerHost:
             await asyncio.to_thread(self._epoch_ended.wait, REPORT_S)
         with self._server_lock:
             self._epoch_ended.clear()
-            return self.server.report()
+            report = self.server.report()
+            pushes = report.num_pushes - self._earlier_pushes
+            return replace(report, compiled=1 - self._python_pushes / pushes if pushes else None)
 
     async def snapshot(self, timeout_s: float) -> tuple[ServerState, NDArray[np.void]]:
         """Return the server's state between two rounds, and its journal up to this state.

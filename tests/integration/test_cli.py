@@ -26,7 +26,7 @@ KEYS = [
 ]
 METRICS = {
     *("train/loss", "train/epoch", "val/loss", "val/accuracy", "val/epoch", "perf/updates_per_s", "perf/samples_per_s"),
-    *("perf/bytes_per_push", "compression/residual_norm"),
+    *("perf/bytes_per_push", "perf/compiled", "compression/residual_norm"),
     *(f"async/staleness_{name}" for name in ("mean", "p50", "p95", "max")),
 }
 

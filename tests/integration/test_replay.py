@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 import psgd
+from psgd.cluster.server_actor import LONG_RUN
 from psgd.replay.replay import Replay, replay
 from psgd.store.run_directory import RunDirectory
 from psgd.store.storage import Storage
 from tests.support.command_line import recorded
 from tests.support.digits_run import DATA
+from tests.support.server_harness import IS_COMPILED
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -44,6 +46,20 @@ def test_an_asynchronous_run_comes_out_bit_for_bit(tmp_path: Path) -> None:
     assert (again.agrees, again.tensor, again.updates) == (True, None, 6 * BATCHES), str(again)
     assert (again.checkpoint, again.incarnations) == (result.checkpoint, 1)
     assert len(list(Path(result.path, "journal").iterdir())) > len(list(Path(result.path, "checkpoints").iterdir()))
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="the push path is not compiled")
+@pytest.mark.parametrize("lane", ["shm", "tcp"])
+@pytest.mark.usefixtures("compiled_code")  # so that the run does not wait until it is compiled
+def test_a_run_served_in_compiled_code_comes_out_bit_for_bit(tmp_path: Path, lane: str) -> None:
+    epochs = 2 * LONG_RUN // BATCHES
+    sections = {"scaling": {"workers": 2, "lane": lane}, "run": {"epochs": epochs, "storage": str(tmp_path)}}
+    result = psgd.train(job(tmp_path, checkpoint={"every_s": None}, **sections), progress=False)
+    compiled = result.metrics["perf/compiled"]
+    assert compiled is not None
+    assert 0.3 < compiled < 1, "Python serves until the code is loaded, and the ends of epochs"
+    again = replayed(result)
+    assert (again.agrees, again.tensor, again.updates) == (True, None, epochs * BATCHES), str(again)
 
 
 @pytest.mark.parametrize("lane", ["shm", "tcp", "ray"])

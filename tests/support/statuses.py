@@ -26,6 +26,7 @@ BEFORE = RunStatus(
     updates_per_s=None,
     examples_per_s=None,
     bytes_per_push=None,
+    compiled=None,
     residual_norm=0.0,
     loss=None,
     loss_epoch=None,

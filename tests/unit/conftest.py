@@ -4,25 +4,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 
-from psgd.core.server.parameter_server import ParameterServer
-from psgd.core.server.partitions import Partition
-from psgd.serving.compiled.loading import load_path
-from psgd.serving.server_lock import ServerLock
-from psgd_workers.messages import EpochGrid, Version
 from tests.support.jobs import job
-from tests.support.server_harness import IS_COMPILED, Harnesses, ServerHarness
-
-
-@pytest.fixture(scope="session")
-def compiled_code() -> None:
-    """Compile the push path before the first test that needs it, whose time limits are not meant for that."""
-    if not IS_COMPILED:
-        return
-    server = ParameterServer(job(), Partition(0, 0, 1, 1), np.zeros(1, np.float32), EpochGrid((1,), 1), Version(1, 0))
-    assert load_path(server, ServerLock()) is not None
+from tests.support.server_harness import Harnesses, ServerHarness
 
 
 @pytest.fixture

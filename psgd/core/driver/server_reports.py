@@ -100,7 +100,7 @@ class ServerReports:
         if known and known.moment > report.moment:
             return known, None
         if known and known.version.incarnation == report.version.incarnation:
-            self._pushes[partition] += sum(report.pushes.values()) - sum(known.pushes.values())
+            self._pushes[partition] += report.num_pushes - known.num_pushes
         self.reports[partition] = report
         since = self._down.pop(partition, None)
         return report, None if since is None else now - since

@@ -104,6 +104,8 @@ class RunStatus:
         updates_per_s: updates per second, from the first step of this process to the newest.
         examples_per_s: examples per second, over the same time.
         bytes_per_push: mean size of a push, summed over all partitions.
+        compiled: share of the pushes that compiled code took, of the server with the smallest share; Python took the
+            rest. None before the first push, and in a simulation.
         residual_norm: norm of the gradient parts that compression has left out and that no later push has delivered.
         loss: mean training loss over the examples of `loss_epoch` applied so far.
         loss_epoch: epoch of `loss`: the newest one with a training loss.
@@ -134,6 +136,7 @@ class RunStatus:
     updates_per_s: float | None
     examples_per_s: float | None
     bytes_per_push: float | None
+    compiled: float | None
     residual_norm: float
     loss: float | None
     loss_epoch: int | None

@@ -64,6 +64,7 @@ class StatusReader:
             updates_per_s=self._rate("updates"),
             examples_per_s=self._rate("samples"),
             bytes_per_push=self._bytes_per_push(),
+            compiled=self._compiled(),
             residual_norm=self.worker_table.residual_norm,
             loss=loss,
             loss_epoch=loss_epoch,
@@ -99,10 +100,15 @@ class StatusReader:
     def _bytes_per_push(self) -> float | None:
         """Return the mean size of a push, summed over all partitions; None until each of them has received one."""
         reports: Mapping[int, Report] = self.servers.reports
-        pushes = {partition: sum(report.pushes.values()) for partition, report in reports.items()}
+        pushes = {partition: report.num_pushes for partition, report in reports.items()}
         if not pushes or not all(pushes.values()):
             return None
         return sum(report.bytes_pushed / pushes[partition] for partition, report in reports.items())
+
+    def _compiled(self) -> float | None:
+        """Return the share of pushes that compiled code took, of the partition where it is smallest."""
+        shares = [report.compiled for report in self.servers.reports.values() if report.compiled is not None]
+        return min(shares, default=None)
 
     def _staleness(self) -> dict[int, int]:
         histogram = Counter[int]()

@@ -53,6 +53,7 @@ class Report:
     last: Mark | None  # progress at its newest step
     longest_s: float  # longest computing time of a batch since this server started, seconds
     rejected: Mapping[BatchId, int]  # batch of an open epoch -> number of its gradients that were not finite
+    compiled: float | None = None  # share of the pushes since this server started that compiled code took
 
     @property
     def moment(self) -> tuple[int, ...]:
@@ -60,8 +61,12 @@ class Report:
 
         The driver needs it because reports may arrive in another order than they were made.
         """
-        pushes = sum(self.pushes.values())
-        return self.version.incarnation, pushes, self.version.updates, self.epochs, self._num_settled
+        return self.version.incarnation, self.num_pushes, self.version.updates, self.epochs, self._num_settled
+
+    @property
+    def num_pushes(self) -> int:
+        """Return the number of pushes over the whole run."""
+        return sum(self.pushes.values())
 
     @property
     def _num_settled(self) -> int:

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import numba
-from numba.core import config
+from numba.core import config, event
 from numba.core.caching import UserWideCacheLocator
 
 import psgd_workers
 from psgd.core import server
+from psgd.errors import NotCompiledError
 from psgd.serving import compiled
 
-__all__ = ["SourceCacheLocator", "own_cache"]
+__all__ = ["SourceCacheLocator", "only_cached_code", "own_cache"]
 
 _config_lock = threading.Lock()
 
@@ -69,3 +70,26 @@ def own_cache() -> Iterator[None]:
             yield
         finally:
             config.CACHE_LOCATOR_CLASSES = before
+
+
+class _Refusal(event.Listener):  # type: ignore[misc] # its types are not followed
+    """Refuses to compile functions of psgd whose code is kept on disk."""
+
+    def on_start(self, compiling: Any) -> None:
+        function = compiling.data["dispatcher"]
+        if function.__module__.startswith(compiled.__name__) and function.stats.cache_path is not None:
+            raise NotCompiledError(f"{function.stats.cache_path} has no code of {function.__name__} for this server")
+
+    def on_end(self, compiling: Any) -> None:
+        """Ignore the end of a compilation."""
+
+
+@contextmanager
+def only_cached_code() -> Iterator[None]:
+    """Load compiled code of psgd from disk meanwhile, and compile none, unless code cannot be kept on disk at all.
+
+    Raises:
+        NotCompiledError: code is needed that is not on disk.
+    """
+    with event.install_listener("numba:compile", _Refusal()):
+        yield

@@ -16,7 +16,7 @@ def test_what_was_not_measured_is_none() -> None:
     unknown = {name for name, value in run_metrics(status()).items() if value is None}
     assert unknown == {
         *("train/loss", "train/epoch", "val/loss", "val/accuracy", "val/epoch"),
-        *("perf/updates_per_s", "perf/samples_per_s", "perf/bytes_per_push"),
+        *("perf/updates_per_s", "perf/samples_per_s", "perf/bytes_per_push", "perf/compiled"),
         *(f"async/staleness_{name}" for name in ("mean", "p50", "p95", "max")),
     }
 

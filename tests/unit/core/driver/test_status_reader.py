@@ -159,4 +159,5 @@ def test_counts_are_those_of_the_servers() -> None:
     ledger = run.status.ledger
     assert (ledger.batches, ledger.applied, ledger.duplicates) == (SIZE, SIZE, report.pushes["duplicate"])
     assert run.status.staleness == report.staleness
+    assert run.status.compiled is None  # simulated
     assert run.status.bytes_per_push == report.bytes_pushed / sum(report.pushes.values())

@@ -86,6 +86,7 @@ def test_all_pushes_but_the_ends_of_an_epoch_are_served_in_compiled_code(harness
         assert receipt == expected
         assert client.weights(0).tobytes() == reference.published.tobytes()
         read = receipt.version
+    assert asyncio.run(harness.host.report(wait=False)).compiled == 1 - 2 / LAST
     assert by_python(harness) == 2, "the first and the last push of the epoch"
     ours, theirs = (server.journal.take() for server in (harness.server, reference))
     names = [name for name in ours.dtype.names or () if name not in ("now", "compute_s")]
