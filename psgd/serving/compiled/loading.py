@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from psgd.core.server.parameter_server import ParameterServer
 from psgd.errors import NotCompiledError
@@ -48,7 +48,8 @@ def load_path(server: ParameterServer, lock: ServerLock) -> CompiledPath | None:
 
         with suppress(NotCompiledError), only_cached_code():
             return CompiledPath(server, lock)
-        compile_apart(server.spec.scaling.servers, serve.stats.cache_path)
+        function: Any = serve
+        compile_apart(server.spec.scaling.servers, function.stats.cache_path)
         with only_cached_code():
             return CompiledPath(server, lock)
 
