@@ -28,7 +28,8 @@ from tests.benchmarks.process_group import SPAWN, process_group
 __all__ = ["findings", "main"]
 
 SERVERS = (1, 2)
-FEW, MANY = 4, 64  # workers
+FEW = 4  # workers
+MANY = 64
 SIZES = {"small": 2500, "dense": 235_146}  # values of the weights, 4 bytes each
 PUSHES_PER_S = 200.0  # by all workers together
 START_S = 300.0  # time limit for the start of 64 processes
