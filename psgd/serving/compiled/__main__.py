@@ -1,7 +1,7 @@
-"""Compile the push path of a server into the cache: `python -m psgd.serving.compiled SERVERS FOLDER`.
+"""Compile the push path of a server into the cache: `python -m psgd.serving.compiled FOLDER`.
 
-SERVERS is the number of servers of the job. FOLDER is the folder of the cache. Processes that compile into the same
-folder take turns, and the later ones find the code there. See `compiler`, which starts this process.
+FOLDER is the folder of the cache. Processes that compile into the same folder take turns, and the later ones find the
+code there. See `compiler`, which starts this process.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def main() -> None:
     """Compile at low priority, as long as the parent lives."""
     end_with_parent()
     os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
-    servers, folder = sys.argv[1:]
+    (folder,) = sys.argv[1:]
     with turn(Path(folder)):
-        _compile(int(servers))
+        _compile()
 
 
 def end_with_parent() -> None:
@@ -54,7 +54,7 @@ def turn(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(servers: int) -> None:
+def _compile() -> None:
     """Load the push path of the smallest server: code that is not in the cache is compiled, and kept there."""
     # Imported here, because a process that waits for its turn needs none of this.
     import numpy as np
@@ -71,7 +71,6 @@ def _compile(servers: int) -> None:
             "model": {"kind": "linear"},
             "data": {"format": "sklearn", "dataset": "iris"},
             "optimizer": {"lr": 1.0},
-            "scaling": {"servers": servers},
             "run": {"epochs": 1},
         }
     )

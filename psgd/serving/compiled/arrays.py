@@ -27,7 +27,9 @@ def server_arrays(server: ParameterServer, mutex: NDArray[np.uint8], fault: NDAr
     """
     state = server.arrays()
     journal = state.journal
-    records = np.ndarray((len(journal),), RECORD, journal, strides=(journal.strides[0],))
+    # Records of a run with one server lie side by side, others do not. The second index changes nothing. With it, Numba
+    # takes no such array as contiguous, and compiles the same code for all of them.
+    records = np.ndarray((len(journal), 2), RECORD, journal, strides=(journal.strides[0], 0))
     scratch = np.empty(BLOCK, np.float32)
     return ServerArrays(np.zeros(1, RULE), epoch_grid(server.grid), state, records, scratch, mutex, fault)
 

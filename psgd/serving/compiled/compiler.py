@@ -17,18 +17,17 @@ __all__ = ["command", "compile_apart"]
 LIMIT_S = 600.0  # seconds; beside busy workers, compiling takes half a minute
 
 
-def command(servers: int, folder: str) -> Sequence[str]:
+def command(folder: str) -> Sequence[str]:
     """Return the command that compiles; see `psgd.serving.compiled.__main__`."""
-    return [sys.executable, "-P", "-m", "psgd.serving.compiled", str(servers), folder]
+    return [sys.executable, "-P", "-m", "psgd.serving.compiled", folder]
 
 
-def compile_apart(servers: int, folder: str) -> None:
+def compile_apart(folder: str) -> None:
     """Compile the push path in a process of its own. Return when the code is in the cache.
 
     The process does not outlive this one: it ends when the pipe that is its stdin does.
 
     Args:
-        servers: number of servers of the job.
         folder: folder of the cache.
 
     Raises:
@@ -38,7 +37,7 @@ def compile_apart(servers: int, folder: str) -> None:
     modules = os.pathsep.join(path for path in sys.path if path)  # also those that Ray has shipped
     try:
         subprocess.run(  # noqa: S603
-            command(servers, folder),
+            command(folder),
             stdin=stdin,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -49,7 +49,7 @@ def load_path(server: ParameterServer, lock: ServerLock) -> CompiledPath | None:
         with suppress(NotCompiledError), only_cached_code():
             return CompiledPath(server, lock)
         function: Any = serve
-        compile_apart(server.spec.scaling.servers, function.stats.cache_path)
+        compile_apart(function.stats.cache_path)
         with only_cached_code():
             return CompiledPath(server, lock)
 

@@ -73,7 +73,7 @@ class ServerArrays(NamedTuple):
     rule: Rule  # [1], RULE
     grid: Grid  # [shards, 4]; see `epoch_grid`
     state: PushArrays
-    records: NDArray[np.void]  # [records], RECORD: the fields that every run has, as views of `state.journal`
+    records: NDArray[np.void]  # [records, 2], RECORD: the fields that every run has, twice, as views of `state.journal`
     scratch: FloatArray  # [BLOCK]
     mutex: NDArray[np.uint8]  # pthread_mutex_t of the server's lock
     fault: NDArray[np.int64]  # [1]: 1 after a call of the server has failed, else 0
@@ -239,7 +239,7 @@ def _record(
     """Append a record to the journal; see `psgd.core.server.journal`."""
     state = server.state
     place = state.filled[0]
-    record = server.records[place]
+    record = server.records[place, 0]
     record.kind = PUSH
     record.outcome = APPLIED
     record.slot = header.slot

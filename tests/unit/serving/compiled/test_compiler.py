@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,10 +26,18 @@ def python(script: str, *arguments: object) -> list[str]:
     return [sys.executable, "-c", script, *map(str, arguments)]
 
 
-def start(command: Sequence[str], **variables: object) -> subprocess.Popen[str]:
+@contextmanager
+def started(command: Sequence[str], **variables: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a command that does not outlast the block."""
     modules = os.pathsep.join(path for path in sys.path if path)
     environment = os.environ | {name: str(value) for name, value in variables.items()} | {"PYTHONPATH": modules}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(
@@ -46,11 +53,11 @@ def start(command: Sequence[str], **variables: object) -> subprocess.Popen[str]:
 def test_a_process_that_does_not_compile_is_an_error(
     monkeypatch: pytest.MonkeyPatch, command: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(compiler, "command", lambda servers, folder: command)
+    monkeypatch.setattr(compiler, "command", lambda folder: command)
     monkeypatch.setattr(compiler, "LIMIT_S", 0.5 if "longer" in message else LIMIT_S)
     files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with pytest.raises(NotCompiledError, match=message):
-        compile_apart(1, "unused")
+        compile_apart("unused")
     assert len(os.listdir("/proc/self/fd")) == files  # noqa: PTH208
 
 
@@ -60,8 +67,8 @@ PARENT = """
 import sys
 from psgd.serving.compiled import compiler
 
-compiler.command = lambda servers, folder: [sys.executable, "-c", sys.argv[1], str(servers), folder, sys.argv[3]]
-compiler.compile_apart(1, sys.argv[2])
+compiler.command = lambda folder: [sys.executable, "-c", sys.argv[1], folder, sys.argv[3]]
+compiler.compile_apart(sys.argv[2])
 """
 BUSY = """
 import sys, time
@@ -116,7 +123,7 @@ def received(reading: int) -> bytes:
 )
 def test_it_ends_with_its_parent(tmp_path: Path, child: str, how: signal.Signals) -> None:
     with sign(tmp_path / "sign") as reading:
-        with start(python(PARENT, child, tmp_path, tmp_path / "sign"), NUMBA_CACHE_DIR=tmp_path) as parent:
+        with started(python(PARENT, child, tmp_path, tmp_path / "sign"), NUMBA_CACHE_DIR=tmp_path) as parent:
             assert received(reading) == b"begun\n", parent.communicate(timeout=LIMIT_S)
             parent.send_signal(how)
             parent.communicate(timeout=LIMIT_S)
@@ -137,8 +144,8 @@ for _ in range(300):
 
 
 def test_only_one_process_has_its_turn(tmp_path: Path) -> None:
-    processes = [start(python(TURNS, tmp_path)) for _ in range(2)]
-    ends = [(process.communicate(timeout=LIMIT_S), process.returncode) for process in processes]
+    with started(python(TURNS, tmp_path)) as one, started(python(TURNS, tmp_path)) as other:
+        ends = [(process.communicate(timeout=LIMIT_S), process.returncode) for process in (one, other)]
     assert [code for _, code in ends] == [0, 0], ends
 
 
@@ -160,7 +167,7 @@ from psgd.serving.turns import take_short_turns
 from psgd_workers.messages import Version
 from tests.support.jobs import GRID, START, job, push
 
-compiler.command = lambda servers, folder: [sys.executable, "-c", sys.argv[1], str(servers), folder, *sys.argv[2:]]
+compiler.command = lambda folder: [sys.executable, "-c", sys.argv[1], folder, *sys.argv[2:]]
 os.nice(15)  # as Ray does
 take_short_turns()
 host = ServerHost(ParameterServer(job(), Partition(0, 0, 6, 6), START, GRID, Version(1, 0)))
@@ -205,7 +212,7 @@ print(sum(serve.stats.cache_misses.values()), file=open(told, "a"))
     ids=["fails", "leaves no code"],
 )
 def test_python_serves_after_one_warning_if_nothing_is_compiled(tmp_path: Path, child: str, reason: str) -> None:
-    with start(python(SERVER + PUSHES_AFTERWARDS, child), NUMBA_CACHE_DIR=tmp_path) as server:
+    with started(python(SERVER + PUSHES_AFTERWARDS, child), NUMBA_CACHE_DIR=tmp_path) as server:
         out, warnings = server.communicate(timeout=LIMIT_S)
     assert (server.returncode, out.split()[1]) == (0, "False"), warnings
     (warning,) = warnings.splitlines()
@@ -217,11 +224,10 @@ def test_python_serves_after_one_warning_if_nothing_is_compiled(tmp_path: Path, 
 @pytest.mark.chaos
 def test_servers_of_one_machine_serve_while_one_process_compiles_for_all(tmp_path: Path) -> None:
     told = tmp_path / "told"
-    servers: list[Any] = [
-        start(python(SERVER + PUSHES_MEANWHILE, COUNTED, told), NUMBA_CACHE_DIR=tmp_path) for _ in range(2)
-    ]
-    ends = [server.communicate(timeout=2 * LIMIT_S) for server in servers]
-    assert [server.returncode for server in servers] == [0, 0], ends
+    command = python(SERVER + PUSHES_MEANWHILE, COUNTED, told)
+    with started(command, NUMBA_CACHE_DIR=tmp_path) as one, started(command, NUMBA_CACHE_DIR=tmp_path) as other:
+        ends = [server.communicate(timeout=2 * LIMIT_S) for server in (one, other)]
+    assert [one.returncode, other.returncode] == [0, 0], ends
     assert [warnings for _, warnings in ends] == ["", ""]
     for out, _ in ends:
         pushes, is_compiled = out.split()
