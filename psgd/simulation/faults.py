@@ -45,12 +45,6 @@ class FaultPlan:
 
     receipt_limit_s: float | None = None
 
-    @property
-    def concerns_pushes(self) -> bool:
-        """Return True if a method that is called for every push is overridden."""
-        methods = ("push", "receipt", "arrived")
-        return any(getattr(type(self), method) is not getattr(FaultPlan, method) for method in methods)
-
     def begin(self, cluster: VirtualCluster) -> None:
         """Receive the cluster, and schedule the faults that happen at a given time."""
 

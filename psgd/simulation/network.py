@@ -31,7 +31,6 @@ class Network:
     def __init__(self, cluster: VirtualCluster, faults: FaultPlan) -> None:
         self._cluster = cluster
         self._faults = faults
-        self._push_faults = faults if faults.concerns_pushes else None  # None: no push and no receipt is disturbed
 
     def versions(self, worker: str) -> list[Version] | None:
         """Return the current version of each partition, or None if a server does not answer the worker."""
@@ -59,8 +58,7 @@ class Network:
         limit_s = self._faults.receipt_limit_s
         if limit_s is not None:
             self._cluster.after(limit_s, self._expire, worker, worker.pushes, slot, gradients[0].batch)
-        faults = self._push_faults
-        fault = faults.push(worker.name, worker.pushes - 1, len(gradients)) if faults else None
+        fault = self._faults.push(worker.name, worker.pushes - 1, len(gradients))
         if fault is None:
             self._arrive(worker, slot, worker.lane, enumerate(gradients))
             return
@@ -120,8 +118,7 @@ class Network:
             path.lanes.setdefault((gradient.worker, gradient.batch), []).append(lane)
             self.deliver(partition, receipts)
         cluster.serve_pending(partition)
-        if self._push_faults:
-            self._push_faults.arrived(partition)
+        self._faults.arrived(partition)
         return True
 
     def deliver(self, partition: int, receipts: tuple[Receipt, ...]) -> None:
@@ -140,7 +137,7 @@ class Network:
         for answered in cluster.answered_hooks:
             answered(cluster, partition, receipt)
         worker = cluster.workers.get(receipt.worker)
-        delay_s = self._push_faults.receipt(partition, receipt) if self._push_faults else 0.0
+        delay_s = self._faults.receipt(partition, receipt)
         if worker is None or delay_s is None:
             return
         published = cluster.servers[partition].published

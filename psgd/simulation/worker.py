@@ -32,6 +32,7 @@ from psgd_workers.loop import (
     Pulled,
     Push,
     Pushed,
+    ReceiptArrived,
     Settle,
     WorkerLoop,
 )
@@ -307,11 +308,10 @@ class VirtualWorker:
         """
         if lane != self.lane:
             return
-        loop = self._loop
-        slot = loop.slot_of_push(receipt.batch)
+        slot = self._loop.slot_of_push(receipt.batch)
         if slot is None or slot.outcomes[partition] is not None or not self.alive:
             return  # the push was abandoned, or this is a second receipt
-        actions = loop.answered(slot, partition, receipt)
+        actions = self._loop.handle(ReceiptArrived(partition, receipt))
         if slot.wants:
             self._keep_weights(slot, partition, published)
         self._perform(actions)

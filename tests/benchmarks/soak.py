@@ -32,7 +32,7 @@ __all__ = ["Growth", "Sample", "findings", "main"]
 
 EVERY_S = 5.0
 SETTLED_S = 60.0
-TARGET_MB = 5.0
+TARGET_MB = 2.0
 ACTORS = {"ray::ServerActor": "server", "ray::WorkerActor": "worker"}  # name by beginning of the process's title
 
 

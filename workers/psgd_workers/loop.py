@@ -294,16 +294,8 @@ class WorkerLoop:
 
     def _on_receipt(self, partition: int, receipt: Receipt) -> tuple[LoopAction, ...]:
         slot = self.slot_of_push(receipt.batch)
-        return () if slot is None or slot.outcomes[partition] is not None else self.answered(slot, partition, receipt)
-
-    def answered(self, slot: PipelineSlot, partition: int, receipt: Receipt) -> tuple[LoopAction, ...]:
-        """Process a receipt, as `handle` does, for a host that knows the slot.
-
-        Args:
-            slot: slot whose push is under way and was not answered by this partition before.
-            partition: partition that answers.
-            receipt: its receipt.
-        """
+        if slot is None or slot.outcomes[partition] is not None:
+            return ()
         slot.outcomes[partition] = receipt.outcome
         slot.reads[partition] = receipt.version
         if None in slot.outcomes:
