@@ -41,7 +41,8 @@ class Owner:
     def is_alive(self) -> bool:
         """True if the driver's process still exists. Only valid where `is_here` is True."""
         if Path("/proc/self/stat").exists():
-            return _start_ticks(self.pid) == self.process_start is not None
+            start = _start_ticks(self.pid)
+            return start is not None and start == self.process_start
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:

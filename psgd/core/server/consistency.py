@@ -40,7 +40,7 @@ class Round:
     """The open round of a server, from which a mode decides."""
 
     collected: int = 0  # gradients that are in no step yet
-    pushed: set[str] = field(default_factory=set)  # workers with a push that belongs to the round, of any outcome
+    pushed: set[str] = field(default_factory=set)  # workers with a push for this round, whatever its outcome
     live: dict[str, LiveWorker] = field(default_factory=dict)  # workers that have joined
     outstanding: bool = False  # True while an epoch has begun and some of its batches are not settled
 

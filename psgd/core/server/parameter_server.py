@@ -384,8 +384,8 @@ class ParameterServer:
             scale: factor of the trained values that is still to be applied.
 
         Returns:
-            Values, and the factor that remains. The factor is 1 if the values were changed element by element, because
-            that needs the scaled values; otherwise values and factor are returned as given, which saves a pass.
+            The values, and the factor that is still to be applied. A change element by element needs the scaled values;
+            then the factor is 1. Without such a change, both are those given, which saves a pass over the values.
         """
         if self._clip_value is None and not self._correction.elementwise:
             return values, scale

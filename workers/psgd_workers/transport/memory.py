@@ -65,7 +65,7 @@ class Segment:
     Args:
         num_parameters: values of the whole weights.
         slots: number of slots: batches that the worker may have in hand.
-        file: descriptor of another process's segment, which is mapped and then closed; None: create a segment. It is
+        file: descriptor of another process's segment, which is mapped and then closed; None: create a segment, in
             private memory if memory cannot be shared.
 
     Attributes:
