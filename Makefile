@@ -43,7 +43,7 @@ chaos: .venv/dev.stamp ## run 20,000 simulated runs with faults, read damaged fi
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m chaos tests/unit
 	$(BIN)/pytest -m chaos tests/integration tests/hosts
 
-bench: .venv/dev.stamp ## measure speed beside its peers, run the published experiments; results in bench/; an hour
+bench: .venv/dev.stamp ## measure speed beside its peers, run the published experiments; results in bench/; more than an hour
 	$(BIN)/python -m tests.benchmarks.throughput
 	$(BIN)/python -m tests.benchmarks.throughput --seconds 20 --only psgd_job own_loops psgd_unvalidated_job psgd_bare --out bench/steady.json
 	$(BIN)/python -m tests.benchmarks.batch_sizes
